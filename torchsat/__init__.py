@@ -1,0 +1,62 @@
+"""torchsat measures |f'(z)|, how much of the gradient each activation lets through, while a PyTorch model trains.
+
+    monitor = torchsat.watch(model, "runs/exp1")
+
+and the training loop stays as it is. Names are resolved on first use, so that TensorBoard and the report never import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchsat.activations import ACTIVATIONS, Activation
+    from torchsat.monitor import Monitor, watch
+    from torchsat.record import Alert, Cause, Coverage, Record, Snapshot, Weight
+    from torchsat.rules import RULES, Rule
+    from torchsat.tensorboard.reader import read
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ACTIVATIONS": "activations",
+    "Activation": "activations",
+    "Alert": "record",
+    "Cause": "record",
+    "Coverage": "record",
+    "Monitor": "monitor",
+    "RULES": "rules",
+    "Record": "record",
+    "Rule": "rules",
+    "Snapshot": "record",
+    "Weight": "record",
+    "read": "tensorboard.reader",
+    "watch": "monitor",
+}
+
+__all__ = [
+    "ACTIVATIONS",
+    "RULES",
+    "Activation",
+    "Alert",
+    "Cause",
+    "Coverage",
+    "Monitor",
+    "Record",
+    "Rule",
+    "Snapshot",
+    "Weight",
+    "read",
+    "watch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'torchsat' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"torchsat.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,428 @@
+"""Activation functions: their derivative, its peak, and where their tails begin.
+
+One row of `ACTIVATIONS` is one function. Every derivative is computed from the pre-activation z in a stable form: from the output it would
+be wrong in low precision (a bfloat16 sigmoid rounds to 1 at z = 6.25, where f' is not 0) and impossible for SiLU, Mish or Hardswish.
+
+A *tail* is where |f'| stays below epsilon of its peak, all the way out. Its edges are inclusive, since torch's own derivative is 0 on the
+kink of a hard function (ReLU at 0, Hardtanh at 1). A zero of f' elsewhere (GELU near -0.75, Tanhshrink at 0) is not a tail.
+
+A user's function is a longer tuple: `activations=(*ACTIVATIONS, Activation("snake", modules=(Snake,)))`. What such a row leaves out is
+found numerically: the derivative by forward-mode differentiation, peak and tails on a grid.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torchsat.record import Tails
+
+Edges = tuple[float | Tensor | None, float | Tensor | None]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One element-wise activation function.
+
+    Args:
+        name: for people; letters, digits, `_`, `.` and `-`.
+        modules: the module classes that compute it. A subclass counts as long as it keeps the class's `forward`.
+        parameters: attributes of the module, handed by name to `derivative`, `peak`, `tails` and `function`. A tensor of more than one
+            element is spread over z as `torch.nn.PReLU` does it (dimension 1), or broadcast if it has several dimensions.
+        derivative: f'(z) for a float32 or float64 tensor of any shape. None: forward-mode differentiation of `function`.
+        peak: sup|f'|, a number or a function of the parameters; None: found on a grid, absent if |f'| has no bound there.
+        tails: (z_L, z_R) as a function of (epsilon, **parameters), an absent tail being None; None: found on a grid.
+        function: f(z); None: the module itself. Used only where there is no `derivative`.
+        from_output: `derivative` is also given the output, as keyword `a` (the slope of RReLU is drawn in the forward pass).
+    """
+
+    name: str
+    modules: tuple[type[nn.Module], ...] = ()
+    parameters: tuple[str, ...] = ()
+    derivative: Callable[..., Tensor] | None = None
+    peak: float | Callable[..., float | Tensor | None] | None = None
+    tails: Callable[..., Edges] | None = None
+    function: Callable[..., Tensor] | None = None
+    from_output: bool = False
+
+    def computes(self, module: nn.Module) -> bool:
+        """Whether this module computes this function."""
+        return any(isinstance(module, known) and type(module).forward is known.forward for known in self.modules)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What follows from an activation, its plain parameters and epsilon alone."""
+
+    peak: float | None
+    low: float | None
+    high: float | None
+    normal_low: float
+    normal_high: float
+    normal_derivative: float | None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An activation with the parameters of one module: all that a site needs to know of its function."""
+
+    activation: Activation
+    derivative: Callable[..., Tensor]
+    plain: Mapping[str, Any]
+    learned: Mapping[str, Tensor]
+    epsilon: float
+    constants: Constants | None
+    """None where the function has learned parameters: peak and tails then live on the device."""
+
+    @property
+    def tails(self) -> Tails:
+        if self.constants is None:
+            return "none"
+        low, high = self.constants.low is not None, self.constants.high is not None
+        return "both" if low and high else "low" if low else "high" if high else "none"
+
+    def evaluate(self, z: Tensor, a: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, float | Tensor | None, Edges]:
+        """|f'(z)|, the peak, and the edges of the tails, for learned parameters already spread over z."""
+        given = {**self.plain, **learned}
+        slope = self.derivative(z, **given, **({"a": a} if self.activation.from_output else {})).abs()
+        if self.constants is not None:
+            return slope, self.constants.peak, (self.constants.low, self.constants.high)
+        peak = self.activation.peak
+        edges = self.activation.tails(self.epsilon, **given) if self.activation.tails else (None, None)
+        return slope, peak(**{**self.plain, **self.learned}) if callable(peak) else peak, edges
+
+
+def bind(activation: Activation, module: nn.Module, epsilon: float) -> Bound:
+    """The activation as this module computes it.
+
+    Raises:
+        ValueError: the module lacks a parameter, or its function is not element-wise and so has no f'(z).
+    """
+    try:
+        values = {name: getattr(module, name) for name in activation.parameters}
+    except AttributeError as error:
+        raise ValueError(
+            f"activation {activation.name!r} names the parameters {activation.parameters}, but {type(module).__name__} lacks one: {error}"
+        ) from None
+    learned = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in values.items() if name not in learned}
+    derivative = activation.derivative
+    if derivative is None:
+        function = activation.function or module.forward
+        check_elementwise(activation, module, values)
+        derivative = functools.partial(_forward_mode, function)
+    constants = None
+    if not learned:
+        # A derivative made here holds the module: it must not enter the cache.
+        make = _constants if activation.derivative is not None else _constants.__wrapped__
+        constants = make(activation, derivative, tuple(sorted(plain.items())), epsilon)
+    return Bound(activation, derivative, plain, learned, epsilon, constants)
+
+
+def check_elementwise(activation: Activation, module: nn.Module, values: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the function maps every element on its own, without drawing random numbers."""
+
+    def reject(fact: str) -> ValueError:
+        return ValueError(
+            f"activation {activation.name!r}: {fact}. torchsat can differentiate by itself only functions that act on each element alone "
+            "and draw no random numbers: give `derivative=`, or leave the row out."
+        )
+
+    given = {name: value.detach().cpu().double() if isinstance(value, Tensor) else value for name, value in values.items()}
+    if activation.function is not None:
+        function = activation.function
+    else:
+        twin = copy.deepcopy(module).cpu().double()
+        for parameter in twin.parameters():
+            parameter.requires_grad_(False)
+        function = twin.forward
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(64, dtype=torch.float64, generator=generator) * 2
+    tangent = torch.rand(64, dtype=torch.float64, generator=generator) + 0.5
+    state = torch.get_rng_state()
+    try:
+        full = function(z.clone(), **given)
+        slope = _forward_mode(function, z.clone(), **given)
+        mixed = torch.func.jvp(lambda x: function(x, **given), (z.clone(),), (tangent,))[1]
+        shifted = function(z.roll(7)[:40].clone(), **given)
+    except Exception as error:
+        raise reject(f"f(z) for 64 numbers failed: {type(error).__name__}: {error}") from error
+    finally:
+        drawn = not torch.equal(state, torch.get_rng_state())
+        torch.set_rng_state(state)
+    if drawn:
+        raise reject("it draws random numbers")
+    if not isinstance(full, Tensor) or full.shape != z.shape:
+        raise reject(f"64 numbers become {tuple(getattr(full, 'shape', ()))}")
+    if not torch.allclose(mixed, slope * tangent, rtol=1e-9, atol=1e-12) or not torch.allclose(shifted, full.roll(7)[:40], rtol=1e-9, atol=1e-12):
+        raise reject("an element of its output depends on other elements of its input")
+
+
+def _forward_mode(function: Callable[..., Tensor], z: Tensor, **parameters: Any) -> Tensor:
+    return torch.func.jvp(lambda x: function(x, **parameters), (z,), (torch.ones_like(z),))[1]  # type: ignore[no-any-return]
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(activation: Activation, derivative: Callable[..., Tensor], plain: tuple[tuple[str, Any], ...], epsilon: float) -> Constants:
+    given = dict(plain)
+
+    def slope(z: Tensor) -> Tensor:
+        unknown = {"a": torch.full_like(z, math.nan)} if activation.from_output else {}
+        return derivative(z, **given, **unknown).abs()
+
+    magnitude = slope(_grid())
+    peak = activation.peak(**given) if callable(activation.peak) else activation.peak
+    if peak is None:
+        peak = _grid_peak(slope, magnitude)
+    if activation.tails is not None:
+        low, high = activation.tails(epsilon, **given)
+    elif peak is None:
+        low, high = None, None
+    else:
+        low, high = _grid_tails(slope, magnitude, epsilon * float(peak))
+    low, high = (None if edge is None else float(edge) for edge in (low, high))
+    return Constants(
+        peak=None if peak is None else float(peak),
+        low=low,
+        high=high,
+        normal_low=0.0 if low is None else 0.5 * math.erfc(-low / math.sqrt(2)),
+        normal_high=0.0 if high is None else 0.5 * math.erfc(high / math.sqrt(2)),
+        normal_derivative=_normal_mean(slope) / float(peak) if peak else None,
+    )
+
+
+_REACH, _PER_UNIT = 60, 500
+
+
+@functools.lru_cache(maxsize=1)
+def _grid() -> Tensor:
+    """z from -1e6 to 1e6: even steps to +-60, then geometric ones, for functions with algebraic tails or stretched by a parameter."""
+    even = torch.linspace(-_REACH, _REACH, 2 * _REACH * _PER_UNIT + 1, dtype=torch.float64)
+    far = torch.logspace(math.log10(_REACH), 6, 4001, dtype=torch.float64)[1:]
+    return torch.cat([-far.flip(0), even, far])
+
+
+def _grid_peak(slope: Callable[[Tensor], Tensor], magnitude: Tensor) -> float | None:
+    """sup|f'|, or None where it is not finite or still grows at the end of the grid."""
+    top = int(magnitude.argmax())
+    peak = float(magnitude[top])
+    ends = max(float(magnitude[0]), float(magnitude[-1]))
+    inner = float(magnitude[4000:-4000].max())
+    if not math.isfinite(peak) or peak == 0 or ends > 1.001 * inner:
+        return None
+    left, right = (float(_grid()[min(max(at, 0), len(_grid()) - 1)]) for at in (top - 1, top + 1))
+    return max(peak, float(slope(torch.linspace(left, right, 4001, dtype=torch.float64)).max()))
+
+
+def _grid_tails(slope: Callable[[Tensor], Tensor], magnitude: Tensor, level: float) -> tuple[float | None, float | None]:
+    grid = _grid()
+    above = (magnitude >= level).nonzero()
+    if not len(above):
+        return None, None
+    edges: list[float | None] = []
+    for outer, inner in ((int(above[0]) - 1, int(above[0])), (int(above[-1]) + 1, int(above[-1]))):
+        if not 0 <= outer < len(grid):
+            edges.append(None)
+            continue
+        flat, steep = float(grid[outer]), float(grid[inner])
+        for _ in range(60):
+            middle = (flat + steep) / 2
+            if float(slope(torch.tensor([middle], dtype=torch.float64))) < level:
+                flat = middle
+            else:
+                steep = middle
+        edges.append((flat + steep) / 2)
+    return edges[0], edges[1]
+
+
+def _normal_mean(slope: Callable[[Tensor], Tensor]) -> float:
+    """E|f'(z)| for z ~ N(0, 1), by the midpoint rule: the kinks of hard functions lie between the points."""
+    z = (torch.arange(-20_000, 20_000, dtype=torch.float64) + 0.5) / 2000
+    return float((slope(z) * torch.exp(-0.5 * z * z)).sum()) / 2000 / math.sqrt(2 * math.pi)
+
+
+def _sigmoid(z: Tensor) -> Tensor:
+    return torch.sigmoid(z) * torch.sigmoid(-z)
+
+
+def _tanh(z: Tensor) -> Tensor:
+    return 4 * _sigmoid(2 * z)
+
+
+def _between(z: Tensor, min_val: float, max_val: float) -> Tensor:
+    return ((z > min_val) & (z < max_val)).to(z.dtype)
+
+
+def _leaky(z: Tensor, slope: float | Tensor) -> Tensor:
+    return torch.where(z > 0, torch.ones_like(z), torch.ones_like(z) * slope)
+
+
+def _rrelu(z: Tensor, lower: float, upper: float, training: bool, a: Tensor) -> Tensor:
+    mean = (lower + upper) / 2
+    if not training:
+        return _leaky(z, mean)
+    drawn = torch.where(z < 0, a / z, torch.ones_like(z))
+    return torch.where(z == 0, torch.full_like(z, mean), torch.where(torch.isfinite(drawn), drawn, torch.full_like(z, mean)))
+
+
+def _elu(z: Tensor, alpha: float) -> Tensor:
+    return torch.where(z > 0, torch.ones_like(z), alpha * torch.exp(z.clamp(max=0)))
+
+
+def _celu(z: Tensor, alpha: float) -> Tensor:
+    return torch.where(z > 0, torch.ones_like(z), torch.exp(z.clamp(max=0) / alpha))
+
+
+def _selu(z: Tensor) -> Tensor:
+    return _SELU_SCALE * _elu(z, _SELU_ALPHA)
+
+
+def _gelu(z: Tensor, approximate: str) -> Tensor:
+    if approximate == "none":
+        return 0.5 * torch.erfc(-z * math.sqrt(0.5)) + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    # Beyond |z| = 30 the second term is 0; the clamp keeps z^3 and z^2 from overflowing into inf * 0.
+    z = z.clamp(-30, 30)
+    scale, cubic = math.sqrt(2 / math.pi), 0.044715
+    twice = 2 * scale * (z + cubic * z**3)
+    return torch.sigmoid(twice) + z * 2 * _sigmoid(twice) * scale * (1 + 3 * cubic * z * z)
+
+
+def _silu(z: Tensor) -> Tensor:
+    return torch.sigmoid(z) * (1 + z * torch.sigmoid(-z))
+
+
+def _mish(z: Tensor) -> Tensor:
+    softplus = F.softplus(z)
+    return torch.tanh(softplus) + z * torch.sigmoid(z) * _tanh(softplus)
+
+
+def _softplus(z: Tensor, beta: float, threshold: float) -> Tensor:
+    return torch.where(beta * z > threshold, torch.ones_like(z), torch.sigmoid(beta * z))
+
+
+def _hardswish(z: Tensor) -> Tensor:
+    return torch.where(z >= 3, torch.ones_like(z), torch.where(z <= -3, torch.zeros_like(z), (2 * z + 3) / 6))
+
+
+def _outside(z: Tensor, lambd: float) -> Tensor:
+    return ((z > lambd) | (z < -lambd)).to(z.dtype)
+
+
+def _fixed(low: float | None, high: float | None) -> Callable[..., Edges]:
+    """Tails that begin at the same place whatever epsilon is: those of hard functions."""
+    return lambda epsilon, **parameters: (low, high)
+
+
+def _cosh_tails(scale: float) -> Callable[..., Edges]:
+    """Tails of f' = peak / cosh(z / scale)^2."""
+
+    def tails(epsilon: float) -> Edges:
+        edge = scale * math.acosh(epsilon**-0.5)
+        return -edge, edge
+
+    return tails
+
+
+def _leaky_tails(epsilon: float, **slopes: float | Tensor) -> Edges:
+    """A leaky rectifier never saturates, unless its slope is exactly 0 and it is a ReLU."""
+    (slope,) = (value for name, value in slopes.items() if name in ("negative_slope", "weight"))
+    if isinstance(slope, Tensor):
+        return torch.where(slope == 0, torch.zeros_like(slope), torch.full_like(slope, -math.inf)), None
+    return (0.0 if slope == 0 else None), None
+
+
+def _exponential_tails(epsilon: float, alpha: float) -> Edges:
+    """ELU: |alpha| e^z falls below epsilon of max(1, |alpha|)."""
+    if alpha == 0:
+        return 0.0, None
+    return min(0.0, math.log(epsilon * max(1.0, abs(alpha)) / abs(alpha))), None
+
+
+def _softplus_tails(epsilon: float, beta: float, threshold: float) -> Edges:
+    return math.log(epsilon / (1 - epsilon)) / beta, None
+
+
+def _rrelu_tails(epsilon: float, lower: float, upper: float, training: bool) -> Edges:
+    return (0.0 if lower == upper == 0 else None), None
+
+
+_SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
+
+ACTIVATIONS: tuple[Activation, ...] = (
+    Activation("sigmoid", (nn.Sigmoid,), (), _sigmoid, 0.25, _cosh_tails(2.0)),
+    Activation("tanh", (nn.Tanh,), (), _tanh, 1.0, _cosh_tails(1.0)),
+    Activation("relu", (nn.ReLU,), (), lambda z: (z > 0).to(z.dtype), 1.0, _fixed(0.0, None)),
+    # ReLU6 is a Hardtanh in torch, with min_val and max_val of its own, and shares its forward: it must come first.
+    Activation("relu6", (nn.ReLU6,), (), lambda z: _between(z, 0.0, 6.0), 1.0, _fixed(0.0, 6.0)),
+    Activation(
+        "leaky_relu",
+        (nn.LeakyReLU,),
+        ("negative_slope",),
+        lambda z, negative_slope: _leaky(z, negative_slope),
+        lambda negative_slope: max(1.0, abs(negative_slope)),
+        _leaky_tails,
+    ),
+    Activation(
+        "prelu",
+        (nn.PReLU,),
+        ("weight",),
+        lambda z, weight: _leaky(z, weight),
+        lambda weight: weight.abs().max().clamp(min=1),
+        _leaky_tails,
+    ),
+    Activation(
+        "rrelu",
+        (nn.RReLU,),
+        ("lower", "upper", "training"),
+        _rrelu,
+        lambda lower, upper, training: max(1.0, abs(lower), abs(upper)),
+        _rrelu_tails,
+        from_output=True,
+    ),
+    Activation("elu", (nn.ELU,), ("alpha",), _elu, lambda alpha: max(1.0, abs(alpha)), _exponential_tails),
+    Activation("selu", (nn.SELU,), (), _selu, _SELU_SCALE * _SELU_ALPHA, lambda epsilon: (math.log(epsilon), None)),
+    Activation("celu", (nn.CELU,), ("alpha",), _celu, 1.0, lambda epsilon, alpha: (alpha * math.log(epsilon), None)),
+    Activation("gelu", (nn.GELU,), ("approximate",), _gelu),
+    Activation("silu", (nn.SiLU,), (), _silu),
+    Activation("mish", (nn.Mish,), (), _mish),
+    Activation("softplus", (nn.Softplus,), ("beta", "threshold"), _softplus, 1.0, _softplus_tails),
+    Activation(
+        "softsign",
+        (nn.Softsign,),
+        (),
+        lambda z: (1 + z.abs()) ** -2,
+        1.0,
+        lambda epsilon: (1 - epsilon**-0.5, epsilon**-0.5 - 1),
+    ),
+    Activation(
+        "hardtanh",
+        (nn.Hardtanh,),
+        ("min_val", "max_val"),
+        _between,
+        1.0,
+        lambda epsilon, min_val, max_val: (float(min_val), float(max_val)),
+    ),
+    Activation("hardsigmoid", (nn.Hardsigmoid,), (), lambda z: _between(z, -3.0, 3.0) / 6, 1 / 6, _fixed(-3.0, 3.0)),
+    Activation("hardswish", (nn.Hardswish,), (), _hardswish, 1.5, _fixed(-3.0, None)),
+    Activation("log_sigmoid", (nn.LogSigmoid,), (), lambda z: torch.sigmoid(-z), 1.0, lambda epsilon: (None, math.log((1 - epsilon) / epsilon))),
+    Activation("tanhshrink", (nn.Tanhshrink,), (), lambda z: torch.tanh(z) ** 2, 1.0, _fixed(None, None)),
+    Activation("softshrink", (nn.Softshrink,), ("lambd",), _outside, 1.0, _fixed(None, None)),
+    Activation("hardshrink", (nn.Hardshrink,), ("lambd",), _outside, 1.0, _fixed(None, None)),
+    Activation(
+        "threshold",
+        (nn.Threshold,),
+        ("threshold", "value"),
+        lambda z, threshold, value: (z > threshold).to(z.dtype),
+        1.0,
+        lambda epsilon, threshold, value: (float(threshold), None),
+    ),
+)
+"""The element-wise activations of torch.nn. GELU, SiLU and Mish have their peak (sup|f'| > 1) and tails found on the grid."""

@@ -1,0 +1,717 @@
+"""`watch` and the `Monitor`: when to observe, the way to the host, and what happens with a snapshot there.
+
+Steps are found by a hook that torch runs around every optimizer's step; ours looks whether the optimizer owns parameters of the model. One
+step is one round in which every such optimizer steps once. Hooks are on the model only during an observed step, from the end of the step
+before; the end of the step packs all rows into one vector, copied asynchronously and read at a later step.
+
+A compiled model is observed in eager: its submodules' hooks would be ignored by the graph, or worse, be compiled into it. The stance
+"force_eager" holds only until the model is entered, which is when torch has decided; what is compiled inside the model stays compiled,
+unless it hides sites.
+
+Nothing here may stop training: what fails is reported once through `logging` and no longer watched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fnmatch
+import functools
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from torchsat.activations import ACTIVATIONS, Activation
+from torchsat.record import Alert, Coverage, Record, Snapshot, Weight
+from torchsat.rules import RULES, Judge, Rule
+from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record
+from torchsat.taps import MODEL, Taps, clean
+from torchsat.weights import COLUMNS, to_weight
+
+log = logging.getLogger("torchsat")
+
+Sink = Callable[[Snapshot], Any]
+Patterns = str | Iterable[str] | None
+_MOST_IN_FLIGHT = 16
+
+
+def watch(
+    model: nn.Module,
+    log_dir: str | os.PathLike[str] | None = None,
+    *,
+    writer: Any = None,
+    every: int = 50,
+    epsilon: float = 0.05,
+    sample: int | None = 65536,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    activations: Sequence[Activation] = ACTIVATIONS,
+    rules: Sequence[Rule] = RULES,
+    sinks: Iterable[Sink] | None = None,
+    on_alert: Callable[[Alert], Any] | None = None,
+    errors: Literal["warn", "raise"] = "warn",
+) -> Monitor:
+    """Watch the activations of a model while it trains; the one line.
+
+    Args:
+        model: any nn.Module; before or after the optimizer is made, before or after torch.compile or DistributedDataParallel.
+        log_dir: TensorBoard's directory of this run; written is the sub-run `<log_dir>/torchsat`. None: nothing is written.
+        writer: instead of `log_dir`, a torch.utils.tensorboard.SummaryWriter to write through.
+        every: observe step 0, the powers of two below this, and its multiples.
+        epsilon: an element is saturated where |f'| stays below this share of its peak.
+        sample: the most elements read per call of a site, spread evenly over it; None: all.
+        include, exclude: patterns of site names (as in a shell), one or several.
+        activations: the table that says which module computes which function.
+        rules: when to alert.
+        sinks: functions of a Snapshot, called after TensorBoard's; `flush` and `close` are called too where they exist.
+        on_alert: function of an Alert, called when one fires, worsens or clears.
+        errors: "raise" lets faults of the monitor through, for developers of torchsat.
+
+    Raises:
+        TypeError: the model cannot be watched (not an nn.Module, nn.DataParallel, TorchScript).
+        ValueError: an argument is out of its range.
+    """
+    return Monitor(
+        model,
+        log_dir,
+        writer=writer,
+        every=every,
+        epsilon=epsilon,
+        sample=sample,
+        include=include,
+        exclude=exclude,
+        activations=activations,
+        rules=rules,
+        sinks=sinks,
+        on_alert=on_alert,
+        errors=errors,
+    )
+
+
+def due(step: int, every: int) -> bool:
+    """Whether this step is observed: 0, the powers of two below `every`, and its multiples."""
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
+@dataclass
+class _InFlight:
+    """One observation on its way to the host."""
+
+    step: int
+    time: float
+    facts: list[dict[str, Any]]
+    weight_facts: list[dict[str, Any]]
+    parts: list[tuple[Tensor, torch.cuda.Event | None]]
+    """Per device: the numbers on the host, and when they are there."""
+
+    def arrived(self) -> bool:
+        return all(event is None or event.query() for _, event in self.parts)  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        for _, event in self.parts:
+            if event is not None:
+                event.synchronize()
+
+
+class Monitor:
+    """What `watch` returns. A context manager: leaving it closes it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        log_dir: str | os.PathLike[str] | None = None,
+        *,
+        writer: Any,
+        every: int,
+        epsilon: float,
+        sample: int | None,
+        include: Patterns,
+        exclude: Patterns,
+        activations: Sequence[Activation],
+        rules: Sequence[Rule],
+        sinks: Iterable[Sink] | None,
+        on_alert: Callable[[Alert], Any] | None,
+        errors: Literal["warn", "raise"],
+    ) -> None:
+        model = _plain(model)
+        _check(every, epsilon, sample, activations, rules, errors)
+        self._model = weakref.ref(model)
+        self._every = every
+        self._errors = errors
+        self._on_alert = on_alert
+        self._sinks: list[Sink] = list(sinks or ())
+        for sink in self._sinks:
+            if not callable(sink):
+                raise TypeError(f"sinks holds {sink!r}; each must be a function of one Snapshot")
+        self._taps = Taps(activations, _selector(include, exclude), epsilon, sample, self._entered, self._left, self._fault)
+        self._judge = Judge(rules, self._fault)
+        self._latest: Snapshot | None = None
+        self._stuck: dict[str, tuple[float, int]] = {}
+        self._in_flight: list[_InFlight] = []
+        self._step = 0
+        self._misses = 0
+        self._announced = False
+        self._again = False
+        self._closed = False
+        self._manual = False
+        self._pid = os.getpid()
+        self._owned: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
+        self._stepping: list[Optimizer] = []
+        self._round: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._members: weakref.WeakSet[Optimizer] | None = None
+        self._scale: Tensor | None = None
+        self._skipped: Tensor | None = None
+        self._compiled = True
+        """Whether the model is called from compiled code; until it was seen, it may be."""
+        self._stance: Any = None
+        if log_dir is not None or writer is not None:
+            from torchsat.tensorboard.writer import TensorBoardWriter
+
+            self._sinks.insert(0, TensorBoardWriter(log_dir, writer))
+        here = weakref.WeakMethod(self._before_step), weakref.WeakMethod(self._after_step)
+        self._handles = [
+            register_optimizer_step_pre_hook(functools.partial(_call, here[0])),
+            register_optimizer_step_post_hook(functools.partial(_call, here[1])),
+        ]
+        _live.add(self)
+        _catch_sigterm()
+        self._open()
+        if not self._taps.found.sites and not self._closed:
+            log.warning("torchsat: no activation of the table was found in %s: nothing is watched. See monitor.coverage.", type(model).__name__)
+
+    @property
+    def latest(self) -> Snapshot | None:
+        """The newest snapshot that has reached the host."""
+        return self._latest
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        """The alerts that fire now, worst first."""
+        return self._judge.firing
+
+    @property
+    def coverage(self) -> Coverage:
+        """What is seen and what is not, as of the last observation."""
+        taps = self._taps
+        seen = tuple(taps.sites)
+        unseen = list(taps.found.unseen)
+        unseen += [(place, reason) for place, reason in taps.failed.items() if place != MODEL]
+        reason = "it has not run in an observed training pass"
+        unseen += [(name, reason) for name, _, _ in taps.found.sites if name not in taps.sites and name not in taps.failed]
+        return Coverage(seen, tuple(unseen))
+
+    def step(self) -> None:
+        """End a step by hand, in a loop without a torch optimizer. From then on optimizers are no longer listened to."""
+        if self._closed:
+            return
+        self._manual = True
+        with self._never_raising():
+            if self._taps.is_open:
+                self._after_weights(None)
+            self._finish_round()
+
+    def flush(self) -> None:
+        """Wait for every observation in flight, and for the sinks."""
+        with self._never_raising():
+            self._drain(wait=True)
+        for sink in list(self._sinks):
+            self._to_sink(sink, getattr(sink, "flush", None))
+
+    def close(self) -> None:
+        """Stop watching, and leave nothing behind: no hook, thread or open file. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        _live.discard(self)
+        for handle in self._handles:
+            handle.remove()
+        self._release()
+        self._taps.close()
+        self.flush()
+        for sink in list(self._sinks):
+            self._to_sink(sink, getattr(sink, "close", None))
+        self._sinks.clear()
+        if not _live:
+            _release_sigterm()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"step {self._step}"
+        return f"<torchsat.Monitor: {len(self._taps.sites)} sites, {len(self.alerts)} alerts, {state}>"
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._manual or not self._owns(optimizer):
+            return
+        with self._never_raising():
+            if optimizer in self._stepping:
+                # A step that raised never reached its end.
+                self._stepping.clear()
+            self._stepping.append(optimizer)
+            if len(self._stepping) > 1:
+                return
+            if optimizer in self._round:
+                self._finish_round()
+            if self._taps.is_open:
+                self._scale, self._skipped = _gradient_scale(optimizer)
+                self._before_weights(optimizer, closure=bool(args) or bool(kwargs.get("closure")))
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._manual or not self._stepping or self._stepping[-1] is not optimizer:
+            return
+        self._stepping.pop()
+        if self._stepping:
+            return
+        with self._never_raising():
+            self._round.add(optimizer)
+            if self._taps.is_open:
+                self._after_weights(optimizer, closure=bool(args) or bool(kwargs.get("closure")))
+            if self._round_is_over():
+                self._finish_round()
+
+    def _owns(self, optimizer: Optimizer) -> bool:
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._owned.get(optimizer)
+        if known is None or known[0] != size:
+            model = self._model()
+            if model is None:
+                self.close()
+                return False
+            mine = {id(parameter) for parameter in model.parameters()}
+            known = size, any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"])
+            self._owned[optimizer] = known
+        return known[1]
+
+    def _round_is_over(self) -> bool:
+        """Whether every optimizer that takes part in a step has stepped. In the first round: whether no gradient is left to another one."""
+        if self._members is not None:
+            return set(self._members) <= set(self._round)
+        model = self._model()
+        if model is None:
+            return True
+        stepped = {id(parameter) for optimizer in self._round for group in optimizer.param_groups for parameter in group["params"]}
+        return all(parameter.grad is None or id(parameter) in stepped for parameter in model.parameters())
+
+    def _finish_round(self) -> None:
+        self._drain()
+        if self._taps.is_open:
+            self._finish_observation()
+        self._step += 1
+        self._members = weakref.WeakSet(self._round)
+        self._round.clear()
+        if due(self._step, self._every) or self._again:
+            self._open()
+
+    def _open(self) -> None:
+        model = self._model()
+        if model is None or self._closed or MODEL in self._taps.failed:
+            return
+        with self._never_raising():
+            self._again = False
+            self._scale = self._skipped = None
+            self._taps.open(model)
+            if self._compiled:
+                self._force_eager()
+
+    def _entered(self, training: bool) -> None:
+        """The model was entered during an observation."""
+        self._compiled = _inside_compiled_code()
+        if self._taps.found.compiled:
+            self._force_eager()
+        else:
+            self._release()
+        if not training or self._stepping:
+            return
+        if self._round:
+            # An optimizer that no gradient waits for has stepped, and the next pass begins: the round was over.
+            self._finish_round()
+        elif self._taps.saw_backward:
+            self._drop_discarded()
+
+    def _left(self) -> None:
+        self._release()
+        if self._compiled and self._taps.is_open:
+            self._force_eager()
+
+    def _drop_discarded(self) -> None:
+        """Forget the passes of this step whose gradients were thrown away, as a GradScaler does on overflow."""
+        model = self._model()
+        grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad] if model is not None else []
+        if all(grad is None for grad in grads):
+            self._taps.empty()
+        else:
+            alive = [grad.count_nonzero() > 0 for grad in grads if grad is not None and not grad.is_sparse]
+            if alive:
+                self._taps.empty(torch.stack([flag.to(alive[0].device) for flag in alive]).any())
+
+    def _before_weights(self, optimizer: Optimizer, closure: bool) -> None:
+        divisor = getattr(optimizer, "grad_scale", None)
+        for layer, weight in self._weights_of(optimizer):
+            layer.before_step(weight, self._taps.limit, self._taps.turn)
+            if not closure:
+                layer.observe_grad(weight, divisor)
+
+    def _after_weights(self, optimizer: Optimizer | None, closure: bool = False) -> None:
+        for layer, weight in self._weights_of(optimizer):
+            if closure or optimizer is None:
+                layer.observe_grad(weight, None)
+            layer.after_step(weight)
+
+    def _weights_of(self, optimizer: Optimizer | None) -> list[tuple[Any, Tensor]]:
+        """The observed layers whose weight this optimizer owns; of None, all."""
+        owned = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+        feeders = self._taps.feeders()
+        found = []
+        for name, module in self._taps.found.layers:
+            layer = self._taps.layers.get(name)
+            if layer is not None and name in feeders and (owned is None or id(module.weight) in owned):
+                found.append((layer, cast(Tensor, module.weight)))
+        return found
+
+    def _finish_observation(self) -> None:
+        """Pack what was measured, send it to the host, and take the hooks off."""
+        taps = self._taps
+        model = self._model()
+        taps.close()
+        self._release()
+        if not taps.saw_pass:
+            self._miss(model)
+            return
+        self._misses = 0
+        for name, module in taps.found.layers:
+            # A layer no optimizer owns (a frozen part) has a gain and an input too.
+            layer = taps.layers.get(name)
+            if layer is not None and name in taps.feeders() and "weight_sq" not in layer.columns and layer.inputs is not None:
+                layer.after_step(cast(Tensor, module.weight))
+        facts: list[dict[str, Any]] = []
+        weight_facts: list[dict[str, Any]] = []
+        by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+        for site in taps.sites.values():
+            if site.row is None:
+                continue
+            constants = site.bound.constants
+            facts.append(
+                {
+                    "site": site.name,
+                    "activation": site.bound.activation.name,
+                    "tails": site.bound.tails,
+                    "output": bool(site.output),
+                    "units": site.units,
+                    "normal_low": constants.normal_low if constants else None,
+                    "normal_high": constants.normal_high if constants else None,
+                    "normal_derivative": constants.normal_derivative if constants else None,
+                    "_device": site.row.device,
+                }
+            )
+            rows, _ = by_device.setdefault(site.row.device, ([], []))
+            rows.append(torch.cat([site.row, summarise_units(site.block, site.row.device)]))
+        feeds = taps.feeders()
+        for layer in taps.layers.values():
+            row = layer.row()
+            if row is None or layer.name not in feeds:
+                continue
+            weight_facts.append({"name": layer.name, "feeds": feeds[layer.name], "fan_in": layer.fan_in, "_device": row.device})
+            by_device.setdefault(row.device, ([], []))[1].append(row)
+        if not facts:
+            return
+        parts = []
+        for device in by_device:
+            scale, skipped = (self._number(value, device) for value in (self._scale, self._skipped))
+            parts.append(_to_host(torch.cat([*by_device[device][0], *by_device[device][1], torch.stack([scale, skipped])])))
+        order = {device: index for index, device in enumerate(by_device)}
+        for each in (*facts, *weight_facts):
+            each["_device"] = order[each["_device"]]
+        self._in_flight.append(_InFlight(self._step, time.time(), facts, weight_facts, parts))
+        for layer in taps.layers.values():
+            layer.forget()
+        self._drain()
+
+    def _number(self, value: Tensor | None, device: torch.device) -> Tensor:
+        dtype = accumulator(device)
+        if value is None:
+            return torch.full((), math.nan, dtype=dtype, device=device)
+        return value.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=True)
+
+    def _miss(self, model: nn.Module | None) -> None:
+        """An observed step without a training pass is not a silent gap."""
+        self._misses += 1
+        if self._misses == 3 and model is not None:
+            why = (
+                "it is in evaluation mode; call model.train() for training"
+                if not any(module.training for module in model.modules())
+                else "its activations did not run, or only without gradients, or in a compiled function torchsat did not find"
+            )
+            log.warning("torchsat: three steps were to be observed, but no training pass of %s was seen: %s.", type(model).__name__, why)
+        self._compiled = True
+        self._again = self._misses < 3
+
+    def _drain(self, wait: bool = False) -> None:
+        """Judge and hand on what has arrived, in order."""
+        if len(self._in_flight) > _MOST_IN_FLIGHT:
+            wait = True
+        while self._in_flight and (wait or self._in_flight[0].arrived()):
+            flight = self._in_flight.pop(0)
+            flight.wait()
+            self._deliver(flight)
+
+    def _deliver(self, flight: _InFlight) -> None:
+        hosts = [part.tolist() for part, _ in flight.parts]
+        places = [0] * len(hosts)
+        scale, skipped = hosts[0][-2:]
+        if skipped > 0:
+            # The optimizer itself found an overflow and did nothing: not a step.
+            self._again = True
+            return
+        scale = 1.0 if math.isnan(scale) or scale <= 0 else scale
+
+        def cut(facts: dict[str, Any], width: int) -> list[float]:
+            part = facts.pop("_device")
+            start = places[part]
+            places[part] += width
+            return cast("list[float]", hosts[part][start : start + width])
+
+        records: list[Record] = []
+        weights: list[Weight] = []
+        for facts in flight.facts:
+            row = cut(facts, len(SUMS) + len(MAXES) + len(UNITS))
+            record, stuck = to_record(facts, row, scale, self._stuck.get(record_name := facts["site"]))
+            if stuck is not None:
+                self._stuck[record_name] = stuck
+            if record.n or record.nonfinite:
+                records.append(record)
+        for facts in flight.weight_facts:
+            weights.append(to_weight(facts, cut(facts, len(COLUMNS))))
+        snapshot = Snapshot(flight.step, flight.time, tuple(records), tuple(weights))
+        snapshot = replace(snapshot, alerts=self._judge.judge(snapshot))
+        self._latest = snapshot
+        self._announce(snapshot)
+        for alert in snapshot.alerts:
+            _say(alert)
+            if self._on_alert is not None:
+                try:
+                    self._on_alert(alert)
+                except Exception as error:
+                    self._on_alert = None
+                    self._fault("on_alert", error)
+        for sink in list(self._sinks):
+            self._to_sink(sink, functools.partial(sink, snapshot))
+
+    def _announce(self, snapshot: Snapshot) -> None:
+        """One line after the first observation: what is watched, what is not."""
+        if self._announced:
+            return
+        self._announced = True
+        unseen = self.coverage.unseen
+        rest = ""
+        if unseen:
+            names = ", ".join(place for place, _ in unseen[:3]) + (", ..." if len(unseen) > 3 else "")
+            rest = f"; not seen: {len(unseen)} ({names}), see monitor.coverage"
+        log.info("torchsat: watching %d sites and %d layers%s", len(snapshot.records), len(snapshot.weights), rest)
+
+    def _to_sink(self, sink: Sink, call: Callable[[], Any] | None) -> None:
+        if call is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+            self._fault(f"sink {getattr(sink, '__qualname__', type(sink).__name__)}", error)
+
+    def _fault(self, place: str, error: Exception) -> None:
+        """The monitor failed at a place: say so once, and go on without it."""
+        if self._errors == "raise":
+            raise error
+        lost = "all monitoring stops" if place == MODEL else f"{place} is no longer watched" if "sink" not in place else "it gets no more snapshots"
+        log.warning("torchsat: %s: %s: %s; %s. Training is not affected.", place, type(error).__name__, error, lost)
+        if place == MODEL:
+            self._taps.failed[MODEL] = str(error)
+            self._taps.close()
+            self._release()
+
+    def _never_raising(self) -> _NeverRaising:
+        return _NeverRaising(self)
+
+    def _force_eager(self) -> None:
+        if self._stance is None:
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def _release(self) -> None:
+        if self._stance is not None:
+            stance, self._stance = self._stance, None
+            stance.__exit__(None, None, None)
+
+
+class _NeverRaising:
+    """The body runs without gradients; what it raises ends the monitor, not training."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._monitor = monitor
+        self._no_grad = torch.no_grad()
+
+    def __enter__(self) -> None:
+        self._no_grad.__enter__()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self._no_grad.__exit__(kind, error, trace)
+        if not isinstance(error, Exception):
+            return False
+        self._monitor._fault(MODEL, error)
+        return True
+
+
+def _plain(model: Any) -> nn.Module:
+    """The module itself, out of its compiled or distributed wrapper; TypeError where it cannot be watched."""
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            "nn.DataParallel cannot be watched: it runs copies of the model that are thrown away after each pass. "
+            "Use torch.nn.parallel.DistributedDataParallel, or watch the module inside it on one device."
+        )
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise TypeError("a TorchScript model cannot be watched: its modules do not run Python hooks. Watch the model before torch.jit.script.")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            break
+        model = inner
+    assert isinstance(model, nn.Module)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.DataParallel, torch.jit.ScriptModule)):
+            raise TypeError(f"{clean(name)} is a {type(module).__name__}, which cannot be watched; see torchsat.watch(exclude=...) only for sites")
+    return model
+
+
+def _check(every: Any, epsilon: Any, sample: Any, activations: Any, rules: Any, errors: Any) -> None:
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"every is {every!r}; allowed are whole numbers from 1 up (steps between observations)")
+    if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
+        raise ValueError(f"epsilon is {epsilon!r}; allowed are numbers between 0 and 1 (a share of the peak derivative; 0.05 by default)")
+    if sample is not None and (not isinstance(sample, int) or isinstance(sample, bool) or sample < 1):
+        raise ValueError(f"sample is {sample!r}; allowed are whole numbers from 1 up, or None for all elements")
+    for kind, values in ((Activation, activations), (Rule, rules)):
+        name = f"{kind.__name__.lower()}s"
+        if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"{name} must be a tuple of torchsat.{kind.__name__}, such as (*torchsat.{name.upper()}, torchsat.{kind.__name__}(...))")
+    if errors not in ("warn", "raise"):
+        raise ValueError(f'errors is {errors!r}; allowed are "warn" and "raise"')
+
+
+def _selector(include: Patterns, exclude: Patterns) -> Callable[[str], bool]:
+    wanted, unwanted = ([patterns] if isinstance(patterns, str) else list(patterns or ()) for patterns in (include, exclude))
+
+    def selects(name: str) -> bool:
+        if wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
+            return False
+        return not any(fnmatch.fnmatchcase(name, pattern) for pattern in unwanted)
+
+    return selects
+
+
+def _to_host(packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The numbers on the host, and the event after which they are there."""
+    if packed.device.type != "cuda":
+        return packed.cpu(), None
+    host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    host.copy_(packed, non_blocking=True)
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(packed.device))
+    return host, event
+
+
+def _gradient_scale(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+    """What a GradScaler multiplied the loss with, and whether it found an overflow that the optimizer will act on.
+
+    A scaler leaves no trace on model or optimizer before the step, but it is the scaler that calls `step`.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(48):
+        if frame is None:
+            return None, None
+        caller = frame.f_locals.get("self") if frame.f_code.co_name in ("step", "_maybe_opt_step") else None
+        if isinstance(caller, torch.amp.GradScaler):
+            return (caller._scale if caller.is_enabled() else None), getattr(optimizer, "found_inf", None)
+        frame = frame.f_back
+    return None, None
+
+
+def _inside_compiled_code() -> bool:
+    """Whether a function made by torch.compile is on the stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _say(alert: Alert) -> None:
+    level = logging.INFO if not alert.firing else logging.ERROR if alert.severity == "critical" else logging.WARNING
+    since = f", since step {alert.since}" if alert.firing else ""
+    log.log(level, "torchsat: step %d: %s%s", alert.step, alert.message, since)
+
+
+def _call(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:
+    bound = None if torch.compiler.is_compiling() else method()
+    if bound is not None:
+        bound(*args)
+
+
+_live: weakref.WeakSet[Monitor] = weakref.WeakSet()
+_previous: Any = None
+_installed = False
+
+
+@atexit.register
+def _close_all() -> None:
+    for monitor in list(_live):
+        if monitor._pid == os.getpid():
+            monitor.close()
+
+
+def _catch_sigterm() -> None:
+    """Lose nothing to SIGTERM, where nobody else listens to it."""
+    global _installed, _previous
+    if _installed or threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        _previous = signal.signal(signal.SIGTERM, _on_sigterm)
+        _installed = True
+
+
+def _release_sigterm() -> None:
+    global _installed
+    if not _installed or threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, _previous)
+    _installed = False
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    """Flush on another thread, then die of the signal as before: the main thread may hold the very lock that a flush needs."""
+    flusher = threading.Thread(target=_close_all, daemon=True)
+    flusher.start()
+    flusher.join(10)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,202 @@
+"""The values that both halves of torchsat know; standard library only.
+
+The half that measures (torch) makes them, the half that judges, draws and reports (never torch) reads them. All are frozen. A number that
+cannot be known (no gradient seen, a function without a peak, a window not yet full) is None, never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal
+
+Severity = Literal["warning", "critical"]
+Tails = Literal["both", "low", "high", "none"]
+
+OCTAVES = 24
+"""The histogram of the relative derivative reaches from 2^-24 to 1."""
+
+HISTOGRAM_EDGES: tuple[float, ...] = (0.0, *(2.0**-k * half for k in range(OCTAVES, 0, -1) for half in (1.0, 1.5)), 1.0)
+"""Edges of the histogram bins: the first bin is [0, 2^-24), the others split each octave in two, the last one is [0.75, 1]."""
+
+HISTOGRAM_BINS = len(HISTOGRAM_EDGES) - 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one site at one observation.
+
+    All shares lie in [0, 1]. The facts of the site come first and stay the same; the measured numbers follow.
+    """
+
+    site: str
+    activation: str
+    tails: Tails
+    """Which sides of the function are plateaus."""
+    output: bool
+    """The site makes an output of the model: saturation is what it is for, and the default rules leave it alone."""
+    units: int | None
+    """Channels or features; None where the unit axis has no fixed size."""
+    normal_low: float | None
+    """`low` for z ~ N(0, 1): what a healthy layer of this activation shows."""
+    normal_high: float | None
+    normal_derivative: float | None
+    """`relative_derivative` for z ~ N(0, 1)."""
+
+    n: int
+    """Elements measured, non-finite ones not counted. At most `sample` per call of the site."""
+    elements: int
+    """Elements that passed through the site."""
+    saturated: float | None
+    """Share of elements in a tail, where |f'| stays below epsilon of its peak."""
+    low: float | None
+    high: float | None
+    derivative: float | None
+    """E|f'(z)|."""
+    derivative_rms: float | None
+    """sqrt(E f'(z)^2)."""
+    peak: float | None
+    """sup|f'|."""
+    relative_derivative: float | None
+    """E|f'(z)| / peak: 1 is a fully open activation, 0 a closed one."""
+    stuck: float | None
+    """Share of units saturated in at least 99 % of at least 1000 samples."""
+    stuck_n: int | None
+    """The samples of the least sampled unit behind `stuck`."""
+    z_mean: float | None
+    z_std: float | None
+    z_rms: float | None
+    z_min: float | None
+    z_max: float | None
+    a_mean: float | None
+    a_std: float | None
+    a_min: float | None
+    a_max: float | None
+    zeros: float | None
+    """Share of activations that are exactly 0."""
+    nonfinite: int
+    """Measured elements where z or a is inf or nan. They enter no other number."""
+    grad_n: int
+    """Elements at which the gradient was measured."""
+    grad_nonfinite: int
+    attenuation: float | None
+    """||dL/dz|| / ||dL/da||: what this activation alone does to the gradient."""
+    grad_a_rms: float | None
+    """sqrt(mean (dL/da)^2), unscaled where a GradScaler is used."""
+    grad_z_rms: float | None
+    histogram: tuple[float, ...] | None = None
+    """Share of elements per bin of HISTOGRAM_EDGES, of |f'| / peak."""
+
+    @property
+    def z_absmax(self) -> float | None:
+        return None if self.z_min is None or self.z_max is None else max(abs(self.z_min), abs(self.z_max))
+
+
+@dataclass(frozen=True)
+class Weight:
+    """What is known of one layer that feeds a site, at one observation."""
+
+    name: str
+    feeds: tuple[str, ...]
+    """The sites that this layer's output reaches first."""
+    fan_in: int
+
+    gain: float | None
+    """rms(W) * sqrt(fan_in), which is ||W||_F / sqrt(fan_out) of a linear layer: 1 under Xavier (square), sqrt(2) under He, 0.577 by default."""
+    norm: float | None
+    grad_norm: float | None
+    """Norm of dL/dW as the optimizer received it, unscaled where a GradScaler is used."""
+    update_ratio: float | None
+    """||change of W by this step|| / ||W||."""
+    input_rms: float | None
+    input_centred_share: float | None
+    """Share of the input's mean square that varies between samples; the rest is a constant offset of each feature."""
+    input_n: int
+
+
+@dataclass(frozen=True)
+class Cause:
+    """One explanation of an alert, with its share of the blame, the figures behind it and what to try."""
+
+    name: str
+    share: float
+    evidence: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A rule that fired (`firing`) or cleared (not `firing`) at a site."""
+
+    site: str
+    rule: str
+    severity: Severity
+    value: float
+    threshold: float
+    since: int
+    """The step at which the condition began."""
+    step: int
+    """The step of `value`."""
+    firing: bool
+    message: str
+    causes: tuple[Cause, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Alert:
+        known = {field.name for field in fields(Alert)}
+        kept = {key: value for key, value in values.items() if key in known}
+        return Alert(**{**kept, "causes": tuple(Cause(**cause) for cause in kept.get("causes", ()))})
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that was measured at one observation: records in the order in which data flows through the model."""
+
+    step: int
+    time: float
+    """Seconds since the epoch, when the observation ended."""
+    records: tuple[Record, ...]
+    weights: tuple[Weight, ...] = ()
+    alerts: tuple[Alert, ...] = ()
+    """The alerts that fired or cleared at this observation."""
+
+    def __getitem__(self, site: str) -> Record:
+        for record in self.records:
+            if record.site == site:
+                return record
+        names = [record.site for record in self.records]
+        near = get_close_matches(site, names, n=3) or names[:5]
+        raise KeyError(f"no site {site!r} at step {self.step}; " + (f"near it: {', '.join(near)}" if near else "the snapshot is empty"))
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What a monitor sees and what it does not."""
+
+    seen: tuple[str, ...]
+    """Sites measured at least once."""
+    unseen: tuple[tuple[str, str], ...]
+    """(place, reason)."""
+
+
+SITE_FACTS = ("site", "activation", "tails", "output", "units", "normal_low", "normal_high", "normal_derivative")
+RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not in (*SITE_FACTS, "histogram"))
+WEIGHT_FACTS = ("name", "feeds", "fan_in")
+WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
+COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "input_n")
+
+
+def to_float(value: float | None) -> float:
+    """None as NaN, for a tensor or a chart."""
+    return math.nan if value is None else float(value)
+
+
+def from_float(name: str, value: float) -> float | int | None:
+    """The inverse of `to_float` for the metric of that name."""
+    if math.isnan(value):
+        return None
+    return round(value) if name in COUNTS else value

@@ -1,0 +1,332 @@
+"""Rules: when a number is worth a word; standard library only.
+
+A rule is a row: what to measure, where it warns, where it is critical. The `Judge` adds what keeps alerts rare: a rule fires only after
+`patience` observations in a row beyond its limit, and clears only after as many on the safe side of `HYSTERESIS` times the limit. Rows of
+the same name are one rule with several criteria: at one place at most one alert of it fires.
+
+Sources of the limits: a hidden layer is saturated when its tails hold 20 points more than N(0, 1) puts there, or half of all elements, or
+when E|f'| / peak falls below 0.40 (0.25); the second criterion is needed beside the first, since the drifting sigmoid layer of Glorot and
+Bengio (2010) has no element in a tail. The gradient limits are the range of float16. A rectifier is sparse by design (networks with 90 %
+zeros train well), so of one-sided functions only stuck units and a wholly closed layer are reported.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torchsat.record import Alert, Record, Severity, Snapshot, Weight
+
+HYSTERESIS = 0.8
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One criterion.
+
+    Args:
+        name: of the alert. Several rows may share it.
+        value: from (record or weight, snapshot) to the number that is judged; None: nothing is judged there.
+        warning, critical: the limits, numbers or functions of the record or weight; None: no such level.
+        says: the sentence of the alert, from (record or weight, value, limit).
+        below: the rule fires below its limits, not above.
+        patience: observations in a row.
+        over: what is judged.
+    """
+
+    name: str
+    value: Callable[[Any, Snapshot], float | None]
+    warning: float | Callable[[Any], float | None] | None
+    critical: float | Callable[[Any], float | None] | None
+    says: Callable[[Any, float, float], str]
+    below: bool = False
+    patience: int = 3
+    over: Literal["records", "weights"] = "records"
+
+    def limit(self, severity: Severity, item: Record | Weight) -> float | None:
+        """The limit of that level at this record or weight."""
+        limit = self.critical if severity == "critical" else self.warning
+        return limit(item) if callable(limit) else limit
+
+    def beyond(self, value: float, limit: float) -> bool:
+        return value <= limit if self.below else value >= limit
+
+    def safe(self, value: float, limit: float) -> bool:
+        """Whether the value is clear of the limit by the hysteresis."""
+        return value > limit / HYSTERESIS if self.below else value < limit * HYSTERESIS
+
+
+def percent(share: float) -> str:
+    """A share for people: never 0 % or 100 % unless it is."""
+    points = 100 * share
+    if 0 < points < 0.1 or 99.9 < points < 100:
+        return "< 0.1 %" if points < 50 else "> 99.9 %"
+    return f"{points:.1f} %" if points < 10 or points > 90 else f"{points:.0f} %"
+
+
+def _two_sided_share(record: Record, snapshot: Snapshot) -> float | None:
+    """The share in those tails that a healthy layer leaves mostly empty (not the low side of ReLU6)."""
+    if record.output or record.tails != "both" or record.low is None or record.high is None:
+        return None
+    sides = ((record.low, record.normal_low), (record.high, record.normal_high))
+    return sum(share for share, normal in sides if (normal or 0.0) < 0.25)
+
+
+def _normal_share(record: Record) -> float:
+    return sum(normal for normal in (record.normal_low, record.normal_high) if normal is not None and normal < 0.25)
+
+
+def _share_limit(record: Record) -> float:
+    return _normal_share(record) + 0.2
+
+
+def _share_limit_critical(record: Record) -> float:
+    return max(0.5, _normal_share(record) + 0.35)
+
+
+def _one_sided_share(record: Record, snapshot: Snapshot) -> float | None:
+    return record.saturated if record.tails in ("low", "high") and not record.output else None
+
+
+def _slope(record: Record, snapshot: Snapshot) -> float | None:
+    return record.relative_derivative if record.tails == "both" and not record.output else None
+
+
+def _slope_limit(record: Record) -> float:
+    return min(0.40, 0.65 * (record.normal_derivative or 1.0))
+
+
+def _slope_limit_critical(record: Record) -> float:
+    return min(0.25, 0.40 * (record.normal_derivative or 1.0))
+
+
+def _stuck(record: Record, snapshot: Snapshot) -> float | None:
+    return None if record.output else record.stuck
+
+
+def _over_depth(record: Record, snapshot: Snapshot) -> float | None:
+    """rms dL/dz at the first site over that at the last one before the output; judged at the first site."""
+    sites = [each for each in snapshot.records if each.grad_z_rms is not None]
+    hidden = [each for each in sites if not each.output]
+    if len(hidden) < 2 or record is not hidden[0] or record.grad_z_rms is None or not hidden[-1].grad_z_rms:
+        return None
+    return record.grad_z_rms / hidden[-1].grad_z_rms
+
+
+def _relative_update(weight: Weight, snapshot: Snapshot) -> float | None:
+    """The update ratio of this layer over the median of all: schedules and optimizers move all layers alike."""
+    ratios = [each.update_ratio for each in snapshot.weights if each.update_ratio is not None]
+    if len(ratios) < 3 or weight.update_ratio is None:
+        return None
+    median = statistics.median(ratios)
+    return weight.update_ratio / median if median else None
+
+
+def _nonfinite(record: Record, snapshot: Snapshot) -> float:
+    return float(record.nonfinite)
+
+
+def _nonfinite_grad(record: Record, snapshot: Snapshot) -> float:
+    return float(record.grad_nonfinite)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "saturated",
+        _two_sided_share,
+        _share_limit,
+        _share_limit_critical,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}) is saturated: {percent(value)} of its inputs lie on a plateau "
+            f"({percent(r.low)} low, {percent(r.high)} high; limit {percent(limit)}, N(0, 1) inputs give {percent(_normal_share(r))})"
+        ),
+    ),
+    Rule(
+        "saturated",
+        _slope,
+        _slope_limit,
+        _slope_limit_critical,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}) is saturated: its mean derivative is {percent(value)} of the peak (limit {percent(limit)}); "
+            f"it outputs {r.a_mean:.3g} +- {r.a_std:.2g}"
+        ),
+        below=True,
+    ),
+    Rule(
+        "saturated",
+        _one_sided_share,
+        None,
+        0.99,
+        lambda r, value, limit: f"{r.site} ({r.activation}) is closed: {percent(value)} of its inputs lie on its plateau (limit {percent(limit)})",
+    ),
+    Rule(
+        "stuck_units",
+        _stuck,
+        0.2,
+        0.5,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}): {percent(value)} of its {r.units} units are {'dead' if r.tails == 'low' else 'stuck on a plateau'}, "
+            f"saturated in at least 99 % of {r.stuck_n} samples (limit {percent(limit)} of the units)"
+        ),
+        patience=1,
+    ),
+    Rule(
+        "vanishing_gradient",
+        _over_depth,
+        1e-3,
+        1e-6,
+        lambda r, value, limit: (
+            f"the gradient vanishes: at {r.site}, the first site, dL/dz is {value:.1e} of what it is at the last (limit {limit:.0e})"
+        ),
+        below=True,
+    ),
+    Rule(
+        "exploding_gradient",
+        _over_depth,
+        1e3,
+        1e6,
+        lambda r, value, limit: (
+            f"the gradient explodes: at {r.site}, the first site, dL/dz is {value:.1e} times what it is at the last (limit {limit:.0e})"
+        ),
+    ),
+    Rule(
+        "frozen_weights",
+        _relative_update,
+        1e-3,
+        1e-5,
+        lambda w, value, limit: (
+            f"{w.name}, which feeds {', '.join(w.feeds)}, is frozen: a step changes it by {w.update_ratio:.1e} of itself, "
+            f"{value:.1e} of what the median layer gets (limit {limit:.0e})"
+        ),
+        below=True,
+        over="weights",
+    ),
+    Rule(
+        "nonfinite",
+        _nonfinite,
+        None,
+        1.0,
+        lambda r, value, limit: f"{r.site} ({r.activation}): {value:.0f} of {r.n + r.nonfinite} measured elements are inf or nan",
+        patience=1,
+    ),
+    Rule(
+        "nonfinite",
+        _nonfinite_grad,
+        None,
+        1.0,
+        lambda r, value, limit: f"{r.site} ({r.activation}): {value:.0f} of {r.grad_n + r.grad_nonfinite} measured gradient elements are inf or nan",
+        patience=1,
+    ),
+)
+
+
+@dataclass
+class _State:
+    """One rule at one place."""
+
+    streak: dict[Severity, int]
+    since: int | None = None
+    calm: int = 0
+    alert: Alert | None = None
+
+
+class Judge:
+    """Holds each rule against each observation, in order, and remembers what fires.
+
+    `fault` is told of a rule that raised; that rule is then left out.
+    """
+
+    def __init__(self, rules: Sequence[Rule] = RULES, fault: Callable[[str, Exception], None] | None = None) -> None:
+        self._fault = fault
+        self._groups: dict[str, list[Rule]] = {}
+        for rule in rules:
+            self._groups.setdefault(rule.name, []).append(rule)
+        self._states: dict[tuple[str, str], _State] = {}
+
+    @property
+    def firing(self) -> tuple[Alert, ...]:
+        """The alerts that fire now, worst first, each with its latest value."""
+        alerts = [state.alert for state in self._states.values() if state.alert is not None]
+        return tuple(sorted(alerts, key=lambda alert: (alert.severity != "critical", alert.since)))
+
+    def judge(self, snapshot: Snapshot) -> tuple[Alert, ...]:
+        """The alerts that fire, worsen or clear at this observation."""
+        events = []
+        for name, rules in list(self._groups.items()):
+            items: Sequence[Record | Weight] = snapshot.weights if rules[0].over == "weights" else snapshot.records
+            for item in items:
+                place = item.name if isinstance(item, Weight) else item.site
+                try:
+                    event = self._judge_one(place, name, rules, item, snapshot)
+                except Exception as error:
+                    del self._groups[name]
+                    if self._fault is None:
+                        raise
+                    self._fault(f"rule {name}", error)
+                    break
+                if event is not None:
+                    events.append(event)
+        return tuple(events)
+
+    def _judge_one(self, place: str, name: str, rules: list[Rule], item: Record | Weight, snapshot: Snapshot) -> Alert | None:
+        values = [(rule, value) for rule in rules if (value := rule.value(item, snapshot)) is not None]
+        if not values:
+            return None
+        state = self._states.setdefault((place, name), _State({"warning": 0, "critical": 0}))
+        worst: tuple[Rule, float, Severity, float] | None = None
+        levels: tuple[Severity, ...] = ("critical", "warning")
+        for severity in levels:
+            over = [(rule, value, limit) for rule, value in values if (limit := rule.limit(severity, item)) is not None and rule.beyond(value, limit)]
+            if over and worst is None:
+                worst = (over[0][0], over[0][1], severity, over[0][2])
+            # What is critical has also passed the warning level, whether or not the rule has one.
+            reached = bool(over) or (severity == "warning" and worst is not None)
+            state.streak[severity] = state.streak[severity] + 1 if reached else 0
+        if worst is not None:
+            rule, value, _, _ = worst
+            state.calm = 0
+            if state.since is None:
+                state.since = snapshot.step
+            severities: list[Severity] = [level for level in levels if state.streak[level] >= rule.patience]
+            if not severities:
+                return None
+            severity = severities[0]
+            limit = rule.limit(severity, item)
+            if limit is None or not rule.beyond(value, limit):
+                rule, value, _, limit = worst
+            alert = Alert(place, name, severity, value, limit, state.since, snapshot.step, True, rule.says(item, value, limit))
+            before = state.alert
+            if before is not None and (before.severity == severity or before.severity == "critical"):
+                state.alert = replace(alert, severity=before.severity)
+                return None
+            state.alert = alert
+            return alert
+        if state.alert is None:
+            state.since = None
+            return None
+        lowest = [
+            (rule, value, limit)
+            for rule, value in values
+            if (limit := rule.limit("warning", item) if rule.warning is not None else rule.limit("critical", item)) is not None
+        ]
+        if not all(rule.safe(value, limit) for rule, value, limit in lowest):
+            state.calm = 0
+            return None
+        state.calm += 1
+        if state.calm < max(rule.patience for rule in rules):
+            return None
+        last, state.alert, state.since, state.calm = state.alert, None, None, 0
+        value = next((value for rule, value, limit in lowest if limit == last.threshold), lowest[0][1])
+        return replace(last, value=value, step=snapshot.step, firing=False, message=f"{place}: no longer {_ADJECTIVE.get(name, name)}")
+
+
+_ADJECTIVE = {
+    "saturated": "saturated",
+    "stuck_units": "full of stuck units",
+    "vanishing_gradient": "short of gradient",
+    "exploding_gradient": "flooded with gradient",
+    "frozen_weights": "frozen",
+    "nonfinite": "non-finite",
+}

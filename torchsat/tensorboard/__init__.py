@@ -1,0 +1,33 @@
+"""All that knows TensorBoard: the tags and packed tensors that writer and reader share. Never torch.
+
+One `Summary` per observation. In it, at most a dozen scalars of the whole network under `torchsat/`, one scalar per site for the saturated
+share under `torchsat.saturated/`, and packed float32 tensors of everything, which a person never sees and `torchsat.read` reads back:
+
+    torchsat/records.<hash>     [metrics, sites]     torchsat/histogram.<hash>   [sites, bins]
+    torchsat/weights.<hash>     [metrics, layers]    torchsat/events             one string: the alerts of this step as JSON
+
+TensorBoard keeps only the first metadata of a tag. The content of that metadata names rows and columns, so the tag carries a hash of it: a
+resumed run with other sites writes another tag.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+PLUGIN = "torchsat"
+FORMAT = 1
+SUBRUN = "torchsat"
+"""Where the event file goes below the user's directory: a second live file beside the user's own can stop the user's curves."""
+
+RECORDS, HISTOGRAM, WEIGHTS, EVENTS = "torchsat/records", "torchsat/histogram", "torchsat/weights", "torchsat/events"
+
+
+def content(kind: str, **names: Any) -> str:
+    """The metadata content of a packed tensor, in one canonical form."""
+    return json.dumps({"v": FORMAT, "kind": kind, **names}, separators=(",", ":"))
+
+
+def tag(kind: str, described: str) -> str:
+    return f"{kind}.{hashlib.sha256(described.encode()).hexdigest()[:8]}"

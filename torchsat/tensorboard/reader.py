@@ -1,0 +1,170 @@
+"""Snapshots back from event files: never torch, and never silent about a damaged file.
+
+TensorBoard's own readers return the good prefix of a damaged file and say nothing. The framing is read here (length, its checksum, payload,
+its checksum), the protocol buffers and checksums are TensorBoard's. Only payloads that hold our data are checked and parsed.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+from torchsat.record import HISTOGRAM_BINS, Alert, Record, Snapshot, Weight, from_float
+from torchsat.tensorboard import EVENTS, FORMAT, HISTOGRAM, PLUGIN, RECORDS, WEIGHTS
+
+
+@dataclass
+class Run:
+    """What the event files of one directory hold."""
+
+    directory: str
+    snapshots: list[Snapshot] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+    """One sentence per file that could not be read to its end."""
+
+
+def read(run_dir: str | os.PathLike[str]) -> list[Snapshot]:
+    """The snapshots of one run, in order of steps, from its event files.
+
+    Args:
+        run_dir: the directory given to `watch`, or the one that holds the event files.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or no torchsat data in it.
+        ValueError: it holds several runs; the message lists them.
+    """
+    runs = read_runs(run_dir)
+    if len(runs) > 1:
+        names = ", ".join(run.directory for run in runs)
+        raise ValueError(f"{os.fspath(run_dir)} holds {len(runs)} runs: {names}. Read one of them at a time.")
+    return runs[0].snapshots
+
+
+def read_runs(run_dir: str | os.PathLike[str]) -> list[Run]:
+    """Every run at or below a directory. Raises FileNotFoundError where there is none."""
+    top = Path(run_dir)
+    if not top.is_dir():
+        raise FileNotFoundError(f"{top} is not a directory; give the one that was given to torchsat.watch(model, ...)")
+    folders: dict[Path, list[Path]] = {}
+    for path in sorted(top.rglob("*tfevents*")):
+        if path.is_file():
+            folders.setdefault(path.parent, []).append(path)
+    runs = [_read_folder(folder, files) for folder, files in folders.items()]
+    runs = [run for run in runs if run.snapshots or run.damage]
+    if not any(run.snapshots for run in runs):
+        damage = "".join(f" {sentence}" for run in runs for sentence in run.damage)
+        count = sum(map(len, folders.values()))
+        raise FileNotFoundError(f"no torchsat data below {top} ({count} event files there).{damage}")
+    return [run for run in runs if run.snapshots]
+
+
+def _read_folder(folder: Path, files: list[Path]) -> Run:
+    run, contents = Run(str(folder)), dict[str, dict[str, Any]]()
+    by_step: dict[int, Snapshot] = {}
+    for path in files:
+        first = True
+        for event in _events(path, run.damage):
+            try:
+                snapshot = _snapshot(event, contents)
+            except (KeyError, ValueError, TypeError, DecodeError) as error:
+                run.damage.append(f"{path.name}: step {event.step} could not be understood ({type(error).__name__}: {error})")
+                continue
+            if snapshot is None:
+                continue
+            if first:
+                # A resumed run starts again at its checkpoint: what the lost session wrote from there on is void.
+                by_step = {step: kept for step, kept in by_step.items() if step < snapshot.step}
+                first = False
+            by_step[snapshot.step] = snapshot
+    run.snapshots = [by_step[step] for step in sorted(by_step)]
+    return run
+
+
+def _events(path: Path, damage: list[str]) -> Iterator[Event]:
+    """The events of one file that hold our data; where it breaks off, a sentence goes to `damage`."""
+    size, count, at, reason = path.stat().st_size, 0, 0, ""
+    with path.open("rb") as file:
+        while header := file.read(12):
+            if len(header) < 12:
+                reason = "truncated"
+                break
+            length, checksum = struct.unpack("<QI", header)
+            if masked_crc32c(header[:8]) != checksum:
+                reason = "corrupt (the checksum of a length does not fit)"
+                break
+            if at + 16 + length > size:
+                reason = "truncated"
+                break
+            payload = file.read(length)
+            (checksum,) = struct.unpack("<I", file.read(4))
+            if PLUGIN.encode() in payload:
+                if masked_crc32c(payload) != checksum:
+                    reason = "corrupt (the checksum of a record does not fit)"
+                    break
+                yield Event.FromString(payload)
+            count += 1
+            at += 16 + length
+    if reason:
+        damage.append(f"{path.name}: read {count} records, stopped at byte {at} of {size}: {reason}")
+
+
+def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | None:
+    records: tuple[Record, ...] | None = None
+    histograms: dict[str, tuple[float, ...]] = {}
+    weights: tuple[Weight, ...] = ()
+    alerts: tuple[Alert, ...] = ()
+    for value in event.summary.value:
+        if value.metadata.plugin_data.plugin_name != PLUGIN:
+            continue
+        if value.metadata.plugin_data.content:
+            contents[value.tag] = json.loads(value.metadata.plugin_data.content)
+        known = contents[value.tag]
+        if known["v"] != FORMAT:
+            raise ValueError(f"format {known['v']} was written by another version of torchsat; this one reads {FORMAT}")
+        kind = value.tag.partition(".")[0]
+        if kind == RECORDS:
+            records = tuple(Record(**values) for values in _columns(value.tensor, known, known["sites"]))
+        elif kind == HISTOGRAM:
+            flat = _floats(value.tensor)
+            for index, site in enumerate(known["sites"]):
+                bins = tuple(flat[index * HISTOGRAM_BINS : (index + 1) * HISTOGRAM_BINS])
+                if bins and bins[0] == bins[0]:
+                    histograms[site] = bins
+        elif kind == WEIGHTS:
+            weights = tuple(Weight(**{**values, "feeds": tuple(values["feeds"])}) for values in _columns(value.tensor, known, known["layers"]))
+        elif kind == EVENTS:
+            alerts = tuple(Alert.from_dict(alert) for alert in json.loads(value.tensor.string_val[0]))
+    if records is None:
+        return None
+    joined = tuple(Record(**{**vars(record), "histogram": histograms.get(record.site)}) for record in records)
+    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts)
+
+
+def _columns(tensor: Any, known: dict[str, Any], items: list[list[Any]]) -> Iterator[dict[str, Any]]:
+    """Facts and metrics of each column of a packed tensor, by name."""
+    flat, width = _floats(tensor), len(items)
+    if len(flat) != len(known["metrics"]) * width:
+        raise ValueError(f"{len(flat)} numbers where {len(known['metrics'])} x {width} were announced")
+    for at, facts in enumerate(items):
+        values: dict[str, Any] = dict(zip(known["facts"], facts, strict=True))
+        for row, name in enumerate(known["metrics"]):
+            values[name] = from_float(name, flat[row * width + at])
+        yield values
+
+
+def _floats(tensor: Any) -> array.array[float]:
+    values = array.array("f", tensor.tensor_content)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values
