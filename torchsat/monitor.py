@@ -39,7 +39,7 @@ from torchsat.record import Alert, Coverage, Record, Snapshot, Weight
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record
 from torchsat.taps import MODEL, Taps, clean
-from torchsat.weights import COLUMNS, to_weight
+from torchsat.weights import COLUMNS, Layer, to_weight
 
 log = logging.getLogger("torchsat")
 
@@ -176,20 +176,19 @@ class Monitor:
         self._skipped: Tensor | None = None
         self._compiled = True
         """Whether the model is called from compiled code; until it was seen, it may be."""
-        self._stance: Any = None
         if log_dir is not None or writer is not None:
             from torchsat.tensorboard.writer import TensorBoardWriter
 
             self._sinks.insert(0, TensorBoardWriter(log_dir, writer))
-        here = weakref.WeakMethod(self._before_step), weakref.WeakMethod(self._after_step)
+        _remove_leftover()
         self._handles = [
-            register_optimizer_step_pre_hook(functools.partial(_call, here[0])),
-            register_optimizer_step_post_hook(functools.partial(_call, here[1])),
+            register_optimizer_step_pre_hook(functools.partial(_call, self._before_step)),
+            register_optimizer_step_post_hook(functools.partial(_call, self._after_step)),
         ]
         _live.add(self)
         _catch_sigterm()
         self._open()
-        if not self._taps.found.sites and not self._closed:
+        if not self._taps.names:
             log.warning("torchsat: no activation of the table was found in %s: nothing is watched. See monitor.coverage.", type(model).__name__)
 
     @property
@@ -207,10 +206,10 @@ class Monitor:
         """What is seen and what is not, as of the last observation."""
         taps = self._taps
         seen = tuple(taps.sites)
-        unseen = list(taps.found.unseen)
+        unseen = list(taps.unseen)
         unseen += [(place, reason) for place, reason in taps.failed.items() if place != MODEL]
         reason = "it has not run in an observed training pass"
-        unseen += [(name, reason) for name, _, _ in taps.found.sites if name not in taps.sites and name not in taps.failed]
+        unseen += [(name, reason) for name in taps.names if name not in taps.sites and name not in taps.failed]
         return Coverage(seen, tuple(unseen))
 
     def step(self) -> None:
@@ -236,8 +235,8 @@ class Monitor:
             return
         self._closed = True
         _live.discard(self)
-        for handle in self._handles:
-            handle.remove()
+        _leftover.extend(self._handles)
+        _remove_leftover()
         self._release()
         self._taps.close()
         self.flush()
@@ -258,7 +257,12 @@ class Monitor:
         return f"<torchsat.Monitor: {len(self._taps.sites)} sites, {len(self.alerts)} alerts, {state}>"
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._manual or not self._owns(optimizer):
+        if self._closed or self._manual:
+            return
+        if self._model() is None:
+            self.close()
+            return
+        if not self._owns(optimizer):
             return
         with self._never_raising():
             if optimizer in self._stepping:
@@ -274,7 +278,7 @@ class Monitor:
                 self._before_weights(optimizer, closure=bool(args) or bool(kwargs.get("closure")))
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._manual or not self._stepping or self._stepping[-1] is not optimizer:
+        if self._manual or self._closed or not self._stepping or self._stepping[-1] is not optimizer:
             return
         self._stepping.pop()
         if self._stepping:
@@ -291,10 +295,7 @@ class Monitor:
         known = self._owned.get(optimizer)
         if known is None or known[0] != size:
             model = self._model()
-            if model is None:
-                self.close()
-                return False
-            mine = {id(parameter) for parameter in model.parameters()}
+            mine = {id(parameter) for parameter in model.parameters()} if model is not None else set()
             known = size, any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"])
             self._owned[optimizer] = known
         return known[1]
@@ -333,7 +334,7 @@ class Monitor:
     def _entered(self, training: bool) -> None:
         """The model was entered during an observation."""
         self._compiled = _inside_compiled_code()
-        if self._taps.found.compiled:
+        if self._taps.compiled_inside:
             self._force_eager()
         else:
             self._release()
@@ -374,32 +375,28 @@ class Monitor:
                 layer.observe_grad(weight, None)
             layer.after_step(weight)
 
-    def _weights_of(self, optimizer: Optimizer | None) -> list[tuple[Any, Tensor]]:
+    def _weights_of(self, optimizer: Optimizer | None) -> list[tuple[Layer, Tensor]]:
         """The observed layers whose weight this optimizer owns; of None, all."""
         owned = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-        feeders = self._taps.feeders()
-        found = []
-        for name, module in self._taps.found.layers:
-            layer = self._taps.layers.get(name)
-            if layer is not None and name in feeders and (owned is None or id(module.weight) in owned):
-                found.append((layer, cast(Tensor, module.weight)))
-        return found
+        alive = [(layer, module) for layer in self._taps.layers.values() if (module := layer.module()) is not None]
+        weights = [(layer, cast(Tensor, module.weight)) for layer, module in alive]
+        return [(layer, weight) for layer, weight in weights if owned is None or id(weight) in owned]
 
     def _finish_observation(self) -> None:
         """Pack what was measured, send it to the host, and take the hooks off."""
         taps = self._taps
         model = self._model()
+        layers = self._weights_of(None)
         taps.close()
         self._release()
         if not taps.saw_pass:
             self._miss(model)
             return
         self._misses = 0
-        for name, module in taps.found.layers:
+        for layer, weight in layers:
             # A layer no optimizer owns (a frozen part) has a gain and an input too.
-            layer = taps.layers.get(name)
-            if layer is not None and name in taps.feeders() and "weight_sq" not in layer.columns and layer.inputs is not None:
-                layer.after_step(cast(Tensor, module.weight))
+            if "weight_sq" not in layer.columns and layer.inputs is not None:
+                layer.after_step(weight)
         facts: list[dict[str, Any]] = []
         weight_facts: list[dict[str, Any]] = []
         by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
@@ -423,7 +420,7 @@ class Monitor:
             rows, _ = by_device.setdefault(site.row.device, ([], []))
             rows.append(torch.cat([site.row, summarise_units(site.block, site.row.device)]))
         feeds = taps.feeders()
-        for layer in taps.layers.values():
+        for layer, _ in layers:
             row = layer.row()
             if row is None or layer.name not in feeds:
                 continue
@@ -439,8 +436,6 @@ class Monitor:
         for each in (*facts, *weight_facts):
             each["_device"] = order[each["_device"]]
         self._in_flight.append(_InFlight(self._step, time.time(), facts, weight_facts, parts))
-        for layer in taps.layers.values():
-            layer.forget()
         self._drain()
 
     def _number(self, value: Tensor | None, device: torch.device) -> Tensor:
@@ -550,12 +545,16 @@ class Monitor:
         return _NeverRaising(self)
 
     def _force_eager(self) -> None:
-        if self._stance is None:
-            self._stance = torch.compiler.set_stance("force_eager")
+        global _stance
+        _forcing.add(self)
+        if _stance is None:
+            _stance = torch.compiler.set_stance("force_eager")
 
     def _release(self) -> None:
-        if self._stance is not None:
-            stance, self._stance = self._stance, None
+        global _stance
+        _forcing.discard(self)
+        if _stance is not None and not _forcing:
+            stance, _stance = _stance, None
             stance.__exit__(None, None, None)
 
 
@@ -671,13 +670,31 @@ def _say(alert: Alert) -> None:
     log.log(level, "torchsat: step %d: %s%s", alert.step, alert.message, since)
 
 
-def _call(method: weakref.WeakMethod[Callable[..., None]], *args: Any) -> None:
-    bound = None if torch.compiler.is_compiling() else method()
-    if bound is not None:
-        bound(*args)
+def _call(method: Callable[..., None], *args: Any) -> None:
+    global _calls
+    if torch.compiler.is_compiling():
+        return
+    _calls += 1
+    try:
+        method(*args)
+    finally:
+        _calls -= 1
 
 
-_live: weakref.WeakSet[Monitor] = weakref.WeakSet()
+def _remove_leftover() -> None:
+    """Take the hooks of closed monitors off the optimizers; not now if torch is calling them, since that would break its loop over them."""
+    while _leftover and not _calls:
+        _leftover.pop().remove()
+
+
+_live: set[Monitor] = set()
+"""The monitors that are not closed. They live as long as their model does, whether or not the user keeps what `watch` returned."""
+_forcing: weakref.WeakSet[Monitor] = weakref.WeakSet()
+"""The monitors that need eager execution now; the stance is one for the whole process."""
+_stance: Any = None
+_calls = 0
+"""How many of our optimizer hooks are running."""
+_leftover: list[Any] = []
 _previous: Any = None
 _installed = False
 

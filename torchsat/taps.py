@@ -190,7 +190,11 @@ class Taps:
         self.sites: dict[str, Site] = {}
         """By name, in the order in which they first ran."""
         self.layers: dict[str, Layer] = {}
-        self.found = Found()
+        """What is measured of weights in this observation: at first every layer, then those that feed a site."""
+        self.names: list[str] = []
+        """The sites that a walk over the model found, whether or not they ran."""
+        self.unseen: list[tuple[str, str]] = []
+        self.compiled_inside = False
         self.failed: dict[str, str] = {}
         self.turn = 0
         self.is_open = False
@@ -210,12 +214,14 @@ class Taps:
 
     def open(self, model: nn.Module) -> None:
         """Hook the model as it is now."""
-        self.found = find(model, self.activations, self.selects)
+        found = find(model, self.activations, self.selects)
+        self.names = [name for name, _, _ in found.sites]
+        self.unseen, self.compiled_inside = found.unseen, found.compiled
         self.is_open, self.saw_pass, self.saw_backward = True, False, False
         self._passing = None
         self._last_layer = None
         self._hook(model, self._guarded(MODEL, lambda module, args: self._enter(module)), pre=True)
-        for name, module, activation in self.found.sites:
+        for name, module, activation in found.sites:
             if name in self.failed:
                 continue
             try:
@@ -231,15 +237,15 @@ class Taps:
         feeders = {layer for site in self.sites.values() for layer in site.feeds_on or ()}
         undecided = any(site.feeds_on is None for site in self._known.values())
         self._weights = {}
-        for name, module in self.found.layers:
+        self.layers = {}
+        for name, module in found.layers:
             if name in self.failed or not (undecided or name in feeders):
                 continue
             reason = why_not(module)
             if reason is not None:
                 self.failed[name] = reason
                 continue
-            layer = self.layers.setdefault(name, Layer(name, module))
-            layer.forget()
+            layer = self.layers[name] = Layer(name, module)
             self._weights[id(module.weight)] = name
             self._hook(module, self._guarded(name, self._before_layer, layer), pre=True, with_kwargs=True)
             self._hook(module, self._guarded(name, self._after_layer, layer))
@@ -247,12 +253,13 @@ class Taps:
         self._hook(model, self._guarded(MODEL, lambda module, args, output: self._leave(output)), always_call=True)
 
     def close(self) -> None:
-        """Remove every hook and forget the pass."""
+        """Remove every hook, and forget the pass and every module."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._nodes.clear()
         self._indices.clear()
+        self.layers = {}
         self._passing = None
         self.is_open = False
         self.turn += 1
@@ -313,7 +320,6 @@ class Taps:
         if site is not None:
             site.row = site.call = site.block = None
         self.sites.pop(place, None)
-        self.layers.pop(place, None)
         self.fault(place, error)
 
     def _enter(self, model: nn.Module) -> None:

@@ -7,6 +7,7 @@ x^2); its weight is measured around the optimizer's step. The weight's change is
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,10 +63,8 @@ class Layer:
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name = name
+        self.module = weakref.ref(module)
         self.fan_in = fan_in(module)
-        self.forget()
-
-    def forget(self) -> None:
         self.inputs: Tensor | None = None
         self.weight: Tensor | None = None
         self.columns: dict[str, Tensor] = {}

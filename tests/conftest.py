@@ -1,0 +1,71 @@
+import logging
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo import eval_frame
+
+import torchsat.monitor
+from torchsat.record import Record
+
+hooks = sys.modules["torch.optim.optimizer"]
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    """Every test starts from the same seed and leaves no monitor, hook or stance behind."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    left = list(torchsat.monitor._live)
+    for monitor in left:
+        monitor.close()
+    torchsat.monitor._remove_leftover()
+    torch.set_num_threads(threads)
+    logging.getLogger("torchsat").handlers.clear()
+    assert eval_frame._stance.stance == "default"
+    assert not hooks._global_optimizer_pre_hooks
+    assert not hooks._global_optimizer_post_hooks
+
+
+def record(site: str = "act", **given: object) -> Record:
+    """A healthy tanh record with what a test gives instead."""
+    values: dict[str, object] = {
+        "activation": "tanh",
+        "tails": "both",
+        "output": False,
+        "units": 8,
+        "normal_low": 0.0147,
+        "normal_high": 0.0147,
+        "normal_derivative": 0.6057,
+        "n": 1000,
+        "elements": 1000,
+        "saturated": 0.03,
+        "low": 0.015,
+        "high": 0.015,
+        "derivative": 0.6,
+        "derivative_rms": 0.68,
+        "peak": 1.0,
+        "relative_derivative": 0.6,
+        "stuck": 0.0,
+        "stuck_n": 1000,
+        "z_mean": 0.0,
+        "z_std": 1.0,
+        "z_rms": 1.0,
+        "z_min": -3.0,
+        "z_max": 3.0,
+        "a_mean": 0.0,
+        "a_std": 0.6,
+        "a_min": -0.99,
+        "a_max": 0.99,
+        "zeros": 0.0,
+        "nonfinite": 0,
+        "grad_n": 1000,
+        "grad_nonfinite": 0,
+        "attenuation": 0.68,
+        "grad_a_rms": 1e-3,
+        "grad_z_rms": 7e-4,
+    }
+    return Record(site=site, **{**values, **given})  # type: ignore[arg-type]

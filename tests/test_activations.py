@@ -1,0 +1,283 @@
+"""Derivatives against autograd, peaks and tails against the grid, and rows of the user's own."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from torchsat import ACTIVATIONS, Activation
+from torchsat.activations import bind
+
+MODULES = [
+    nn.Sigmoid(),
+    nn.Tanh(),
+    nn.ReLU(),
+    nn.ReLU6(),
+    nn.LeakyReLU(),
+    nn.LeakyReLU(0.3),
+    nn.LeakyReLU(2.0),
+    nn.PReLU(),
+    nn.PReLU(init=-1.5),
+    nn.RReLU().eval(),
+    nn.RReLU(0.2, 0.6).eval(),
+    nn.ELU(),
+    nn.ELU(2.5),
+    nn.ELU(0.02),
+    nn.SELU(),
+    nn.CELU(),
+    nn.CELU(0.25),  # 1 over 0.3 is a float32 in torch: 4e-8 off
+    nn.CELU(4.0),
+    nn.GELU(),
+    nn.GELU("tanh"),
+    nn.SiLU(),
+    nn.Mish(),
+    nn.Softplus(),
+    nn.Softplus(3.0, 5.0),
+    nn.Softsign(),
+    nn.Hardtanh(),
+    nn.Hardtanh(-0.5, 2.0),
+    nn.Hardsigmoid(),
+    nn.Hardswish(),
+    nn.LogSigmoid(),
+    nn.Tanhshrink(),
+    nn.Softshrink(),
+    nn.Softshrink(1.5),
+    nn.Hardshrink(),
+    nn.Hardshrink(2.0),
+    nn.Threshold(0.7, -3.0),
+]
+
+
+def row(module: nn.Module) -> Activation:
+    return next(row for row in ACTIVATIONS if row.computes(module))
+
+
+def derivative(module: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    bound = bind(row(module), module, 0.05)
+    given = {**bound.plain, **{name: value.to(z) for name, value in bound.learned.items()}}
+    return bound.derivative(z, **given, **({"a": module(z).detach()} if row(module).from_output else {})).detach()
+
+
+@pytest.mark.parametrize("module", MODULES, ids=repr)
+def test_the_derivative_is_that_of_autograd(module: nn.Module) -> None:
+    # The kinks of hard functions are on this grid: -3, -2, -1, 0, 0.5, 0.7, 1, 2, 3, 6.
+    z = torch.linspace(-30, 30, 600_001, dtype=torch.float64).mul(1e4).round().div(1e4).requires_grad_()
+    module = module.double()
+    (truth,) = torch.autograd.grad(module(z).sum(), z)
+    # torch's Hardsigmoid multiplies with a float32 1/6.
+    tolerance = 1e-8 if isinstance(module, nn.Hardsigmoid) else 1e-12
+    error = (derivative(module, z.detach()) - truth).abs()
+    if isinstance(module, nn.Hardswish):
+        # On the kink itself torch takes the inner slope; both are subgradients.
+        error = error[(z.detach().abs() - 3).abs() > 1e-9]
+    assert error.max() <= tolerance
+
+
+@pytest.mark.parametrize("module", MODULES, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_derivative_is_finite_and_within_its_peak_over_the_whole_range(module: nn.Module, dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    z = torch.cat([torch.linspace(-40, 40, 8001), torch.logspace(1, math.log10(most) - 0.01, 200)]).to(dtype).float()
+    z = torch.cat([z, -z])
+    module = module.float()
+    slope = derivative(module, z).abs()
+    bound = bind(row(module), module, 0.05)
+    peak = bound.evaluate(z, module(z).detach(), bound.learned)[1]
+    assert torch.isfinite(slope).all()
+    assert slope.max() <= float(peak) * (1 + 1e-6)
+
+
+def test_the_derivative_survives_where_the_output_has_rounded_to_one() -> None:
+    # bfloat16 sigmoid is 1 from z = 6.25 on; f'(6.25) = 0.001925..., the product form in float32 (literature.md section 3).
+    z = torch.tensor([6.25], dtype=torch.bfloat16)
+    assert torch.sigmoid(z).item() == 1.0
+    expected = math.exp(-6.25) / (1 + math.exp(-6.25)) ** 2
+    assert derivative(nn.Sigmoid(), z.float()).item() == pytest.approx(expected, rel=1e-6)
+
+
+# sup|f'| and the edges of the tails at epsilon 0.05, from literature.md section 3.
+PUBLISHED = {
+    "Sigmoid()": (0.25, -4.35654, 4.35654),
+    "Tanh()": (1, -2.17827, 2.17827),
+    "ReLU()": (1, 0, None),
+    "ReLU6()": (1, 0, 6),
+    "LeakyReLU(negative_slope=0.01)": (1, None, None),
+    "ELU(alpha=1.0)": (1, -2.99573, None),
+    "CELU(alpha=4.0)": (1, -2.99573 * 4, None),
+    "SELU()": (1.758099, -2.99573, None),
+    "GELU(approximate='none')": (1.12890415, -2.2786, None),
+    "GELU(approximate='tanh')": (1.12899307, -2.2857, None),
+    "SiLU()": (1.09983932, -3.9299, None),
+    "Mish()": (1.08849816, -3.9813, None),
+    "Softplus(beta=1.0, threshold=20.0)": (1, -2.94444, None),
+    "Softsign()": (1, -3.47214, 3.47214),
+    "Hardtanh(min_val=-1.0, max_val=1.0)": (1, -1, 1),
+    "Hardsigmoid()": (1 / 6, -3, 3),
+    "Hardswish()": (1.5, -3, None),
+    "LogSigmoid()": (1, None, 2.94444),
+    "Tanhshrink()": (1, None, None),
+    "Softshrink(0.5)": (1, None, None),
+    "Hardshrink(0.5)": (1, None, None),
+    "Threshold(threshold=0.7, value=-3.0)": (1, 0.7, None),
+}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if repr(module) in PUBLISHED], ids=repr)
+def test_peak_and_tails_are_the_published_ones(module: nn.Module) -> None:
+    constants = bind(row(module), module, 0.05).constants
+    assert constants is not None
+    peak, low, high = PUBLISHED[repr(module)]
+    assert constants.peak == pytest.approx(peak, rel=1e-6)
+    for found, expected in ((constants.low, low), (constants.high, high)):
+        assert (found is None) == (expected is None)
+        assert found is None or found == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if not isinstance(m, (nn.PReLU, nn.RReLU))], ids=repr)
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.3])
+def test_every_row_agrees_with_the_search_on_a_grid(module: nn.Module, epsilon: float) -> None:
+    """The numeric search that serves the user's rows finds the closed forms, and the other way round."""
+    bare = Activation("bare", (type(module),), row(module).parameters, row(module).derivative)
+    found, closed = bind(bare, module, epsilon).constants, bind(row(module), module, epsilon).constants
+    assert found is not None
+    assert closed is not None
+    assert found.peak == pytest.approx(closed.peak, rel=1e-3 if isinstance(module, nn.Hardswish) else 1e-7)
+    if isinstance(module, (nn.LeakyReLU,)) and module.negative_slope < epsilon:
+        assert found.low == pytest.approx(0, abs=3e-3)  # by |f'| alone its left side looks flat; by type it never is
+        assert closed.low is None
+        return
+    for a, b in ((found.low, closed.low), (found.high, closed.high)):
+        assert (a is None) == (b is None)
+        assert a is None or a == pytest.approx(b, abs=3e-3)
+
+
+def test_what_normal_inputs_give() -> None:
+    """literature.md 4a: tanh s=1 E|f'| .605706, P(.05) .029386; sigmoid .206621/.25; hardtanh .682689 and .317311; GELU .091371."""
+    tanh, sigmoid, hardtanh, gelu, relu = (
+        bind(row(module), module, 0.05).constants for module in (nn.Tanh(), nn.Sigmoid(), nn.Hardtanh(), nn.GELU(), nn.ReLU())
+    )
+    assert tanh.normal_derivative == pytest.approx(0.605706, abs=1e-6)
+    assert tanh.normal_low + tanh.normal_high == pytest.approx(0.029386, abs=1e-6)
+    assert sigmoid.normal_derivative == pytest.approx(0.206621 / 0.25, abs=4e-6)
+    assert hardtanh.normal_derivative == pytest.approx(0.682689, abs=1e-6)
+    assert hardtanh.normal_low + hardtanh.normal_high == pytest.approx(0.317311, abs=1e-6)
+    assert gelu.normal_low == pytest.approx(0.0113, abs=1e-4)  # Phi(-2.2786): the dip of f' near -0.75 is no tail
+    assert relu.normal_derivative == pytest.approx(0.5, abs=1e-9)
+    assert relu.normal_low == 0.5
+
+
+def test_every_elementwise_activation_of_torch_has_one_row() -> None:
+    not_elementwise = {"GLU", "MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax"}
+    classes = [getattr(nn.modules.activation, name) for name in nn.modules.activation.__all__ if name not in not_elementwise]
+    known = {module for row in ACTIVATIONS for module in row.modules}
+    assert {kind.__name__ for kind in classes} == {kind.__name__ for kind in known}
+    assert len({row.name for row in ACTIVATIONS}) == len(ACTIVATIONS)
+
+
+def test_a_subclass_counts_as_long_as_it_computes_the_same() -> None:
+    class Named(nn.Tanh):
+        pass
+
+    class Other(nn.Tanh):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return input
+
+    assert row(Named()).name == "tanh"
+    assert not any(each.computes(Other()) for each in ACTIVATIONS)
+
+
+class Snake(nn.Module):
+    """x + sin(x)^2: f' = 1 + sin(2x), peak 2, no tail."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.sin(x) ** 2
+
+
+class Arctan(nn.Module):
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.atan(x * self.scale)
+
+
+def test_a_row_without_a_derivative_is_differentiated() -> None:
+    z = torch.linspace(-5, 5, 1001, dtype=torch.float64)
+    bound = bind(Activation("snake", (Snake,)), Snake(), 0.05)
+    assert torch.allclose(bound.derivative(z), 1 + torch.sin(2 * z), atol=1e-12)
+    assert bound.constants.peak == pytest.approx(2, rel=1e-6)
+    # f' = s / (1 + (s z)^2): peak s, and at 5 % of it (s z)^2 = 19.
+    arctan = bind(Activation("arctan", (Arctan,)), Arctan(2.0), 0.05)
+    assert arctan.constants.peak == pytest.approx(2.0, rel=1e-9)
+    assert arctan.constants.low == pytest.approx(-math.sqrt(19) / 2, rel=1e-9)
+    assert arctan.constants.high == pytest.approx(math.sqrt(19) / 2, rel=1e-9)
+
+
+def test_a_function_and_its_parameters_can_be_given() -> None:
+    row = Activation("arctan", (Arctan,), parameters=("scale",), function=lambda x, scale: torch.atan(scale * x))
+    z = torch.linspace(-3, 3, 101, dtype=torch.float64)
+    assert torch.allclose(bind(row, Arctan(3.0), 0.05).derivative(z, scale=3.0), 3 / (1 + 9 * z * z), atol=1e-12)
+
+
+def test_a_function_without_bound_has_no_peak() -> None:
+    class Square(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * x
+
+    constants = bind(Activation("square", (Square,)), Square(), 0.05).constants
+    assert constants.peak is None
+    assert constants.low is constants.high is constants.normal_derivative is None
+
+
+class _Softmax(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x, -1)
+
+
+class _Roll(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x.roll(1, -1))
+
+
+class _Noise(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x) + torch.rand_like(x)
+
+
+class _Halves(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[: len(x) // 2]
+
+
+class _Channels(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+@pytest.mark.parametrize(
+    ("module", "fact"),
+    [
+        (_Softmax(), "depends on other elements"),
+        (_Roll(), "depends on other elements"),
+        (_Noise(), "it draws random numbers"),
+        (_Halves(), r"64 numbers become \(32,\)"),
+        (_Channels(), "failed: RuntimeError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_not_elementwise_is_refused_with_the_fact_and_the_cure(module: nn.Module, fact: str) -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=rf"(?s)activation 'odd': .*{fact}.*give `derivative=`"):
+        bind(Activation("odd", (type(module),)), module, 0.05)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_missing_parameter_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'snake' names the parameters \('alpha',\), but Snake lacks one"):
+        bind(Activation("snake", (Snake,), parameters=("alpha",)), Snake(), 0.05)

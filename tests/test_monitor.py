@@ -1,0 +1,658 @@
+"""Steps, schedule, compile, and the promises to the user (design, section 5)."""
+
+import copy
+import functools
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import torchsat
+from torchsat.monitor import due
+from torchsat.weights import fan_in
+
+
+class Cnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.SiLU(inplace=True))
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.body(x.reshape(-1, 1, 8, 8)).flatten(1)))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.reentrant = nn.Linear(64, 32), reentrant
+        self.block, self.head = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Dropout(0.5)), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.block, torch.tanh(self.first(x)), use_reentrant=self.reentrant))
+
+
+def mlp(act: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 32), act(), nn.Linear(32, 32), act(), nn.Linear(32, 3))
+
+
+def train(
+    model: nn.Module,
+    steps: int = 12,
+    autocast: torch.dtype | None = None,
+    accumulate: int = 1,
+    optimizer: Callable[..., torch.optim.Optimizer] = functools.partial(torch.optim.SGD, lr=0.05, momentum=0.9),
+    each: Callable[[int], None] = lambda step: None,
+) -> list[float]:
+    """A plain loop on random data; the losses."""
+    generator = torch.Generator().manual_seed(7)
+    steps_of = optimizer(model.parameters())
+    losses = []
+    for step in range(steps):
+        for _ in range(accumulate):
+            x, y = torch.randn(16, 64, generator=generator), torch.randint(3, (16,), generator=generator)
+            with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+                loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            losses.append(loss.item())
+        steps_of.step()
+        steps_of.zero_grad()
+        each(step)
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (mlp, {}),
+        (functools.partial(mlp, nn.RReLU), {}),
+        (Cnn, {}),
+        (Cnn, {"autocast": torch.bfloat16}),
+        (mlp, {"autocast": torch.bfloat16, "accumulate": 3}),
+        (functools.partial(Checkpointed, False), {}),
+        (functools.partial(Checkpointed, True), {"autocast": torch.bfloat16}),
+        (mlp, {"optimizer": torch.optim.AdamW}),
+    ],
+)
+def test_training_is_bit_identical(make: Callable[[], nn.Module], options: dict[str, object], tmp_path: Path) -> None:
+    """Promise 1."""
+
+    def run(watched: bool) -> tuple[list[float], dict[str, Tensor], Tensor]:
+        torch.manual_seed(3)
+        model = make()
+        monitor = torchsat.watch(model, tmp_path, every=1, sample=100, errors="raise") if watched else None
+        losses = train(model, **options)  # type: ignore[arg-type]
+        keys = list(model.state_dict())
+        state = torch.get_rng_state()
+        if monitor is not None:
+            monitor.close()
+            assert len(torchsat.read(tmp_path)) == 12
+        assert list(model.state_dict()) == keys
+        return losses, model.state_dict(), state
+
+    plain, watched = run(False), run(True)
+    assert plain[0] == watched[0]
+    assert list(plain[1]) == list(watched[1])
+    for name, value in plain[1].items():
+        assert torch.equal(value, watched[1][name]), name
+    assert torch.equal(plain[2], watched[2])
+
+
+def traces_of(model: nn.Module) -> list[object]:
+    return [
+        thing
+        for module in model.modules()
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+        for thing in getattr(module, kind).values()
+    ]
+
+
+def test_close_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Promise 3."""
+    model = mlp()
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    threads, files, handler = threading.active_count(), open_files(), signal.getsignal(signal.SIGTERM)
+    monitor = torchsat.watch(model, tmp_path, every=1, errors="raise")
+    assert traces_of(model)
+    assert threading.active_count() == threads + 1
+    train(model, 3)
+    monitor.close()
+    monitor.close()
+    assert not traces_of(model)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert threading.active_count() == threads
+    assert open_files() == files
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert all(not parameter._backward_hooks for parameter in model.parameters())
+    train(model, 2)
+    assert monitor.latest.step == 2
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+
+
+def test_the_context_manager_closes_after_an_exception() -> None:
+    model = mlp()
+    with pytest.raises(RuntimeError, match="mine"), torchsat.watch(model):
+        raise RuntimeError("mine")
+    assert not traces_of(model)
+
+
+def test_closing_from_within_a_callback_does_not_break_the_optimizer() -> None:
+    model = mlp()
+    monitor = torchsat.watch(model, every=1, errors="raise", sinks=(lambda snapshot: monitor.close(),))
+    others = [torchsat.watch(model, every=1, errors="raise") for _ in range(3)]
+    train(model, 5)
+    assert monitor.latest.step == 0
+    assert others[0].latest.step == 4
+
+
+def test_a_monitor_nobody_keeps_goes_on() -> None:
+    model, snapshots = mlp(), []
+    torchsat.watch(model, every=10, errors="raise", sinks=(snapshots.append,))
+    train(model, 41, each=lambda step: gc.collect())
+    assert [snapshot.step for snapshot in snapshots] == [0, 1, 2, 4, 8, 10, 20, 30, 40]
+
+
+def test_a_model_is_not_kept_alive() -> None:
+    model = mlp()
+    monitor = torchsat.watch(model, every=2)
+    train(model, 4)
+    references = [weakref.ref(module) for module in model.modules()]
+    del model
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 6
+    other = mlp()
+    train(other, 1)
+    assert "closed" in repr(monitor)
+
+
+def test_the_schedule_is_dense_at_first() -> None:
+    assert [step for step in range(160) if due(step, 50)] == [0, 1, 2, 4, 8, 16, 32, 50, 100, 150]
+    assert [step for step in range(5) if due(step, 1)] == [0, 1, 2, 3, 4]
+
+
+def test_unobserved_steps_run_none_of_our_code_on_the_model() -> None:
+    """Promise 4, by counting: hooks are on the model in observed steps only."""
+    model, seen = mlp(), {}
+    torchsat.watch(model, every=5, errors="raise")
+    seen[0] = bool(traces_of(model))
+    train(model, 14, each=lambda step: seen.__setitem__(step + 1, bool(traces_of(model))))
+    assert [step for step, hooked in seen.items() if hooked] == [0, 1, 2, 4, 5, 10]
+
+
+def test_steps_are_those_of_the_optimizers_that_own_the_model() -> None:
+    model, other = mlp(), mlp()
+    monitor, others = torchsat.watch(model, every=1, errors="raise"), torchsat.watch(other, every=1, errors="raise")
+    train(model, 3)
+    train(other, 7)
+    monitor.flush()
+    assert monitor.latest.step == 2
+    assert others.latest.step == 6
+
+
+def test_two_optimizers_on_one_model_make_one_step() -> None:
+    model, snapshots = mlp(), []
+    torchsat.watch(model, every=1, errors="raise", sinks=(snapshots.append,))
+    first, second = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.Adam(model[2:].parameters(), lr=0.01)
+    for _ in range(4):
+        model(torch.randn(8, 64)).sum().backward()
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [snapshot.step for snapshot in snapshots] == [0, 1, 2, 3]
+    assert all(snapshot["1"].n == 8 * 32 for snapshot in snapshots)
+    assert all(weight.update_ratio > 0 for snapshot in snapshots for weight in snapshot.weights)
+
+
+def test_two_optimizers_in_turn_make_a_step_each_round() -> None:
+    model, snapshots = mlp(), []
+    torchsat.watch(model, every=1, errors="raise", sinks=(snapshots.append,))
+    optimizers = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.SGD(model[2:].parameters(), lr=0.1)
+    for _ in range(4):
+        for optimizer in optimizers:
+            model(torch.randn(8, 64)).sum().backward()
+            optimizer.step()
+            model.zero_grad()
+    assert 3 <= len(snapshots) <= 8
+    assert [snapshot.step for snapshot in snapshots] == list(range(len(snapshots)))
+
+
+def test_an_lbfgs_step_is_one_step_with_all_its_evaluations() -> None:
+    model, snapshots = mlp(), []
+    torchsat.watch(model, every=1, errors="raise", sinks=(snapshots.append,))
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    x, y = torch.randn(16, 64), torch.randint(3, (16,))
+    calls = [0]
+
+    def closure() -> Tensor:
+        calls[0] += 1
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    counts = []
+    for _ in range(3):
+        before = calls[0]
+        optimizer.step(closure)
+        counts.append(calls[0] - before)
+    assert [snapshot.step for snapshot in snapshots] == [0, 1, 2]
+    assert [snapshot["1"].n for snapshot in snapshots] == [16 * 32 * count for count in counts]
+    assert all(snapshot.weights[0].grad_norm > 0 and snapshot.weights[0].update_ratio > 0 for snapshot in snapshots)
+
+
+def test_a_loop_without_an_optimizer_steps_by_hand() -> None:
+    model = mlp()
+    monitor = torchsat.watch(model, every=2, errors="raise")
+    for _ in range(5):
+        model(torch.randn(8, 64)).sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+        monitor.step()
+    assert monitor.latest.step == 4
+    assert monitor.latest.weights[0].gain == pytest.approx(1 / 3**0.5, rel=0.1)
+
+
+def test_the_optimizer_may_be_made_later_and_raise() -> None:
+    model = mlp()
+    monitor = torchsat.watch(model, every=1, errors="raise")
+
+    class Odd(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure: None = None) -> None:
+            if self.fails:
+                raise RuntimeError("not now")
+            super().step()
+
+    optimizer = Odd(model.parameters(), lr=0.1)
+    for attempt in range(3):
+        Odd.fails = attempt == 0
+        model(torch.randn(8, 64)).sum().backward()
+        if attempt == 0:
+            with pytest.raises(RuntimeError, match="not now"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    monitor.flush()
+    assert monitor.latest.step == 1
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_is_taken_out_and_its_skipped_steps_are_not_counted(fused: bool) -> None:
+    def run(scale: float | None) -> torchsat.Snapshot:
+        torch.manual_seed(0)
+        model = mlp(nn.Sigmoid)
+        monitor = torchsat.watch(model, every=1, errors="raise")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None, growth_interval=1000)
+        x, y = torch.randn(16, 64), torch.randint(3, (16,))
+        weights = model[0].weight.detach().clone()
+        skipped = 0
+        while torch.equal(weights, model[0].weight):
+            optimizer.zero_grad()
+            loss = 1e4 * nn.functional.cross_entropy(model(x), y)
+            # 2^126 times these gradients overflows float32: the scaler halves its scale until they are finite.
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            skipped += torch.equal(weights, model[0].weight)
+        monitor.flush()
+        assert (skipped > 0) == (scale is not None and scale > 1e30)
+        return monitor.latest
+
+    plain = run(None)
+    for scaled in (run(2.0**16), run(2.0**126)):
+        for site in ("1", "3"):
+            for name in ("n", "grad_n", "attenuation", "grad_a_rms", "grad_z_rms", "grad_nonfinite"):
+                assert getattr(scaled[site], name) == pytest.approx(getattr(plain[site], name), rel=1e-5), (site, name)
+        for mine, theirs in zip(scaled.weights, plain.weights, strict=True):
+            assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+            assert mine.update_ratio == pytest.approx(theirs.update_ratio, rel=1e-4)
+
+
+def test_weights_are_measured_by_hand() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Conv1d(1, 4, 3), nn.ReLU())
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.tanh, self.conv, self.relu = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.conv(self.tanh(self.linear(x)).unsqueeze(1)))
+
+    net, x = Net(), torch.randn(400, 20) * 2 + 5
+    monitor = torchsat.watch(net, sample=None, errors="raise")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    before = copy.deepcopy(net)
+    net(x).sum().backward()
+    optimizer.step()
+    monitor.flush()
+    linear, conv = monitor.latest.weights
+    assert (linear.name, linear.feeds, linear.fan_in) == ("linear", ("tanh",), 20)
+    assert (conv.name, conv.feeds, conv.fan_in) == ("conv", ("relu",), 3)
+    assert linear.norm == pytest.approx(net.linear.weight.norm().item(), rel=1e-6)
+    assert linear.gain == pytest.approx(net.linear.weight.norm().item() / 30**0.5, rel=1e-6)
+    assert conv.gain == pytest.approx(net.conv.weight.norm().item() / 4**0.5, rel=1e-6)
+    assert linear.grad_norm == pytest.approx(net.linear.weight.grad.norm().item(), rel=1e-6)
+    change = (net.linear.weight - before.linear.weight).norm() / before.linear.weight.norm()
+    assert linear.update_ratio == pytest.approx(change.item(), rel=1e-5)
+    assert linear.input_rms == pytest.approx(x.square().mean().sqrt().item(), rel=1e-6)
+    # N(5, 4): the mean square is 29, of which 4 varies between samples.
+    assert linear.input_centred_share == pytest.approx(4 / 29, abs=0.01)
+    assert linear.input_n == 8000
+
+
+def test_the_centred_share_has_no_bias_in_small_batches() -> None:
+    shares = []
+    for _ in range(200):
+        model = nn.Sequential(nn.Linear(50, 4), nn.Tanh())
+        monitor = torchsat.watch(model, errors="raise")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.randn(4, 50)).sum().backward()
+        optimizer.step()
+        shares.append(monitor.latest.weights[0].input_centred_share)
+        monitor.close()
+    # A plain squared mean of 4 samples would show 1 - 1/4; clipping at 1 leaves a little.
+    assert sum(shares) / 200 == pytest.approx(1, abs=0.03)
+
+
+def test_fan_in_of_every_layer() -> None:
+    assert fan_in(nn.Conv2d(8, 6, 3, groups=2)) == 4 * 9
+    assert fan_in(nn.ConvTranspose2d(8, 6, 4, stride=2)) == 8 * 16 // 4
+
+
+class Frames:
+    """A compiler backend that counts graphs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        self.count += 1
+        return graph.forward
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+@pytest.mark.parametrize("make", [mlp, Wrapped])
+@pytest.mark.parametrize("how", ["watch_compiled", "watch_then_compile", "compile_then_watch_inner", "in_place", "function", "submodule"])
+def test_a_compiled_model_is_observed_in_eager_without_a_recompile(make: Callable[[], nn.Module], how: str) -> None:
+    torch._dynamo.reset()
+    model, frames, snapshots = make(), Frames(), []
+    reference = copy.deepcopy(model)
+    watch = functools.partial(torchsat.watch, every=8, errors="raise", sinks=(snapshots.append,))
+    call: Callable[[Tensor], Tensor] = model
+    if how == "watch_compiled":
+        call = torch.compile(model, backend=frames)
+        watch(call)
+    elif how == "watch_then_compile":
+        watch(model)
+        call = torch.compile(model, backend=frames, fullgraph=True)
+    elif how == "compile_then_watch_inner":
+        call = torch.compile(model, backend=frames, fullgraph=True)
+        watch(model)
+    elif how == "in_place":
+        watch(model)
+        inner = model if make is Wrapped else model[0]
+        inner.compile(backend=frames)
+    elif how == "function":
+        watch(model)
+        call = torch.compile(lambda x: model(x) * 1.0, backend=frames, fullgraph=True)
+    else:
+        if make is Wrapped:
+            model.net = torch.compile(model.net, backend=frames)
+        else:
+            model[1] = torch.compile(model[1], backend=frames)
+        watch(model)
+
+    def loop(module: nn.Module, call: Callable[[Tensor], Tensor]) -> list[float]:
+        generator = torch.Generator().manual_seed(0)
+        optimizer, losses = torch.optim.SGD(module.parameters(), lr=0.1), []
+        for _ in range(20):
+            loss = call(torch.randn(8, 64, generator=generator)).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    losses = loop(model, call)
+    assert losses == pytest.approx(loop(reference, reference), rel=1e-5)
+    assert frames.count == 1
+    assert [snapshot.step for snapshot in snapshots] == [0, 1, 2, 4, 8, 16]
+    assert all([record.n for record in snapshot.records] == [256, 256] for snapshot in snapshots)
+
+
+def test_what_is_compiled_inside_an_uncompiled_model_stays_compiled() -> None:
+    torch._dynamo.reset()
+    frames = Frames()
+    scale = torch.compile(lambda x: x * 2.0 + 1.0, backend=frames)
+    running = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = frames.count
+            x = scale(x)
+            running.append(frames.count - before)
+            return self.net(x)
+
+    model = Net()
+    torchsat.watch(model, errors="raise")
+    train(model, 3)
+    assert running == [1, 0, 0]
+
+
+def test_a_model_may_move_and_change_after_watch() -> None:
+    model = mlp()
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    train(model, 2)
+    model.double()
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(8, 64, dtype=torch.float64, generator=generator)).sum().backward()
+        optimizer.step()
+    model.append(nn.Tanh())
+    for _ in range(2):
+        model(torch.randn(8, 64, dtype=torch.float64, generator=generator)).sum().backward()
+        optimizer.step()
+    monitor.flush()
+    assert [record.site for record in monitor.latest.records] == ["1", "3", "5"]
+
+
+def test_stuck_units_are_found_across_observations() -> None:
+    model = mlp(nn.ReLU)
+    with torch.no_grad():
+        model[0].bias[:10] = -1e3
+    monitor = torchsat.watch(model, every=1, rules=(), errors="raise")
+    stuck = []
+    train(model, 64, each=lambda step: stuck.append(monitor.latest["1"].stuck))
+    # 16 samples a step: 1000 are there after 63 observations.
+    assert stuck[:62] == [None] * 62
+    assert stuck[62] == pytest.approx(10 / 32)
+    assert monitor.latest["1"].stuck_n == 1008
+
+
+def test_include_and_exclude_choose_sites() -> None:
+    def sites(**options: object) -> tuple[str, ...]:
+        model = nn.ModuleDict({"encoder": mlp(), "decoder": mlp()})
+        monitor = torchsat.watch(model, **options)  # type: ignore[arg-type]
+        names = tuple(monitor._taps.names)
+        monitor.close()
+        return names
+
+    assert sites() == ("encoder.1", "encoder.3", "decoder.1", "decoder.3")
+    assert sites(include="encoder.*") == ("encoder.1", "encoder.3")
+    assert sites(include=["*.1"], exclude=("decoder.*",)) == ("encoder.1",)
+
+
+def test_site_names_hold_no_markup_and_no_wrappers() -> None:
+    model = nn.ModuleDict({"<img src=x>": nn.Sequential(nn.Tanh()), "ok": torch.compile(nn.Sequential(nn.ReLU()))})
+    monitor = torchsat.watch(model)
+    assert monitor._taps.names == ["_img_src_x_.0", "ok.0"]
+
+
+@pytest.mark.parametrize("fault", ["sink", "alert", "rule", "disk"])
+def test_a_fault_never_stops_training(fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 2: one warning that says what is lost, and the rest goes on."""
+
+    def fail(*arguments: object) -> float:
+        raise OSError("no space left on device")
+
+    snapshots: list[torchsat.Snapshot] = []
+    rule = torchsat.Rule("mine", lambda record, snapshot: record.n, 1, None, lambda record, value, limit: "always", patience=1)
+    options: dict[str, object] = {"sinks": [snapshots.append], "rules": (rule,)}
+    if fault == "sink":
+        options["sinks"] = [fail, snapshots.append]
+    elif fault == "alert":
+        options["on_alert"] = fail
+    elif fault == "rule":
+        options["rules"] = (torchsat.Rule("mine", fail, 1, None, lambda *_: ""), *torchsat.RULES)
+    monitor = torchsat.watch(mlp_ := mlp(), tmp_path if fault == "disk" else None, every=1, **options)  # type: ignore[arg-type]
+    if fault == "disk":
+        monkeypatch.setattr(monitor._sinks[0]._ours, "add_event", fail)
+    train(mlp_, 5)
+    monitor.close()
+    assert len(snapshots) == 5
+    assert len([message for message in caplog.messages if "no space left" in message]) == 1
+    assert "Training is not affected." in next(message for message in caplog.messages if "no space left" in message)
+
+
+def test_a_bug_of_ours_ends_monitoring_with_one_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*arguments: object) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("torchsat.monitor.summarise_units", bug)
+    model = mlp()
+    torchsat.watch(model, every=1)
+    train(model, 5)
+    assert len([message for message in caplog.messages if "all monitoring stops" in message]) == 1
+    assert not traces_of(model)
+    with pytest.raises(KeyError, match="bug"):
+        train_watched_raising()
+
+
+def train_watched_raising() -> None:
+    model = mlp()
+    torchsat.watch(model, every=1, errors="raise")
+    train(model, 2)
+
+
+def test_a_step_that_was_to_be_observed_but_was_not_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Promise 5."""
+    model = mlp().eval()
+    monitor = torchsat.watch(model, every=1)
+    train(model, 6)
+    assert monitor.latest is None
+    assert [message for message in caplog.messages if "evaluation mode" in message]
+    assert len(caplog.messages) == 1
+
+
+def test_a_model_without_activations_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = torchsat.watch(nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 3)))
+    assert "no activation of the table was found in Sequential" in caplog.text
+    assert monitor.coverage.unseen[0][0] == "1"
+
+
+def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:
+    """Promise 6."""
+    with pytest.raises(TypeError, match=r"nn\.DataParallel cannot be watched.*DistributedDataParallel"):
+        torchsat.watch(nn.DataParallel(mlp()))
+    with pytest.raises(TypeError, match=r"TorchScript model cannot be watched.*before torch\.jit\.script"):
+        torchsat.watch(torch.jit.trace(mlp(), torch.zeros(1, 64)))
+    with pytest.raises(TypeError, match="model is a str; allowed is a"):
+        torchsat.watch("model")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every is 0; allowed are whole numbers from 1 up"),
+        ({"every": 2.5}, "every is 2.5"),
+        ({"epsilon": 1.0}, "epsilon is 1.0; allowed are numbers between 0 and 1"),
+        ({"sample": 0}, "sample is 0; allowed are whole numbers from 1 up, or None"),
+        ({"activations": nn.Tanh}, r"activations must be a tuple of torchsat\.Activation"),
+        ({"rules": ("saturated",)}, r"rules must be a tuple of torchsat\.Rule"),
+        ({"errors": "ignore"}, 'errors is \'ignore\'; allowed are "warn" and "raise"'),
+    ],
+)
+def test_bad_arguments_are_answered_with_what_is_allowed(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        torchsat.watch(mlp(), **options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="must be a function of one Snapshot"):
+        torchsat.watch(mlp(), sinks=("print",))  # type: ignore[arg-type]
+
+
+SCRIPT = """
+import os, signal, sys, torch, torchsat
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+monitor = torchsat.watch(model, sys.argv[1], every=1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(40):
+    model(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("", 0), ("raise ValueError('mine')", 1), ("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGTERM); import time; time.sleep(20)", -signal.SIGTERM)],
+    ids=["normal", "exception", "exit", "sigterm"],
+)
+def test_nothing_is_lost_however_the_process_ends(end: str, code: int, tmp_path: Path) -> None:
+    script = textwrap.dedent(SCRIPT.format(end=end))
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == code, done.stderr
+    assert [snapshot.step for snapshot in torchsat.read(tmp_path)] == list(range(40))
+
+
+def test_a_handler_of_the_users_is_left_alone() -> None:
+    def mine(number: int, frame: object) -> None: ...
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with torchsat.watch(mlp()):
+            assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_the_first_observation_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    model = nn.Sequential(mlp(), nn.LSTM(3, 3))
+    torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 64))[0].sum().backward()
+    optimizer.step()
+    assert caplog.messages[0] == "torchsat: watching 2 sites and 2 layers; not seen: 1 (1), see monitor.coverage"

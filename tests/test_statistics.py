@@ -1,0 +1,253 @@
+"""Rows against quadrature and direct computation, merging, sampling, and what non-finite numbers do."""
+
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+from scipy import integrate, stats
+from torch import nn
+
+from tests.test_activations import MODULES, row
+from torchsat.activations import bind
+from torchsat.record import HISTOGRAM_EDGES, Record
+from torchsat.statistics import (
+    SUMS,
+    Sample,
+    count_units,
+    empty_row,
+    merge_,
+    observe,
+    observe_gradient,
+    start_over_if_full_,
+    summarise_units,
+    to_record,
+    upcast,
+)
+
+FACTS = {
+    "site": "act",
+    "activation": "tanh",
+    "tails": "both",
+    "output": False,
+    "units": None,
+    "normal_low": None,
+    "normal_high": None,
+    "normal_derivative": None,
+}
+
+
+def make_row(module: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    bound = bind(row(module), module, 0.05)
+    a = module(z).detach()
+    z = upcast(z)
+    slope, peak, edges = bound.evaluate(z, upcast(a), {name: value.reshape(()).to(z) for name, value in bound.learned.items()})
+    return observe(z, upcast(a), slope, peak, edges, z.numel())[0]
+
+
+def to_host(row: torch.Tensor, block: torch.Tensor | None = None) -> Record:
+    return to_record(FACTS, torch.cat([row, summarise_units(block, row.device)]).tolist(), 1.0, None)[0]
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("module", [*(m for m in MODULES if not isinstance(m, nn.RReLU)), nn.RReLU().train()], ids=repr)
+def test_normal_inputs_give_what_quadrature_gives(module: nn.Module, scale: float) -> None:
+    """Shows 3: E|f'|, E f'^2 and both shares within five standard errors of an integral that knows nothing of torchsat but autograd's f'."""
+    module = module.double()
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(200_000, dtype=torch.float64, generator=generator) * scale
+    got = to_host(make_row(module, z))
+
+    bound = bind(row(module), module, 0.05)
+    low, high = bound.evaluate(z[:1], z[:1], bound.learned)[2] if bound.constants is None else (bound.constants.low, bound.constants.high)
+    grid = torch.linspace(-9 * scale, 9 * scale, 400_001, dtype=torch.float64).requires_grad_()
+    evaluated = module.eval() if isinstance(module, nn.RReLU) else module
+    (slope,) = torch.autograd.grad(evaluated(grid).sum(), grid)
+    x, f = grid.detach().numpy(), slope.abs().numpy()
+    second, fourth = f**2, f**4
+    if isinstance(module, nn.RReLU):
+        # The slope of the negative side is uniform in [l, u]: E s^2 = (u^3 - l^3) / (3 (u - l)), E s^4 = (u^5 - l^5) / (5 (u - l)).
+        l, u = module.lower, module.upper
+        second[x < 0], fourth[x < 0] = (u**3 - l**3) / (3 * (u - l)), (u**5 - l**5) / (5 * (u - l))
+    density = stats.norm.pdf(x, scale=scale)
+    first_moment, second_moment, fourth_moment = (integrate.trapezoid(values * density, x) for values in (f, second, fourth))
+
+    def close(found: float, expected: float, variance: float) -> None:
+        # 1e-5 covers the kinks, which the trapezoid rule sees to one step of the grid.
+        assert abs(found - expected) <= 5 * math.sqrt(max(variance, 0) / len(z)) + 1e-5
+
+    close(got.derivative, first_moment, second_moment - first_moment**2)
+    close(got.derivative_rms**2, second_moment, fourth_moment - second_moment**2)
+    for found, expected in (
+        (got.low, 0.0 if low is None else stats.norm.cdf(float(low), scale=scale)),
+        (got.high, 0.0 if high is None else stats.norm.sf(float(high), scale=scale)),
+    ):
+        close(found, expected, expected * (1 - expected))
+
+
+def test_a_hand_computed_row() -> None:
+    # tanh at 0: f' = 1; at +-3: f' = 1 - tanh(3)^2 = 0.009866..., in both tails (|z| > 2.178).
+    record = to_host(make_row(nn.Tanh(), torch.tensor([0.0, 3.0, -3.0, 0.0])))
+    flat = 1 - math.tanh(3) ** 2
+    assert (record.n, record.elements, record.nonfinite) == (4, 4, 0)
+    assert (record.low, record.high, record.saturated) == (0.25, 0.25, 0.5)
+    assert record.derivative == pytest.approx((2 + 2 * flat) / 4, rel=1e-6)
+    assert record.derivative_rms == pytest.approx(math.sqrt((2 + 2 * flat**2) / 4), rel=1e-6)
+    assert record.relative_derivative == record.derivative
+    assert (record.z_mean, record.z_std, record.z_min, record.z_max, record.z_absmax) == (0, math.sqrt(4.5), -3, 3, 3)
+    assert record.zeros == 0.5
+    assert record.a_std == pytest.approx(math.tanh(3) / math.sqrt(2), rel=1e-6)
+    assert record.attenuation is record.grad_z_rms is record.stuck is None
+
+
+def test_a_mean_a_thousand_times_the_deviation_keeps_its_deviation() -> None:
+    z = torch.randn(100_000) * 0.5 + 500
+    record = to_host(make_row(nn.ReLU(), z))
+    assert record.z_std == pytest.approx(z.double().std(correction=0).item(), rel=1e-6)
+
+
+def columns_of(record: Record) -> dict[str, object]:
+    return {name: value for name, value in asdict(record).items() if value is not None}
+
+
+@pytest.mark.parametrize("module", [nn.Tanh(), nn.GELU(), nn.PReLU()], ids=repr)
+def test_any_split_of_the_data_merges_to_the_same_record(module: nn.Module) -> None:
+    z = torch.randn(60, 40, dtype=torch.float64) * 3
+    module = module.double()
+    z[0, 0], z[17, 3] = math.nan, math.inf
+    grad_a, grad_z = torch.randn(60, 40), torch.randn(60, 40)
+    units = Sample.of(z, None, 0).units(1, z.device)
+
+    def part(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        flat = z[rows].reshape(-1)
+        bound = bind(row(module), module, 0.05)
+        learned = {name: value.reshape(()) for name, value in bound.learned.items()}
+        forward, finite, saturated = observe(flat, module(flat).detach(), *_evaluated(bound, flat, module, learned), flat.numel())
+        backward = observe_gradient(grad_a[rows].reshape(-1), grad_z[rows].reshape(-1))
+        return merge_(forward, backward), count_units(finite, saturated, units[: flat.numel()], 40)
+
+    whole = to_host(*part(slice(0, 60)))
+    for cuts in ([0, 1, 60], [0, 13, 14, 40, 60], list(range(61))):
+        merged, block = empty_row(z.device), torch.zeros(2, 40, dtype=torch.float64)
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            row_, block_ = part(slice(start, end))
+            merge_(merged, row_)
+            block += block_
+        for name, value in columns_of(to_host(merged, block)).items():
+            expected = getattr(whole, name)
+            assert value == (expected if isinstance(expected, (str, int, bool, tuple)) else pytest.approx(expected, rel=1e-12)), name
+    assert whole.nonfinite == 2
+
+
+def _evaluated(bound, flat, module, learned):  # type: ignore[no-untyped-def]
+    return bound.evaluate(torch.where(flat.isfinite(), flat, torch.zeros_like(flat)), module(flat).detach(), learned)
+
+
+def test_nonfinite_elements_are_counted_and_poison_nothing() -> None:
+    z = torch.tensor([1.0, math.nan, 2.0, math.inf, -math.inf])
+    got, expected = to_host(make_row(nn.ReLU(), z)), to_host(make_row(nn.ReLU(), torch.tensor([1.0, 2.0])))
+    assert got.nonfinite == 3
+    assert got.elements == 5
+    for name, value in columns_of(expected).items():
+        if name not in ("nonfinite", "elements"):
+            assert getattr(got, name) == value, name
+    gradient = observe_gradient(torch.tensor([1.0, math.nan, 3.0]), torch.tensor([1.0, 1.0, math.inf]))
+    record = to_host(merge_(gradient, make_row(nn.ReLU(), z)))
+    assert (record.grad_n, record.grad_nonfinite, record.attenuation) == (1, 2, 1.0)
+
+
+def test_nothing_but_nonfinite_elements_leaves_everything_unknown() -> None:
+    record = to_host(make_row(nn.ReLU(), torch.full((3,), math.nan)))
+    assert record.nonfinite == 3
+    assert record.n == 0
+    assert record.saturated is record.derivative is record.z_mean is record.z_max is record.histogram is None
+
+
+def test_the_histogram_tells_a_millionth_from_a_hundredth() -> None:
+    assert HISTOGRAM_EDGES[0] == 0
+    assert HISTOGRAM_EDGES[-1] == 1
+    assert list(HISTOGRAM_EDGES) == sorted(HISTOGRAM_EDGES)
+    relative = torch.tensor([0.0, 1e-9, 1e-6, 1e-4, 1e-2, 0.5, 0.74, 0.75, 1.0], dtype=torch.float64)
+    row = observe(relative, relative, relative * 3, 3.0, (None, None), len(relative))[0]
+    counts = row[len(SUMS) - len(HISTOGRAM_EDGES) + 1 : len(SUMS)]
+    for value in relative.tolist():
+        place = next(k for k in range(len(counts)) if value < HISTOGRAM_EDGES[k + 1] or k == len(counts) - 1)
+        assert counts[place] > 0, value
+    assert counts.sum() == len(relative)
+    assert (counts > 0).sum() == 6  # 0 and 1e-9 share the first bin, 0.5 and 0.74 one, 0.75 and 1 the last
+
+
+def test_attenuation_and_gradient_rms_by_hand() -> None:
+    grad_a, grad_z = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])
+    forward = make_row(nn.Tanh(), torch.zeros(2))
+    record = to_record(FACTS, torch.cat([merge_(forward, observe_gradient(grad_a, grad_z)), summarise_units(None, grad_a.device)]).tolist(), 8.0, None)[0]
+    assert record.attenuation == pytest.approx(0.1)
+    assert record.grad_a_rms == pytest.approx(math.sqrt(12.5) / 8)  # a GradScaler's factor of 8 taken out
+    assert record.grad_z_rms == pytest.approx(math.sqrt(0.125) / 8)
+
+
+def test_a_unit_is_stuck_only_after_a_thousand_samples_and_windows_start_over() -> None:
+    block = torch.zeros(2, 3, dtype=torch.float64)
+    units = torch.arange(3).repeat(400)
+    saturated = units == 1
+    values = []
+    for _ in range(4):
+        start_over_if_full_(block)
+        block += count_units(torch.ones(1200, dtype=torch.bool), saturated, units, 3)
+        values.append(summarise_units(block, block.device).tolist())
+    # units, measured, stuck, least samples: 400, 800, then 1200 is a full window, then 400 of the next.
+    assert values == [[3, 0, 0, 400], [3, 0, 0, 800], [3, 3, 1, 1200], [3, 0, 0, 400]]
+    host = make_row(nn.Tanh(), torch.zeros(2))
+    record, window = to_record(FACTS, [*host.tolist(), *values[2]], 1.0, None)
+    assert (record.stuck, record.stuck_n) == (pytest.approx(1 / 3), 1200)
+    record, _ = to_record(FACTS, [*host.tolist(), *values[3]], 1.0, window)
+    assert (record.stuck, record.stuck_n) == (pytest.approx(1 / 3), 1200)  # the last full window stands
+
+
+@pytest.mark.parametrize("shape", [(256, 1024), (16, 32, 24, 24), (16, 128, 64), (7, 5), (1, 1, 70000), (3, 2, 5, 7, 11)])
+@pytest.mark.parametrize("limit", [None, 4096, 1000])
+def test_a_sample_visits_all_units_evenly(shape: tuple[int, ...], limit: int | None) -> None:
+    z = torch.zeros(shape)
+    for turn in (0, 1, 57):
+        sample = Sample.of(z, limit, turn)
+        taken = sample.take(z)
+        assert taken.numel() == z.numel() if limit is None else 0 < taken.numel() <= max(limit, 1)
+        axis = 1
+        counts = torch.bincount(sample.units(axis, z.device), minlength=shape[axis])
+        # At least as even as independent draws, whose counts have a variance equal to their mean.
+        assert counts.double().var(correction=0) <= counts.double().mean()
+
+
+def test_the_unit_of_each_element_taken_is_right_in_any_memory_order() -> None:
+    base = torch.arange(5.0).reshape(1, 5, 1, 1).expand(4, 5, 6, 7).contiguous()
+    for z in (base, base.to(memory_format=torch.channels_last), base.transpose(0, 3), base[:, :, ::2], base.permute(2, 3, 1, 0).contiguous()):
+        axis = next(axis for axis in range(4) if z.shape[axis] == 5)
+        for limit in (None, 50):
+            sample = Sample.of(z, limit, 3)
+            assert torch.equal(sample.take(z), sample.units(axis, z.device).float())
+
+
+def test_the_same_elements_are_taken_from_tensors_of_another_layout() -> None:
+    z = torch.arange(4 * 5 * 6 * 7.0).reshape(4, 5, 6, 7)
+    sample = Sample.of(z, 100, 1)
+    assert torch.equal(sample.take(z), sample.take(z.to(memory_format=torch.channels_last)))
+    learned = torch.arange(5.0)
+    assert torch.equal(sample.spread(learned), sample.units(1, z.device).float())
+    assert torch.equal(sample.spread(learned.reshape(1, 5, 1, 1)), sample.units(1, z.device).float())
+    assert sample.spread(torch.tensor([2.0])).shape == ()
+
+
+def test_the_error_of_sampling_is_that_of_a_random_sample() -> None:
+    """Units that differ (Beta(.3, .3)), as overhead.md 3d: within twice the binomial error, where a stride that divides the width fails."""
+    generator = torch.Generator().manual_seed(3)
+    share = torch.tensor(stats.beta(0.3, 0.3).rvs(1024, random_state=5))
+    z = (torch.rand(256, 1024, generator=generator) < share).float()
+    errors = [Sample.of(z, 16384, turn).take(z).mean().item() - z.mean().item() for turn in range(20)]
+    assert math.sqrt(sum(error**2 for error in errors) / 20) < 2 * 0.0039
+    assert abs(z[:, ::16].mean() - z.mean()) > 2 * 0.0039
+
+
+def test_half_precision_is_summed_in_double() -> None:
+    z = torch.full((1000,), 60000.0, dtype=torch.float16)
+    record = to_host(make_row(nn.ReLU(), z))
+    assert record.z_rms == 60000  # 60000^2 overflows float16, and its sum a float32 significand

@@ -1,0 +1,491 @@
+"""What the hooks read, under all that people do to modules and passes."""
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import torchsat
+from torchsat import Activation, Snapshot
+
+
+def one_step(
+    model: nn.Module,
+    forward: Callable[[nn.Module], Tensor] | None = None,
+    x: Tensor | None = None,
+    **options: object,
+) -> Snapshot:
+    """The snapshot of one step of SGD with learning rate 0 on the sum of squares of the output."""
+    monitor = torchsat.watch(model, errors="raise", **options)  # type: ignore[arg-type]
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.0)
+    output = forward(model) if forward else model(x)
+    loss = output.square().sum()
+    if loss.requires_grad:
+        loss.backward()
+    if parameters:
+        optimizer.step()
+    else:
+        monitor.step()
+    monitor.close()
+    assert monitor.latest is not None
+    return monitor.latest
+
+
+def truth(f: Callable[[Tensor], Tensor], z: Tensor) -> dict[str, float]:
+    """What one activation f at z must show for loss = sum of squares of f(z), by plain autograd."""
+    z = z.detach().double().requires_grad_()
+    a = f(z)
+    (slope,) = torch.autograd.grad(a.sum(), z, retain_graph=True)
+    (grad_z,) = torch.autograd.grad(a.square().sum(), z)
+    grad_a = 2 * a
+    return {
+        "n": z.numel(),
+        "derivative": slope.abs().mean().item(),
+        "derivative_rms": slope.square().mean().sqrt().item(),
+        "z_mean": z.mean().item(),
+        "z_std": z.std(correction=0).item(),
+        "a_mean": a.mean().item(),
+        "grad_a_rms": grad_a.square().mean().sqrt().item(),
+        "grad_z_rms": grad_z.square().mean().sqrt().item(),
+        "attenuation": (grad_z.norm() / grad_a.norm()).item(),
+        "grad_n": z.numel(),
+    }
+
+
+def check(record: torchsat.Record, expected: dict[str, float], rel: float = 1e-5) -> None:
+    for name, value in expected.items():
+        assert getattr(record, name) == pytest.approx(value, rel=rel, abs=1e-7), name
+
+
+FUNCTIONS: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
+    (nn.Tanh(), torch.tanh),
+    (nn.Softsign(), F.softsign),
+    (nn.Tanhshrink(), F.tanhshrink),
+    (nn.LogSigmoid(), F.logsigmoid),
+    (nn.Hardsigmoid(), F.hardsigmoid),
+    (nn.PReLU(init=0.3), lambda z: F.prelu(z, torch.tensor([0.3], dtype=z.dtype))),
+    *((kind(), lambda z, kind=kind: kind()(z)) for kind in (nn.Mish, nn.GELU, nn.SELU, nn.CELU, nn.Softshrink, nn.Hardshrink, nn.Softplus)),
+]
+INPLACE = [nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish]
+
+
+@pytest.mark.parametrize(("module", "function"), FUNCTIONS, ids=lambda value: type(value).__name__)
+def test_forward_and_gradient_are_those_of_plain_autograd(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(32, 16)
+    model = nn.Sequential(nn.Linear(16, 16), module)
+    check(one_step(model, x=x)["1"], truth(function, model[0](x)))
+
+
+@pytest.mark.parametrize("kind", [*INPLACE, nn.Threshold], ids=lambda kind: kind.__name__)
+def test_an_inplace_activation_is_read_before_it_overwrites_its_input(kind: type[nn.Module]) -> None:
+    arguments = (0.2, 0.1) if kind is nn.Threshold else ()
+    x = torch.randn(32, 16)
+    model = nn.Sequential(nn.Linear(16, 16), kind(*arguments, inplace=True))
+    z = model[0](x).detach()
+    check(one_step(model, x=x)["1"], truth(kind(*arguments), z))
+
+
+def test_rrelu_shows_the_slopes_that_were_drawn() -> None:
+    model = nn.Sequential(nn.Linear(16, 512), nn.RReLU(inplace=True))
+    x = torch.randn(256, 16)
+    share = (model[0](x) > 0).float().mean().item()
+    record = one_step(model, x=x, sample=None)["1"]
+    # The negative side has the slopes U[1/8, 1/3]: E s = .22917, E s^2 = .056134.
+    assert record.derivative == pytest.approx(share + (1 - share) * 0.22917, abs=0.001)
+    assert record.derivative_rms**2 == pytest.approx(share + (1 - share) * 0.056134, abs=0.001)
+    assert record.saturated == 0
+
+
+def test_a_learned_prelu_is_read_per_channel() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.PReLU(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x)
+
+    model = Net()
+    with torch.no_grad():
+        model.act.weight.copy_(torch.tensor([0.5, 0.0, -2.0]))
+    z = torch.randn(4, 3, 5, 5)
+    record = one_step(model, x=z)["act"]
+    check(record, {"derivative": torch.where(z > 0, 1.0, model.act.weight.detach().abs().reshape(1, 3, 1, 1).expand_as(z)).mean().item()})
+    assert record.peak == 2.0
+    # Only the channel whose slope is 0 is a ReLU and can saturate.
+    assert record.saturated == pytest.approx((z[:, 1] <= 0).float().sum().item() / z.numel())
+
+
+def test_attenuation_is_of_this_activation_alone_where_z_has_other_uses() -> None:
+    class Swish(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.sigmoid = nn.Linear(16, 16), nn.Sigmoid()
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.linear(x)
+            return z * self.sigmoid(z)
+
+    model, x = Swish(), torch.randn(64, 16)
+    record = one_step(model, x=x)["sigmoid"]
+    z = model.linear(x).detach().double()
+    a = torch.sigmoid(z)
+    grad_a = 2 * (z * a) * z
+    grad_z = grad_a * a * (1 - a)
+    assert record.attenuation == pytest.approx((grad_z.norm() / grad_a.norm()).item(), rel=1e-5)
+    assert record.attenuation < 0.25
+
+
+def test_a_module_called_twice_in_a_pass_is_one_site() -> None:
+    act = nn.Tanh()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = act
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(x) + self.act(3 * x)
+
+    x = torch.randn(8, 4, requires_grad=True)
+    snapshot = one_step(Net(), x=x)
+    assert [record.site for record in snapshot.records] == ["act"]
+    check(snapshot["act"], {"n": 64, "grad_n": 64, "z_mean": (torch.cat([x, 3 * x]).mean()).item()})
+
+
+class Block(nn.Module):
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.linear, self.act = nn.Linear(8, 8), act or nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.linear(x))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first, self.block, self.reentrant = nn.Linear(8, 8), Block(act), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.block, self.first(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("act", [nn.Tanh(), nn.Softsign(), nn.ReLU(inplace=True)], ids=repr)
+def test_checkpointing_counts_once_and_still_sees_gradients(reentrant: bool, act: nn.Module) -> None:
+    x, model = torch.randn(16, 8), Checkpointed(reentrant, act)
+    expected = truth(lambda z: copy.deepcopy(act)(z.clone()), model.block.linear(model.first(x)))
+    check(one_step(model, x=x)["block.act"], expected)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_is_counted_once_where_the_root_is_bypassed(reentrant: bool) -> None:
+    x, model = torch.randn(16, 8), Checkpointed(reentrant)
+    expected = truth(torch.tanh, model.block.linear(model.first(x)))
+    check(one_step(model, forward=lambda m: checkpoint(m.block, m.first(x), use_reentrant=reentrant))["block.act"], expected)
+
+
+def test_micro_batches_merge_to_the_record_of_the_whole_batch() -> None:
+    x = torch.randn(24, 8)
+
+    def run(parts: int) -> torchsat.Record:
+        torch.manual_seed(1)
+        model = Block()
+        monitor = torchsat.watch(model, errors="raise")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for part in x.chunk(parts):
+            model(part).square().sum().backward()
+        optimizer.step()
+        monitor.close()
+        return monitor.latest["act"]
+
+    whole, split = run(1), run(6)
+    for name in ("n", "grad_n", "saturated", "derivative", "z_std", "a_mean", "grad_a_rms", "grad_z_rms", "attenuation", "z_max"):
+        assert getattr(split, name) == pytest.approx(getattr(whole, name), rel=1e-6), name
+
+
+def test_evaluation_and_no_grad_passes_are_not_mixed_in() -> None:
+    model, x = Block(), torch.randn(16, 8)
+    monitor = torchsat.watch(model, errors="raise", every=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        model.eval()
+        model(100 * x)
+        with torch.no_grad():
+            model(100 * x)
+            model.train()
+            model(100 * x)
+        model(x).sum().backward()
+        optimizer.step()
+    monitor.close()
+    assert monitor.latest["act"].n == 128
+    check(monitor.latest["act"], {"z_mean": model.linear(x).mean().item()})
+
+
+def test_frozen_parts_are_seen_without_gradient() -> None:
+    model = nn.Sequential(Block(), Block())
+    model[0].requires_grad_(False)
+    snapshot = one_step(model, x=torch.randn(16, 8))
+    frozen, trained = snapshot["0.act"], snapshot["1.act"]
+    assert frozen.n == trained.n == 128
+    assert frozen.attenuation is frozen.grad_z_rms is None
+    assert frozen.grad_n == 0
+    assert trained.attenuation > 0
+
+
+def test_a_part_under_no_grad_inside_a_training_pass_is_counted() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.head = Block(), Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.trunk(x)
+            return self.head(x)
+
+    snapshot = one_step(Net(), x=torch.randn(16, 8))
+    assert snapshot["trunk.act"].n == 128
+    assert snapshot["trunk.act"].attenuation is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_measured_in_float32_from_the_low_precision_z(dtype: torch.dtype) -> None:
+    model, x = Block(nn.Sigmoid()), torch.randn(64, 8) * 4
+
+    def forward(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return model(x)
+
+    record = one_step(model, forward)["act"]
+    with torch.autocast("cpu", dtype):
+        z = model.linear(x)
+    assert z.dtype == dtype
+    sigmoid = torch.sigmoid(z.double())
+    check(record, {"derivative": (sigmoid * (1 - sigmoid)).mean().item(), "z_std": z.double().std(correction=0).item()})
+    assert record.attenuation == pytest.approx(record.derivative_rms, rel=0.2)
+
+
+def test_keyword_arguments_are_seen() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.act = nn.Linear(8, 8), nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(input=self.linear(input=x))
+
+    snapshot = one_step(Net(), x=torch.randn(4, 8))
+    assert snapshot["act"].n == 32
+    assert snapshot.weights[0].input_n == 32
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (4, 8), (2, 3, 8), (2, 8, 3, 3), (2, 8, 2, 3, 3)], ids=str)
+def test_any_rank_is_measured(shape: tuple[int, ...]) -> None:
+    z = torch.randn(shape, requires_grad=True)
+    record = one_step(nn.Sequential(nn.Tanh()), x=z)["0"]
+    check(record, truth(torch.tanh, z))
+    # Documented: without a layer before it, the unit axis is 1 from rank 4 on, the last at rank 2 and 3, none below.
+    assert record.units == (None if len(shape) < 2 else 8)
+    assert not z._backward_hooks
+
+
+def test_the_unit_axis_is_that_of_the_layer_before() -> None:
+    def units(*layers: nn.Module, x: Tensor) -> int | None:
+        return one_step(nn.Sequential(*layers), x=x).records[0].units
+
+    assert units(nn.Linear(6, 5), nn.Tanh(), x=torch.randn(2, 3, 4, 6)) == 5
+    assert units(nn.Linear(6, 5), nn.Tanh(), x=torch.randn(6)) == 5
+    assert units(nn.Conv1d(6, 5, 1), nn.Tanh(), x=torch.randn(2, 6, 9)) == 5
+    assert units(nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5), nn.ReLU(), x=torch.randn(2, 6, 4, 4)) == 5
+    assert units(nn.Conv2d(6, 5, 1), nn.ReLU(), x=torch.randn(6, 4, 4)) == 5
+    assert units(nn.ConvTranspose2d(6, 5, 2), nn.ReLU(), x=torch.randn(2, 6, 4, 4)) == 5
+
+
+def test_channels_last_and_strided_inputs_give_the_same_record() -> None:
+    z = torch.randn(4, 6, 5, 5)
+    wide = torch.zeros(4, 6, 5, 10)
+    wide[..., ::2] = z
+    records = [
+        one_step(nn.Sequential(nn.Tanh()), x=each.detach().requires_grad_())["0"]
+        for each in (z, z.to(memory_format=torch.channels_last), wide[..., ::2], z.transpose(2, 3).contiguous().transpose(2, 3))
+    ]
+    for record in records[1:]:
+        for name in ("n", "units", "derivative", "z_std", "attenuation", "grad_z_rms", "saturated"):
+            assert getattr(record, name) == pytest.approx(getattr(records[0], name), rel=1e-9), name
+
+
+def test_an_expanded_input_is_measured() -> None:
+    z = torch.randn(4, 1).expand(4, 6)
+    check(one_step(nn.Sequential(nn.Tanh()), x=z)["0"], {"n": 24, "z_mean": z.mean().item()})
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    model = Block()
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(torch.randn(0, 8)).sum().backward()
+    model(torch.randn(3, 8)).sum().backward()
+    optimizer.step()
+    assert monitor.latest["act"].n == 24
+
+
+def test_a_sample_is_said_to_be_one() -> None:
+    record = one_step(nn.Sequential(nn.Linear(64, 64), nn.Tanh()), x=torch.randn(512, 64), sample=1000)["1"]
+    assert record.elements == 512 * 64
+    assert 900 <= record.n <= 1000
+    assert record.grad_n == record.n
+
+
+def test_a_discarded_pass_is_forgotten() -> None:
+    model, x = Block(), torch.randn(16, 8)
+    for set_to_none in (True, False):
+        monitor = torchsat.watch(model, errors="raise")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        model(50 * x).sum().backward()
+        optimizer.zero_grad(set_to_none)
+        model(x).sum().backward()
+        optimizer.step()
+        monitor.close()
+        check(monitor.latest["act"], {"n": 128, "grad_n": 128, "z_mean": model.linear(x).mean().item()})
+        optimizer.zero_grad()
+
+
+def test_outputs_of_the_model_are_told_from_hidden_sites() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = Block()
+            self.left, self.right, self.sigmoid, self.tanh = nn.Linear(8, 1), nn.Linear(8, 2), nn.Sigmoid(), nn.Tanh()
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            h = self.body(x)
+            left = self.sigmoid(self.left(h)).squeeze(-1)
+            return {"left": left, "right": self.tanh(self.right(h)), "hidden": F.linear(h, torch.eye(8, requires_grad=True))}
+
+    snapshot = one_step(TwoHeads(), lambda m: sum(value.sum() for value in m(torch.randn(4, 8)).values()))
+    assert {record.site: record.output for record in snapshot.records} == {"body.act": False, "sigmoid": True, "tanh": True}
+
+
+def test_the_feeding_layers_are_found_along_the_flow_of_data() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act = nn.ReLU()
+            self.unused = nn.Linear(8, 8)
+            self.conv2, self.norm, self.shortcut = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 1)
+            self.out = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.act(self.norm(self.conv2(x)) + self.shortcut(x)).mean((2, 3)))
+
+    weights = one_step(Residual(), x=torch.randn(2, 3, 6, 6)).weights
+    assert {weight.name: weight.feeds for weight in weights} == {"conv2": ("act",), "shortcut": ("act",)}
+
+
+def test_a_watched_model_is_pickled_and_copied_without_us() -> None:
+    model = nn.Sequential(Block(), Block())
+    reference = {name: value.clone() for name, value in model.state_dict().items()}
+    monitor = torchsat.watch(model, errors="raise")
+    assert list(model.state_dict()) == list(reference)
+
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    assert b"torchsat" not in buffer.getvalue()
+    assert b"torchsat" not in pickle.dumps(model)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    copies = [loaded, pickle.loads(pickle.dumps(model)), copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model).module]
+    x = torch.randn(4, 8)
+    for twin in copies:
+        assert torch.equal(twin(x), model(x))
+    model.zero_grad()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen = monitor._taps.sites["0.act"].row[0].item()
+    for twin in copies:
+        twin(x).sum().backward()
+    assert monitor._taps.sites["0.act"].row[0].item() == seen
+    optimizer.step()
+
+
+def test_tracing_and_exporting_a_watched_model_is_not_disturbed() -> None:
+    model, x = Block(), torch.randn(4, 8)
+    plain = str(torch.jit.trace(copy.deepcopy(model), x).graph)
+    torchsat.watch(model, errors="raise")
+    assert str(torch.jit.trace(model, x).graph).count("aten::") == plain.count("aten::")
+    exported = torch.export.export(model, (x,))
+    assert [node.target for node in exported.graph.nodes if node.op == "call_function"] == [
+        torch.ops.aten.linear.default,
+        torch.ops.aten.tanh.default,
+    ]
+
+
+def test_a_site_that_fails_is_named_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :4]
+
+    model = nn.Sequential(Block(), Broken(), nn.Linear(4, 2), nn.Tanh())
+    row = Activation("broken", (Broken,), derivative=torch.ones_like)
+    monitor = torchsat.watch(model, activations=(*torchsat.ACTIVATIONS, row))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+    monitor.close()
+    assert [record.site for record in monitor.latest.records] == ["0.act", "3"]
+    assert ("1", "TypeError: it maps (4, 8) to (4, 4)") in monitor.coverage.unseen
+    assert [message for message in caplog.messages if "1:" in message] == [
+        "torchsat: 1: TypeError: it maps (4, 8) to (4, 4); 1 is no longer watched. Training is not affected."
+    ]
+
+
+def test_what_cannot_be_measured_is_said() -> None:
+    class Own(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.clamp(0, 1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.attention, self.own = nn.LSTM(8, 8), nn.MultiheadAttention(8, 2), Own()
+            self.softmax, self.never, self.act = nn.Softmax(-1), nn.Tanh(), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.softmax(self.own(self.act(self.lstm(x)[0])))
+
+    model = Net()
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(5, 8)).sum().backward()
+    optimizer.step()
+    unseen = dict(monitor.coverage.unseen)
+    assert monitor.coverage.seen == ("act",)
+    assert set(unseen) == {"lstm", "attention", "own", "softmax", "never"}
+    assert unseen["never"] == "it has not run in an observed training pass"
+    assert "add a row with activations=" in unseen["own"]
+
+
+def test_complex_and_integer_inputs_are_refused_with_the_reason() -> None:
+    model = nn.Sequential(nn.Tanh())
+    monitor = torchsat.watch(model)
+    model(torch.randn(3, dtype=torch.complex64, requires_grad=True))
+    assert monitor.coverage.unseen[0][0] == "0"
+    assert "complex64" in monitor.coverage.unseen[0][1]
+
+
+def test_vmap_and_functional_calls_do_not_break() -> None:
+    model = Block()
+    monitor = torchsat.watch(model)
+    x = torch.randn(5, 8)
+    out = torch.func.vmap(lambda row: torch.func.functional_call(model, dict(model.named_parameters()), (row,)))(x)
+    assert torch.allclose(out, model(x))
+    assert "torch.func" in dict(monitor.coverage.unseen)["act"]
