@@ -1,0 +1,188 @@
+"""When rules fire, hold back and clear; what healthy layers must not raise."""
+
+from collections.abc import Iterable
+
+import pytest
+
+from tests.conftest import record
+from torchsat import RULES, Alert, Record, Rule, Snapshot, Weight
+from torchsat.rules import Judge, percent
+
+
+def feed(judge: Judge, series: Iterable[object], every: int = 10) -> list[tuple[Alert, ...]]:
+    """The alerts of each snapshot of a series of records, tuples of records, or snapshots."""
+    result = []
+    for index, item in enumerate(series):
+        if isinstance(item, Snapshot):
+            snapshot = item
+        else:
+            snapshot = Snapshot(index * every, 0.0, item if isinstance(item, tuple) else (item,))  # type: ignore[arg-type]
+        result.append(judge.judge(snapshot))
+    return result
+
+
+def fired(series: Iterable[object]) -> list[Alert]:
+    return [alert for alerts in feed(Judge(), series) for alert in alerts]
+
+
+def tails(low: float, high: float, **given: object) -> Record:
+    return record(low=low, high=high, saturated=low + high, **given)
+
+
+def test_a_saturated_layer_fires_after_three_observations_and_names_when_it_began() -> None:
+    healthy, bad = tails(0.015, 0.015), tails(0.2, 0.2)
+    events = feed(Judge(), [healthy, bad, bad, bad, bad])
+    assert [len(alerts) for alerts in events] == [0, 0, 0, 1, 0]
+    (alert,) = events[3]
+    assert (alert.site, alert.rule, alert.severity, alert.since, alert.step, alert.firing) == ("act", "saturated", "warning", 10, 30, True)
+    assert alert.value == pytest.approx(0.4)
+    # N(0, 1) puts 2.94 % into the tails of tanh, and 20 points more are allowed.
+    assert alert.threshold == pytest.approx(0.2294)
+    assert alert.message == (
+        "act (tanh) is saturated: 40 % of its inputs lie on a plateau (20 % low, 20 % high; limit 23 %, N(0, 1) inputs give 2.9 %)"
+    )
+    assert alert.causes == ()
+
+
+def test_one_good_observation_starts_the_patience_over() -> None:
+    healthy, bad = tails(0.015, 0.015), tails(0.2, 0.2)
+    assert not fired([bad, bad, healthy, bad, bad])
+
+
+def test_an_alert_worsens_once_holds_and_clears_with_hysteresis() -> None:
+    judge = Judge()
+    warm, hot, edge, cool = tails(0.2, 0.2), tails(0.3, 0.3), tails(0.1, 0.1), tails(0.05, 0.05)
+    events = feed(judge, [warm] * 3 + [hot] * 3 + [warm] * 3 + [edge] * 5 + [cool] * 3 + [edge] * 3)
+    flat = [(index, alert.severity, alert.firing) for index, alerts in enumerate(events) for alert in alerts]
+    # 0.20 is below the limit of 0.229, but not below 0.8 of it: the alert stays until 0.10 has been seen three times.
+    assert flat == [(2, "warning", True), (5, "critical", True), (16, "critical", False)]
+    cleared = events[16][0]
+    assert cleared.value == pytest.approx(0.1)
+    assert cleared.message == "act: no longer saturated"
+    assert judge.firing == ()
+
+
+def test_what_fires_carries_its_latest_value() -> None:
+    judge = Judge()
+    feed(judge, [tails(0.2, 0.2)] * 3 + [tails(0.2, 0.25)])
+    assert judge.firing[0].value == pytest.approx(0.45)
+    assert judge.firing[0].step == 30
+    assert judge.firing[0].since == 0
+
+
+def test_the_drifting_layer_without_a_saturated_element_fires_by_its_derivative() -> None:
+    # Glorot & Bengio: m = 0.08 and no element in a tail (literature.md 1.2).
+    drift = record(
+        activation="sigmoid", low=0.0, high=0.0, saturated=0.0, relative_derivative=0.08, normal_derivative=0.826, normal_low=0.0, normal_high=0.0
+    )
+    (alert,) = fired([drift] * 4)
+    assert (alert.rule, alert.severity, alert.value) == ("saturated", "critical", 0.08)
+    assert "its mean derivative is 8.0 % of the peak (limit 25 %)" in alert.message
+
+
+def test_both_criteria_at_once_are_one_alert() -> None:
+    assert len(fired([tails(0.5, 0.4, relative_derivative=0.05)] * 6)) == 1
+
+
+@pytest.mark.parametrize(
+    "healthy",
+    [
+        record(activation="relu", tails="low", low=0.5, high=0.0, saturated=0.5, normal_low=0.5, normal_high=0.0, relative_derivative=0.5),
+        record(activation="relu", tails="low", low=0.93, high=0.0, saturated=0.93, normal_low=0.5, normal_high=0.0, relative_derivative=0.07, stuck=0.05),
+        record(activation="relu6", low=0.8, high=0.01, saturated=0.81, normal_low=0.5, normal_high=0.0, normal_derivative=0.5, relative_derivative=0.35),
+        record(activation="leaky_relu", tails="none", low=0.0, high=0.0, saturated=0.0, relative_derivative=0.5),
+        record(activation="hardtanh", low=0.16, high=0.16, saturated=0.32, normal_low=0.159, normal_high=0.159, normal_derivative=0.683),
+        record(activation="softsign", low=0.1, high=0.1, saturated=0.2, normal_derivative=0.41, relative_derivative=0.30),
+        record(activation="sigmoid", output=True, low=0.5, high=0.49, saturated=0.99, relative_derivative=0.01, stuck=1.0),
+        record(activation="gelu", tails="low", low=0.3, high=0.0, saturated=0.3, normal_low=0.011, normal_high=0.0),
+        record(stuck=None, stuck_n=None, attenuation=None, grad_z_rms=None, relative_derivative=None),
+    ],
+    ids=lambda r: r.activation + ("_output" if r.output else ""),
+)
+def test_what_is_benign_raises_nothing(healthy: Record) -> None:
+    assert fired([healthy] * 6) == []
+
+
+def test_a_closed_rectifier_fires() -> None:
+    closed = record(activation="relu", tails="low", low=0.995, high=0.0, saturated=0.995, normal_low=0.5, normal_high=0.0)
+    (alert,) = fired([closed] * 4)
+    assert alert.message == "act (relu) is closed: 99.5 % of its inputs lie on its plateau (limit 99.0 %)"
+
+
+def test_stuck_units_fire_at_once_since_their_window_is_the_patience() -> None:
+    (alert,) = fired([record(activation="relu", tails="low", low=0.6, saturated=0.6, normal_low=0.5, stuck=0.25, units=64, stuck_n=1024)])
+    assert alert.message == (
+        "act (relu): 25 % of its 64 units are dead, saturated in at least 99 % of 1024 samples (limit 20 % of the units)"
+    )
+
+
+def network(*gradients: float | None, outputs: int = 0) -> tuple[Record, ...]:
+    last = len(gradients) - outputs
+    return tuple(record(f"act{index}", grad_z_rms=value, output=index >= last) for index, value in enumerate(gradients))
+
+
+def test_a_vanishing_gradient_is_told_once_at_the_first_site() -> None:
+    (alert,) = fired([network(1e-8, 1e-6, 1e-4, 1e-2)] * 4)
+    assert (alert.site, alert.rule, alert.severity) == ("act0", "vanishing_gradient", "critical")
+    assert alert.value == pytest.approx(1e-6)
+    assert alert.message.startswith("the gradient vanishes: at act0, the first site, dL/dz is 1.0e-06 of what it is at the last")
+    assert [alert.rule for alert in fired([network(1e3, 1.0, 1e-2)] * 4)] == ["exploding_gradient"]
+
+
+def test_gradient_over_depth_needs_two_hidden_sites_with_gradient() -> None:
+    assert fired([network(None, 2e-3, 1.0)] * 4) == []
+    assert [alert.site for alert in fired([network(None, 1e-4, 1.0)] * 4)] == ["act1"]
+    assert fired([network(1e-8, 1.0, outputs=1)] * 4) == []
+    assert fired([network(0.0, 0.0, 0.0)] * 4) == []
+
+
+def weights(*ratios: float | None) -> Snapshot:
+    made = tuple(
+        Weight(f"layer{index}", (f"act{index}",), 8, 1.0, 1.0, 1.0, ratio, 1.0, 1.0, 100) for index, ratio in enumerate(ratios)
+    )
+    return Snapshot(0, 0.0, (record(),), made)
+
+
+def test_a_layer_that_moves_a_thousand_times_less_than_the_others_is_frozen() -> None:
+    (alert,) = fired([weights(1e-7, 1e-3, 2e-3, 1e-3)] * 3)
+    assert (alert.site, alert.rule, alert.severity, alert.threshold) == ("layer0", "frozen_weights", "warning", 1e-3)
+    assert "layer0, which feeds act0, is frozen" in alert.message
+    # A schedule at zero, a frozen part and a small network say nothing.
+    for benign in (weights(0.0, 0.0, 0.0), weights(None, 1e-3, 1e-3, 1e-3), weights(1e-9, 1e-3), weights(1e-5, 1e-3, 1e-3)):
+        assert fired([benign] * 3) == []
+
+
+def test_one_nonfinite_element_is_critical_at_once() -> None:
+    (alert,) = fired([record(nonfinite=1)])
+    assert (alert.rule, alert.severity) == ("nonfinite", "critical")
+    assert alert.message == "act (tanh): 1 of 1001 measured elements are inf or nan"
+    assert "gradient elements" in fired([record(grad_nonfinite=3)])[0].message
+
+
+def test_a_value_that_cannot_be_judged_changes_nothing() -> None:
+    bad, unknown = tails(0.2, 0.2), record(low=None, high=None, saturated=None, relative_derivative=None)
+    events = feed(Judge(), [bad, bad, unknown, bad])
+    assert [len(alerts) for alerts in events] == [0, 0, 0, 1]
+
+
+def test_a_rule_of_the_users_is_a_longer_tuple() -> None:
+    hot = Rule("hot", lambda r, snapshot: r.z_max, 5.0, None, lambda r, value, limit: f"{r.site}: z reaches {value:g} (limit {limit:g})", patience=1)
+    judge = Judge((*RULES, hot))
+    events = feed(judge, [record(z_max=9.0), record(z_max=4.5), record(z_max=3.0)])
+    assert events[0][0].message == "act: z reaches 9 (limit 5)"
+    assert events[1] == ()  # within the hysteresis
+    assert events[2][0].message == "act: no longer hot"
+
+
+def test_a_rule_that_raises_is_left_out() -> None:
+    faults: list[str] = []
+    broken = Rule("broken", lambda r, snapshot: 1 / 0, 1.0, None, lambda *_: "")
+    judge = Judge((broken, *RULES), lambda place, error: faults.append(f"{place}: {error}"))
+    assert [len(alerts) for alerts in feed(judge, [tails(0.2, 0.2)] * 3)] == [0, 0, 1]
+    assert faults == ["rule broken: division by zero"]
+
+
+def test_shares_are_never_rounded_to_all_or_nothing() -> None:
+    assert [percent(value) for value in (0, 0.0001, 0.05, 0.5, 0.949, 0.9999, 1)] == [
+        *("0.0 %", "< 0.1 %", "5.0 %", "50 %", "94.9 %", "> 99.9 %", "100.0 %")
+    ]

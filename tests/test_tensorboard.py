@@ -1,0 +1,247 @@
+"""What is written is what is read back, by our reader and by TensorBoard's; damage is said."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+import torchsat
+from tests.conftest import record
+from tests.test_monitor import mlp, train
+from torchsat import Alert, Cause, Snapshot, Weight
+from torchsat.record import HISTOGRAM_BINS
+from torchsat.tensorboard.reader import read_runs
+from torchsat.tensorboard.writer import NETWORK, TensorBoardWriter
+
+ALERT = Alert("b.act", "saturated", "critical", 0.75, 0.5, 1, 4, True, "b.act | is saturated", (Cause("init_too_large", 0.5, "gain 8", "Xavier"),))
+
+
+def snapshots(count: int = 6, sites: int = 2) -> list[Snapshot]:
+    made = []
+    for step in range(count):
+        records = tuple(
+            record(f"{'abcdefgh'[k % 8]}{k // 8 or ''}.act", saturated=0.125 * k / sites, z_max=step + 0.5, histogram=(1 / HISTOGRAM_BINS,) * HISTOGRAM_BINS)
+            for k in range(sites)
+        )
+        records = (*records[:-1], replace(records[-1], attenuation=None, histogram=None, units=None))
+        weights = (Weight("a", ("a.act", "b.act"), 8, 1.5, None, 0.25, 0.001953125, 1.0, 0.5, 128),)
+        alerts = (ALERT,) if step == 4 else (replace(ALERT, firing=False, step=5),) if step == 5 else ()
+        made.append(Snapshot(step, 1000.0 + step, records, weights, alerts))
+    return made
+
+
+def write(directory: Path, given: list[Snapshot]) -> Path:
+    writer = TensorBoardWriter(directory)
+    for snapshot in given:
+        writer(snapshot)
+    writer.close()
+    return next(Path(directory, "torchsat").glob("*tfevents*"))
+
+
+def same(one: Snapshot, other: Snapshot) -> None:
+    """Equal but for the float32 of the file."""
+
+    def compare(a: object, b: object, where: str) -> None:
+        if isinstance(a, dict):
+            assert isinstance(b, dict)
+            assert list(a) == list(b)
+            for key in a:
+                compare(a[key], b[key], f"{where}.{key}")
+        elif isinstance(a, (tuple, list)):
+            assert len(a) == len(b), where  # type: ignore[arg-type]
+            for index, pair in enumerate(zip(a, b, strict=True)):  # type: ignore[call-overload]
+                compare(*pair, f"{where}[{index}]")
+        elif isinstance(a, float):
+            assert a == pytest.approx(b, rel=1e-6), where
+            assert type(a) is type(b), where
+        else:
+            assert a == b, where
+
+    compare(asdict(one), asdict(other), "snapshot")
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    given = snapshots()
+    write(tmp_path, given)
+    back = torchsat.read(tmp_path)
+    assert len(back) == 6
+    for one, other in zip(given, back, strict=True):
+        same(one, other)
+    assert back[0]["b.act"].attenuation is None
+    assert back[4].alerts == (ALERT,)
+
+
+def test_a_real_run_is_read_back_as_it_was(tmp_path: Path) -> None:
+    live: list[Snapshot] = []
+    model = mlp()
+    monitor = torchsat.watch(model, tmp_path, every=1, sinks=(live.append,), errors="raise")
+    train(model, 6)
+    monitor.close()
+    for one, other in zip(live, torchsat.read(tmp_path), strict=True):
+        same(one, other)
+
+
+def test_tensorboards_own_reader_sees_the_scalars_and_the_text(tmp_path: Path) -> None:
+    write(tmp_path, snapshots())
+    reader = EventAccumulator(str(tmp_path / "torchsat"), size_guidance={"scalars": 0, "tensors": 0})
+    reader.Reload()
+    tags = reader.Tags()
+    network = [tag for tag in tags["scalars"] if tag.startswith("torchsat/")]
+    assert 0 < len(network) <= 12
+    assert set(network) <= {f"torchsat/{name}" for name in NETWORK}
+    assert [tag for tag in tags["scalars"] if not tag.startswith("torchsat/")] == ["torchsat.saturated/000_a.act", "torchsat.saturated/001_b.act"]
+    assert [(event.step, event.value) for event in reader.Scalars("torchsat.saturated/001_b.act")] == [(step, 0.0625) for step in range(6)]
+    assert [event.value for event in reader.Scalars("torchsat/alerts")] == [0, 0, 0, 0, 1, 0]
+    metadata = reader.SummaryMetadata("torchsat/saturated_max")
+    assert metadata.data_class == 1
+    assert metadata.summary_description == NETWORK["saturated_max"]
+    text = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors("torchsat/alerts/text_summary")]
+    assert text[-1].splitlines()[2:] == [
+        "| 5 | cleared | `b.act` | b.act \\| is saturated |",
+        "| 4 | critical | `b.act` | b.act \\| is saturated |",
+    ]
+    packed = next(tag for tag in tags["tensors"] if tag.startswith("torchsat/records."))
+    assert json.loads(reader.SummaryMetadata(packed).plugin_data.content)["kind"] == "records"
+    assert all(all(c.isalnum() or c in "_./-" for c in tag) for kind in ("scalars", "tensors") for tag in tags[kind])
+
+
+def test_an_observation_of_fifty_sites_is_small(tmp_path: Path) -> None:
+    size = write(tmp_path, snapshots(41, sites=50)).stat().st_size
+    first = write(tmp_path / "one", snapshots(1, sites=50)).stat().st_size
+    assert (size - first) / 40 < 30_000
+
+
+def test_the_users_writer_is_written_through_and_left_open(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        model = mlp()
+        monitor = torchsat.watch(model, writer=writer, every=1, errors="raise")
+        train(model, 3)
+        monitor.close()
+        writer.add_scalar("loss", 1.0, 3)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
+    assert len(list(tmp_path.glob("*tfevents*"))) == 1
+    assert [snapshot.step for snapshot in torchsat.read(tmp_path)] == [0, 1, 2]
+    reader = EventAccumulator(str(tmp_path))
+    reader.Reload()
+    assert "loss" in reader.Tags()["scalars"]
+
+
+def test_another_kind_of_writer_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"writer is a str; allowed is a torch\.utils\.tensorboard\.SummaryWriter"):
+        torchsat.watch(nn.Sequential(nn.Tanh()), writer="runs")
+
+
+def test_a_resumed_run_replaces_what_the_lost_session_wrote(tmp_path: Path) -> None:
+    write(tmp_path, snapshots(6))
+    again = [replace(snapshot, time=2000.0) for snapshot in snapshots(8)[3:]]
+    writer = TensorBoardWriter(tmp_path)
+    for snapshot in again:
+        writer(snapshot)
+    writer.close()
+    back = torchsat.read(tmp_path)
+    assert [(snapshot.step, snapshot.time) for snapshot in back] == [*((k, 1000.0 + k) for k in range(3)), *((k, 2000.0) for k in range(3, 8))]
+
+
+def test_a_resumed_run_may_have_other_sites(tmp_path: Path) -> None:
+    write(tmp_path, snapshots(2))
+    write(tmp_path, [replace(snapshot, step=snapshot.step + 2) for snapshot in snapshots(2, sites=5)])
+    assert [len(snapshot.records) for snapshot in torchsat.read(tmp_path)] == [2, 2, 5, 5]
+
+
+def test_a_value_too_large_for_float32_is_infinite_not_an_error(tmp_path: Path) -> None:
+    write(tmp_path, [Snapshot(0, 0.0, (record(z_max=1e300, z_min=-1e300),))])
+    back = torchsat.read(tmp_path)[0]["act"]
+    assert (back.z_max, back.z_min) == (math.inf, -math.inf)
+
+
+def offsets(path: Path) -> list[int]:
+    data, at, found = path.read_bytes(), 0, []
+    while at < len(data):
+        found.append(at)
+        at += 16 + struct.unpack_from("<Q", data, at)[0]
+    return found
+
+
+@pytest.mark.parametrize("damage", ["cut", "length", "payload", "zeros", "cut_header"])
+def test_a_damaged_file_gives_its_good_part_and_says_where_it_stops(damage: str, tmp_path: Path) -> None:
+    path = write(tmp_path, snapshots())
+    data, at = bytearray(path.read_bytes()), offsets(path)[4]  # record 0 is the file's version, 1 to 6 are the steps 0 to 5
+    size = len(data)
+    if damage == "cut":
+        data = data[: at + 200]
+    elif damage == "cut_header":
+        data = data[: at + 5]
+    elif damage == "zeros":
+        data[at:] = bytes(size - at)
+    elif damage == "length":
+        data[at] ^= 0xFF
+    else:
+        data[at + 300] ^= 0xFF
+    path.write_bytes(data)
+    (run,) = read_runs(tmp_path)
+    assert [snapshot.step for snapshot in run.snapshots] == [0, 1, 2]
+    (sentence,) = run.damage
+    assert f"read 4 records, stopped at byte {at} of {len(data)}: {'truncated' if 'cut' in damage else 'corrupt'}" in sentence
+
+
+def test_what_cannot_be_read_is_answered_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"is not a directory; give the one that was given to torchsat\.watch"):
+        torchsat.read(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"no torchsat data below .* \(0 event files there\)"):
+        torchsat.read(tmp_path)
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("loss", 1.0, 0)
+    with pytest.raises(FileNotFoundError, match=r"\(1 event files there\)"):
+        torchsat.read(tmp_path)
+    for name in ("one", "two"):
+        write(tmp_path / name, snapshots(1))
+    with pytest.raises(ValueError, match="holds 2 runs: .*one.*two"):
+        torchsat.read(tmp_path)
+
+
+def test_a_newer_format_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchsat.tensorboard.FORMAT", 99)
+    write(tmp_path, snapshots(1))
+    with pytest.raises(FileNotFoundError, match="format 99 was written by another version of torchsat"):
+        torchsat.read(tmp_path)
+
+
+@pytest.mark.parametrize("load_fast", ["true", "false"])
+def test_tensorboard_serves_the_run(load_fast: str, tmp_path: Path) -> None:
+    """A real server on loopback, with both of its ways to load data."""
+    write(tmp_path / "run", snapshots())
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "0", "--host", "127.0.0.1", f"--load_fast={load_fast}"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})
+    assert server.stderr is not None
+    try:
+        address = next(line for line in server.stderr if "http://" in line).split("http://")[1].split("/")[0]
+        for _ in range(100):
+            with urllib.request.urlopen(f"http://{address}/data/plugin/scalars/tags", timeout=10) as answer:
+                tags = json.load(answer)
+            if tags:
+                break
+            time.sleep(0.1)
+        (run,) = tags
+        assert run == os.path.join("run", "torchsat")
+        assert "torchsat/saturated_max" in tags[run]
+        assert tags[run]["torchsat/saturated_max"]["description"]
+        url = f"http://{address}/data/plugin/scalars/scalars?run={run.replace('/', '%2F')}&tag=torchsat.saturated%2F001_b.act"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert [point[1:] for point in json.load(answer)] == [[step, 0.0625] for step in range(6)]
+    finally:
+        server.terminate()
+        server.wait(20)
+        server.stderr.close()
+
+
