@@ -9,6 +9,7 @@ The data are the 1797 handwritten digits that ship with scikit-learn.
 import argparse
 import logging
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -21,16 +22,17 @@ from torchsat.report import report
 
 def network(sane: bool) -> nn.Sequential:
     """Four hidden layers of 64. The usual mistake: sigmoids, with weights drawn from N(0, 1) whatever the width."""
-    layers: list[nn.Module] = []
-    for width in (64, 64, 64, 64):
-        linear = nn.Linear(width, 64)
+    model = nn.Sequential()
+    for k in range(1, 5):
+        linear = nn.Linear(64, 64)
         if sane:
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
         else:
             nn.init.normal_(linear.weight)
         nn.init.zeros_(linear.bias)
-        layers += [linear, nn.ReLU() if sane else nn.Sigmoid()]
-    return nn.Sequential(*layers, nn.Linear(64, 10))
+        model.add_module(f"hidden{k}", nn.Sequential(OrderedDict(linear=linear, act=nn.ReLU() if sane else nn.Sigmoid())))
+    model.add_module("head", nn.Linear(64, 10))
+    return model
 
 
 def train(log_dir: str | None, sane: bool = False, steps: int = 1000) -> tuple[float, torchsat.Monitor]:

@@ -180,8 +180,8 @@ def test_a_subclass_counts_as_long_as_it_computes_the_same() -> None:
         pass
 
     class Other(nn.Tanh):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            return input
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            return z
 
     assert row(Named()).name == "tanh"
     assert not any(each.computes(Other()) for each in ACTIVATIONS)

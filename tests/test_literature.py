@@ -1,5 +1,6 @@
 """Published results, seen through the library: Glorot and Bengio (2010) and mean-field theory."""
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ def test_the_gradient_decays_over_depth_as_mean_field_theory_says(name: str, ini
         output.backward(torch.randn_like(output))
         monitor.step()
         rms = [record.grad_z_rms for record in monitor.latest.records]
-        logs += torch.tensor([math.log(low / high) for low, high in zip(rms, rms[1:], strict=False)], dtype=torch.float64) / 5
+        logs += torch.tensor([math.log(low / high) for low, high in itertools.pairwise(rms)], dtype=torch.float64) / 5
         monitor.close()
     q, predicted = variance * 1.0, []
     for _ in range(4):

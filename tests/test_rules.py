@@ -13,10 +13,8 @@ def feed(judge: Judge, series: Iterable[object], every: int = 10) -> list[tuple[
     """The alerts of each snapshot of a series of records, tuples of records, or snapshots."""
     result = []
     for index, item in enumerate(series):
-        if isinstance(item, Snapshot):
-            snapshot = item
-        else:
-            snapshot = Snapshot(index * every, 0.0, item if isinstance(item, tuple) else (item,))  # type: ignore[arg-type]
+        records = item if isinstance(item, tuple) else (item,)
+        snapshot = item if isinstance(item, Snapshot) else Snapshot(index * every, 0.0, records)  # type: ignore[arg-type]
         result.append(judge.judge(snapshot))
     return result
 
@@ -88,8 +86,12 @@ def test_both_criteria_at_once_are_one_alert() -> None:
     "healthy",
     [
         record(activation="relu", tails="low", low=0.5, high=0.0, saturated=0.5, normal_low=0.5, normal_high=0.0, relative_derivative=0.5),
-        record(activation="relu", tails="low", low=0.93, high=0.0, saturated=0.93, normal_low=0.5, normal_high=0.0, relative_derivative=0.07, stuck=0.05),
-        record(activation="relu6", low=0.8, high=0.01, saturated=0.81, normal_low=0.5, normal_high=0.0, normal_derivative=0.5, relative_derivative=0.35),
+        record(
+            activation="relu", tails="low", low=0.93, high=0.0, saturated=0.93, normal_low=0.5, normal_high=0.0, relative_derivative=0.07, stuck=0.05
+        ),
+        record(
+            activation="relu6", low=0.8, high=0.01, saturated=0.81, normal_low=0.5, normal_high=0.0, normal_derivative=0.5, relative_derivative=0.35
+        ),
         record(activation="leaky_relu", tails="none", low=0.0, high=0.0, saturated=0.0, relative_derivative=0.5),
         record(activation="hardtanh", low=0.16, high=0.16, saturated=0.32, normal_low=0.159, normal_high=0.159, normal_derivative=0.683),
         record(activation="softsign", low=0.1, high=0.1, saturated=0.2, normal_derivative=0.41, relative_derivative=0.30),
@@ -111,9 +113,7 @@ def test_a_closed_rectifier_fires() -> None:
 
 def test_stuck_units_fire_at_once_since_their_window_is_the_patience() -> None:
     (alert,) = fired([record(activation="relu", tails="low", low=0.6, saturated=0.6, normal_low=0.5, stuck=0.25, units=64, stuck_n=1024)])
-    assert alert.message == (
-        "act (relu): 25 % of its 64 units are dead, saturated in at least 99 % of 1024 samples (limit 20 % of the units)"
-    )
+    assert alert.message == ("act (relu): 25 % of its 64 units are dead, saturated in at least 99 % of 1024 samples (limit 20 % of the units)")
 
 
 def network(*gradients: float | None, outputs: int = 0) -> tuple[Record, ...]:
@@ -137,9 +137,7 @@ def test_gradient_over_depth_needs_two_hidden_sites_with_gradient() -> None:
 
 
 def weights(*ratios: float | None) -> Snapshot:
-    made = tuple(
-        Weight(f"layer{index}", (f"act{index}",), 8, 1.0, 1.0, 1.0, ratio, 1.0, 1.0, 100) for index, ratio in enumerate(ratios)
-    )
+    made = tuple(Weight(f"layer{index}", (f"act{index}",), 8, 1.0, 1.0, 1.0, ratio, 1.0, 1.0, 100) for index, ratio in enumerate(ratios))
     return Snapshot(0, 0.0, (record(),), made)
 
 

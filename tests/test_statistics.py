@@ -1,5 +1,6 @@
 """Rows against quadrature and direct computation, merging, sampling, and what non-finite numbers do."""
 
+import itertools
 import math
 from dataclasses import asdict
 
@@ -67,8 +68,8 @@ def test_normal_inputs_give_what_quadrature_gives(module: nn.Module, scale: floa
     second, fourth = f**2, f**4
     if isinstance(module, nn.RReLU):
         # The slope of the negative side is uniform in [l, u]: E s^2 = (u^3 - l^3) / (3 (u - l)), E s^4 = (u^5 - l^5) / (5 (u - l)).
-        l, u = module.lower, module.upper
-        second[x < 0], fourth[x < 0] = (u**3 - l**3) / (3 * (u - l)), (u**5 - l**5) / (5 * (u - l))
+        low_, up = module.lower, module.upper
+        second[x < 0], fourth[x < 0] = (up**3 - low_**3) / (3 * (up - low_)), (up**5 - low_**5) / (5 * (up - low_))
     density = stats.norm.pdf(x, scale=scale)
     first_moment, second_moment, fourth_moment = (integrate.trapezoid(values * density, x) for values in (f, second, fourth))
 
@@ -129,7 +130,7 @@ def test_any_split_of_the_data_merges_to_the_same_record(module: nn.Module) -> N
     whole = to_host(*part(slice(0, 60)))
     for cuts in ([0, 1, 60], [0, 13, 14, 40, 60], list(range(61))):
         merged, block = empty_row(z.device), torch.zeros(2, 40, dtype=torch.float64)
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             row_, block_ = part(slice(start, end))
             merge_(merged, row_)
             block += block_
@@ -180,7 +181,9 @@ def test_the_histogram_tells_a_millionth_from_a_hundredth() -> None:
 def test_attenuation_and_gradient_rms_by_hand() -> None:
     grad_a, grad_z = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])
     forward = make_row(nn.Tanh(), torch.zeros(2))
-    record = to_record(FACTS, torch.cat([merge_(forward, observe_gradient(grad_a, grad_z)), summarise_units(None, grad_a.device)]).tolist(), 8.0, None)[0]
+    record = to_record(
+        FACTS, torch.cat([merge_(forward, observe_gradient(grad_a, grad_z)), summarise_units(None, grad_a.device)]).tolist(), 8.0, None
+    )[0]
     assert record.attenuation == pytest.approx(0.1)
     assert record.grad_a_rms == pytest.approx(math.sqrt(12.5) / 8)  # a GradScaler's factor of 8 taken out
     assert record.grad_z_rms == pytest.approx(math.sqrt(0.125) / 8)

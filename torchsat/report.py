@@ -18,6 +18,7 @@ from rich.text import Text
 
 from torchsat.record import Alert, Record, Snapshot
 from torchsat.rules import percent
+from torchsat.tensorboard import SUBRUN
 from torchsat.tensorboard.reader import Run, read_runs
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -39,7 +40,7 @@ def _print_run(console: Console, run: Run) -> None:
     alerts = collect_alerts(run.snapshots)
     firing = sum(alert.firing for _, alert in alerts)
     console.print(
-        f"[bold]{escape(run.directory)}[/]: {len(run.snapshots)} observations, steps {first.step} to {last.step}, "
+        f"[bold]{escape(run.directory.removesuffix(os.sep + SUBRUN))}[/]: {len(run.snapshots)} observations, steps {first.step} to {last.step}, "
         f"{len(last.records)} sites, {len(alerts)} alerts ({firing} firing at the end)"
     )
     for sentence in run.damage:
@@ -166,3 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -114,14 +114,14 @@ class TensorBoardWriter:
         if snapshot.alerts:
             events = json.dumps([alert.as_dict() for alert in snapshot.alerts])
             yield self._string(EVENTS, events, PLUGIN, content("events"))
-            yield self._string("torchsat/alerts/text_summary", self._table(), "text", "")
+            yield self._string("torchsat/alerts/text_summary", self._list(), "text", "")
 
-    def _table(self) -> str:
-        """Every alert so far, newest first, as one table: TensorBoard keeps one text per step."""
-        lines = ["| step | | site | what |", "|---:|---|---|---|"]
+    def _list(self) -> str:
+        """Every alert so far, newest first, in one text, since TensorBoard keeps one per step. A table would break words in two."""
+        lines = []
         for alert in reversed(self._history[-200:]):
-            state = alert.severity if alert.firing else "cleared"
-            lines.append(f"| {alert.step} | {state} | `{alert.site}` | {alert.message.replace('|', chr(92) + '|')} |")
+            state = f"**{alert.severity}**, since step {alert.since}" if alert.firing else "cleared"
+            lines.append(f"- step {alert.step}, {state}: {alert.message}")
         return "\n".join(lines)
 
     def _scalar(self, name: str, value: float, description: str) -> Summary.Value:

@@ -1,0 +1,71 @@
+"""Every example of README and docs runs, and every table is what the code says."""
+
+import importlib.util
+import re
+import runpy
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+BLOCKS = [
+    pytest.param(code, id=f"{page.stem}-{index}")
+    for page in PAGES
+    for index, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE))
+]
+
+
+@pytest.mark.parametrize("code", BLOCKS)
+def test_an_example_of_the_docs_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "example", "exec"), {"__name__": "example"})
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_what_the_code_says() -> None:
+    tables = load(ROOT / "docs" / "tables.py")
+    for page in tables.TABLES:
+        assert tables.filled(page) == (ROOT / "docs" / page).read_text(), f"{page} is old: run `python docs/tables.py`"
+
+
+def test_the_readme_is_short_and_sends_nobody_to_the_other_project() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 100
+    assert "pip install torchsat\n" not in text
+    assert "pip install torchsat " not in text
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_digits_example_alerts_and_its_sane_twin_does_not(tmp_path: Path) -> None:
+    digits = load(ROOT / "examples" / "digits.py")
+    accuracy, monitor = digits.train(str(tmp_path), steps=400)
+    assert {alert.site for alert in monitor.alerts if alert.rule == "saturated"} == {f"hidden{k}.act" for k in (1, 2, 3, 4)}
+    assert all(alert.since == 0 for alert in monitor.alerts if alert.rule == "saturated")
+    healthy, sane = digits.train(None, sane=True, steps=400)
+    assert sane.alerts == ()
+    assert healthy > accuracy
+
+
+def test_the_digits_example_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["digits.py", "--steps", "20"])
+    runpy.run_path(str(ROOT / "examples" / "digits.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "hidden1.act (sigmoid) is saturated" in printed
+    assert "tensorboard --logdir runs" in printed
