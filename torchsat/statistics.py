@@ -149,7 +149,8 @@ def observe(z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, ed
     if peak is None:
         peak_column = torch.full((), -math.inf, dtype=dtype, device=z.device)
     else:
-        peak_column = torch.as_tensor(peak, device=z.device).to(dtype)
+        # torch.full, not torch.tensor: a number copied to a GPU would wait for it.
+        peak_column = peak.to(dtype) if isinstance(peak, Tensor) else torch.full((), peak, dtype=dtype, device=z.device)
         bins.index_add_(0, _bin(slope / peak_column), finite.to(dtype))
     nothing = torch.full_like(zero, -math.inf)
     maxes = [

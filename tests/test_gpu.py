@@ -1,0 +1,91 @@
+"""What only a CUDA device can show: no step waits for it, and its numbers are those of the CPU. Not run on a GPU yet."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchsat
+from tests.test_activations import MODULES
+from tests.test_monitor import Cnn
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+def one_step(model: nn.Module, x: Tensor, **options: object) -> torchsat.Snapshot:
+    monitor = torchsat.watch(model, errors="raise", **options)  # type: ignore[arg-type]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().sum().backward()
+    optimizer.step()
+    monitor.close()
+    assert monitor.latest is not None
+    return monitor.latest
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if not isinstance(module, nn.RReLU)], ids=repr)
+def test_the_record_is_that_of_the_cpu(module: nn.Module) -> None:
+    model, x = nn.Sequential(nn.Linear(16, 32), copy.deepcopy(module)).float(), torch.randn(64, 16)
+    here, there = one_step(copy.deepcopy(model), x), one_step(copy.deepcopy(model).cuda(), x.cuda())
+    for name in ("n", "low", "high", "derivative", "derivative_rms", "peak", "z_mean", "z_std", "z_max", "a_std", "attenuation", "grad_z_rms"):
+        expected = getattr(here["1"], name)
+        assert getattr(there["1"], name) == (None if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-6)), name
+    assert there.weights[0].gain == pytest.approx(here.weights[0].gain, rel=1e-5)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_no_step_waits_for_the_device(scaled: bool, tmp_path: Path) -> None:
+    model = Cnn().cuda()
+    x = torch.randn(16, 64, device="cuda")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=True)
+    scaler = torch.amp.GradScaler("cuda", enabled=scaled)
+    monitor = torchsat.watch(model, tmp_path, every=1, errors="raise")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            with torch.autocast("cuda", torch.float16, enabled=scaled):
+                loss = model(x).float().square().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    monitor.close()
+    assert monitor.latest.step >= 18
+    assert len(torchsat.read(tmp_path)) >= 18
+
+
+def test_training_is_bit_identical_on_the_device() -> None:
+    def run(watched: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Cnn().cuda()
+        monitor = torchsat.watch(model, every=1, errors="raise") if watched else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        generator = torch.Generator("cuda").manual_seed(1)
+        for _ in range(6):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(torch.randn(16, 64, device="cuda", generator=generator)).square().mean()
+            loss.backward()
+            optimizer.step()
+        if monitor is not None:
+            monitor.close()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    assert all(torch.equal(one, other) for one, other in zip(run(False), run(True), strict=True))
+
+
+def test_a_model_may_move_to_the_device_after_watch() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.PReLU(8))
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    for device in ("cpu", "cuda", "cpu"):
+        model.to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(torch.randn(4, 8, device=device)).sum().backward()
+            optimizer.step()
+    monitor.close()
+    assert monitor.latest.step == 5
