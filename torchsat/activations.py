@@ -127,6 +127,12 @@ def bind(activation: Activation, module: nn.Module, epsilon: float) -> Bound:
     return Bound(activation, derivative, plain, learned, epsilon, constants)
 
 
+def bind_plain(activation: Activation, epsilon: float) -> Bound:
+    """An activation without parameters, as the kernels of recurrent layers compute it."""
+    assert activation.derivative is not None
+    return Bound(activation, activation.derivative, {}, {}, epsilon, _constants(activation, activation.derivative, (), epsilon))
+
+
 def check_elementwise(activation: Activation, module: nn.Module, values: Mapping[str, Any]) -> None:
     """Raise ValueError unless the function maps every element on its own, without drawing random numbers."""
 

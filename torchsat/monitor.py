@@ -208,6 +208,7 @@ class Monitor:
         seen = tuple(taps.sites)
         unseen = list(taps.unseen)
         unseen += [(place, reason) for place, reason in taps.failed.items() if place != MODEL]
+        unseen += taps.not_rebuilt.items()
         reason = "it has not run in an observed training pass"
         unseen += [(name, reason) for name in taps.names if name not in taps.sites and name not in taps.failed]
         return Coverage(seen, tuple(unseen))
@@ -410,6 +411,7 @@ class Monitor:
                     "activation": site.bound.activation.name,
                     "tails": site.bound.tails,
                     "output": bool(site.output),
+                    "gate": site.gate,
                     "units": site.units,
                     "normal_low": constants.normal_low if constants else None,
                     "normal_high": constants.normal_high if constants else None,

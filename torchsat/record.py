@@ -36,6 +36,8 @@ class Record:
     """Which sides of the function are plateaus."""
     output: bool
     """The site makes an output of the model: saturation is what it is for, and the default rules leave it alone."""
+    gate: bool
+    """A sigmoid inside a recurrent layer: it remembers by saturating, and the default rules leave that alone."""
     units: int | None
     """Channels or features; None where the unit axis has no fixed size."""
     normal_low: float | None
@@ -73,6 +75,9 @@ class Record:
     a_std: float | None
     a_min: float | None
     a_max: float | None
+    gate_left: float | None
+    """Share of gate values below 0.1, and above 0.9 (Karpathy et al. 2015); None for what is not a gate."""
+    gate_right: float | None
     zeros: float | None
     """Share of activations that are exactly 0."""
     nonfinite: int
@@ -183,7 +188,7 @@ class Coverage:
     """(place, reason)."""
 
 
-SITE_FACTS = ("site", "activation", "tails", "output", "units", "normal_low", "normal_high", "normal_derivative")
+SITE_FACTS = ("site", "activation", "tails", "output", "gate", "units", "normal_low", "normal_high", "normal_derivative")
 RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not in (*SITE_FACTS, "histogram"))
 WEIGHT_FACTS = ("name", "feeds", "fan_in")
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)

@@ -68,7 +68,7 @@ def percent(share: float) -> str:
 
 def _two_sided_share(record: Record, snapshot: Snapshot) -> float | None:
     """The share in those tails that a healthy layer leaves mostly empty (not the low side of ReLU6)."""
-    if record.output or record.tails != "both" or record.low is None or record.high is None:
+    if record.output or record.gate or record.tails != "both" or record.low is None or record.high is None:
         return None
     sides = ((record.low, record.normal_low), (record.high, record.normal_high))
     return sum(share for share, normal in sides if (normal or 0.0) < 0.25)
@@ -91,7 +91,7 @@ def _one_sided_share(record: Record, snapshot: Snapshot) -> float | None:
 
 
 def _slope(record: Record, snapshot: Snapshot) -> float | None:
-    return record.relative_derivative if record.tails == "both" and not record.output else None
+    return record.relative_derivative if record.tails == "both" and not (record.output or record.gate) else None
 
 
 def _slope_limit(record: Record) -> float:
@@ -103,7 +103,7 @@ def _slope_limit_critical(record: Record) -> float:
 
 
 def _stuck(record: Record, snapshot: Snapshot) -> float | None:
-    return None if record.output else record.stuck
+    return None if record.output or record.gate else record.stuck
 
 
 def _over_depth(record: Record, snapshot: Snapshot) -> float | None:

@@ -27,7 +27,7 @@ samples of one batch are not independent."""
 STUCK_SHARE = 0.99
 
 SUMS = (
-    *("n", "elements", "nonfinite", "low", "high", "derivative", "derivative_sq", "z", "z_sq", "a", "a_sq", "zeros"),
+    *("n", "elements", "nonfinite", "low", "high", "derivative", "derivative_sq", "z", "z_sq", "a", "a_sq", "zeros", "gate_left", "gate_right"),
     *("grad_a_n", "grad_a_sq", "grad_z_n", "grad_z_sq", "grad_nonfinite"),
     *(f"bin{k}" for k in range(HISTOGRAM_BINS)),
 )
@@ -109,7 +109,9 @@ def upcast(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def observe(z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, edges: Edges, elements: int) -> tuple[Tensor, Tensor, Tensor]:
+def observe(
+    z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, edges: Edges, elements: int, gate: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """The row of one forward call.
 
     Args:
@@ -118,6 +120,7 @@ def observe(z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, ed
         peak: sup|f'|; None: no relative derivative.
         edges: (z_L, z_R), tails inclusive; None: no tail on that side.
         elements: how many the tensor has.
+        gate: count the activations below 0.1 and above 0.9.
 
     Returns:
         The row, and two vectors of booleans: which elements are finite, and which of these are saturated.
@@ -143,6 +146,8 @@ def observe(z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, ed
         a.sum(),
         a.dot(a),
         n - (a != 0).sum(),
+        ((a < 0.1) & finite).sum() if gate else torch.zeros_like(n),
+        ((a > 0.9) & finite).sum() if gate else torch.zeros_like(n),
         *[torch.zeros_like(n)] * 5,
     ]
     bins = torch.zeros(HISTOGRAM_BINS, dtype=dtype, device=z.device)
@@ -272,6 +277,8 @@ def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: 
         a_std=std("a", "a_sq"),
         a_min=extreme("a_min_negated", -1),
         a_max=extreme("a_max"),
+        gate_left=mean("gate_left") if facts["gate"] else None,
+        gate_right=mean("gate_right") if facts["gate"] else None,
         zeros=mean("zeros"),
         nonfinite=round(get("nonfinite")),
         grad_n=round(max(get("grad_a_n"), get("grad_z_n"))),

@@ -19,15 +19,17 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import Node
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
-from torchsat.activations import Activation, Bound, bind
+from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_plain
+from torchsat.replay import Gate, NotRebuiltError, cell_gates, rnn_gates
 from torchsat.statistics import (
     Sample,
     count_units,
@@ -40,8 +42,8 @@ from torchsat.statistics import (
 from torchsat.weights import Layer, feature_axis, is_layer, why_not, width
 
 NOT_ELEMENTWISE: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.RNNBase, "the gates are computed inside one fused kernel"),
-    (nn.RNNCellBase, "the gates are computed inside one fused kernel"),
+    (nn.RNNBase, "a subclass with a forward of its own"),
+    (nn.RNNCellBase, "a subclass with a forward of its own"),
     (nn.MultiheadAttention, "the softmax is computed inside the attention"),
     (nn.TransformerEncoderLayer, "its activation is a function call, not a module"),
     (nn.TransformerDecoderLayer, "its activation is a function call, not a module"),
@@ -53,6 +55,7 @@ NOT_ELEMENTWISE: tuple[tuple[type[nn.Module], str], ...] = (
 )
 MODEL = "(model)"
 """The place of a fault that ends the whole observation."""
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 _MATRIX_PRODUCT = re.compile(r"Addmm|^Mm|Bmm|Baddbmm|Convolution|Matmul|Linear|Attention|Rnn")
 
@@ -103,6 +106,7 @@ class Site:
     """The layers that feed it; None until it has run."""
     output: bool | None = None
     """Whether it makes an output of the model; None until it has run."""
+    gate: bool = False
     units: int | None = None
     units_vary: bool = False
     block: Tensor | None = None
@@ -117,6 +121,7 @@ class Found:
 
     sites: list[tuple[str, nn.Module, Activation]] = field(default_factory=list)
     layers: list[tuple[str, nn.Module]] = field(default_factory=list)
+    recurrent: list[tuple[str, nn.Module]] = field(default_factory=list)
     unseen: list[tuple[str, str]] = field(default_factory=list)
     compiled: bool = False
     """Some submodule is compiled on its own."""
@@ -146,6 +151,9 @@ def find(model: nn.Module, activations: Sequence[Activation], selects: Callable[
             continue
         if is_layer(module):
             found.layers.append((name or "layer", module))
+            continue
+        if isinstance(module, RECURRENT) and any(type(module).forward is kind.forward for kind in RECURRENT):
+            found.recurrent.append((name or type(module).__name__.lower(), module))
             continue
         reason = next((reason for kind, reason in NOT_ELEMENTWISE if isinstance(module, kind)), None)
         if reason is None and _may_be_activation(module):
@@ -196,6 +204,8 @@ class Taps:
         self.unseen: list[tuple[str, str]] = []
         self.compiled_inside = False
         self.failed: dict[str, str] = {}
+        self.not_rebuilt: dict[str, str] = {}
+        """Parts of recurrent layers whose gates are out of reach, and why."""
         self.turn = 0
         self.is_open = False
         self.saw_pass = False
@@ -216,6 +226,10 @@ class Taps:
         """Hook the model as it is now."""
         found = find(model, self.activations, self.selects)
         self.names = [name for name, _, _ in found.sites]
+        for site in self._known.values():
+            if site.block is not None:
+                start_over_if_full_(site.block)
+            site.row, site.call, site.recompute_only = None, None, False
         self.unseen, self.compiled_inside = found.unseen, found.compiled
         self.is_open, self.saw_pass, self.saw_backward = True, False, False
         self._passing = None
@@ -229,11 +243,12 @@ class Taps:
             except Exception as error:
                 self._fail(name, error)
                 continue
-            if site.block is not None:
-                start_over_if_full_(site.block)
-            site.row, site.call, site.recompute_only = None, None, False
             self._hook(module, self._guarded(name, self._before_site, site), pre=True, with_kwargs=True)
             self._hook(module, self._guarded(name, self._after_site, site))
+        for name, module in found.recurrent:
+            calls: list[Any] = []
+            self._hook(module, self._guarded(name, self._before_recurrent, calls), pre=True, with_kwargs=True)
+            self._hook(module, self._guarded(name, self._after_recurrent, name, calls))
         feeders = {layer for site in self.sites.values() for layer in site.feeds_on or ()}
         undecided = any(site.feeds_on is None for site in self._known.values())
         self._weights = {}
@@ -387,7 +402,7 @@ class Taps:
         learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
         slope, peak, edges = bound.evaluate(torch.where(torch.isfinite(z), z, torch.zeros_like(z)), a, learned)
         elements = torch.Size(sample.shape).numel()
-        row, finite, saturated = observe(z, a, slope, peak, edges, elements)
+        row, finite, saturated = observe(z, a, slope, peak, edges, elements, site.gate)
         site.row = row if site.row is None else merge_(site.row, row.to(site.row.device))
         axis = self._unit_axis(site, sample.shape)
         if axis is None or site.units_vary:
@@ -441,6 +456,44 @@ class Taps:
             # The leaf outlives the pass: unlike a node's, its hook must be taken off.
             self._handles.append(z.register_hook(lambda grad: add_both(None, grad)))  # type: ignore[no-untyped-call]
         own.register_prehook(lambda grad_outputs: add_both(grad_outputs[a_nr], None))
+
+    def _before_recurrent(self, calls: list[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.clear()
+        if not self._counts(module):
+            return
+        given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+        drawn = isinstance(module, nn.RNNBase) and module.dropout > 0 and module.training and module.num_layers > 1
+        calls.append((given["input"], given.get("hx"), torch.get_rng_state() if drawn else None))
+
+    def _after_recurrent(self, name: str, calls: list[Any], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not calls:
+            return
+        x, state, random = calls.pop()
+        plain = x.data if isinstance(x, PackedSequence) else x
+        if not plain.numel() or plain.is_meta or isinstance(plain, FakeTensor):
+            return
+        _check_plain(plain)
+        self.saw_pass = True
+        gates = cell_gates(module, x, state) if isinstance(module, nn.RNNCellBase) else rnn_gates(cast(nn.RNNBase, module), x, state, random)
+        try:
+            for gate in gates:
+                place = f"{name}.{gate.layer}/{gate.name}" if gate.layer else f"{name}/{gate.name}"
+                if self.selects(place):
+                    self._count_gate(place, gate)
+        except NotRebuiltError as reason:
+            self.not_rebuilt[f"{name}, upper layers"] = str(reason)
+
+    def _count_gate(self, place: str, gate: Gate) -> None:
+        site = self._known.get(place)
+        if site is None:
+            row = next(row for row in (*self.activations, *ACTIVATIONS) if row.name == gate.function)
+            site = Site(place, bind_plain(row, self.epsilon), feeds_on=(), output=False, gate=gate.function == "sigmoid")
+            self._known[place] = site
+        self.sites.setdefault(place, site)
+        sample = Sample.of(gate.z, self.limit, self.turn)
+        z = upcast(sample.take(gate.z))
+        a = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu}[gate.function](z)
+        self._count(site, sample, z, a)
 
     def _before_layer(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._counts(module):
