@@ -19,11 +19,12 @@ ARROWS = {
     "report": {"record", "rules", "tensorboard", "tensorboard.reader"},
     "tensorboard": set(),
     "tensorboard.reader": {"record", "tensorboard"},
-    "tensorboard.writer": {"record", "tensorboard"},
+    "tensorboard.writer": {"record", "rules", "tensorboard"},
     "activations": {"record"},
     "statistics": {"activations", "record"},
     "weights": {"record", "statistics"},
-    "taps": {"activations", "statistics", "weights"},
+    "replay": set(),
+    "taps": {"activations", "replay", "statistics", "weights"},
     "monitor": {"activations", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
 }
 HOST = ["record", "rules", "report", "tensorboard", "tensorboard.reader", "tensorboard.writer"]

@@ -1,12 +1,13 @@
 """When rules fire, hold back and clear; what healthy layers must not raise."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 
 from tests.conftest import record
 from torchsat import RULES, Alert, Record, Rule, Snapshot, Weight
-from torchsat.rules import Judge, percent
+from torchsat.rules import Judge, gradient_over_depth, percent
 
 
 def feed(judge: Judge, series: Iterable[object], every: int = 10) -> list[tuple[Alert, ...]]:
@@ -34,10 +35,10 @@ def test_a_saturated_layer_fires_after_three_observations_and_names_when_it_bega
     (alert,) = events[3]
     assert (alert.site, alert.rule, alert.severity, alert.since, alert.step, alert.firing) == ("act", "saturated", "warning", 10, 30, True)
     assert alert.value == pytest.approx(0.4)
-    # N(0, 1) puts 2.94 % into the tails of tanh, and 20 points more are allowed.
-    assert alert.threshold == pytest.approx(0.2294)
+    # N(0, 1) puts 2.94 % into the tails of tanh, and 30 points more are allowed.
+    assert alert.threshold == pytest.approx(0.3294)
     assert alert.message == (
-        "act (tanh) is saturated: 40 % of its inputs lie on a plateau (20 % low, 20 % high; limit 23 %, N(0, 1) inputs give 2.9 %)"
+        "act (tanh) is saturated: 40 % of its inputs lie on a plateau (20 % low, 20 % high; limit 33 %, N(0, 1) inputs give 2.9 %)"
     )
     assert alert.causes == ()
 
@@ -49,13 +50,13 @@ def test_one_good_observation_starts_the_patience_over() -> None:
 
 def test_an_alert_worsens_once_holds_and_clears_with_hysteresis() -> None:
     judge = Judge()
-    warm, hot, edge, cool = tails(0.2, 0.2), tails(0.3, 0.3), tails(0.1, 0.1), tails(0.05, 0.05)
+    warm, hot, edge, cool = tails(0.2, 0.2), tails(0.3, 0.3), tails(0.15, 0.15), tails(0.1, 0.1)
     events = feed(judge, [warm] * 3 + [hot] * 3 + [warm] * 3 + [edge] * 5 + [cool] * 3 + [edge] * 3)
     flat = [(index, alert.severity, alert.firing) for index, alerts in enumerate(events) for alert in alerts]
-    # 0.20 is below the limit of 0.229, but not below 0.8 of it: the alert stays until 0.10 has been seen three times.
+    # 0.30 is below the limit of 0.329, but not below 0.8 of it: the alert stays until 0.20 has been seen three times.
     assert flat == [(2, "warning", True), (5, "critical", True), (16, "critical", False)]
     cleared = events[16][0]
-    assert cleared.value == pytest.approx(0.1)
+    assert cleared.value == pytest.approx(0.2)
     assert cleared.message == "act: no longer saturated"
     assert judge.firing == ()
 
@@ -75,7 +76,7 @@ def test_the_drifting_layer_without_a_saturated_element_fires_by_its_derivative(
     )
     (alert,) = fired([drift] * 4)
     assert (alert.rule, alert.severity, alert.value) == ("saturated", "critical", 0.08)
-    assert "its mean derivative is 8.0 % of the peak (limit 25 %)" in alert.message
+    assert "its mean derivative is 8.0 % of the peak (limit 15 %)" in alert.message
 
 
 def test_both_criteria_at_once_are_one_alert() -> None:
@@ -90,16 +91,28 @@ def test_both_criteria_at_once_are_one_alert() -> None:
             activation="relu", tails="low", low=0.93, high=0.0, saturated=0.93, normal_low=0.5, normal_high=0.0, relative_derivative=0.07, stuck=0.05
         ),
         record(
-            activation="relu6", low=0.8, high=0.01, saturated=0.81, normal_low=0.5, normal_high=0.0, normal_derivative=0.5, relative_derivative=0.35
+            activation="relu6", low=0.85, high=0.01, saturated=0.86, normal_low=0.5, normal_high=0.0, normal_derivative=0.5, relative_derivative=0.14
         ),
+        record(low=0.15, high=0.14, saturated=0.29, relative_derivative=0.29),
+        record(gate=True, low=0.3, high=0.6, saturated=0.9, relative_derivative=0.1, stuck=0.5),
+        record(activation="relu", tails="low", low=0.5, saturated=0.5, normal_low=0.5, normal_high=0.0, units=4, stuck=0.25),
         record(activation="leaky_relu", tails="none", low=0.0, high=0.0, saturated=0.0, relative_derivative=0.5),
-        record(activation="hardtanh", low=0.16, high=0.16, saturated=0.32, normal_low=0.159, normal_high=0.159, normal_derivative=0.683),
-        record(activation="softsign", low=0.1, high=0.1, saturated=0.2, normal_derivative=0.41, relative_derivative=0.30),
+        record(
+            activation="hardtanh",
+            low=0.33,
+            high=0.34,
+            saturated=0.67,
+            relative_derivative=0.33,
+            normal_low=0.159,
+            normal_high=0.159,
+            normal_derivative=0.683,
+        ),
+        record(activation="softsign", low=0.1, high=0.1, saturated=0.2, normal_derivative=0.41, relative_derivative=0.21),
         record(activation="sigmoid", output=True, low=0.5, high=0.49, saturated=0.99, relative_derivative=0.01, stuck=1.0),
         record(activation="gelu", tails="low", low=0.3, high=0.0, saturated=0.3, normal_low=0.011, normal_high=0.0),
         record(stuck=None, stuck_n=None, attenuation=None, grad_z_rms=None, relative_derivative=None),
     ],
-    ids=lambda r: r.activation + ("_output" if r.output else ""),
+    ids=lambda r: f"{r.activation}-{r.saturated}",
 )
 def test_what_is_benign_raises_nothing(healthy: Record) -> None:
     assert fired([healthy] * 6) == []
@@ -125,7 +138,7 @@ def test_a_vanishing_gradient_is_told_once_at_the_first_site() -> None:
     (alert,) = fired([network(1e-8, 1e-6, 1e-4, 1e-2)] * 4)
     assert (alert.site, alert.rule, alert.severity) == ("act0", "vanishing_gradient", "critical")
     assert alert.value == pytest.approx(1e-6)
-    assert alert.message.startswith("the gradient vanishes: at act0, the first site, dL/dz is 1.0e-06 of what it is at the last")
+    assert alert.message.startswith("the gradient vanishes: at act0, the first site, the norm of dL/dz is 1.0e-06 of what it is at the last")
     assert [alert.rule for alert in fired([network(1e3, 1.0, 1e-2)] * 4)] == ["exploding_gradient"]
 
 
@@ -137,7 +150,7 @@ def test_gradient_over_depth_needs_two_hidden_sites_with_gradient() -> None:
 
 
 def weights(*ratios: float | None) -> Snapshot:
-    made = tuple(Weight(f"layer{index}", (f"act{index}",), 8, 1.0, 1.0, 1.0, ratio, 1.0, 1.0, 100) for index, ratio in enumerate(ratios))
+    made = tuple(Weight(f"layer{index}", (f"act{index}",), 8, 0.1, 1.0, 1.0, 1.0, ratio, 1.0, 1.0, 100) for index, ratio in enumerate(ratios))
     return Snapshot(0, 0.0, (record(),), made)
 
 
@@ -148,6 +161,35 @@ def test_a_layer_that_moves_a_thousand_times_less_than_the_others_is_frozen() ->
     # A schedule at zero, a frozen part and a small network say nothing.
     for benign in (weights(0.0, 0.0, 0.0), weights(None, 1e-3, 1e-3, 1e-3), weights(1e-9, 1e-3), weights(1e-5, 1e-3, 1e-3)):
         assert fired([benign] * 3) == []
+
+
+def test_chosen_learning_rates_and_idle_layers_are_not_frozen() -> None:
+    moving = weights(1e-3, 1e-3, 1e-3).weights
+    slow = replace(weights(1e-9).weights[0], name="slow", learning_rate=1e-7)
+    idle = replace(weights(0.0).weights[0], name="idle", grad_norm=None)
+    not_run = replace(weights(0.0).weights[0], name="not_run", input_n=0)
+    assert fired([Snapshot(0, 0.0, (record(),), (*moving, slow, idle, not_run))] * 4) == []
+
+
+def test_the_gradient_is_compared_by_its_norm_so_that_pooling_takes_nothing_away() -> None:
+    # A mean over 1024 positions: each element gets 1/1024, the norm falls only by 1/32.
+    first, last = record("first", grad_z_rms=1e-3 / 1024, elements=1024 * 64), record("last", grad_z_rms=1e-3, elements=64)
+    assert gradient_over_depth(Snapshot(0, 0.0, (first, last))) == pytest.approx(1 / 32)
+    assert fired([(first, last)] * 4) == []
+
+
+def test_an_alert_of_a_site_that_no_longer_runs_is_over() -> None:
+    judge = Judge()
+    other = record("other")
+    events = feed(judge, [(tails(0.3, 0.3), other)] * 3 + [(other,)] * 3)
+    assert [alert.message for alert in events[5]] == ["act: no longer runs"]
+    assert judge.firing == ()
+
+
+def test_rows_of_one_rule_judge_one_kind() -> None:
+    rows = [Rule("mine", lambda *_: 0.0, 1.0, None, lambda *_: "", over=over) for over in ("records", "weights")]
+    with pytest.raises(ValueError, match="the rows of rule 'mine' are over records and over weights"):
+        Judge(rows)
 
 
 def test_one_nonfinite_element_is_critical_at_once() -> None:

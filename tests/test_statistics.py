@@ -31,6 +31,7 @@ FACTS = {
     "activation": "tanh",
     "tails": "both",
     "output": False,
+    "gate": False,
     "units": None,
     "normal_low": None,
     "normal_high": None,

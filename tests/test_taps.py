@@ -3,16 +3,21 @@
 import copy
 import io
 import pickle
+import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
+from tests.test_activations import MODULES
 from torchsat import Activation, Snapshot
+from torchsat.replay import rnn_gates
 
 
 def one_step(
@@ -345,20 +350,6 @@ def test_a_sample_is_said_to_be_one() -> None:
     assert record.grad_n == record.n
 
 
-def test_a_discarded_pass_is_forgotten() -> None:
-    model, x = Block(), torch.randn(16, 8)
-    for set_to_none in (True, False):
-        monitor = torchsat.watch(model, errors="raise")
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        model(50 * x).sum().backward()
-        optimizer.zero_grad(set_to_none)
-        model(x).sum().backward()
-        optimizer.step()
-        monitor.close()
-        check(monitor.latest["act"], {"n": 128, "grad_n": 128, "z_mean": model.linear(x).mean().item()})
-        optimizer.zero_grad()
-
-
 def test_outputs_of_the_model_are_told_from_hidden_sites() -> None:
     class TwoHeads(nn.Module):
         def __init__(self) -> None:
@@ -409,10 +400,10 @@ def test_a_watched_model_is_pickled_and_copied_without_us() -> None:
         assert torch.equal(twin(x), model(x))
     model.zero_grad()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    seen = monitor._taps.sites["0.act"].row[0].item()
+    seen = [each.rows["0.act"][0].item() for each in monitor._taps._passes if each.rows]
     for twin in copies:
         twin(x).sum().backward()
-    assert monitor._taps.sites["0.act"].row[0].item() == seen
+    assert [each.rows["0.act"][0].item() for each in monitor._taps._passes if each.rows] == seen
     optimizer.step()
 
 
@@ -456,7 +447,7 @@ def test_what_cannot_be_measured_is_said() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm, self.attention, self.own = nn.LSTM(8, 8), nn.MultiheadAttention(8, 2), Own()
+            self.lstm, self.gru, self.attention, self.own = nn.LSTM(8, 8), nn.GRU(8, 8), nn.MultiheadAttention(8, 2), Own()
             self.softmax, self.never, self.act = nn.Softmax(-1), nn.Tanh(), nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
@@ -468,8 +459,9 @@ def test_what_cannot_be_measured_is_said() -> None:
     model(torch.randn(5, 8)).sum().backward()
     optimizer.step()
     unseen = dict(monitor.coverage.unseen)
-    assert monitor.coverage.seen == ("act",)
-    assert set(unseen) == {"lstm", "attention", "own", "softmax", "never"}
+    assert monitor.coverage.seen == (*(f"lstm.l0/{gate}" for gate in ("input", "forget", "cell", "output", "hidden")), "act")
+    assert set(unseen) == {"gru", "attention", "own", "softmax", "never"}
+    assert unseen["gru"] == unseen["never"]
     assert unseen["never"] == "it has not run in an observed training pass"
     assert "add a row with activations=" in unseen["own"]
 
@@ -482,10 +474,250 @@ def test_complex_and_integer_inputs_are_refused_with_the_reason() -> None:
     assert "complex64" in monitor.coverage.unseen[0][1]
 
 
-def test_vmap_and_functional_calls_do_not_break() -> None:
-    model = Block()
-    monitor = torchsat.watch(model)
-    x = torch.randn(5, 8)
+def test_a_torch_func_transform_is_passed_over() -> None:
+    model, x = Block(), torch.randn(5, 8)
+    monitor = torchsat.watch(model, errors="raise")
     out = torch.func.vmap(lambda row: torch.func.functional_call(model, dict(model.named_parameters()), (row,)))(x)
     assert torch.allclose(out, model(x))
-    assert "torch.func" in dict(monitor.coverage.unseen)["act"]
+    monitor.step()
+    assert monitor.latest["act"].n == 40
+
+
+@pytest.mark.parametrize("order", ["before_forward", "before_backward", "after_step"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_pass_whose_gradient_was_thrown_away_is_forgotten(order: str, set_to_none: bool) -> None:
+    model, x = Block(), torch.randn(16, 8)
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for scale in (50.0, 70.0, 1.0):
+        if order == "before_forward":
+            optimizer.zero_grad(set_to_none)
+        loss = model(scale * x).sum()
+        if order == "before_backward":
+            optimizer.zero_grad(set_to_none)
+        loss.backward()
+        if scale == 1.0:
+            optimizer.step()
+        if order == "after_step":
+            optimizer.zero_grad(set_to_none)
+    check(monitor.latest["act"], {"n": 128, "grad_n": 128, "z_mean": model.linear(x).mean().item()})
+    assert monitor.latest.weights[0].input_n == 128
+    assert monitor.latest.weights[0].input_rms == pytest.approx(x.square().mean().sqrt().item(), rel=1e-6)
+    assert monitor._taps.sites["act"].block[0].tolist() == [16.0] * 8
+
+
+def test_two_passes_of_one_backward_both_count() -> None:
+    model = Block()
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    one, other = model(torch.randn(16, 8)), model(torch.randn(4, 8))
+    (one.sum() + other.sum()).backward()
+    optimizer.step()
+    assert (monitor.latest["act"].n, monitor.latest["act"].grad_n) == (160, 160)
+
+
+def test_a_gradient_penalty_discards_nothing() -> None:
+    model = Block()
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.randn(8, 8, requires_grad=True)
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    (model(torch.randn(4, 8)).mean() + slope.square().mean()).backward()
+    optimizer.step()
+    assert monitor.latest["act"].n == 96
+
+
+def test_a_forward_that_raised_is_forgotten() -> None:
+    class Fails(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = Block(), nn.Sequential(nn.Linear(8, 1), nn.Sigmoid())
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.block(x)
+            if len(x) > 50:
+                raise torch.cuda.OutOfMemoryError("too large")
+            return self.head(h)
+
+    model = Fails()
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        model(torch.randn(100, 8))
+    model(torch.randn(8, 8)).sum().backward()
+    optimizer.step()
+    assert monitor.latest["block.act"].n == 64
+    assert {record.site: record.output for record in monitor.latest.records} == {"block.act": False, "head.1": True}
+
+
+def test_another_threads_inference_is_not_mixed_in() -> None:
+    model, x = Block(), torch.randn(16, 8)
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    inside, go_on = threading.Event(), threading.Event()
+
+    def pause(module: nn.Module, args: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            inside.set()
+            assert go_on.wait(20)
+
+    def infer() -> None:
+        assert inside.wait(20)
+        with torch.no_grad():
+            model(torch.randn(500, 8))
+        go_on.set()
+
+    model.act.register_forward_pre_hook(pause)
+    thread = threading.Thread(target=infer)
+    thread.start()
+    model(x).sum().backward()
+    thread.join()
+    optimizer.step()
+    check(monitor.latest["act"], {"n": 128, "grad_n": 128, "z_mean": model.linear(x).mean().item()})
+
+
+def test_an_inplace_activation_on_a_view() -> None:
+    class Net(nn.Module):
+        def __init__(self, whole: bool) -> None:
+            super().__init__()
+            self.conv, self.act, self.whole = nn.Conv2d(1, 2, 3), nn.SiLU(inplace=True), whole
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x)
+            if self.whole:
+                return self.act(h.flatten(1))
+            self.act(h[:, :1])
+            return h
+
+    x = torch.randn(4, 1, 6, 6)
+    for whole in (True, False):
+        model = Net(whole)
+        z = model.conv(x).flatten(1) if whole else model.conv(x)[:, :1]
+        expected = truth(F.silu, z)
+        monitor = torchsat.watch(model, errors="raise")
+        model(x).square().sum().backward()
+        monitor.step()
+        if not whole:
+            assert "in-place activation on a part of a tensor" in dict(monitor.coverage.unseen)["act"]
+            for name in ("grad_a_rms", "grad_z_rms", "attenuation", "grad_n"):
+                del expected[name]
+                assert not getattr(monitor.latest["act"], name)
+        check(monitor.latest["act"], expected)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=repr)
+def test_no_tensor_outlives_its_pass(module: nn.Module) -> None:
+    alive: list[weakref.ReferenceType[Tensor]] = []
+    model = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(module).float().train())
+    model[1].register_forward_pre_hook(lambda module, args: alive.append(weakref.ref(args[0])))
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(3):
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+    assert [reference() for reference in alive] == [None] * 3
+    assert monitor.latest.step == 2
+
+
+def test_hooks_never_wait_for_the_device() -> None:
+    """On a CPU: no operator that a GPU would have to be waited for runs in a step."""
+
+    class NoWaiting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None) -> object:
+            assert not any(name in str(func) for name in ("_local_scalar_dense", "aten.nonzero", "masked_select", "unique", "bincount"))
+            return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(48, 8), nn.PReLU(), nn.Softsign())
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 1, 6, 6)
+    for _ in range(3):
+        with NoWaiting():
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert monitor.latest.step == 2
+
+
+def test_a_shared_activation_knows_every_layer_that_feeds_it() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head, self.act = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 1), nn.Sigmoid()
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = self.act(layer(x))
+            return self.act(self.head(x))
+
+    snapshot = one_step(Shared(), x=torch.randn(4, 8))
+    assert [weight.name for weight in snapshot.weights] == ["layers.0", "layers.1", "layers.2", "head"]
+    # It makes the output, but hidden layers too: it is judged.
+    assert snapshot["act"].output is False
+
+
+def test_hidden_features_that_are_also_returned_stay_hidden() -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = Block(), nn.Sequential(nn.Linear(8, 1), nn.Sigmoid())
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.body(x)
+            return self.head(h), h
+
+    snapshot = one_step(Features(), lambda m: m(torch.randn(4, 8))[0])
+    assert {record.site: record.output for record in snapshot.records} == {"body.act": False, "head.1": True}
+
+
+def test_outputs_are_found_where_the_root_is_never_called() -> None:
+    model = nn.ModuleDict({"encoder": Block(), "head": nn.Sequential(nn.Linear(8, 1), nn.Sigmoid())})
+    snapshot = one_step(model, lambda m: m["head"](m["encoder"](torch.randn(4, 8))))
+    assert {record.site: record.output for record in snapshot.records} == {"encoder.act": False, "head.1": True}
+
+
+def test_a_model_that_grows_is_looked_at_anew() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sigmoid())
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    for width in (8, 5):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+        assert [record.output for record in monitor.latest.records] == ([True] if width == 8 else [False, True])
+        model.append(nn.Linear(8, 5))
+        model.append(nn.Sigmoid())
+        if width == 8:
+            optimizer.step()
+    assert monitor.latest["3"].units == 5
+
+
+def test_recurrent_gates_are_sites() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.cell, self.head = nn.LSTM(6, 7, 2, dropout=0.3), nn.GRUCell(7, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = None
+            for step in self.rnn(x)[0]:
+                h = self.cell(step, h)
+            return self.head(h)
+
+    model, x = Net(), 3 * torch.randn(5, 3, 6)
+    state = torch.get_rng_state()
+    plain = model(x)
+    after = torch.get_rng_state()
+    torch.set_rng_state(state)
+    snapshot = one_step(model, forward=lambda m: m(x))
+    assert torch.equal(torch.get_rng_state(), after)
+    gates = ("input", "forget", "cell", "output", "hidden")
+    expected = [f"rnn.l{k}/{gate}" for k in (0, 1) for gate in gates] + [f"cell/{gate}" for gate in ("reset", "update", "new")]
+    assert [record.site for record in snapshot.records] == expected
+    assert plain.shape == (3, 1)
+    forget = snapshot["rnn.l0/forget"]
+    z = next(gate.z for gate in rnn_gates(model.rnn, x, None, state) if gate.name == "forget")
+    values = torch.sigmoid(z.double())
+    check(forget, {"n": 105, "z_std": z.std(correction=0).item(), "derivative": (values * (1 - values)).mean().item()})
+    assert forget.gate_left == pytest.approx((values < 0.1).double().mean().item())
+    assert forget.gate_right == pytest.approx((values > 0.9).double().mean().item())
+    assert (forget.gate, forget.units, forget.attenuation) == (True, 7, None)
+    assert (snapshot["rnn.l0/cell"].gate, snapshot["rnn.l0/cell"].gate_left) == (False, None)

@@ -5,8 +5,8 @@ step is one round in which every such optimizer steps once. Hooks are on the mod
 before; the end of the step packs all rows into one vector, copied asynchronously and read at a later step.
 
 A compiled model is observed in eager: its submodules' hooks would be ignored by the graph, or worse, be compiled into it. The stance
-"force_eager" holds only until the model is entered, which is when torch has decided; what is compiled inside the model stays compiled,
-unless it hides sites.
+"force_eager" belongs to the whole process, so it holds only from the start of an observation until the model is entered, which is when torch
+has decided; what is compiled inside the model stays compiled, unless it is a submodule and hides sites.
 
 Nothing here may stop training: what fails is reported once through `logging` and no longer watched.
 """
@@ -14,6 +14,7 @@ Nothing here may stop training: what fails is reported once through `logging` an
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fnmatch
 import functools
 import logging
@@ -31,14 +32,15 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchsat.activations import ACTIVATIONS, Activation
-from torchsat.record import Alert, Coverage, Record, Snapshot, Weight
+from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record
-from torchsat.taps import MODEL, Taps, clean
+from torchsat.taps import MODEL, Pass, Site, Taps, clean, is_compiled
 from torchsat.weights import COLUMNS, Layer, to_weight
 
 log = logging.getLogger("torchsat")
@@ -46,6 +48,8 @@ log = logging.getLogger("torchsat")
 Sink = Callable[[Snapshot], Any]
 Patterns = str | Iterable[str] | None
 _MOST_IN_FLIGHT = 16
+"""Observations on their way before one is waited for: a device that is this far behind would otherwise fill the host's pinned memory."""
+_PASSES_WITHOUT_STEP = 200
 
 
 def watch(
@@ -112,16 +116,18 @@ class _InFlight:
 
     step: int
     time: float
-    facts: list[dict[str, Any]]
-    weight_facts: list[dict[str, Any]]
-    parts: list[tuple[Tensor, torch.cuda.Event | None]]
-    """Per device: the numbers on the host, and when they are there."""
+    facts: list[tuple[torch.device, dict[str, Any]]]
+    weight_facts: list[tuple[torch.device, dict[str, Any]]]
+    parts: dict[torch.device, tuple[Tensor, torch.cuda.Event | None]]
+    """The numbers on the host, and when they are there."""
+    home: torch.device
+    """The device whose part ends with the loss scale and the overflow flag."""
 
     def arrived(self) -> bool:
-        return all(event is None or event.query() for _, event in self.parts)  # type: ignore[no-untyped-call]
+        return all(event is None or event.query() for _, event in self.parts.values())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        for _, event in self.parts:
+        for _, event in self.parts.values():
             if event is not None:
                 event.synchronize()
 
@@ -156,26 +162,34 @@ class Monitor:
         for sink in self._sinks:
             if not callable(sink):
                 raise TypeError(f"sinks holds {sink!r}; each must be a function of one Snapshot")
-        self._taps = Taps(activations, _selector(include, exclude), epsilon, sample, self._entered, self._left, self._fault)
+        self._taps = Taps(activations, _selector(include, exclude), epsilon, sample, self._entered, self._left, self._gradients, self._fault)
         self._judge = Judge(rules, self._fault)
         self._latest: Snapshot | None = None
         self._stuck: dict[str, tuple[float, int]] = {}
         self._in_flight: list[_InFlight] = []
         self._step = 0
+        self._passes = 0
+        """Training passes since the last step."""
         self._misses = 0
         self._announced = False
         self._again = False
         self._closed = False
         self._manual = False
-        self._pid = os.getpid()
         self._owned: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._stepping: list[Optimizer] = []
+        """The optimizers whose `step` is running, outermost first."""
         self._round: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Those that have stepped since the last round ended."""
         self._members: weakref.WeakSet[Optimizer] | None = None
+        """Those of the last round; None before its end."""
+        self._mark: Pass | None = None
+        """The last pass before an optimizer stepped and the round was not over."""
+        self._rates: dict[int, float] = {}
+        """The learning rate of each parameter of the observed step."""
         self._scale: Tensor | None = None
         self._skipped: Tensor | None = None
-        self._compiled = True
-        """Whether the model is called from compiled code; until it was seen, it may be."""
+        self._compiled: bool | None = None
+        """Whether the model is called from compiled code; None until it was entered."""
         if log_dir is not None or writer is not None:
             from torchsat.tensorboard.writer import TensorBoardWriter
 
@@ -187,9 +201,14 @@ class Monitor:
         ]
         _live.add(self)
         _catch_sigterm()
-        self._open()
-        if not self._taps.names:
-            log.warning("torchsat: no activation of the table was found in %s: nothing is watched. See monitor.coverage.", type(model).__name__)
+        try:
+            self._open()
+        except Exception:
+            self.close()
+            raise
+        if not self._taps.names and not self._taps.recurrent:
+            chosen = "of its activations, include= and exclude= leave none" if include or exclude else "no activation of the table was found"
+            log.warning("torchsat: %s: %s, nothing is watched. See monitor.coverage.", type(model).__name__, chosen)
 
     @property
     def latest(self) -> Snapshot | None:
@@ -206,15 +225,17 @@ class Monitor:
         """What is seen and what is not, as of the last observation."""
         taps = self._taps
         seen = tuple(taps.sites)
-        unseen = list(taps.unseen)
-        unseen += [(place, reason) for place, reason in taps.failed.items() if place != MODEL]
-        unseen += taps.not_rebuilt.items()
+        unseen = [*taps.unseen, *taps.failed.items(), *taps.notes.items()]
+        ran = {name for site in seen for name in (site, site.rpartition("/")[0], site.rpartition("/")[0].rpartition(".")[0])}
         reason = "it has not run in an observed training pass"
-        unseen += [(name, reason) for name in taps.names if name not in taps.sites and name not in taps.failed]
+        unseen += [(name, reason) for name in (*taps.names, *taps.recurrent) if name not in ran and name not in taps.failed]
         return Coverage(seen, tuple(unseen))
 
     def step(self) -> None:
-        """End a step by hand, in a loop without a torch optimizer. From then on optimizers are no longer listened to."""
+        """End a step by hand, in a loop without a torch optimizer. From then on optimizers are no longer listened to.
+
+        Update ratios are not known in such a loop, and a GradScaler's factor is not taken out.
+        """
         if self._closed:
             return
         self._manual = True
@@ -236,6 +257,7 @@ class Monitor:
             return
         self._closed = True
         _live.discard(self)
+        self._owned.clear()
         _leftover.extend(self._handles)
         _remove_leftover()
         self._release()
@@ -253,6 +275,12 @@ class Monitor:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a model that holds its monitor holds none."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}"
         return f"<torchsat.Monitor: {len(self._taps.sites)} sites, {len(self.alerts)} alerts, {state}>"
@@ -265,31 +293,40 @@ class Monitor:
             return
         if not self._owns(optimizer):
             return
+        if self._stepping:
+            # A step that raised never reached its end.
+            self._stepping = [each for each in self._stepping if _is_stepping(each) and each is not optimizer]
+        self._stepping.append(optimizer)
+        if len(self._stepping) > 1 or not (self._taps.is_open or optimizer in self._round):
+            return
         with self._never_raising():
-            if optimizer in self._stepping:
-                # A step that raised never reached its end.
-                self._stepping.clear()
-            self._stepping.append(optimizer)
-            if len(self._stepping) > 1:
-                return
             if optimizer in self._round:
+                self._taps.drop_after(self._mark)
                 self._finish_round()
             if self._taps.is_open:
-                self._scale, self._skipped = _gradient_scale(optimizer)
-                self._before_weights(optimizer, closure=bool(args) or bool(kwargs.get("closure")))
+                scale, self._skipped = _gradient_scale(optimizer)
+                self._scale = scale if scale is not None else self._scale
+                self._before_weights(optimizer, _has_closure(args, kwargs))
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._manual or self._closed or not self._stepping or self._stepping[-1] is not optimizer:
+        if self._closed or self._manual or not self._stepping or self._stepping[-1] is not optimizer:
             return
         self._stepping.pop()
         if self._stepping:
             return
+        self._passes = 0
+        alone = self._members is not None and len(self._members) == 1 and optimizer in self._members
+        if alone and not self._taps.is_open and not self._in_flight and not (due(self._step + 1, self._every) or self._again):
+            self._step += 1
+            return
         with self._never_raising():
             self._round.add(optimizer)
             if self._taps.is_open:
-                self._after_weights(optimizer, closure=bool(args) or bool(kwargs.get("closure")))
+                self._after_weights(optimizer, _has_closure(args, kwargs))
             if self._round_is_over():
                 self._finish_round()
+            else:
+                self._mark = self._taps.last_pass()
 
     def _owns(self, optimizer: Optimizer) -> bool:
         size = sum(len(group["params"]) for group in optimizer.param_groups)
@@ -316,8 +353,7 @@ class Monitor:
         if self._taps.is_open:
             self._finish_observation()
         self._step += 1
-        self._members = weakref.WeakSet(self._round)
-        self._round.clear()
+        self._members, self._round, self._mark = self._round, weakref.WeakSet(), None
         if due(self._step, self._every) or self._again:
             self._open()
 
@@ -327,44 +363,59 @@ class Monitor:
             return
         with self._never_raising():
             self._again = False
+            self._rates.clear()
             self._scale = self._skipped = None
             self._taps.open(model)
-            if self._compiled:
+            # Before the first pass nobody knows whether the model will be compiled. One that was never entered is idle, and left alone.
+            if self._compiled or (self._compiled is None and self._step == 0):
                 self._force_eager()
 
     def _entered(self, training: bool) -> None:
-        """The model was entered during an observation."""
-        self._compiled = _inside_compiled_code()
-        if self._taps.compiled_inside:
-            self._force_eager()
-        else:
-            self._release()
-        if not training or self._stepping:
-            return
-        if self._round:
-            # An optimizer that no gradient waits for has stepped, and the next pass begins: the round was over.
-            self._finish_round()
-        elif self._taps.saw_backward:
-            self._drop_discarded()
-
-    def _left(self) -> None:
-        self._release()
-        if self._compiled and self._taps.is_open:
-            self._force_eager()
-
-    def _drop_discarded(self) -> None:
-        """Forget the passes of this step whose gradients were thrown away, as a GradScaler does on overflow."""
+        """The model was entered during an observation: torch has decided between graph and eager, so the stance has done its work."""
         model = self._model()
-        grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad] if model is not None else []
-        if all(grad is None for grad in grads):
-            self._taps.empty()
-        else:
-            alive = [grad.count_nonzero() > 0 for grad in grads if grad is not None and not grad.is_sparse]
-            if alive:
-                self._taps.empty(torch.stack([flag.to(alive[0].device) for flag in alive]).any())
+        self._compiled = _inside_compiled_code()
+        self._release()
+        if not training or model is None:
+            return
+        if any(is_compiled(module) for module in model.modules()):
+            self._force_eager()
+        if self._stepping:
+            self._stepping = [each for each in self._stepping if _is_stepping(each)]
+        self._passes += 1
+        if self._passes == _PASSES_WITHOUT_STEP and not self._manual:
+            log.warning(
+                "torchsat: %d training passes, and no step of a torch optimizer that owns parameters of %s was seen; nothing can be shown. "
+                "Call monitor.step() at the end of each step.",
+                self._passes,
+                type(model).__name__,
+            )
+
+    def _left(self, training: bool) -> None:
+        self._release()
+        if training and self._compiled and self._taps.is_open:
+            self._force_eager()
+
+    def _gradients(self, earlier: bool) -> tuple[bool, bool | Tensor]:
+        """In a backward: whether it will add to `.grad` of our parameters, and whether what earlier ones added is still there."""
+        model = self._model()
+        parameters = [each for each in model.parameters() if each.requires_grad] if model is not None else []
+        if not parameters or self._stepping:
+            return False, True
+        with torch.enable_grad():
+            node = parameters[0].view_as(parameters[0]).grad_fn
+        leaf = node.next_functions[0][0] if node is not None else None
+        if leaf is None or not torch._C._will_engine_execute_node(leaf):
+            return False, True
+        if not earlier:
+            return True, True
+        grads = [each.grad for each in parameters if each.grad is not None and not each.grad.is_sparse]
+        if not grads:
+            return True, False
+        return True, torch.stack([(grad.count_nonzero() > 0).to(grads[0].device) for grad in grads]).any()
 
     def _before_weights(self, optimizer: Optimizer, closure: bool) -> None:
         divisor = getattr(optimizer, "grad_scale", None)
+        self._rates.update((id(p), float(group["lr"])) for group in optimizer.param_groups if _is_number(group.get("lr")) for p in group["params"])
         for layer, weight in self._weights_of(optimizer):
             layer.before_step(weight, self._taps.limit, self._taps.turn)
             if not closure:
@@ -386,65 +437,42 @@ class Monitor:
     def _finish_observation(self) -> None:
         """Pack what was measured, send it to the host, and take the hooks off."""
         taps = self._taps
-        model = self._model()
         layers = self._weights_of(None)
         taps.close()
         self._release()
         if not taps.saw_pass:
-            self._miss(model)
+            self._miss(self._model())
             return
         self._misses = 0
-        for layer, weight in layers:
-            # A layer no optimizer owns (a frozen part) has a gain and an input too.
-            if "weight_sq" not in layer.columns and layer.inputs is not None:
-                layer.after_step(weight)
-        facts: list[dict[str, Any]] = []
-        weight_facts: list[dict[str, Any]] = []
-        by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
-        for site in taps.sites.values():
-            if site.row is None:
-                continue
-            constants = site.bound.constants
-            facts.append(
-                {
-                    "site": site.name,
-                    "activation": site.bound.activation.name,
-                    "tails": site.bound.tails,
-                    "output": bool(site.output),
-                    "gate": site.gate,
-                    "units": site.units,
-                    "normal_low": constants.normal_low if constants else None,
-                    "normal_high": constants.normal_high if constants else None,
-                    "normal_derivative": constants.normal_derivative if constants else None,
-                    "_device": site.row.device,
-                }
-            )
-            rows, _ = by_device.setdefault(site.row.device, ([], []))
-            rows.append(torch.cat([site.row, summarise_units(site.block, site.row.device)]))
         feeds = taps.feeders()
-        for layer, _ in layers:
-            row = layer.row()
-            if row is None or layer.name not in feeds:
+        packed: dict[torch.device, list[Tensor]] = {}
+        facts: list[tuple[torch.device, dict[str, Any]]] = []
+        weight_facts: list[tuple[torch.device, dict[str, Any]]] = []
+        for site in taps.sites.values():
+            if site.row is not None:
+                facts.append((site.row.device, _facts(site)))
+                packed.setdefault(site.row.device, []).extend([site.row, summarise_units(site.block, site.row.device)])
+        for layer, weight in layers:
+            if layer.name not in feeds:
                 continue
-            weight_facts.append({"name": layer.name, "feeds": feeds[layer.name], "fan_in": layer.fan_in, "_device": row.device})
-            by_device.setdefault(row.device, ([], []))[1].append(row)
+            if "weight_sq" not in layer.columns and layer.inputs is not None:
+                # A layer that no optimizer owns (a frozen part) has a gain and an input too.
+                layer.after_step(weight)
+            row = layer.row()
+            if row is not None:
+                rate = self._rates.get(id(weight))
+                weight_facts.append((row.device, {"name": layer.name, "feeds": feeds[layer.name], "fan_in": layer.fan_in, "learning_rate": rate}))
+                packed.setdefault(row.device, []).append(row)
         if not facts:
             return
-        parts = []
-        for device in by_device:
-            scale, skipped = (self._number(value, device) for value in (self._scale, self._skipped))
-            parts.append(_to_host(torch.cat([*by_device[device][0], *by_device[device][1], torch.stack([scale, skipped])])))
-        order = {device: index for index, device in enumerate(by_device)}
-        for each in (*facts, *weight_facts):
-            each["_device"] = order[each["_device"]]
-        self._in_flight.append(_InFlight(self._step, time.time(), facts, weight_facts, parts))
+        # The scale and the overflow stay with the rows of their own device: a copy between devices would be read before it has arrived.
+        home = self._scale.device if self._scale is not None and self._scale.device in packed else next(iter(packed))
+        for device, rows in packed.items():
+            if device == home:
+                rows.extend(_number(value, device) for value in (self._scale, self._skipped))
+        parts = {device: _to_host(torch.cat(rows)) for device, rows in packed.items()}
+        self._in_flight.append(_InFlight(self._step, time.time(), facts, weight_facts, parts, home))
         self._drain()
-
-    def _number(self, value: Tensor | None, device: torch.device) -> Tensor:
-        dtype = accumulator(device)
-        if value is None:
-            return torch.full((), math.nan, dtype=dtype, device=device)
-        return value.detach().reshape(()).to(device=device, dtype=dtype, non_blocking=True)
 
     def _miss(self, model: nn.Module | None) -> None:
         """An observed step without a training pass is not a silent gap."""
@@ -469,36 +497,36 @@ class Monitor:
             self._deliver(flight)
 
     def _deliver(self, flight: _InFlight) -> None:
-        hosts = [part.tolist() for part, _ in flight.parts]
-        places = [0] * len(hosts)
-        scale, skipped = hosts[0][-2:]
+        hosts = {device: part.tolist() for device, (part, _) in flight.parts.items()}
+        places = dict.fromkeys(hosts, 0)
+        scale, skipped = hosts[flight.home][-2:]
         if skipped > 0:
             # The optimizer itself found an overflow and did nothing: not a step.
             self._again = True
             return
         scale = 1.0 if math.isnan(scale) or scale <= 0 else scale
 
-        def cut(facts: dict[str, Any], width: int) -> list[float]:
-            part = facts.pop("_device")
-            start = places[part]
-            places[part] += width
-            return cast("list[float]", hosts[part][start : start + width])
+        def cut(device: torch.device, width: int) -> list[float]:
+            start = places[device]
+            places[device] += width
+            return cast("list[float]", hosts[device][start : start + width])
 
         records: list[Record] = []
-        weights: list[Weight] = []
-        for facts in flight.facts:
-            row = cut(facts, len(SUMS) + len(MAXES) + len(UNITS))
-            record, stuck = to_record(facts, row, scale, self._stuck.get(record_name := facts["site"]))
+        for device, facts in flight.facts:
+            name = facts["site"]
+            record, stuck = to_record(facts, cut(device, len(SUMS) + len(MAXES) + len(UNITS)), scale, self._stuck.get(name))
             if stuck is not None:
-                self._stuck[record_name] = stuck
+                self._stuck[name] = stuck
             if record.n or record.nonfinite:
                 records.append(record)
-        for facts in flight.weight_facts:
-            weights.append(to_weight(facts, cut(facts, len(COLUMNS))))
+        weights = [to_weight(facts, cut(device, len(COLUMNS))) for device, facts in flight.weight_facts]
         snapshot = Snapshot(flight.step, flight.time, tuple(records), tuple(weights))
         snapshot = replace(snapshot, alerts=self._judge.judge(snapshot))
         self._latest = snapshot
         self._announce(snapshot)
+        # First to the files: a callback may close the monitor.
+        for sink in list(self._sinks):
+            self._to_sink(sink, functools.partial(sink, snapshot))
         for alert in snapshot.alerts:
             _say(alert)
             if self._on_alert is not None:
@@ -506,9 +534,7 @@ class Monitor:
                     self._on_alert(alert)
                 except Exception as error:
                     self._on_alert = None
-                    self._fault("on_alert", error)
-        for sink in list(self._sinks):
-            self._to_sink(sink, functools.partial(sink, snapshot))
+                    self._fault("on_alert", error, "it is not called again")
 
     def _announce(self, snapshot: Snapshot) -> None:
         """One line after the first observation: what is watched, what is not."""
@@ -530,13 +556,15 @@ class Monitor:
         except Exception as error:
             if sink in self._sinks:
                 self._sinks.remove(sink)
-            self._fault(f"sink {getattr(sink, '__qualname__', type(sink).__name__)}", error)
+                with contextlib.suppress(Exception):
+                    getattr(sink, "close", lambda: None)()
+            self._fault(f"sink {getattr(sink, '__qualname__', type(sink).__name__)}", error, "it gets no more snapshots")
 
-    def _fault(self, place: str, error: Exception) -> None:
+    def _fault(self, place: str, error: Exception, lost: str | None = None) -> None:
         """The monitor failed at a place: say so once, and go on without it."""
         if self._errors == "raise":
             raise error
-        lost = "all monitoring stops" if place == MODEL else f"{place} is no longer watched" if "sink" not in place else "it gets no more snapshots"
+        lost = lost or ("all monitoring stops" if place == MODEL else f"{place} is no longer watched")
         log.warning("torchsat: %s: %s: %s; %s. Training is not affected.", place, type(error).__name__, error, lost)
         if place == MODEL:
             self._taps.failed[MODEL] = str(error)
@@ -557,7 +585,9 @@ class Monitor:
         _forcing.discard(self)
         if _stance is not None and not _forcing:
             stance, _stance = _stance, None
-            stance.__exit__(None, None, None)
+            if eval_frame._stance.stance == "force_eager":
+                # Not where the user has set a stance meanwhile.
+                stance.__exit__(None, None, None)
 
 
 class _NeverRaising:
@@ -629,6 +659,49 @@ def _selector(include: Patterns, exclude: Patterns) -> Callable[[str], bool]:
     return selects
 
 
+def _facts(site: Site) -> dict[str, Any]:
+    """The SITE_FACTS of a site."""
+    constants = site.bound.constants
+    return {
+        "site": site.name,
+        "activation": site.bound.activation.name,
+        "tails": site.bound.tails,
+        "output": site.output,
+        "gate": site.gate,
+        "units": site.units,
+        "normal_low": constants.normal_low if constants else None,
+        "normal_high": constants.normal_high if constants else None,
+        "normal_derivative": constants.normal_derivative if constants else None,
+    }
+
+
+def _number(value: Tensor | None, device: torch.device) -> Tensor:
+    """One element, NaN for None."""
+    dtype = accumulator(device)
+    if value is None or value.device != device:
+        return torch.full((1,), math.nan, dtype=dtype, device=device)
+    return value.detach().reshape(1).to(dtype)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `step` was given a closure; torch hands a hook the optimizer itself as the first argument."""
+    return len(args) > 1 or kwargs.get("closure") is not None
+
+
+def _is_stepping(optimizer: Optimizer) -> bool:
+    """Whether torch's wrapper of this optimizer's step is on the stack."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _to_host(packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """The numbers on the host, and the event after which they are there."""
     if packed.device.type != "cuda":
@@ -646,21 +719,21 @@ def _gradient_scale(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]
     A scaler leaves no trace on model or optimizer before the step, but it is the scaler that calls `step`.
     """
     frame: FrameType | None = sys._getframe(1)
-    for _ in range(48):
-        if frame is None:
-            return None, None
+    while frame is not None:
         caller = frame.f_locals.get("self") if frame.f_code.co_name in ("step", "_maybe_opt_step") else None
         if isinstance(caller, torch.amp.GradScaler):
-            return (caller._scale if caller.is_enabled() else None), getattr(optimizer, "found_inf", None)
+            # A copy: the scaler changes its own in place.
+            scale = caller._scale.clone() if caller.is_enabled() and caller._scale is not None else None
+            return scale, getattr(optimizer, "found_inf", None)
         frame = frame.f_back
     return None, None
 
 
 def _inside_compiled_code() -> bool:
-    """Whether a function made by torch.compile is on the stack."""
+    """Whether a function made by torch.compile is on the stack. Its wrapper is called compile_wrapper, before torch 2.9 _fn."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "compile_wrapper":
+        if frame.f_code.co_name in ("compile_wrapper", "_fn") and frame.f_code.co_filename == eval_frame.__file__:
             return True
         frame = frame.f_back
     return False
@@ -701,11 +774,27 @@ _previous: Any = None
 _installed = False
 
 
+def _forget_after_fork() -> None:
+    """In a forked child nothing is watched: it has no writer thread, and its parent's files are not its own."""
+    global _installed
+    for monitor in list(_live):
+        monitor._closed = True
+        monitor._taps.close()
+        monitor._release()
+    _live.clear()
+    if _installed and signal.getsignal(signal.SIGTERM) is _on_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _installed = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
 @atexit.register
 def _close_all() -> None:
     for monitor in list(_live):
-        if monitor._pid == os.getpid():
-            monitor.close()
+        monitor.close()
 
 
 def _catch_sigterm() -> None:

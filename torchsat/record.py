@@ -106,6 +106,8 @@ class Weight:
     feeds: tuple[str, ...]
     """The sites that this layer's output reaches first."""
     fan_in: int
+    learning_rate: float | None
+    """Of the optimizer's group that owns it."""
 
     gain: float | None
     """rms(W) * sqrt(fan_in), which is ||W||_F / sqrt(fan_out) of a linear layer: 1 under Xavier (square), sqrt(2) under He, 0.577 by default."""
@@ -190,7 +192,7 @@ class Coverage:
 
 SITE_FACTS = ("site", "activation", "tails", "output", "gate", "units", "normal_low", "normal_high", "normal_derivative")
 RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not in (*SITE_FACTS, "histogram"))
-WEIGHT_FACTS = ("name", "feeds", "fan_in")
+WEIGHT_FACTS = ("name", "feeds", "fan_in", "learning_rate")
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
 COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "input_n")
 

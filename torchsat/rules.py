@@ -4,14 +4,16 @@ A rule is a row: what to measure, where it warns, where it is critical. The `Jud
 `patience` observations in a row beyond its limit, and clears only after as many on the safe side of `HYSTERESIS` times the limit. Rows of
 the same name are one rule with several criteria: at one place at most one alert of it fires.
 
-Sources of the limits: a hidden layer is saturated when its tails hold 20 points more than N(0, 1) puts there, or half of all elements, or
-when E|f'| / peak falls below 0.40 (0.25); the second criterion is needed beside the first, since the drifting sigmoid layer of Glorot and
-Bengio (2010) has no element in a tail. The gradient limits are the range of float16. A rectifier is sparse by design (networks with 90 %
-zeros train well), so of one-sided functions only stuck units and a wholly closed layer are reported.
+Sources of the limits: a hidden layer is saturated when its tails hold 30 points more than N(0, 1) puts there, or when E|f'| / peak falls
+below 0.25; the second criterion is needed beside the first, since the drifting sigmoid layer of Glorot and Bengio (2010) has no element in a
+tail. Both stand just beyond what layers of healthy networks reach when they are trained to convergence on digits (tanh: 29 % and 0.29). The
+gradient limits are the range of float16. A rectifier is sparse by design (networks with 90 % zeros train well), so of one-sided functions
+only stuck units and a wholly closed layer are reported.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -66,24 +68,28 @@ def percent(share: float) -> str:
     return f"{points:.1f} %" if points < 10 or points > 90 else f"{points:.0f} %"
 
 
-def _two_sided_share(record: Record, snapshot: Snapshot) -> float | None:
-    """The share in those tails that a healthy layer leaves mostly empty (not the low side of ReLU6)."""
-    if record.output or record.gate or record.tails != "both" or record.low is None or record.high is None:
-        return None
-    sides = ((record.low, record.normal_low), (record.high, record.normal_high))
-    return sum(share for share, normal in sides if (normal or 0.0) < 0.25)
+def _closes_both_ways(record: Record) -> bool:
+    """Two plateaus that N(0, 1) inputs mostly leave alone: not a ReLU6 or a Hardtanh(0, k), which are rectifiers."""
+    two_sided = record.tails == "both" and max(record.normal_low or 0.0, record.normal_high or 0.0) < 0.25
+    return two_sided and not (record.output or record.gate)
+
+
+def _soft_share(record: Record, snapshot: Snapshot) -> float | None:
+    """The share in the tails; not of hard functions, where it is 1 - m and trained healthy layers reach two thirds."""
+    hard = _normal_share(record) + (record.normal_derivative or 0.0) > 0.995
+    return record.saturated if _closes_both_ways(record) and not hard else None
 
 
 def _normal_share(record: Record) -> float:
-    return sum(normal for normal in (record.normal_low, record.normal_high) if normal is not None and normal < 0.25)
+    return (record.normal_low or 0.0) + (record.normal_high or 0.0)
 
 
 def _share_limit(record: Record) -> float:
-    return _normal_share(record) + 0.2
+    return _normal_share(record) + 0.3
 
 
 def _share_limit_critical(record: Record) -> float:
-    return max(0.5, _normal_share(record) + 0.35)
+    return max(0.5, _normal_share(record) + 0.45)
 
 
 def _one_sided_share(record: Record, snapshot: Snapshot) -> float | None:
@@ -91,37 +97,52 @@ def _one_sided_share(record: Record, snapshot: Snapshot) -> float | None:
 
 
 def _slope(record: Record, snapshot: Snapshot) -> float | None:
-    return record.relative_derivative if record.tails == "both" and not (record.output or record.gate) else None
+    return record.relative_derivative if _closes_both_ways(record) else None
 
 
 def _slope_limit(record: Record) -> float:
-    return min(0.40, 0.65 * (record.normal_derivative or 1.0))
+    return min(0.25, 0.45 * (record.normal_derivative or 1.0))
 
 
 def _slope_limit_critical(record: Record) -> float:
-    return min(0.25, 0.40 * (record.normal_derivative or 1.0))
+    return min(0.15, 0.3 * (record.normal_derivative or 1.0))
 
 
 def _stuck(record: Record, snapshot: Snapshot) -> float | None:
-    return None if record.output or record.gate else record.stuck
+    """Of a bottleneck of a few units a share says little."""
+    return None if record.output or record.gate or (record.units or 0) < 8 else record.stuck
+
+
+def gradient_over_depth(snapshot: Snapshot) -> float | None:
+    """||dL/dz|| at the first site over that at the last hidden one.
+
+    Norms, not means over elements: where positions are pooled, a mean falls with their number though nothing is lost.
+    """
+    norms = [each.grad_z_rms * math.sqrt(each.elements) for each in snapshot.records if each.grad_z_rms is not None and not each.output]
+    return norms[0] / norms[-1] if len(norms) > 1 and norms[-1] else None
 
 
 def _over_depth(record: Record, snapshot: Snapshot) -> float | None:
-    """rms dL/dz at the first site over that at the last one before the output; judged at the first site."""
-    sites = [each for each in snapshot.records if each.grad_z_rms is not None]
-    hidden = [each for each in sites if not each.output]
-    if len(hidden) < 2 or record is not hidden[0] or record.grad_z_rms is None or not hidden[-1].grad_z_rms:
+    """`gradient_over_depth`, judged at the first site."""
+    first = next((each for each in snapshot.records if each.grad_z_rms is not None and not each.output), None)
+    return gradient_over_depth(snapshot) if record is first else None
+
+
+def _step_size(weight: Weight) -> float | None:
+    """The update ratio per learning rate; None for a layer that had nothing to learn from in this step."""
+    if weight.update_ratio is None or weight.grad_norm is None or not weight.input_n or not weight.learning_rate:
         return None
-    return record.grad_z_rms / hidden[-1].grad_z_rms
+    return weight.update_ratio / weight.learning_rate
 
 
 def _relative_update(weight: Weight, snapshot: Snapshot) -> float | None:
-    """The update ratio of this layer over the median of all: schedules and optimizers move all layers alike."""
-    ratios = [each.update_ratio for each in snapshot.weights if each.update_ratio is not None]
-    if len(ratios) < 3 or weight.update_ratio is None:
+    """The step of this layer over the median of all: schedules and optimizers move all layers alike."""
+    steps = [step for each in snapshot.weights if (step := _step_size(each)) is not None]
+    mine = _step_size(weight)
+    if len(steps) < 3 or mine is None:
         return None
-    median = statistics.median(ratios)
-    return weight.update_ratio / median if median else None
+    median = statistics.median(steps)
+    return mine / median if median else None
 
 
 def _nonfinite(record: Record, snapshot: Snapshot) -> float:
@@ -135,7 +156,7 @@ def _nonfinite_grad(record: Record, snapshot: Snapshot) -> float:
 RULES: tuple[Rule, ...] = (
     Rule(
         "saturated",
-        _two_sided_share,
+        _soft_share,
         _share_limit,
         _share_limit_critical,
         lambda r, value, limit: (
@@ -178,7 +199,7 @@ RULES: tuple[Rule, ...] = (
         1e-3,
         1e-6,
         lambda r, value, limit: (
-            f"the gradient vanishes: at {r.site}, the first site, dL/dz is {value:.1e} of what it is at the last (limit {limit:.0e})"
+            f"the gradient vanishes: at {r.site}, the first site, the norm of dL/dz is {value:.1e} of what it is at the last (limit {limit:.0e})"
         ),
         below=True,
     ),
@@ -188,7 +209,7 @@ RULES: tuple[Rule, ...] = (
         1e3,
         1e6,
         lambda r, value, limit: (
-            f"the gradient explodes: at {r.site}, the first site, dL/dz is {value:.1e} times what it is at the last (limit {limit:.0e})"
+            f"the gradient explodes: at {r.site}, the first site, the norm of dL/dz is {value:.1e} times what it is at the last (limit {limit:.0e})"
         ),
     ),
     Rule(
@@ -242,7 +263,10 @@ class Judge:
         self._fault = fault
         self._groups: dict[str, list[Rule]] = {}
         for rule in rules:
-            self._groups.setdefault(rule.name, []).append(rule)
+            group = self._groups.setdefault(rule.name, [])
+            if group and group[0].over != rule.over:
+                raise ValueError(f"the rows of rule {rule.name!r} are over {group[0].over} and over {rule.over}; one rule judges one kind")
+            group.append(rule)
         self._states: dict[tuple[str, str], _State] = {}
 
     @property
@@ -256,6 +280,11 @@ class Judge:
         events = []
         for name, rules in list(self._groups.items()):
             items: Sequence[Record | Weight] = snapshot.weights if rules[0].over == "weights" else snapshot.records
+            places = {item.name if isinstance(item, Weight) else item.site for item in items}
+            for (place, rule), state in list(self._states.items()):
+                if rule == name and state.alert is not None and place not in places:
+                    gone = self._clear_gone(place, name, state, rules, snapshot)
+                    events.extend([gone] if gone else [])
             for item in items:
                 place = item.name if isinstance(item, Weight) else item.site
                 try:
@@ -269,6 +298,15 @@ class Judge:
                 if event is not None:
                     events.append(event)
         return tuple(events)
+
+    def _clear_gone(self, place: str, name: str, state: _State, rules: list[Rule], snapshot: Snapshot) -> Alert | None:
+        """An alert of a place that has not run for as long as the patience is over."""
+        state.calm += 1
+        if state.alert is None or state.calm < max(rule.patience for rule in rules):
+            return None
+        last = state.alert
+        del self._states[place, name]
+        return replace(last, step=snapshot.step, firing=False, message=f"{place}: no longer runs")
 
     def _judge_one(self, place: str, name: str, rules: list[Rule], item: Record | Weight, snapshot: Snapshot) -> Alert | None:
         values = [(rule, value) for rule in rules if (value := rule.value(item, snapshot)) is not None]

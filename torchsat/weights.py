@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from torchsat.record import Weight
-from torchsat.statistics import Sample, accumulator, upcast
+from torchsat.statistics import Sample, accumulator
 
 COLUMNS = ("numel", "weight_sq", "grad_sq", "change_sq", "before_sq", "input_n", "input_sq", "input_offset_sq")
 _AT = {name: index for index, name in enumerate(COLUMNS)}
@@ -58,6 +58,17 @@ def feature_axis(module: nn.Module, ndim: int) -> int:
     return ndim - 1 if isinstance(module, nn.Linear) else ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
 
 
+def input_sums(module: nn.Module, x: Tensor, sample: Sample) -> Tensor:
+    """[samples, sum x, sum x^2] of each feature of one input: [3, features]."""
+    taken = sample.take(x.detach())
+    dtype = accumulator(x.device)
+    finite = torch.isfinite(taken)
+    values = torch.where(finite, taken.to(dtype), torch.zeros((), dtype=dtype, device=x.device))
+    axis = feature_axis(module, x.ndim)
+    sums = torch.zeros(3, x.shape[axis], dtype=dtype, device=x.device)
+    return sums.index_add_(1, sample.units(axis, x.device), torch.stack([finite.to(dtype), values, values * values]))
+
+
 class Layer:
     """What one layer shows during one observation, on its device."""
 
@@ -65,21 +76,11 @@ class Layer:
         self.name = name
         self.module = weakref.ref(module)
         self.fan_in = fan_in(module)
+        self.sample: Sample | None = None
         self.inputs: Tensor | None = None
+        """`input_sums` over the passes of the observation."""
         self.weight: Tensor | None = None
         self.columns: dict[str, Tensor] = {}
-
-    def observe_input(self, module: nn.Module, x: Tensor, limit: int | None, turn: int) -> None:
-        """Merge one input into [samples, sum x, sum x^2] per feature."""
-        sample = Sample.of(x, limit, turn)
-        taken = upcast(sample.take(x.detach()))
-        dtype = accumulator(x.device)
-        finite = torch.isfinite(taken)
-        values = torch.where(finite, taken.to(dtype), torch.zeros((), dtype=dtype, device=x.device))
-        axis = feature_axis(module, x.ndim)
-        if self.inputs is None or self.inputs.device != x.device:
-            self.inputs = torch.zeros(3, x.shape[axis], dtype=dtype, device=x.device)
-        self.inputs.index_add_(1, sample.units(axis, x.device), torch.stack([finite.to(dtype), values, values * values]))
 
     def before_step(self, weight: Tensor, limit: int | None, turn: int) -> None:
         """Keep a sample of the weight."""
@@ -88,14 +89,14 @@ class Layer:
 
     def observe_grad(self, weight: Tensor, divisor: Tensor | None) -> None:
         """Measure the gradient; `divisor` is the loss scale it still carries."""
-        if weight.grad is not None and not weight.grad.is_sparse:
+        if weight.is_leaf and weight.grad is not None and not weight.grad.is_sparse:
             square = _square_sum(weight.grad)
             self.columns["grad_sq"] = square if divisor is None else square / divisor.to(square) ** 2
 
     def after_step(self, weight: Tensor) -> None:
         self.columns["weight_sq"] = _square_sum(weight)
         self.columns["numel"] = torch.full_like(self.columns["weight_sq"], weight.numel())
-        if self.weight is None or not weight.requires_grad:
+        if self.weight is None or self.sample is None or not weight.requires_grad:
             return
         dtype = accumulator(weight.device)
         before = self.weight.to(dtype)
@@ -110,16 +111,19 @@ class Layer:
         if self.inputs is not None:
             n, first, second = self.inputs.to(like.device)
             self.columns["input_n"] = n.sum()
-            self.columns["input_sq"] = (second / n).mean()
-            # E_j[mean_j]^2 without the 1/n bias of a squared sample mean: the pairs of distinct samples only.
-            self.columns["input_offset_sq"] = ((first * first - second) / (n * (n - 1))).mean()
+            self.columns["input_sq"] = second.sum() / n.sum()
+            # E_j[mean_j]^2 without the 1/n bias of a squared sample mean: pairs of distinct samples only, over the features that have any.
+            pairs = n * (n - 1)
+            squares = torch.where(pairs > 0, (first * first - second) / pairs.clamp(min=1), torch.zeros_like(pairs))
+            self.columns["input_offset_sq"] = squares.sum() / (pairs > 0).sum()
         unknown = torch.full_like(like, math.nan)
         return torch.stack([self.columns.get(name, unknown).to(like) for name in COLUMNS])
 
 
 def _square_sum(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(upcast(tensor.detach()))
-    return norm.to(accumulator(tensor.device)).square()
+    # In float64: the square of a gradient that still carries a GradScaler's factor overflows float32.
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=accumulator(tensor.device))
+    return norm.square()
 
 
 def to_weight(facts: dict[str, Any], row: Sequence[float]) -> Weight:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,6 +23,7 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from torchsat.record import HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Snapshot, to_float
+from torchsat.rules import gradient_over_depth
 from torchsat.tensorboard import EVENTS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, content, tag
 
 NETWORK = {
@@ -30,7 +32,7 @@ NETWORK = {
     "relative_derivative_min": "E|f'(z)| / peak at the worst hidden site: 1 is fully open, 0 is closed.",
     "stuck_max": "Share of units saturated in at least 99 % of at least 1000 samples, at the worst hidden site.",
     "attenuation_min": "||dL/dz|| / ||dL/da|| at the hidden site that lets least of the gradient through.",
-    "gradient_first_over_last": "rms dL/dz at the first site over that at the last hidden one: 1 is healthy, 0 has vanished.",
+    "gradient_first_over_last": "||dL/dz|| at the first site over that at the last hidden one: 1 is healthy, 0 has vanished.",
     "update_ratio_min": "||change of W|| / ||W|| per step of the layer that moves least, of those that feed a site.",
     "update_ratio_max": "The same of the layer that moves most.",
     "nonfinite": "Measured elements that are inf or nan, in the forward and in the backward pass, over all sites.",
@@ -44,9 +46,12 @@ class TensorBoardWriter:
 
     Raises:
         TypeError: `writer` is something else.
+        ValueError: both are given.
     """
 
     def __init__(self, log_dir: str | os.PathLike[str] | None = None, writer: Any = None) -> None:
+        if writer is not None and log_dir is not None:
+            raise ValueError("log_dir and writer are both given; a writer has its own directory. Give one of them.")
         if writer is not None and not hasattr(writer, "_get_file_writer"):
             raise TypeError(
                 f"writer is a {type(writer).__name__}; allowed is a torch.utils.tensorboard.SummaryWriter. "
@@ -57,7 +62,7 @@ class TensorBoardWriter:
         self._described: set[str] = set()
         self._depth: dict[str, int] = {}
         self._firing: dict[tuple[str, str], Alert] = {}
-        self._history: list[Alert] = []
+        self._history: deque[Alert] = deque(maxlen=200)
 
     def __call__(self, snapshot: Snapshot) -> None:
         for alert in snapshot.alerts:
@@ -119,7 +124,7 @@ class TensorBoardWriter:
     def _list(self) -> str:
         """Every alert so far, newest first, in one text, since TensorBoard keeps one per step. A table would break words in two."""
         lines = []
-        for alert in reversed(self._history[-200:]):
+        for alert in reversed(self._history):
             state = f"**{alert.severity}**, since step {alert.since}" if alert.firing else "cleared"
             lines.append(f"- step {alert.step}, {state}: {alert.message}")
         return "\n".join(lines)
@@ -171,7 +176,7 @@ def network(snapshot: Snapshot, firing: int) -> dict[str, float | None]:
     def collect(name: str) -> list[float]:
         return [value for record in hidden if (value := getattr(record, name)) is not None]
 
-    saturated, gradients = collect("saturated"), collect("grad_z_rms")
+    saturated = collect("saturated")
     updates = [weight.update_ratio for weight in snapshot.weights if weight.update_ratio is not None]
     return {
         "saturated_mean": sum(saturated) / len(saturated) if saturated else None,
@@ -179,7 +184,7 @@ def network(snapshot: Snapshot, firing: int) -> dict[str, float | None]:
         "relative_derivative_min": min(collect("relative_derivative"), default=None),
         "stuck_max": max(collect("stuck"), default=None),
         "attenuation_min": min(collect("attenuation"), default=None),
-        "gradient_first_over_last": gradients[0] / gradients[-1] if len(gradients) > 1 and gradients[-1] else None,
+        "gradient_first_over_last": gradient_over_depth(snapshot),
         "update_ratio_min": min(updates, default=None),
         "update_ratio_max": max(updates, default=None),
         "nonfinite": float(sum(record.nonfinite + record.grad_nonfinite for record in snapshot.records)),
