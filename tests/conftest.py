@@ -22,7 +22,7 @@ def _clean() -> Iterator[None]:
     left = list(torchsat.monitor._live)
     for monitor in left:
         monitor.close()
-    torchsat.monitor._remove_leftover()
+    torchsat.monitor._stop_listening()
     torch.set_num_threads(threads)
     logging.getLogger("torchsat").handlers.clear()
     assert eval_frame._stance.stance == "default"

@@ -4,6 +4,8 @@ import copy
 import functools
 import gc
 import logging
+import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,9 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
+from torchsat import activations
 from torchsat.monitor import due
 from torchsat.weights import fan_in
 
@@ -601,7 +605,7 @@ def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:
     """Promise 6."""
     with pytest.raises(TypeError, match=r"nn\.DataParallel cannot be watched.*DistributedDataParallel"):
         torchsat.watch(nn.DataParallel(mlp()))
-    with pytest.raises(TypeError, match=r"TorchScript model cannot be watched.*before torch\.jit\.script"):
+    with pytest.raises(TypeError, match=r"TorchScript model cannot be watched.*close the .*monitor before torch\.jit\.script"):
         torchsat.watch(torch.jit.trace(mlp(), torch.zeros(1, 64)))
     with pytest.raises(TypeError, match="model is a str; allowed is a"):
         torchsat.watch("model")  # type: ignore[arg-type]
@@ -610,6 +614,24 @@ def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"on_alert": 5}, "on_alert is 5; allowed is a function of one Alert"),
+        ({"sinks": 5}, "sinks is 5; allowed is a tuple of functions"),
+        ({"sinks": ("print",)}, "sinks holds 'print'; each must be a function of one Snapshot"),
+        ({"log_dir": 5}, "log_dir is 5; allowed is a directory"),
+        ({"log_dir": ""}, "log_dir is ''; allowed is a directory"),
+    ],
+)
+def test_arguments_of_a_wrong_kind_are_answered_with_the_right_one(options: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        torchsat.watch(mlp(), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": 5}, 'include is 5; allowed are a pattern of site names such as "encoder'),
+        ({"exclude": [5]}, r"exclude is \[5\]"),
+        ({"log_dir": "runs", "writer": "writer"}, "log_dir and writer are both given"),
         ({"every": 0}, "every is 0; allowed are whole numbers from 1 up"),
         ({"every": 2.5}, "every is 2.5"),
         ({"epsilon": 1.0}, "epsilon is 1.0; allowed are numbers between 0 and 1"),
@@ -622,8 +644,181 @@ def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:
 def test_bad_arguments_are_answered_with_what_is_allowed(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         torchsat.watch(mlp(), **options)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="must be a function of one Snapshot"):
-        torchsat.watch(mlp(), sinks=("print",))  # type: ignore[arg-type]
+
+
+def test_a_step_that_raised_does_not_deafen_the_monitor_to_another_optimizer() -> None:
+    model = mlp()
+    monitor = torchsat.watch(model, every=1, errors="raise")
+
+    class Fails(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:
+            raise RuntimeError("out of memory")
+
+    model(torch.randn(4, 64)).sum().backward()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Fails(model.parameters(), lr=0.1).step()
+    train(model, 5)
+    assert monitor.latest.step == 4
+
+
+def test_passes_without_any_step_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    torchsat.watch(model, errors="raise")
+    for _ in range(250):
+        model(torch.randn(2, 64)).sum().backward()
+    assert len(caplog.messages) == 1
+    assert "Call monitor.step() at the end of each step." in caplog.messages[0]
+
+
+def test_an_idle_watched_model_forces_nobody_into_eager() -> None:
+    torch._dynamo.reset()
+    frames, teacher, student = Frames(), mlp(), mlp()
+    torchsat.watch(teacher, errors="raise")
+    call, optimizer = torch.compile(student, backend=frames), torch.optim.SGD(student.parameters(), lr=0.1)
+    counts = []
+    for _ in range(4):
+        call(torch.randn(4, 64)).sum().backward()
+        optimizer.step()
+        counts.append(frames.count)
+    assert counts == [0, 1, 1, 1]
+
+
+def test_a_compiled_validation_mostly_runs_its_graph() -> None:
+    torch._dynamo.reset()
+    eager, model, snapshots = [], Wrapped(), list[torchsat.Snapshot]()
+    call, optimizer = torch.compile(model, backend=Frames()), torch.optim.SGD(model.parameters(), lr=0.1)
+    torchsat.watch(call, every=1, errors="raise", sinks=(snapshots.append,))
+    for _ in range(4):
+        call(torch.randn(8, 64)).sum().backward()
+        optimizer.step()
+        model.eval()
+        for _ in range(3):
+            eager.append(eval_frame._stance.stance == "force_eager")
+            with torch.no_grad():
+                call(torch.randn(8, 64))
+        model.train()
+    # The observation that a validation made us miss is made up for by the next one, which holds on through it.
+    assert eager == [*(True, False, False), *(True, True, True)] * 2
+    assert [snapshot.step for snapshot in snapshots] == [0, 2]
+
+
+def test_the_users_own_stance_is_left_alone() -> None:
+    model = mlp()
+    torchsat.watch(model, errors="raise")
+    with torch.compiler.set_stance("eager_on_recompile"):
+        train(model, 3)
+        assert eval_frame._stance.stance == "eager_on_recompile"
+    train(model, 1)
+    assert eval_frame._stance.stance == "default"
+
+
+def test_a_model_may_hold_its_monitor() -> None:
+    model = mlp()
+    model.monitor = torchsat.watch(model)  # type: ignore[assignment]
+    assert copy.deepcopy(model).monitor is None
+    assert pickle.loads(pickle.dumps(model)).monitor is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_is_not_watched(tmp_path: Path) -> None:
+    script = """
+    import os, signal, sys, torch, torchsat
+    torch.set_num_threads(1)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
+    monitor = torchsat.watch(model, sys.argv[1], every=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    def train():
+        for step in range(40):
+            model(torch.randn(8, 4)).sum().backward()
+            optimizer.step()
+    child = os.fork()
+    train()
+    if not child:
+        assert not model[1]._forward_hooks
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        os._exit(7)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 7, done.stderr
+    assert len(torchsat.read(tmp_path)) == 40
+
+
+def test_the_gradient_norm_is_that_which_the_optimizer_received() -> None:
+    class Centred(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.mul_(1e-3)
+            super().step()
+
+    model = mlp()
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = Centred(model.parameters(), lr=0.1)
+    model(torch.randn(4, 64)).sum().backward()
+    expected = model[0].weight.grad.norm().item()
+    optimizer.step()
+    assert monitor.latest.weights[0].grad_norm == pytest.approx(expected, rel=1e-6)
+
+
+def test_wide_inputs_are_measured_where_they_were_read() -> None:
+    model = nn.Sequential(nn.Linear(70_000, 2), nn.Tanh())
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(3, 70_000) + 2).sum().backward()
+    optimizer.step()
+    (weight,) = monitor.latest.weights
+    assert weight.input_n <= 65536
+    assert weight.input_rms == pytest.approx(5**0.5, rel=0.02)
+    # No feature was read twice: how much of it is a constant cannot be known.
+    assert weight.input_centred_share is None
+
+
+def test_a_lazy_layer_is_measured_once_it_exists() -> None:
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 1))
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    model(torch.randn(3, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(3, 5)).sum().backward()
+        optimizer.step()
+    assert [weight.name for weight in monitor.latest.weights] == ["0"]
+    assert monitor.coverage.unseen == ()
+
+
+def test_tails_that_are_not_known_are_not_zero() -> None:
+    class Square(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.scale * x)
+
+    slope = lambda z, scale: scale * (1 - torch.tanh(scale * z) ** 2)  # noqa: E731
+    rows = torchsat.Activation("square", (Square,)), torchsat.Activation("scaled", (Scaled,), ("scale",), derivative=slope)
+    model = nn.Sequential(nn.Linear(4, 4), Square(), Scaled())
+    monitor = torchsat.watch(model, activations=rows, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(8, 4)).sum().backward()
+    optimizer.step()
+    for record in monitor.latest.records:
+        assert record.derivative > 0
+        assert record.saturated is record.low is record.stuck is record.relative_derivative is record.histogram is None
+        assert record.tails == "unknown"
+
+
+def test_a_default_device_does_not_reach_into_the_table() -> None:
+    activations._grid.cache_clear()
+    activations._constants.cache_clear()
+    with torch.device("meta"):
+        monitor = torchsat.watch(nn.Sequential(nn.GELU()), errors="raise")
+    assert monitor._taps._known["0"].bound.constants.peak == pytest.approx(1.12890415, rel=1e-7)
 
 
 SCRIPT = """

@@ -91,6 +91,13 @@ def test_long_names_are_not_cut(tmp_path: Path) -> None:
     assert "…" not in printed
 
 
+def test_an_encoding_without_bars_gets_plain_ones(tmp_path: Path) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    report(run(tmp_path), out)
+    out.flush()
+    assert rows(out.buffer.getvalue().decode("ascii"), "Sites, worst first")[0][-1] == ":=##"  # type: ignore[attr-defined]
+
+
 def test_the_sparkline_keeps_both_ends() -> None:
     assert sparkline([0.0, 0.5, None, 1.0]) == "▁▅ █"
     assert sparkline([index / 999 for index in range(1000)], width=8) == "▁▂▃▄▅▆▇█"

@@ -155,9 +155,31 @@ def test_a_resumed_run_replaces_what_the_lost_session_wrote(tmp_path: Path) -> N
     assert [(snapshot.step, snapshot.time) for snapshot in back] == [*((k, 1000.0 + k) for k in range(3)), *((k, 2000.0) for k in range(3, 8))]
 
 
+def test_what_a_later_session_voids_is_said(tmp_path: Path) -> None:
+    write(tmp_path, snapshots(6))
+    write(tmp_path, [replace(snapshot, time=2000.0) for snapshot in snapshots(2)])
+    (run,) = read_runs(tmp_path)
+    assert [snapshot.step for snapshot in run.snapshots] == [0, 1]
+    assert run.notes == ["a later session began at step 0: 6 observations of the earlier one are left out"]
+
+
+def test_two_monitors_in_one_directory_are_two_runs(tmp_path: Path) -> None:
+    writers = [TensorBoardWriter(tmp_path) for _ in range(2)]
+    for step in range(4):
+        for k, writer in enumerate(writers):
+            writer(Snapshot(step, 1000.0 + step + 0.5 * k, (record(f"model{k}"),)))
+    for writer in writers:
+        writer.close()
+    runs = read_runs(tmp_path)
+    assert sorted(run.snapshots[0].records[0].site for run in runs) == ["model0", "model1"]
+    assert [len(run.snapshots) for run in runs] == [4, 4]
+    with pytest.raises(ValueError, match="holds 2 runs"):
+        torchsat.read(tmp_path)
+
+
 def test_a_resumed_run_may_have_other_sites(tmp_path: Path) -> None:
     write(tmp_path, snapshots(2))
-    write(tmp_path, [replace(snapshot, step=snapshot.step + 2) for snapshot in snapshots(2, sites=5)])
+    write(tmp_path, [replace(snapshot, step=snapshot.step + 2, time=2000.0) for snapshot in snapshots(2, sites=5)])
     assert [len(snapshot.records) for snapshot in torchsat.read(tmp_path)] == [2, 2, 5, 5]
 
 

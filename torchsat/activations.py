@@ -38,8 +38,10 @@ class Activation:
         parameters: attributes of the module, handed by name to `derivative`, `peak`, `tails` and `function`. A tensor of more than one
             element is spread over z as `torch.nn.PReLU` does it (dimension 1), or broadcast if it has several dimensions.
         derivative: f'(z) for a float32 or float64 tensor of any shape. None: forward-mode differentiation of `function`.
-        peak: sup|f'|, a number or a function of the parameters; None: found on a grid, absent if |f'| has no bound there.
-        tails: (z_L, z_R) as a function of (epsilon, **parameters), an absent tail being None; None: found on a grid.
+        peak: sup|f'|, a number or a function of the parameters; None: found on a grid, unknown if |f'| has no bound there or the parameters
+            are learned.
+        tails: (z_L, z_R) as a function of (epsilon, **parameters), an absent tail being None; None: found on a grid, unknown where there is no
+            peak or where the parameters are learned.
         function: f(z); None: the module itself. Used only where there is no `derivative`.
         from_output: `derivative` is also given the output, as keyword `a` (the slope of RReLU is drawn in the forward pass).
     """
@@ -65,6 +67,8 @@ class Constants:
     peak: float | None
     low: float | None
     high: float | None
+    tails_known: bool
+    """False where there is no peak to measure them by."""
     normal_low: float
     normal_high: float
     normal_derivative: float | None
@@ -81,6 +85,11 @@ class Bound:
     epsilon: float
     constants: Constants | None
     """None where the function has learned parameters: peak and tails then live on the device."""
+
+    @property
+    def tails_known(self) -> bool:
+        """Whether it is known which elements are saturated: not for a function without bound, nor for learned parameters without `tails`."""
+        return self.activation.tails is not None or (self.constants is not None and self.constants.tails_known)
 
     @property
     def tails(self) -> Tails:
@@ -150,9 +159,9 @@ def check_elementwise(activation: Activation, module: nn.Module, values: Mapping
         for parameter in twin.parameters():
             parameter.requires_grad_(False)
         function = twin.forward
-    generator = torch.Generator().manual_seed(0)
-    z = torch.randn(64, dtype=torch.float64, generator=generator) * 2
-    tangent = torch.rand(64, dtype=torch.float64, generator=generator) + 0.5
+    generator = torch.Generator("cpu").manual_seed(0)
+    z = torch.randn(64, dtype=torch.float64, generator=generator, device="cpu") * 2
+    tangent = torch.rand(64, dtype=torch.float64, generator=generator, device="cpu") + 0.5
     state = torch.get_rng_state()
     try:
         full = function(z.clone(), **given)
@@ -199,6 +208,7 @@ def _constants(activation: Activation, derivative: Callable[..., Tensor], plain:
         peak=None if peak is None else float(peak),
         low=low,
         high=high,
+        tails_known=peak is not None,
         normal_low=0.0 if low is None else 0.5 * math.erfc(-low / math.sqrt(2)),
         normal_high=0.0 if high is None else 0.5 * math.erfc(high / math.sqrt(2)),
         normal_derivative=_normal_mean(slope) / float(peak) if peak else None,
@@ -211,8 +221,8 @@ _REACH, _PER_UNIT = 60, 500
 @functools.lru_cache(maxsize=1)
 def _grid() -> Tensor:
     """z from -1e6 to 1e6: even steps to +-60, then geometric ones, for functions with algebraic tails or stretched by a parameter."""
-    even = torch.linspace(-_REACH, _REACH, 2 * _REACH * _PER_UNIT + 1, dtype=torch.float64)
-    far = torch.logspace(math.log10(_REACH), 6, 4001, dtype=torch.float64)[1:]
+    even = torch.linspace(-_REACH, _REACH, 2 * _REACH * _PER_UNIT + 1, dtype=torch.float64, device="cpu")
+    far = torch.logspace(math.log10(_REACH), 6, 4001, dtype=torch.float64, device="cpu")[1:]
     return torch.cat([-far.flip(0), even, far])
 
 
@@ -225,7 +235,7 @@ def _grid_peak(slope: Callable[[Tensor], Tensor], magnitude: Tensor) -> float | 
     if not math.isfinite(peak) or peak == 0 or ends > 1.001 * inner:
         return None
     left, right = (float(_grid()[min(max(at, 0), len(_grid()) - 1)]) for at in (top - 1, top + 1))
-    return max(peak, float(slope(torch.linspace(left, right, 4001, dtype=torch.float64)).max()))
+    return max(peak, float(slope(torch.linspace(left, right, 4001, dtype=torch.float64, device="cpu")).max()))
 
 
 def _grid_tails(slope: Callable[[Tensor], Tensor], magnitude: Tensor, level: float) -> tuple[float | None, float | None]:
@@ -241,7 +251,7 @@ def _grid_tails(slope: Callable[[Tensor], Tensor], magnitude: Tensor, level: flo
         flat, steep = float(grid[outer]), float(grid[inner])
         for _ in range(60):
             middle = (flat + steep) / 2
-            if float(slope(torch.tensor([middle], dtype=torch.float64))) < level:
+            if float(slope(torch.tensor([middle], dtype=torch.float64, device="cpu"))) < level:
                 flat = middle
             else:
                 steep = middle
@@ -251,7 +261,7 @@ def _grid_tails(slope: Callable[[Tensor], Tensor], magnitude: Tensor, level: flo
 
 def _normal_mean(slope: Callable[[Tensor], Tensor]) -> float:
     """E|f'(z)| for z ~ N(0, 1), by the midpoint rule: the kinks of hard functions lie between the points."""
-    z = (torch.arange(-20_000, 20_000, dtype=torch.float64) + 0.5) / 2000
+    z = (torch.arange(-20_000, 20_000, dtype=torch.float64, device="cpu") + 0.5) / 2000
     return float((slope(z) * torch.exp(-0.5 * z * z)).sum()) / 2000 / math.sqrt(2 * math.pi)
 
 

@@ -158,10 +158,16 @@ class Monitor:
         self._every = every
         self._errors = errors
         self._on_alert = on_alert
+        if sinks is not None and not isinstance(sinks, Iterable):
+            raise TypeError(f"sinks is {sinks!r}; allowed is a tuple of functions of one Snapshot")
         self._sinks: list[Sink] = list(sinks or ())
         for sink in self._sinks:
             if not callable(sink):
                 raise TypeError(f"sinks holds {sink!r}; each must be a function of one Snapshot")
+        if on_alert is not None and not callable(on_alert):
+            raise TypeError(f"on_alert is {on_alert!r}; allowed is a function of one Alert")
+        if log_dir is not None and (not isinstance(log_dir, (str, os.PathLike)) or not os.fspath(log_dir)):
+            raise TypeError(f'log_dir is {log_dir!r}; allowed is a directory such as "runs/exp1"')
         self._taps = Taps(activations, _selector(include, exclude), epsilon, sample, self._entered, self._left, self._gradients, self._fault)
         self._judge = Judge(rules, self._fault)
         self._latest: Snapshot | None = None
@@ -194,12 +200,8 @@ class Monitor:
             from torchsat.tensorboard.writer import TensorBoardWriter
 
             self._sinks.insert(0, TensorBoardWriter(log_dir, writer))
-        _remove_leftover()
-        self._handles = [
-            register_optimizer_step_pre_hook(functools.partial(_call, self._before_step)),
-            register_optimizer_step_post_hook(functools.partial(_call, self._after_step)),
-        ]
-        _live.add(self)
+        _live[self] = None
+        _listen()
         _catch_sigterm()
         try:
             self._open()
@@ -256,10 +258,9 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
-        _live.discard(self)
+        _live.pop(self, None)
         self._owned.clear()
-        _leftover.extend(self._handles)
-        _remove_leftover()
+        _stop_listening()
         self._release()
         self._taps.close()
         self.flush()
@@ -292,10 +293,13 @@ class Monitor:
             self.close()
             return
         if not self._owns(optimizer):
+            if self._compiled is None:
+                # Another model trains and this one waits: nobody is to run eager because of it.
+                self._release()
             return
         if self._stepping:
-            # A step that raised never reached its end.
-            self._stepping = [each for each in self._stepping if _is_stepping(each) and each is not optimizer]
+            # Not what we remember but what is on the stack: a step that raised never reached its end.
+            self._stepping = [each for each in _steps_on_stack()[:-1] if self._owns(each)]
         self._stepping.append(optimizer)
         if len(self._stepping) > 1 or not (self._taps.is_open or optimizer in self._round):
             return
@@ -380,7 +384,7 @@ class Monitor:
         if any(is_compiled(module) for module in model.modules()):
             self._force_eager()
         if self._stepping:
-            self._stepping = [each for each in self._stepping if _is_stepping(each)]
+            self._stepping = [each for each in _steps_on_stack() if self._owns(each)]
         self._passes += 1
         if self._passes == _PASSES_WITHOUT_STEP and not self._manual:
             log.warning(
@@ -392,7 +396,8 @@ class Monitor:
 
     def _left(self, training: bool) -> None:
         self._release()
-        if training and self._compiled and self._taps.is_open:
+        # A validation runs its graph, even if that means to miss this observation; the next one then holds on.
+        if (training or self._misses) and self._compiled and self._taps.is_open:
             self._force_eager()
 
     def _gradients(self, earlier: bool) -> tuple[bool, bool | Tensor]:
@@ -578,16 +583,11 @@ class Monitor:
         global _stance
         _forcing.add(self)
         if _stance is None:
-            _stance = torch.compiler.set_stance("force_eager")
+            _stance = torch.compiler.set_stance("force_eager"), eval_frame._stance
 
     def _release(self) -> None:
-        global _stance
         _forcing.discard(self)
-        if _stance is not None and not _forcing:
-            stance, _stance = _stance, None
-            if eval_frame._stance.stance == "force_eager":
-                # Not where the user has set a stance meanwhile.
-                stance.__exit__(None, None, None)
+        _restore_stance()
 
 
 class _NeverRaising:
@@ -616,7 +616,10 @@ def _plain(model: Any) -> nn.Module:
             "Use torch.nn.parallel.DistributedDataParallel, or watch the module inside it on one device."
         )
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        raise TypeError("a TorchScript model cannot be watched: its modules do not run Python hooks. Watch the model before torch.jit.script.")
+        raise TypeError(
+            "a TorchScript model cannot be watched: its modules do not run Python hooks. Watch the model that it was made from, and close the "
+            "monitor before torch.jit.script."
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
     while True:
@@ -636,7 +639,7 @@ def _plain(model: Any) -> nn.Module:
 def _check(every: Any, epsilon: Any, sample: Any, activations: Any, rules: Any, errors: Any) -> None:
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every is {every!r}; allowed are whole numbers from 1 up (steps between observations)")
-    if not isinstance(epsilon, (int, float)) or not 0 < epsilon < 1:
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise ValueError(f"epsilon is {epsilon!r}; allowed are numbers between 0 and 1 (a share of the peak derivative; 0.05 by default)")
     if sample is not None and (not isinstance(sample, int) or isinstance(sample, bool) or sample < 1):
         raise ValueError(f"sample is {sample!r}; allowed are whole numbers from 1 up, or None for all elements")
@@ -648,8 +651,15 @@ def _check(every: Any, epsilon: Any, sample: Any, activations: Any, rules: Any, 
         raise ValueError(f'errors is {errors!r}; allowed are "warn" and "raise"')
 
 
+def _patterns(name: str, given: Any) -> list[str]:
+    found = [given] if isinstance(given, str) else list(given or ()) if given is None or isinstance(given, Iterable) else [given]
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise ValueError(f'{name} is {given!r}; allowed are a pattern of site names such as "encoder.*", or several')
+    return found
+
+
 def _selector(include: Patterns, exclude: Patterns) -> Callable[[str], bool]:
-    wanted, unwanted = ([patterns] if isinstance(patterns, str) else list(patterns or ()) for patterns in (include, exclude))
+    wanted, unwanted = _patterns("include", include), _patterns("exclude", exclude)
 
     def selects(name: str) -> bool:
         if wanted and not any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted):
@@ -665,7 +675,7 @@ def _facts(site: Site) -> dict[str, Any]:
     return {
         "site": site.name,
         "activation": site.bound.activation.name,
-        "tails": site.bound.tails,
+        "tails": site.bound.tails if site.bound.tails_known else "unknown",
         "output": site.output,
         "gate": site.gate,
         "units": site.units,
@@ -692,14 +702,15 @@ def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return len(args) > 1 or kwargs.get("closure") is not None
 
 
-def _is_stepping(optimizer: Optimizer) -> bool:
-    """Whether torch's wrapper of this optimizer's step is on the stack."""
+def _steps_on_stack() -> list[Optimizer]:
+    """The optimizers whose step is running, outermost first: torch wraps every one in a function of that name."""
+    found: list[Optimizer] = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("self") is optimizer:
-            return True
+        if frame.f_code.co_name == "wrapper" and isinstance(frame.f_locals.get("self"), Optimizer):
+            found.append(frame.f_locals["self"])
         frame = frame.f_back
-    return False
+    return found[::-1]
 
 
 def _to_host(packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
@@ -745,31 +756,58 @@ def _say(alert: Alert) -> None:
     log.log(level, "torchsat: step %d: %s%s", alert.step, alert.message, since)
 
 
-def _call(method: Callable[..., None], *args: Any) -> None:
+def _restore_stance() -> None:
+    """Give the stance back once nobody needs it; where the user has set one meanwhile, when theirs is over."""
+    global _stance
+    if _stance is not None and not _forcing and eval_frame._stance is _stance[1]:
+        _stance[0].__exit__(None, None, None)
+        _stance = None
+
+
+def _before_any_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     global _calls
-    if torch.compiler.is_compiling():
-        return
-    _calls += 1
-    try:
-        method(*args)
-    finally:
-        _calls -= 1
+    if not torch.compiler.is_compiling():
+        _calls += 1
+        try:
+            for monitor in tuple(_live):
+                monitor._before_step(optimizer, args, kwargs)
+        finally:
+            _calls -= 1
 
 
-def _remove_leftover() -> None:
-    """Take the hooks of closed monitors off the optimizers; not now if torch is calling them, since that would break its loop over them."""
-    while _leftover and not _calls:
-        _leftover.pop().remove()
+def _after_any_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    global _calls
+    if not torch.compiler.is_compiling():
+        _calls += 1
+        try:
+            _restore_stance()
+            for monitor in tuple(_live):
+                monitor._after_step(optimizer, args, kwargs)
+        finally:
+            _calls -= 1
 
 
-_live: set[Monitor] = set()
+def _listen() -> None:
+    if not _listening:
+        _listening.extend([register_optimizer_step_pre_hook(_before_any_step), register_optimizer_step_post_hook(_after_any_step)])
+
+
+def _stop_listening() -> None:
+    """Take the hooks off once nobody needs them; not from inside one of them, since that would break torch's loop over its hooks."""
+    while not _live and not _calls and _listening:
+        _listening.pop().remove()
+
+
+_live: dict[Monitor, None] = {}
 """The monitors that are not closed. They live as long as their model does, whether or not the user keeps what `watch` returned."""
 _forcing: weakref.WeakSet[Monitor] = weakref.WeakSet()
 """The monitors that need eager execution now; the stance is one for the whole process."""
-_stance: Any = None
+_stance: tuple[Any, Any] | None = None
+"""torch's guard of the stance that we set, and that stance."""
 _calls = 0
 """How many of our optimizer hooks are running."""
-_leftover: list[Any] = []
+_listening: list[Any] = []
+"""The handles of the two hooks around every optimizer's step."""
 _previous: Any = None
 _installed = False
 

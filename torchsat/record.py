@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 Severity = Literal["warning", "critical"]
-Tails = Literal["both", "low", "high", "none"]
+Tails = Literal["both", "low", "high", "none", "unknown"]
 
 OCTAVES = 24
 """The histogram of the relative derivative reaches from 2^-24 to 1."""

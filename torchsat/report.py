@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TextIO
+from typing import IO, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,13 +22,18 @@ from torchsat.tensorboard import SUBRUN
 from torchsat.tensorboard.reader import Run, read_runs
 
 _BARS = "▁▂▃▄▅▆▇█"
+_PLAIN_BARS = " .:-=+*#"
+"""For an encoding without block characters."""
 _NO_TERMINAL_WIDTH = 200
+_LEAST_WIDTH = 110
+"""A narrower terminal wraps lines, which is better than numbers cut in half."""
 
 
 def report(run_dir: str | os.PathLike[str], file: TextIO | None = None) -> None:
     """Print the report of every run at or below a directory. Raises FileNotFoundError where there is none."""
     file = file or sys.stdout
     console = Console(file=file, highlight=False, width=None if file.isatty() else _NO_TERMINAL_WIDTH)
+    console.width = max(console.width, _LEAST_WIDTH)
     for index, run in enumerate(read_runs(run_dir)):
         if index:
             console.print()
@@ -45,13 +50,15 @@ def _print_run(console: Console, run: Run) -> None:
     )
     for sentence in run.damage:
         console.print(f"[yellow]damaged:[/] {escape(sentence)}")
+    for sentence in run.notes:
+        console.print(f"[yellow]note:[/] {escape(sentence)}")
     console.print()
     if alerts:
         console.print(_alert_table(alerts, last.step))
     else:
         console.print("no alerts")
     console.print()
-    console.print(_site_table(run.snapshots))
+    console.print(_site_table(run.snapshots, _PLAIN_BARS if _lacks_bars(console.file) else _BARS))
     if last.weights:
         console.print()
         console.print(_weight_table(last))
@@ -87,33 +94,45 @@ def _alert_table(alerts: list[tuple[Alert, Alert]], end: int) -> Table:
 
 
 def badness(record: Record) -> float:
-    """For sorting: how far the derivative of this site is from open; outputs of the model last."""
-    if record.output:
+    """For sorting: how far the derivative of this site is from open; outputs and gates last."""
+    if record.output or record.gate:
         return -1.0
     closed = 0.0 if record.relative_derivative is None else 1 - record.relative_derivative
     normal = 0.0 if record.normal_derivative is None else 1 - record.normal_derivative
     return max(closed - normal, record.stuck or 0.0, 1.0 if record.nonfinite else 0.0)
 
 
-def _site_table(snapshots: Sequence[Snapshot]) -> Table:
+def _lacks_bars(file: IO[str]) -> bool:
+    try:
+        _BARS.encode(getattr(file, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _site_table(snapshots: Sequence[Snapshot], bars: str) -> Table:
     table = Table(box=None, pad_edge=False, title="Sites, worst first, at the last step", title_justify="left", title_style="bold")
     table.add_column("site", overflow="fold")
     table.add_column("activation")
     for name in ("saturated", "low", "high", "E|f'|/peak", "stuck units", "attenuation", "rms dL/dz"):
         table.add_column(name, justify="right")
     table.add_column("saturated over time")
-    latest = {record.site: record for snapshot in snapshots for record in snapshot.records}
+    latest: dict[str, Record] = {}
+    series: dict[str, list[float | None]] = {}
+    for snapshot in snapshots:
+        for record in snapshot.records:
+            latest[record.site] = record
+            series.setdefault(record.site, []).append(record.saturated)
     for record in sorted(latest.values(), key=badness, reverse=True):
-        series = [each.saturated for snapshot in snapshots for each in snapshot.records if each.site == record.site]
         table.add_row(
             Text(record.site),
-            Text(record.activation + (" (output)" if record.output else "")),
+            Text(record.activation + (" (output)" if record.output else " (gate)" if record.gate else "")),
             *(_share(value) for value in (record.saturated, record.low, record.high)),
             _number(record.relative_derivative, "{:.3f}"),
             _share(record.stuck),
             _number(record.attenuation, "{:.3g}"),
             _number(record.grad_z_rms, "{:.2e}"),
-            sparkline(series),
+            sparkline(series[record.site], bars=bars),
         )
     return table
 
@@ -137,11 +156,11 @@ def _weight_table(snapshot: Snapshot) -> Table:
     return table
 
 
-def sparkline(values: Sequence[float | None], width: int = 24) -> str:
+def sparkline(values: Sequence[float | None], width: int = 24, bars: str = _BARS) -> str:
     """Shares in [0, 1] over time as bars, oldest first, at most `width` of them."""
     if len(values) > width:
         values = [values[round(at * (len(values) - 1) / (width - 1))] for at in range(width)]
-    return "".join(" " if value is None else _BARS[min(len(_BARS) - 1, int(value * len(_BARS)))] for value in values)
+    return "".join(" " if value is None else bars[min(len(bars) - 1, int(value * len(bars)))] for value in values)
 
 
 def _share(value: float | None) -> str:

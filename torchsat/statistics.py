@@ -251,7 +251,7 @@ def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: 
 
     if get("units_measured") == get("units"):
         stuck = (get("units_stuck") / get("units"), round(get("unit_samples")))
-    low, high = mean("low"), mean("high")
+    low, high = (mean("low"), mean("high")) if facts["tails"] != "unknown" else (None, None)
     peak = extreme("peak")
     derivative = mean("derivative")
     grad_a, grad_z = rms("grad_a_sq", get("grad_a_n"), scale), rms("grad_z_sq", get("grad_z_n"), scale)
@@ -266,8 +266,8 @@ def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: 
         derivative_rms=rms("derivative_sq"),
         peak=peak,
         relative_derivative=derivative / peak if derivative is not None and peak else None,
-        stuck=stuck[0] if stuck else None,
-        stuck_n=stuck[1] if stuck else None,
+        stuck=stuck[0] if stuck and low is not None else None,
+        stuck_n=stuck[1] if stuck and low is not None else None,
         z_mean=mean("z"),
         z_std=std("z", "z_sq"),
         z_rms=rms("z_sq"),

@@ -283,7 +283,7 @@ class Taps:
         self.saw_pass = False
         self._rows: dict[type[nn.Module], Activation | None] = {}
         self._known: dict[str, Site] = {}
-        self._structure: tuple[tuple[str, int], ...] = ()
+        self._structure: tuple[tuple[str, int, str | None], ...] = ()
         self._deciding = True
         """The structure of the model is new: what feeds what, and what is an output, is being found out."""
         self._saw_model = False
@@ -308,8 +308,10 @@ class Taps:
         self.names = [name for name, _, _ in found.sites]
         self.recurrent = [name for name, _ in found.recurrent]
         self.unseen = list(found.unseen)
-        pairs = [(name, module) for name, module, _ in found.sites] + found.layers
-        structure = tuple((name, id(module)) for name, module in pairs)
+        structure = (
+            *((name, id(module), None) for name, module, _ in found.sites),
+            *((name, id(module), why_not(module)) for name, module in found.layers),
+        )
         if structure != self._structure:
             self._structure, self._deciding = structure, True
             for site in self._known.values():

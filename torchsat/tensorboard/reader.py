@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import json
+import math
 import os
 import struct
 import sys
@@ -32,6 +33,8 @@ class Run:
     snapshots: list[Snapshot] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
     """One sentence per file that could not be read to its end."""
+    notes: list[str] = field(default_factory=list)
+    """What else a reader should know."""
 
 
 def read(run_dir: str | os.PathLike[str]) -> list[Snapshot]:
@@ -60,7 +63,7 @@ def read_runs(run_dir: str | os.PathLike[str]) -> list[Run]:
     for path in sorted(top.rglob("*tfevents*")):
         if path.is_file():
             folders.setdefault(path.parent, []).append(path)
-    runs = [_read_folder(folder, files) for folder, files in folders.items()]
+    runs = [run for folder, files in folders.items() for run in _read_folder(folder, files)]
     runs = [run for run in runs if run.snapshots or run.damage]
     if not any(run.snapshots for run in runs):
         damage = "".join(f" {sentence}" for run in runs for sentence in run.damage)
@@ -69,26 +72,45 @@ def read_runs(run_dir: str | os.PathLike[str]) -> list[Run]:
     return [run for run in runs if run.snapshots]
 
 
-def _read_folder(folder: Path, files: list[Path]) -> Run:
-    run, contents = Run(str(folder)), dict[str, dict[str, Any]]()
-    by_step: dict[int, Snapshot] = {}
+def _read_folder(folder: Path, files: list[Path]) -> list[Run]:
+    """The runs of one directory: files that follow each other in time are one, files written side by side are several."""
+    sessions = []
     for path in files:
-        first = True
-        for event in _events(path, run.damage):
+        session, contents = Run(str(folder)), dict[str, dict[str, Any]]()
+        for event in _events(path, session.damage):
             try:
                 snapshot = _snapshot(event, contents)
-            except (KeyError, ValueError, TypeError, DecodeError) as error:
-                run.damage.append(f"{path.name}: step {event.step} could not be understood ({type(error).__name__}: {error})")
+            except (KeyError, ValueError, TypeError) as error:
+                session.damage.append(f"{path.name}: step {event.step} could not be understood ({type(error).__name__}: {error})")
                 continue
-            if snapshot is None:
-                continue
-            if first:
-                # A resumed run starts again at its checkpoint: what the lost session wrote from there on is void.
-                by_step = {step: kept for step, kept in by_step.items() if step < snapshot.step}
-                first = False
-            by_step[snapshot.step] = snapshot
-    run.snapshots = [by_step[step] for step in sorted(by_step)]
-    return run
+            if snapshot is not None:
+                session.snapshots.append(snapshot)
+        sessions.append((path.name, session))
+    runs: list[Run] = []
+    for name, session in sorted(sessions, key=lambda pair: pair[1].snapshots[0].time if pair[1].snapshots else math.inf):
+        last = runs[-1] if runs else None
+        if last is None or not session.snapshots or not last.snapshots:
+            if last is not None and not session.snapshots:
+                last.damage += session.damage
+            else:
+                runs.append(session)
+        elif session.snapshots[0].time < last.snapshots[-1].time:
+            session.directory = f"{folder} ({name})"
+            runs.insert(len(runs) - 1, session)
+        else:
+            _resume(last, session)
+    return runs
+
+
+def _resume(run: Run, session: Run) -> None:
+    """A resumed run starts again at its checkpoint: what the lost session wrote from there on is void."""
+    first = session.snapshots[0].step
+    kept = [snapshot for snapshot in run.snapshots if snapshot.step < first]
+    void = len(run.snapshots) - len(kept)
+    if void:
+        run.notes.append(f"a later session began at step {first}: {void} observations of the earlier one are left out")
+    run.snapshots = kept + session.snapshots
+    run.damage += session.damage
 
 
 def _events(path: Path, damage: list[str]) -> Iterator[Event]:
@@ -112,7 +134,10 @@ def _events(path: Path, damage: list[str]) -> Iterator[Event]:
                 if masked_crc32c(payload) != checksum:
                     reason = "corrupt (the checksum of a record does not fit)"
                     break
-                yield Event.FromString(payload)
+                try:
+                    yield Event.FromString(payload)
+                except DecodeError as error:
+                    damage.append(f"{path.name}: the record at byte {at} is no event ({error})")
             count += 1
             at += 16 + length
     if reason:
