@@ -1,4 +1,4 @@
-"""A deep sigmoid network on raw pixels: it does not learn, and one line says which layers are saturated.
+"""A deep sigmoid network on raw pixels: it learns badly, and one line says which layers are saturated.
 
     python examples/digits.py           the broken network, written to runs/digits
     python examples/digits.py --sane    the same loop with ReLU, He initialisation and standardised inputs, written to runs/digits_sane
