@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo import eval_frame
 
-import torchsat.monitor
+from torchsat import process
 from torchsat.record import Record
 
 hooks = sys.modules["torch.optim.optimizer"]
@@ -19,10 +19,8 @@ def _clean() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
-    left = list(torchsat.monitor._live)
-    for monitor in left:
-        monitor.close()
-    torchsat.monitor._stop_listening()
+    process._close_all()
+    process.take_down()
     torch.set_num_threads(threads)
     logging.getLogger("torchsat").handlers.clear()
     assert eval_frame._stance.stance == "default"

@@ -23,9 +23,10 @@ ARROWS = {
     "activations": {"record"},
     "statistics": {"activations", "record"},
     "weights": {"record", "statistics"},
+    "process": set(),
     "replay": set(),
     "taps": {"activations", "replay", "statistics", "weights"},
-    "monitor": {"activations", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
+    "monitor": {"__init__", "activations", "process", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
 }
 HOST = ["record", "rules", "report", "tensorboard", "tensorboard.reader", "tensorboard.writer"]
 

@@ -1,8 +1,8 @@
 """`watch` and the `Monitor`: when to observe, the way to the host, and what happens with a snapshot there.
 
-Steps are found by a hook that torch runs around every optimizer's step; ours looks whether the optimizer owns parameters of the model. One
-step is one round in which every such optimizer steps once. Hooks are on the model only during an observed step, from the end of the step
-before; the end of the step packs all rows into one vector, copied asynchronously and read at a later step.
+Steps are found by a hook that torch runs around every optimizer's step (process.py); ours looks whether the optimizer owns parameters of the
+model. One step is one round in which every such optimizer steps once. Hooks are on the model only during an observed step, from the end of the
+step before; the end of the step packs all rows into one vector, copied asynchronously and read at a later step.
 
 A compiled model is observed in eager: its submodules' hooks would be ignored by the graph, or worse, be compiled into it. The stance
 "force_eager" belongs to the whole process, so it holds only from the start of an observation until the model is entered, which is when torch
@@ -13,29 +13,23 @@ Nothing here may stop training: what fails is reported once through `logging` an
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import fnmatch
 import functools
 import logging
 import math
 import os
-import signal
-import sys
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from torchsat import process
 from torchsat.activations import ACTIVATIONS, Activation
 from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
@@ -200,9 +194,8 @@ class Monitor:
             from torchsat.tensorboard.writer import TensorBoardWriter
 
             self._sinks.insert(0, TensorBoardWriter(log_dir, writer))
-        _live[self] = None
-        _listen()
-        _catch_sigterm()
+        self._watcher = process.Watcher(self._before_step, self._after_step, self.close, self._forget)
+        process.join(self._watcher)
         try:
             self._open()
         except Exception:
@@ -258,17 +251,19 @@ class Monitor:
         if self._closed:
             return
         self._closed = True
-        _live.pop(self, None)
         self._owned.clear()
-        _stop_listening()
-        self._release()
+        process.leave(self._watcher)
         self._taps.close()
         self.flush()
         for sink in list(self._sinks):
             self._to_sink(sink, getattr(sink, "close", None))
         self._sinks.clear()
-        if not _live:
-            _release_sigterm()
+
+    def _forget(self) -> None:
+        """Stop watching without touching files or threads."""
+        self._closed = True
+        self._taps.close()
+        process.release(self._watcher)
 
     def __enter__(self) -> Monitor:
         return self
@@ -295,11 +290,11 @@ class Monitor:
         if not self._owns(optimizer):
             if self._compiled is None:
                 # Another model trains and this one waits: nobody is to run eager because of it.
-                self._release()
+                process.release(self._watcher)
             return
         if self._stepping:
             # Not what we remember but what is on the stack: a step that raised never reached its end.
-            self._stepping = [each for each in _steps_on_stack()[:-1] if self._owns(each)]
+            self._stepping = [each for each in process.steps_on_stack()[:-1] if self._owns(each)]
         self._stepping.append(optimizer)
         if len(self._stepping) > 1 or not (self._taps.is_open or optimizer in self._round):
             return
@@ -308,7 +303,7 @@ class Monitor:
                 self._taps.drop_after(self._mark)
                 self._finish_round()
             if self._taps.is_open:
-                scale, self._skipped = _gradient_scale(optimizer)
+                scale, self._skipped = process.gradient_scale(optimizer)
                 self._scale = scale if scale is not None else self._scale
                 self._before_weights(optimizer, _has_closure(args, kwargs))
 
@@ -372,19 +367,19 @@ class Monitor:
             self._taps.open(model)
             # Before the first pass nobody knows whether the model will be compiled. One that was never entered is idle, and left alone.
             if self._compiled or (self._compiled is None and self._step == 0):
-                self._force_eager()
+                process.force_eager(self._watcher)
 
     def _entered(self, training: bool) -> None:
         """The model was entered during an observation: torch has decided between graph and eager, so the stance has done its work."""
         model = self._model()
-        self._compiled = _inside_compiled_code()
-        self._release()
+        self._compiled = process.inside_compiled_code()
+        process.release(self._watcher)
         if not training or model is None:
             return
         if any(is_compiled(module) for module in model.modules()):
-            self._force_eager()
+            process.force_eager(self._watcher)
         if self._stepping:
-            self._stepping = [each for each in _steps_on_stack() if self._owns(each)]
+            self._stepping = [each for each in process.steps_on_stack() if self._owns(each)]
         self._passes += 1
         if self._passes == _PASSES_WITHOUT_STEP and not self._manual:
             log.warning(
@@ -395,10 +390,10 @@ class Monitor:
             )
 
     def _left(self, training: bool) -> None:
-        self._release()
+        process.release(self._watcher)
         # A validation runs its graph, even if that means to miss this observation; the next one then holds on.
         if (training or self._misses) and self._compiled and self._taps.is_open:
-            self._force_eager()
+            process.force_eager(self._watcher)
 
     def _gradients(self, earlier: bool) -> tuple[bool, bool | Tensor]:
         """In a backward: whether it will add to `.grad` of our parameters, and whether what earlier ones added is still there."""
@@ -444,7 +439,7 @@ class Monitor:
         taps = self._taps
         layers = self._weights_of(None)
         taps.close()
-        self._release()
+        process.release(self._watcher)
         if not taps.saw_pass:
             self._miss(self._model())
             return
@@ -574,20 +569,10 @@ class Monitor:
         if place == MODEL:
             self._taps.failed[MODEL] = str(error)
             self._taps.close()
-            self._release()
+            process.release(self._watcher)
 
     def _never_raising(self) -> _NeverRaising:
         return _NeverRaising(self)
-
-    def _force_eager(self) -> None:
-        global _stance
-        _forcing.add(self)
-        if _stance is None:
-            _stance = torch.compiler.set_stance("force_eager"), eval_frame._stance
-
-    def _release(self) -> None:
-        _forcing.discard(self)
-        _restore_stance()
 
 
 class _NeverRaising:
@@ -702,17 +687,6 @@ def _has_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return len(args) > 1 or kwargs.get("closure") is not None
 
 
-def _steps_on_stack() -> list[Optimizer]:
-    """The optimizers whose step is running, outermost first: torch wraps every one in a function of that name."""
-    found: list[Optimizer] = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "wrapper" and isinstance(frame.f_locals.get("self"), Optimizer):
-            found.append(frame.f_locals["self"])
-        frame = frame.f_back
-    return found[::-1]
-
-
 def _to_host(packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """The numbers on the host, and the event after which they are there."""
     if packed.device.type != "cuda":
@@ -724,140 +698,7 @@ def _to_host(packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return host, event
 
 
-def _gradient_scale(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
-    """What a GradScaler multiplied the loss with, and whether it found an overflow that the optimizer will act on.
-
-    A scaler leaves no trace on model or optimizer before the step, but it is the scaler that calls `step`.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self") if frame.f_code.co_name in ("step", "_maybe_opt_step") else None
-        if isinstance(caller, torch.amp.GradScaler):
-            # A copy: the scaler changes its own in place.
-            scale = caller._scale.clone() if caller.is_enabled() and caller._scale is not None else None
-            return scale, getattr(optimizer, "found_inf", None)
-        frame = frame.f_back
-    return None, None
-
-
-def _inside_compiled_code() -> bool:
-    """Whether a function made by torch.compile is on the stack. Its wrapper is called compile_wrapper, before torch 2.9 _fn."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in ("compile_wrapper", "_fn") and frame.f_code.co_filename == eval_frame.__file__:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def _say(alert: Alert) -> None:
     level = logging.INFO if not alert.firing else logging.ERROR if alert.severity == "critical" else logging.WARNING
     since = f", since step {alert.since}" if alert.firing else ""
     log.log(level, "torchsat: step %d: %s%s", alert.step, alert.message, since)
-
-
-def _restore_stance() -> None:
-    """Give the stance back once nobody needs it; where the user has set one meanwhile, when theirs is over."""
-    global _stance
-    if _stance is not None and not _forcing and eval_frame._stance is _stance[1]:
-        _stance[0].__exit__(None, None, None)
-        _stance = None
-
-
-def _before_any_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    global _calls
-    if not torch.compiler.is_compiling():
-        _calls += 1
-        try:
-            for monitor in tuple(_live):
-                monitor._before_step(optimizer, args, kwargs)
-        finally:
-            _calls -= 1
-
-
-def _after_any_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    global _calls
-    if not torch.compiler.is_compiling():
-        _calls += 1
-        try:
-            _restore_stance()
-            for monitor in tuple(_live):
-                monitor._after_step(optimizer, args, kwargs)
-        finally:
-            _calls -= 1
-
-
-def _listen() -> None:
-    if not _listening:
-        _listening.extend([register_optimizer_step_pre_hook(_before_any_step), register_optimizer_step_post_hook(_after_any_step)])
-
-
-def _stop_listening() -> None:
-    """Take the hooks off once nobody needs them; not from inside one of them, since that would break torch's loop over its hooks."""
-    while not _live and not _calls and _listening:
-        _listening.pop().remove()
-
-
-_live: dict[Monitor, None] = {}
-"""The monitors that are not closed. They live as long as their model does, whether or not the user keeps what `watch` returned."""
-_forcing: weakref.WeakSet[Monitor] = weakref.WeakSet()
-"""The monitors that need eager execution now; the stance is one for the whole process."""
-_stance: tuple[Any, Any] | None = None
-"""torch's guard of the stance that we set, and that stance."""
-_calls = 0
-"""How many of our optimizer hooks are running."""
-_listening: list[Any] = []
-"""The handles of the two hooks around every optimizer's step."""
-_previous: Any = None
-_installed = False
-
-
-def _forget_after_fork() -> None:
-    """In a forked child nothing is watched: it has no writer thread, and its parent's files are not its own."""
-    global _installed
-    for monitor in list(_live):
-        monitor._closed = True
-        monitor._taps.close()
-        monitor._release()
-    _live.clear()
-    if _installed and signal.getsignal(signal.SIGTERM) is _on_sigterm:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _installed = False
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
-
-
-@atexit.register
-def _close_all() -> None:
-    for monitor in list(_live):
-        monitor.close()
-
-
-def _catch_sigterm() -> None:
-    """Lose nothing to SIGTERM, where nobody else listens to it."""
-    global _installed, _previous
-    if _installed or threading.current_thread() is not threading.main_thread():
-        return
-    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        _previous = signal.signal(signal.SIGTERM, _on_sigterm)
-        _installed = True
-
-
-def _release_sigterm() -> None:
-    global _installed
-    if not _installed or threading.current_thread() is not threading.main_thread():
-        return
-    if signal.getsignal(signal.SIGTERM) is _on_sigterm:
-        signal.signal(signal.SIGTERM, _previous)
-    _installed = False
-
-
-def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    """Flush on another thread, then die of the signal as before: the main thread may hold the very lock that a flush needs."""
-    flusher = threading.Thread(target=_close_all, daemon=True)
-    flusher.start()
-    flusher.join(10)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGTERM)
