@@ -182,6 +182,8 @@ class Monitor:
         """Those that have stepped since the last round ended."""
         self._members: weakref.WeakSet[Optimizer] | None = None
         """Those of the last round; None before its end."""
+        self._alone: Callable[[], Optimizer | None] = _nobody
+        """The only optimizer of the last round, if it was one: the short way through a step that is not observed."""
         self._mark: Pass | None = None
         """The last pass before an optimizer stepped and the round was not over."""
         self._rates: dict[int, float] = {}
@@ -287,6 +289,9 @@ class Monitor:
         if self._model() is None:
             self.close()
             return
+        if self._alone() is optimizer and not self._stepping and not self._taps.is_open:
+            self._stepping.append(optimizer)
+            return
         if not self._owns(optimizer):
             if self._compiled is None:
                 # Another model trains and this one waits: nobody is to run eager because of it.
@@ -314,8 +319,8 @@ class Monitor:
         if self._stepping:
             return
         self._passes = 0
-        alone = self._members is not None and len(self._members) == 1 and optimizer in self._members
-        if alone and not self._taps.is_open and not self._in_flight and not (due(self._step + 1, self._every) or self._again):
+        idle = not self._taps.is_open and not self._in_flight and not self._again
+        if idle and self._alone() is optimizer and not due(self._step + 1, self._every):
             self._step += 1
             return
         with self._never_raising():
@@ -353,6 +358,8 @@ class Monitor:
             self._finish_observation()
         self._step += 1
         self._members, self._round, self._mark = self._round, weakref.WeakSet(), None
+        members = list(self._members)
+        self._alone = weakref.ref(members[0]) if len(members) == 1 else _nobody
         if due(self._step, self._every) or self._again:
             self._open()
 
@@ -676,6 +683,10 @@ def _number(value: Tensor | None, device: torch.device) -> Tensor:
     if value is None or value.device != device:
         return torch.full((1,), math.nan, dtype=dtype, device=device)
     return value.detach().reshape(1).to(dtype)
+
+
+def _nobody() -> None:
+    """No optimizer."""
 
 
 def _is_number(value: Any) -> bool:
