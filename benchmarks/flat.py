@@ -29,7 +29,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     steps = parser.parse_args().steps
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
+    # One of each kind of tap: one autograd node, several, a learned parameter, in place.
+    model = nn.Sequential(
+        *(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Softsign(), nn.Linear(32, 32), nn.PReLU()),
+        *(nn.Linear(32, 32), nn.ReLU(inplace=True), nn.Linear(32, 1)),
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     print(f"torch {torch.__version__}, {os.cpu_count()} CPU cores, every=1\n")
     print("   step  resident MB  threads  open files  seconds")

@@ -850,6 +850,16 @@ def test_nothing_is_lost_however_the_process_ends(end: str, code: int, tmp_path:
     assert [snapshot.step for snapshot in torchsat.read(tmp_path)] == list(range(40))
 
 
+def test_a_kill_loses_at_most_the_queue(tmp_path: Path) -> None:
+    script = textwrap.dedent(SCRIPT.format(end="os.kill(os.getpid(), signal.SIGKILL)"))
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL
+    steps = [snapshot.step for snapshot in torchsat.read(tmp_path)]
+    # The queue holds ten, and one more may be on its way to the disk.
+    assert steps == list(range(len(steps)))
+    assert len(steps) >= 40 - 11
+
+
 def test_a_handler_of_the_users_is_left_alone() -> None:
     def mine(number: int, frame: object) -> None: ...
 

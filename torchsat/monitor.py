@@ -411,7 +411,12 @@ class Monitor:
         with torch.enable_grad():
             node = parameters[0].view_as(parameters[0]).grad_fn
         leaf = node.next_functions[0][0] if node is not None else None
-        if leaf is None or not torch._C._will_engine_execute_node(leaf):
+        try:
+            adds = leaf is not None and torch._C._will_engine_execute_node(leaf)
+        except RuntimeError:
+            # An engine that cannot say, such as compiled autograd: then no pass is taken for discarded.
+            adds = False
+        if not adds:
             return False, True
         if not earlier:
             return True, True
