@@ -94,6 +94,7 @@ def test_both_criteria_at_once_are_one_alert() -> None:
             activation="relu6", low=0.85, high=0.01, saturated=0.86, normal_low=0.5, normal_high=0.0, normal_derivative=0.5, relative_derivative=0.14
         ),
         record(low=0.15, high=0.14, saturated=0.29, relative_derivative=0.29),
+        record(activation="relu", tails="low", low=0.5, saturated=0.5, normal_low=0.5, normal_high=0.0, stuck=0.22, units=128),
         record(gate=True, low=0.3, high=0.6, saturated=0.9, relative_derivative=0.1, stuck=0.5),
         record(activation="relu", tails="low", low=0.5, saturated=0.5, normal_low=0.5, normal_high=0.0, units=4, stuck=0.25),
         record(activation="leaky_relu", tails="none", low=0.0, high=0.0, saturated=0.0, relative_derivative=0.5),
@@ -125,8 +126,8 @@ def test_a_closed_rectifier_fires() -> None:
 
 
 def test_stuck_units_fire_at_once_since_their_window_is_the_patience() -> None:
-    (alert,) = fired([record(activation="relu", tails="low", low=0.6, saturated=0.6, normal_low=0.5, stuck=0.25, units=64, stuck_n=1024)])
-    assert alert.message == ("act (relu): 25 % of its 64 units are dead, saturated in at least 99 % of 1024 samples (limit 20 % of the units)")
+    (alert,) = fired([record(activation="relu", tails="low", low=0.6, saturated=0.6, normal_low=0.5, stuck=0.35, units=64, stuck_n=1024)])
+    assert alert.message == ("act (relu): 35 % of its 64 units are dead, saturated in at least 99 % of 1024 samples (limit 30 % of the units)")
 
 
 def network(*gradients: float | None, outputs: int = 0) -> tuple[Record, ...]:
