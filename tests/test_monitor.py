@@ -577,6 +577,25 @@ def test_a_bug_of_ours_ends_monitoring_with_one_warning(caplog: pytest.LogCaptur
         train_watched_raising()
 
 
+def test_an_odd_optimizer_stops_monitoring_not_training(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(torch.optim.SGD):
+        @property
+        def param_groups(self) -> list[dict[str, object]]:
+            if sys._getframe(1).f_code.co_filename.endswith("monitor.py"):
+                raise AttributeError("no groups")
+            return self._groups
+
+        @param_groups.setter
+        def param_groups(self, groups: list[dict[str, object]]) -> None:
+            self._groups = groups
+
+    model = mlp()
+    torchsat.watch(model, every=1)
+    train(model, 3, optimizer=Odd)
+    assert len(caplog.messages) == 1
+    assert "AttributeError: no groups; all monitoring stops. Training is not affected." in caplog.messages[0]
+
+
 def train_watched_raising() -> None:
     model = mlp()
     torchsat.watch(model, every=1, errors="raise")

@@ -196,7 +196,7 @@ class Monitor:
             from torchsat.tensorboard.writer import TensorBoardWriter
 
             self._sinks.insert(0, TensorBoardWriter(log_dir, writer))
-        self._watcher = process.Watcher(self._before_step, self._after_step, self.close, self._forget)
+        self._watcher = process.Watcher(self._before_step, self._after_step, self.close, functools.partial(self._fault, MODEL), self._forget)
         process.join(self._watcher)
         try:
             self._open()
@@ -284,7 +284,7 @@ class Monitor:
         return f"<torchsat.Monitor: {len(self._taps.sites)} sites, {len(self.alerts)} alerts, {state}>"
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._closed or self._manual:
+        if self._closed or self._manual or MODEL in self._taps.failed:
             return
         if self._model() is None:
             self.close()
@@ -303,7 +303,7 @@ class Monitor:
         self._stepping.append(optimizer)
         if len(self._stepping) > 1 or not (self._taps.is_open or optimizer in self._round):
             return
-        with self._never_raising():
+        with torch.no_grad():
             if optimizer in self._round:
                 self._taps.drop_after(self._mark)
                 self._finish_round()
@@ -323,7 +323,7 @@ class Monitor:
         if idle and self._alone() is optimizer and not due(self._step + 1, self._every):
             self._step += 1
             return
-        with self._never_raising():
+        with torch.no_grad():
             self._round.add(optimizer)
             if self._taps.is_open:
                 self._after_weights(optimizer, _has_closure(args, kwargs))

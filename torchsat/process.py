@@ -33,6 +33,8 @@ class Watcher:
     after_step: StepHook
     close: Callable[[], None]
     """At the end of the process."""
+    fault: Callable[[Exception], None]
+    """When one of these raised: a step of the user's optimizer must not."""
     forget: Callable[[], None]
     """In a forked child: it has no writer thread, and its parent's files are not its own."""
 
@@ -85,7 +87,10 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
     _hooks_running += 1
     try:
         for watcher in tuple(_watchers):
-            watcher.before_step(optimizer, args, kwargs)
+            try:
+                watcher.before_step(optimizer, args, kwargs)
+            except Exception as error:
+                watcher.fault(error)
     finally:
         _hooks_running -= 1
 
@@ -98,7 +103,10 @@ def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, A
     try:
         _give_back_stance()
         for watcher in tuple(_watchers):
-            watcher.after_step(optimizer, args, kwargs)
+            try:
+                watcher.after_step(optimizer, args, kwargs)
+            except Exception as error:
+                watcher.fault(error)
     finally:
         _hooks_running -= 1
 
