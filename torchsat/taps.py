@@ -290,11 +290,8 @@ class Taps:
         self._handles: list[Any] = []
         self._passes: list[Pass] = []
         """First what is settled, and what ran outside the model's own forward; then one for each pass that may still be discarded."""
-        self._passing: bool | None = None
-        """Inside the model: whether it is a training pass."""
         self._running: Pass | None = None
         """The pass whose backward began last: a recompute belongs to it."""
-        self._thread = 0
         self._local = threading.local()
         self._last_layer: str | None = None
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -318,7 +315,7 @@ class Taps:
                 site.start_over()
         self.is_open, self.saw_pass, self._saw_model = True, False, False
         self._passes = [Pass()]
-        self._passing, self._last_layer, self._running = None, None, None
+        self._passing = self._last_layer = self._running = None
         for site in self._known.values():
             site.row, site.recompute_only = None, False
             if site.block is not None:
@@ -441,28 +438,29 @@ class Taps:
         self.fault(place, error)
 
     def _enter(self, model: nn.Module, args: Any) -> None:
-        if _in_backward() or self._elsewhere():
+        if _in_backward():
             return
         training = self._local.grad_enabled and any(module.training for module in model.modules())
-        self._passing, self._thread, self._last_layer = training, threading.get_ident(), None
-        self._saw_model |= training
-        self._nodes.clear()
+        self._passing = training
         if training:
+            self._saw_model, self._last_layer = True, None
+            self._nodes.clear()
             self._passes.append(Pass())
             if len(self._passes) > 8:
                 self._passes.pop(1).settle(self._passes[0])
         self.on_enter(training)
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
-        if _in_backward() or self._elsewhere() or self._passing is None:
+        training = self._passing
+        if _in_backward() or training is None:
             return
-        training, self._passing = self._passing, None
+        self._passing = None
         if training and self._passes:
             if output is None and sys.exc_info()[0] is not None:
                 self._passes[-1].drop()
             else:
                 self._follow(output, self._passes[-1])
-        self._nodes.clear()
+            self._nodes.clear()
         self.on_leave(training)
 
     def _follow(self, output: Any, current: Pass) -> None:
@@ -498,15 +496,21 @@ class Taps:
             return self._passes[-1]
         return self._running if self._running is not None and _in_backward() else self._passes[0]
 
-    def _elsewhere(self) -> bool:
-        """Whether another thread is inside the model."""
-        return self._passing is not None and self._thread != threading.get_ident()
+    @property
+    def _passing(self) -> bool | None:
+        """Inside the model, on this thread: whether it is a training pass."""
+        return getattr(self._local, "passing", None)
+
+    @_passing.setter
+    def _passing(self, value: bool | None) -> None:
+        self._local.passing = value
 
     def _counts(self, module: nn.Module) -> bool:
         """Whether this forward call belongs to a training pass."""
-        if _in_backward() or self._elsewhere():
+        if _in_backward():
             return False
-        return self._passing if self._passing is not None else self._local.grad_enabled and module.training
+        passing = self._passing
+        return passing if passing is not None else self._local.grad_enabled and module.training
 
     def _before_site(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         thread = threading.get_ident()
