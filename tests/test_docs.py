@@ -24,6 +24,17 @@ def test_an_example_of_the_docs_runs(code: str, tmp_path: Path, monkeypatch: pyt
     exec(compile(code, "example", "exec"), {"__name__": "example"})
 
 
+def test_the_alert_that_the_readme_shows_is_the_one_you_get(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    (code, *_) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    exec(compile(code, "README.md", "exec"), {"__name__": "example"})
+    (shown,) = re.findall(r"^    (torchsat: step .*)$", text, re.MULTILINE)
+    assert caplog.messages == [shown]
+
+
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
