@@ -723,4 +723,5 @@ def test_recurrent_gates_are_sites() -> None:
     assert forget.gate_left == pytest.approx((values < 0.1).double().mean().item())
     assert forget.gate_right == pytest.approx((values > 0.9).double().mean().item())
     assert (forget.gate, forget.units, forget.attenuation) == (True, 7, None)
-    assert (snapshot["rnn.l0/cell"].gate, snapshot["rnn.l0/cell"].gate_left) == (False, None)
+    assert (snapshot["rnn.l0/cell"].gate, snapshot["rnn.l0/cell"].gate_left) == (True, None)
+    assert one_step(nn.RNN(6, 7), lambda m: m(x)[0])["rnn.l0/hidden"].gate is False

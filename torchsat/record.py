@@ -37,7 +37,7 @@ class Record:
     output: bool
     """The site makes an output of the model: saturation is what it is for, and the default rules leave it alone."""
     gate: bool
-    """A sigmoid inside a recurrent layer: it remembers by saturating, and the default rules leave that alone."""
+    """Inside an LSTM or a GRU, which remember by saturating: the default rules leave that alone."""
     units: int | None
     """Channels or features; None where the unit axis has no fixed size."""
     normal_low: float | None
@@ -76,7 +76,7 @@ class Record:
     a_min: float | None
     a_max: float | None
     gate_left: float | None
-    """Share of gate values below 0.1, and above 0.9 (Karpathy et al. 2015); None for what is not a gate."""
+    """Share of values below 0.1, and above 0.9 (Karpathy et al. 2015); None for what is not a sigmoid gate."""
     gate_right: float | None
     zeros: float | None
     """Share of activations that are exactly 0."""

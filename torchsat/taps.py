@@ -174,6 +174,10 @@ class Site:
     calls: dict[int, Call] = field(default_factory=dict)
     """The forward call under way, by thread."""
 
+    @property
+    def is_sigmoid_gate(self) -> bool:
+        return self.gate and self.bound.activation.name == "sigmoid"
+
     def start_over(self) -> None:
         """Forget what depends on the structure of the model."""
         self.feeds_on, self.traced, self.hidden, self.reaches_output, self.output = {}, False, False, False, False
@@ -559,7 +563,7 @@ class Taps:
         bound, current = site.bound, self._current()
         learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
         slope, peak, edges = bound.evaluate(torch.where(torch.isfinite(z), z, torch.zeros_like(z)), a, learned)
-        row, finite, saturated = observe(z, a, slope, peak, edges, torch.Size(sample.shape).numel(), site.gate)
+        row, finite, saturated = observe(z, a, slope, peak, edges, torch.Size(sample.shape).numel(), site.is_sigmoid_gate)
         current.add(current.rows, site.name, row)
         axis = self._unit_axis(site, sample.shape)
         size = None if axis is None or site.units_vary else sample.shape[axis]
@@ -642,15 +646,15 @@ class Taps:
             for gate in gates:
                 place = f"{name}.{gate.layer}/{gate.name}" if gate.layer else f"{name}/{gate.name}"
                 if self.selects(place):
-                    self._count_gate(place, gate)
+                    self._count_gate(place, gate, gated=not isinstance(module, (nn.RNN, nn.RNNCell)))
         except NotRebuiltError as reason:
             self.notes[f"{name}, upper layers"] = str(reason)
 
-    def _count_gate(self, place: str, gate: Gate) -> None:
+    def _count_gate(self, place: str, gate: Gate, gated: bool) -> None:
         site = self._known.get(place)
         if site is None:
             row = next(row for row in (*self.activations, *ACTIVATIONS) if row.name == gate.function)
-            site = self._known[place] = Site(place, bind_plain(row, self.epsilon), gate=gate.function == "sigmoid")
+            site = self._known[place] = Site(place, bind_plain(row, self.epsilon), gate=gated)
         self.sites.setdefault(place, site)
         sample = Sample.of(gate.z, self.limit, self.turn)
         z = upcast(sample.take(gate.z))
