@@ -155,6 +155,25 @@ def test_the_context_manager_closes_after_an_exception() -> None:
     assert not traces_of(model)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_distributed_wrapper_is_looked_through(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Loopback: the host's own name need not resolve.
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, snapshots = mlp(), list[torchsat.Snapshot]()
+        if when == "before":
+            torchsat.watch(model, every=1, errors="raise", sinks=(snapshots.append,))
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        if when == "after":
+            torchsat.watch(wrapped, every=1, errors="raise", sinks=(snapshots.append,))
+        train(wrapped, 4)
+        assert [[record.site for record in snapshot.records] for snapshot in snapshots] == [["1", "3"]] * 4
+        assert all(snapshot["1"].grad_n == 16 * 32 and len(snapshot.weights) == 2 for snapshot in snapshots)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_closing_from_within_a_callback_does_not_break_the_optimizer() -> None:
     model = mlp()
     monitor = torchsat.watch(model, every=1, errors="raise", sinks=(lambda snapshot: monitor.close(),))
