@@ -548,6 +548,11 @@ def test_include_and_exclude_choose_sites() -> None:
     assert sites() == ("encoder.1", "encoder.3", "decoder.1", "decoder.3")
     assert sites(include="encoder.*") == ("encoder.1", "encoder.3")
     assert sites(include=["*.1"], exclude=("decoder.*",)) == ("encoder.1",)
+    model = nn.Sequential(nn.LSTM(3, 3))
+    monitor = torchsat.watch(model, exclude="0.*", errors="raise")
+    model(torch.randn(2, 3))[0].sum().backward()
+    monitor.step()
+    assert monitor.coverage == torchsat.Coverage((), ())
 
 
 def test_site_names_hold_no_markup_and_no_wrappers() -> None:

@@ -223,9 +223,8 @@ class Monitor:
         taps = self._taps
         seen = tuple(taps.sites)
         unseen = [*taps.unseen, *taps.failed.items(), *taps.notes.items()]
-        ran = {name for site in seen for name in (site, site.rpartition("/")[0], site.rpartition("/")[0].rpartition(".")[0])}
-        reason = "it has not run in an observed training pass"
-        unseen += [(name, reason) for name in (*taps.names, *taps.recurrent) if name not in ran and name not in taps.failed]
+        idle = [name for name in taps.names if name not in seen] + [name for name, ran in taps.recurrent.items() if not ran]
+        unseen += [(name, "it has not run in an observed training pass") for name in idle if name not in taps.failed]
         return Coverage(seen, tuple(unseen))
 
     def step(self) -> None:

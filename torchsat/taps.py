@@ -276,7 +276,8 @@ class Taps:
         """What is measured of weights in this observation: every layer while the structure is new, then those that feed a site."""
         self.names: list[str] = []
         """The sites that a walk over the model found, whether or not they ran."""
-        self.recurrent: list[str] = []
+        self.recurrent: dict[str, bool] = {}
+        """The recurrent layers that it found, and whether they ran."""
         self.unseen: list[tuple[str, str]] = []
         self.failed: dict[str, str] = {}
         """Places no longer watched, and why."""
@@ -307,7 +308,7 @@ class Taps:
         """Hook the model as it is now."""
         found = find(model, self._activation_of, self.selects)
         self.names = [name for name, _, _ in found.sites]
-        self.recurrent = [name for name, _ in found.recurrent]
+        self.recurrent = {name: self.recurrent.get(name, False) for name, _ in found.recurrent}
         self.unseen = list(found.unseen)
         structure = (
             *((name, id(module), None) for name, module, _ in found.sites),
@@ -640,7 +641,7 @@ class Taps:
         if not plain.numel() or not _is_real(plain):
             return
         _check_plain(plain)
-        self.saw_pass = True
+        self.saw_pass = self.recurrent[name] = True
         gates = cell_gates(module, x, state) if isinstance(module, nn.RNNCellBase) else rnn_gates(cast(nn.RNNBase, module), x, state, random)
         try:
             for gate in gates:
