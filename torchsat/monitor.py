@@ -478,9 +478,7 @@ class Monitor:
             return
         # The scale and the overflow stay with the rows of their own device: a copy between devices would be read before it has arrived.
         home = self._scale.device if self._scale is not None and self._scale.device in packed else next(iter(packed))
-        for device, rows in packed.items():
-            if device == home:
-                rows.extend(_number(value, device) for value in (self._scale, self._skipped))
+        packed[home].extend(_number(value, home) for value in (self._scale, self._skipped))
         parts = {device: _to_host(torch.cat(rows)) for device, rows in packed.items()}
         self._in_flight.append(_InFlight(self._step, time.time(), facts, weight_facts, parts, home))
         self._drain()

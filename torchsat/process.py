@@ -81,30 +81,23 @@ def take_down() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    global _hooks_running
-    if torch.compiler.is_compiling():
-        return
-    _hooks_running += 1
-    try:
-        for watcher in tuple(_watchers):
-            try:
-                watcher.before_step(optimizer, args, kwargs)
-            except Exception as error:
-                watcher.fault(error)
-    finally:
-        _hooks_running -= 1
+    if not torch.compiler.is_compiling():
+        _tell([(watcher, watcher.before_step) for watcher in _watchers], optimizer, args, kwargs)
 
 
 def _after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not torch.compiler.is_compiling():
+        _give_back_stance()
+        _tell([(watcher, watcher.after_step) for watcher in _watchers], optimizer, args, kwargs)
+
+
+def _tell(hooks: list[tuple[Watcher, StepHook]], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     global _hooks_running
-    if torch.compiler.is_compiling():
-        return
     _hooks_running += 1
     try:
-        _give_back_stance()
-        for watcher in tuple(_watchers):
+        for watcher, hook in hooks:
             try:
-                watcher.after_step(optimizer, args, kwargs)
+                hook(optimizer, args, kwargs)
             except Exception as error:
                 watcher.fault(error)
     finally:
