@@ -32,6 +32,7 @@ def record(site: str = "act", **given: object) -> Record:
     """A healthy tanh record with what a test gives instead."""
     values: dict[str, object] = {
         "activation": "tanh",
+        "kind": "module",
         "tails": "both",
         "output": False,
         "gate": False,

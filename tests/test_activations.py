@@ -1,13 +1,16 @@
 """Derivatives against autograd, peaks and tails against the grid, and rows of the user's own."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from torchsat import ACTIVATIONS, Activation
-from torchsat.activations import bind
+from torchsat.activations import Bound, bind, recognise
+from torchsat.statistics import Sample
 
 MODULES = [
     nn.Sigmoid(),
@@ -281,3 +284,163 @@ def test_what_is_not_elementwise_is_refused_with_the_fact_and_the_cure(module: n
 def test_a_missing_parameter_is_named() -> None:
     with pytest.raises(ValueError, match=r"'snake' names the parameters \('alpha',\), but Snake lacks one"):
         bind(Activation("snake", (Snake,), parameters=("alpha",)), Snake(), 0.05)
+
+
+class NewGELU(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return 0.5 * z * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (z + 0.044715 * torch.pow(z, 3.0))))
+
+
+class QuickGELU(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z * torch.sigmoid(1.702 * z)
+
+
+class Squared(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return F.relu(z).square()
+
+
+class Swish(nn.Module):
+    """With parameters for the features of the last axis."""
+
+    def __init__(self, size: int = 6) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.linspace(0.5, 2, size))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * torch.sigmoid(self.beta * z)
+
+
+class ChannelSwish(Swish):
+    """With parameters for the channels of the second axis."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        beta = self.beta.reshape(-1, *[1] * (z.ndim - 2)) if z.ndim > 1 else self.beta
+        return z * torch.sigmoid(beta * z)
+
+
+class Custom(torch.autograd.Function):
+    """tanh, with a backward of its own and no forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return torch.tanh(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return grad * (1 - torch.tanh(z) ** 2)
+
+
+class Fused(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return Custom.apply(z)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class Counting(nn.Module):
+    """In place, and it counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.calls += 1
+        return z.clamp_(-2, 2)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z / z.square().mean(-1, keepdim=True).sqrt() * self.weight
+
+
+class Noise(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.tanh(z) + torch.rand_like(z)
+
+
+class Scale(Swish):
+    def forward(self, z: Tensor) -> Tensor:
+        return z * self.beta
+
+
+class Two(nn.Module):
+    def forward(self, z: Tensor, other: Tensor) -> Tensor:
+        return torch.tanh(z) * other
+
+
+class Steps(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.cumsum(torch.tanh(z), -1)
+
+
+@pytest.mark.parametrize("module", [NewGELU(), QuickGELU(), Squared(), Fused(), Counting(), Swish(), ChannelSwish()], ids=lambda m: type(m).__name__)
+def test_an_activation_in_no_row_is_recognised(module: nn.Module) -> None:
+    random = torch.get_rng_state()
+    bound = recognise(module, ACTIVATIONS, 0.05)
+    assert bound is not None
+    assert torch.equal(random, torch.get_rng_state())
+    shape = (3, 6, 5) if isinstance(module, ChannelSwish) else (3, 5, 6)
+    z = torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    a = module.double()(z.clone())
+    (expected,) = torch.autograd.grad(a.sum(), z)
+    sample = Sample.of(z, None, 0)
+    learned = {name: sample.spread(value.double()) for name, value in bound.learned.items()}
+    slope, _, _ = bound.evaluate(sample.take(z.detach()), sample.take(a.detach()), learned)
+    assert torch.allclose(slope, sample.take(expected).abs(), rtol=1e-12, atol=1e-12)
+    assert all(parameter.grad is None for parameter in module.parameters())
+    if isinstance(module, Counting):
+        assert module.calls == 1
+
+
+def test_what_a_recognised_activation_becomes() -> None:
+    def known(module: nn.Module) -> Bound:
+        bound = recognise(module, ACTIVATIONS, 0.05)
+        assert bound is not None
+        return bound
+
+    gelu = known(NewGELU())
+    assert (gelu.activation.name, gelu.plain) == ("gelu", {"approximate": "tanh"})
+    assert known(Fused()).activation.name == "tanh"
+    quick = known(QuickGELU())
+    assert (quick.activation.name, quick.tails) == ("QuickGELU", "low")
+    assert quick.constants is not None
+    # sup|f'| of z sigmoid(bz) does not depend on b.
+    assert quick.constants.peak == pytest.approx(1.09984, abs=1e-5)
+    squared = known(Squared())
+    assert squared.constants is not None
+    assert squared.constants.peak is None
+    assert not squared.tails_known
+    clamped = known(Counting())
+    assert clamped.constants is not None
+    assert (clamped.constants.low, clamped.constants.high) == pytest.approx((-2, 2), abs=1e-6)
+    assert known(Swish()).constants is None
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        RMSNorm(),
+        Noise(),
+        Scale(),
+        Two(),
+        Steps(),
+        nn.Identity(),
+        nn.Dropout(),
+        nn.LayerNorm(6),
+        nn.LazyLinear(3),
+        nn.Sequential(NewGELU()),
+        Swish(513),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+def test_what_is_no_activation_is_not_recognised(module: nn.Module) -> None:
+    random = torch.get_rng_state()
+    assert recognise(module, ACTIVATIONS, 0.05) is None
+    assert torch.equal(random, torch.get_rng_state())

@@ -637,9 +637,12 @@ def test_a_step_that_was_to_be_observed_but_was_not_is_said(caplog: pytest.LogCa
 
 
 def test_a_model_without_activations_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    monitor = torchsat.watch(nn.Sequential(nn.Linear(3, 3), nn.MultiheadAttention(4, 2)))
-    assert "Sequential: no activation of the table was found, nothing is watched" in caplog.text
-    torchsat.watch(mlp(), include="nope*")
+    monitor = torchsat.watch(nn.Sequential(nn.Linear(3, 3), nn.MultiheadAttention(4, 2)), calls=False)
+    assert "Sequential: no activation was found, nothing is watched" in caplog.text
+    model = mlp()
+    torchsat.watch(model, include="nope*", every=1)
+    train(model, 2)
+    assert caplog.text.count("nothing is watched") == 2
     assert "of its activations, include= and exclude= leave none" in caplog.text
     assert monitor.coverage.unseen[0][0] == "1"
 
@@ -917,8 +920,9 @@ def test_a_handler_of_the_users_is_left_alone() -> None:
 def test_the_first_observation_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     model = nn.Sequential(mlp(), nn.Softmax(-1))
+    model[1].spare = nn.Tanh()
     torchsat.watch(model, errors="raise")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.randn(4, 64))[0, 0].backward()
     optimizer.step()
-    assert caplog.messages[0] == "torchsat: watching 2 sites and 2 layers; not seen: 1 (1), see monitor.coverage"
+    assert caplog.messages[0] == "torchsat: watching 3 sites (2 modules, 1 softmax) and 3 layers; not seen: 1 (1.spare), see monitor.coverage"

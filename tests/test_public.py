@@ -23,9 +23,11 @@ ARROWS = {
     "activations": {"record"},
     "statistics": {"activations", "record"},
     "weights": {"record", "statistics"},
+    "calls": set(),
+    "graph": set(),
     "process": set(),
     "replay": set(),
-    "taps": {"activations", "replay", "statistics", "weights"},
+    "taps": {"activations", "calls", "graph", "record", "replay", "statistics", "weights"},
     "monitor": {"__init__", "activations", "process", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
 }
 HOST = ["record", "rules", "report", "tensorboard", "tensorboard.reader", "tensorboard.writer"]

@@ -1,13 +1,19 @@
-"""Rebuilt gates against the module's own output, and against cells run step by step in float64."""
+"""Rebuilt gates against the module's own output and against cells run step by step; attention against loops; all in float64."""
 
 import itertools
+import math
+import warnings
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.overrides import TorchFunctionMode
 
-from torchsat.replay import Gate, NotRebuiltError, cell_gates, rnn_gates
+from torchsat.replay import Gate, Logits, NotRebuiltError, Queries, SoftmaxRows, attention_logits, cell_gates, rnn_gates
+from torchsat.statistics import observe_softmax
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 
@@ -156,3 +162,218 @@ def test_a_dropout_that_cannot_be_drawn_again_ends_with_the_reason() -> None:
     found = [gate.layer for gate in itertools.islice(rnn_gates(module, torch.randn(4, 2, 5)), 5)]
     assert set(found) == {"l0"}
     assert len(list(rnn_gates(module.eval(), torch.randn(4, 2, 5)))) == 10
+
+
+def reference(z: Tensor, visible: Tensor) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Of [batch, heads, queries, keys]: per head, means over rows of H / ln T, 1 - sum p^2, variance of the logits, and the largest, in loops."""
+    entropy, jacobian, variance, largest = [], [], [], []
+    for head in range(z.shape[1]):
+        shares, traces, variances, top = [], [], [], -math.inf
+        for sample in range(z.shape[0]):
+            for query in range(z.shape[2]):
+                row = z[sample, head, query][visible[sample, head, query]]
+                if len(row) < 2:
+                    continue
+                p = torch.softmax(row, 0)
+                shares.append(-(p * p.log()).sum().item() / math.log(len(row)))
+                traces.append((torch.diag(p) - torch.outer(p, p)).trace().item())
+                variances.append(row.var(correction=0).item())
+                top = max(top, row.max().item())
+        entropy.append(sum(shares) / len(shares))
+        jacobian.append(sum(traces) / len(traces))
+        variance.append(sum(variances) / len(variances))
+        largest.append(top)
+    return entropy, jacobian, variance, largest
+
+
+def measured(logits: Logits) -> tuple[list[float], ...]:
+    _, heads = observe_softmax(logits.z, logits.visible, logits.elements)
+    rows, entropy, jacobian, variance, _, largest = heads.tolist()
+    means = ([total / n for total, n in zip(each, rows, strict=True)] for each in (entropy, jacobian, variance))
+    return (*means, largest)
+
+
+def agree(logits: Logits, z: Tensor, visible: Tensor) -> None:
+    for found, expected in zip(measured(logits), reference(z, visible.expand(z.shape)), strict=True):
+        assert found == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+L, S = 6, 7
+ATTENTION: dict[str, dict[str, object]] = {
+    "plain": {},
+    "scale": {"scale": 1.7},
+    "causal": {"is_causal": True},
+    "bool mask": {"attn_mask": torch.rand(2, 1, L, S, generator=torch.Generator().manual_seed(1)) > 0.4},
+    "float mask": {"attn_mask": torch.randn(4, L, S, dtype=torch.float64, generator=torch.Generator().manual_seed(1))},
+    "padding": {"attn_mask": torch.zeros(L, S, dtype=torch.float64).masked_fill(torch.arange(S) > 4, torch.finfo(torch.float32).min)},
+    "minus infinity": {"attn_mask": torch.zeros(L, S, dtype=torch.float64).masked_fill(torch.arange(S) == 0, -math.inf)},
+    "minus 100": {"attn_mask": torch.zeros(L, S, dtype=torch.float64).masked_fill(torch.arange(S) < 3, -100.0)},
+    "one row sees nothing": {"attn_mask": torch.ones(L, S, dtype=torch.bool).index_fill(0, torch.tensor([2]), False)},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_logits_are_those_that_attention_uses(name: str) -> None:
+    options = ATTENTION[name]
+    q, k, v = (torch.randn(2, 4, size, 8, dtype=torch.float64) for size in (L, S, S))
+    v = torch.eye(S, dtype=torch.float64).expand(2, 4, S, S)
+    p = F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
+    logits = attention_logits(F.scaled_dot_product_attention, (q, k, v), options, None, 0)
+    visible = logits.visible.expand(logits.z.shape)
+    rows = visible.any(-1)
+    ours = torch.softmax(logits.z.masked_fill(~visible, -math.inf), -1)
+    # With values of the unit matrix attention gives its own probabilities back.
+    assert torch.allclose(ours[rows], p[rows], rtol=1e-12, atol=1e-12)
+    assert logits.elements == 2 * 4 * L * S
+    agree(logits, logits.z, visible)
+    hidden = {"causal": L * (S - 1) - (L - 1) * L // 2, "padding": 2 * L, "minus infinity": L, "minus 100": 3 * L, "one row sees nothing": S}
+    if name in hidden:
+        assert (~visible).sum().item() == 2 * 4 * hidden[name]
+
+
+@pytest.mark.parametrize("shape", [(L, 8), (3, L, 8), (2, 3, 4, L, 8)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_fewer_and_more_axes(shape: tuple[int, ...], masked: bool) -> None:
+    q, k = torch.randn(*shape, dtype=torch.float64), torch.randn(*shape[:-2], S, 8, dtype=torch.float64)
+    v = torch.eye(S, dtype=torch.float64).expand(*shape[:-2], S, S)
+    mask = torch.rand(*shape[:-2], L, S) > 0.3 if masked else None
+    p = F.scaled_dot_product_attention(q, k, v, mask)
+    logits = attention_logits(F.scaled_dot_product_attention, (q, k, v, mask), {}, None, 0)
+    heads = shape[-3] if len(shape) > 4 else 1
+    assert logits.z.shape[1] == heads
+    visible = logits.visible.expand(logits.z.shape)
+    ours = torch.softmax(logits.z.masked_fill(~visible, -math.inf), -1)
+    assert torch.allclose(ours.nan_to_num().reshape(p.shape), p.nan_to_num(), rtol=1e-12, atol=1e-12)
+
+
+def test_grouped_queries_read_the_keys_of_their_group() -> None:
+    q, k = torch.randn(2, 6, L, 8, dtype=torch.float64), torch.randn(2, 3, S, 8, dtype=torch.float64)
+    v = torch.eye(S, dtype=torch.float64).expand(2, 3, S, S)
+    p = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    logits = attention_logits(F.scaled_dot_product_attention, (q, k, v), {"enable_gqa": True}, None, 0)
+    assert torch.allclose(torch.softmax(logits.z, -1), p, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "float", "per head", "causal"])
+@pytest.mark.parametrize("padding", [None, "bool", "float"])
+@pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 3}, {"add_bias_kv": True, "add_zero_attn": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multi_head_attention_has_the_weights_that_it_returns(
+    batch_first: bool, mask: str | None, padding: str | None, options: dict[str, object], need_weights: bool
+) -> None:
+    module = nn.MultiheadAttention(8, 4, batch_first=batch_first, dtype=torch.float64, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    batch = 3
+    q, k, v = (torch.randn(batch, size, width, dtype=torch.float64) for size, width in ((L, 8), (L, module.kdim), (L, module.vdim)))
+    if not batch_first:
+        q, k, v = (each.transpose(0, 1) for each in (q, k, v))
+    causal = torch.triu(torch.ones(L, L, dtype=torch.bool), 1)
+    masks = {
+        "bool": torch.rand(L, L) > 0.7,
+        "float": torch.randn(L, L, dtype=torch.float64),
+        "per head": torch.rand(batch * 4, L, L) > 0.7,
+        "causal": causal,
+        None: None,
+    }
+    paddings = {"bool": torch.arange(L) > torch.tensor([[4], [5], [2]]), None: None}
+    paddings["float"] = torch.zeros(batch, L, dtype=torch.float64).masked_fill(paddings["bool"], -math.inf)
+    given = {"attn_mask": masks[mask], "key_padding_mask": paddings[padding], "is_causal": mask == "causal", "need_weights": need_weights}
+    heard: list[Logits] = []
+
+    class Ear(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is F.multi_head_attention_forward:
+                heard.append(attention_logits(function, args, kwargs, None, 0))
+            return function(*args, **(kwargs or {}))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Ear():
+            module(q, k, v, **given)
+        # The path without weights takes "causal" for the mask; with keys added behind, they are hidden there.
+        _, p = module(q, k, v, **{**given, "need_weights": True}, average_attn_weights=False)
+    (logits,) = heard
+    visible = logits.visible.expand(logits.z.shape)
+    ours = torch.softmax(logits.z.masked_fill(~visible, -math.inf), -1)
+    if mask == "causal" and not need_weights and padding is None and "add_bias_kv" in options:
+        assert not visible[..., L:].any()
+        return
+    rows = visible.any(-1)
+    assert torch.allclose(ours[rows], p[rows], rtol=1e-12, atol=1e-12)
+    agree(logits, logits.z, visible)
+
+
+def test_a_long_context_is_read_in_part() -> None:
+    """64k keys: T x T would be 4.3e9 logits a head."""
+    q, k = torch.randn(1, 4, 65536, 2), torch.randn(1, 2, 65536, 2)
+    logits = attention_logits(F.scaled_dot_product_attention, (q, k, k), {"enable_gqa": True, "is_causal": True}, 65536, 1)
+    assert tuple(logits.z.shape) == (1, 4, 8, 65536)
+    assert logits.elements == 4 * 65536**2
+    positions = logits.visible.sum(-1).flatten() - 1
+    assert torch.equal(logits.visible.sum(-1), positions.unsqueeze(-1).add(1).squeeze(-1).reshape(logits.visible.shape[:-1]))
+    assert positions.diff().unique().numel() == 1
+
+
+def test_rows_are_spread_over_samples_and_positions_and_move() -> None:
+    met = set()
+    for turn in range(200):
+        rows = Queries.of((64, 2, 64, 64), 1024, turn)
+        batch, positions = range(64)[rows.batch], range(64)[rows.positions]
+        assert 4 <= len(batch) * len(positions) <= 16
+        met |= {(sample, position) for sample in batch for position in positions}
+    assert {sample for sample, _ in met} == set(range(64))
+    full = Queries.of((3, 2, 5, 7), None, 9)
+    assert (len(range(3)[full.batch]), len(range(5)[full.positions])) == (3, 5)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4, 5), 3), ((2, 3, 4, 5), 1), ((4, 5), 1), ((5,), 0), ((2, 4, 5), 2)])
+def test_a_softmax_over_any_axis(shape: tuple[int, ...], axis: int) -> None:
+    z = torch.randn(*shape, dtype=torch.float64)
+    logits = SoftmaxRows.of(z, axis, None, 0).logits(z)
+    expected = z if z.ndim == 4 and axis == 3 else z.movedim(axis, -1).reshape(1, 1, -1, shape[axis])
+    assert torch.equal(logits.z, expected)
+    agree(logits, expected, torch.ones_like(expected, dtype=torch.bool))
+
+
+def test_keys_that_a_sum_hides_do_not_count() -> None:
+    z = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    hidden = torch.rand(4, 5, generator=torch.Generator().manual_seed(2)) > 0.6
+    for value in (-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4, -65504.0):
+        masked = z + torch.zeros(4, 5, dtype=torch.float64).masked_fill(hidden, value)
+        agree(SoftmaxRows.of(z, 3, None, 0).logits(masked), z, ~hidden)
+
+
+def test_one_hot_even_and_broken_rows() -> None:
+    z = torch.zeros(1, 3, 4, 8)
+    z[:, 1, :, 0] = 1e4
+    z[:, 2, 0, 0] = math.nan
+    row, heads = observe_softmax(z, torch.ones(1, 1, 1, 1, dtype=torch.bool), 96)
+    rows, entropy, jacobian, variance, log_keys, largest = heads.tolist()
+    assert rows == [4, 4, 3]
+    assert [total / n for total, n in zip(entropy, rows, strict=True)] == pytest.approx([1, 0, 1])
+    assert [total / n for total, n in zip(jacobian, rows, strict=True)] == pytest.approx([7 / 8, 0, 7 / 8])
+    assert variance[1] / 4 == pytest.approx(1e8 * 7 / 64)
+    assert largest == [0, 1e4, 0]
+    assert log_keys == pytest.approx([n * math.log(8) for n in rows])
+    # n, elements, non-finite
+    assert row[:3].tolist() == [11 * 8, 96, 8]
+
+
+def test_entropy_obeys_the_bound_of_zhai_et_al() -> None:
+    """Rows of norm s: H >= ln(1 + (T-1) b) + s sqrt(T (T-1)) b / (1 + (T-1) b), b = exp(-s sqrt(T / (T-1))); equality at one key against all."""
+    size, norm = 12, 5.0
+    spike = torch.full((size,), -1 / (size - 1), dtype=torch.float64)
+    spike[0] = 1.0
+    spike *= norm / spike.norm()
+    b = math.exp(-norm * math.sqrt(size / (size - 1)))
+    bound = math.log(1 + (size - 1) * b) + norm * math.sqrt(size * (size - 1)) * b / (1 + (size - 1) * b)
+    z = torch.randn(1, 1, 500, size, dtype=torch.float64)
+    z = z / z.norm(dim=-1, keepdim=True) * norm
+    z[0, 0, 0] = spike
+    _, heads = observe_softmax(z[:, :, :1], torch.ones(1, 1, 1, 1, dtype=torch.bool), size)
+    assert heads[1].item() * math.log(size) == pytest.approx(bound, rel=1e-12)
+    each = [observe_softmax(z[:, :, at : at + 1], torch.ones(1, 1, 1, 1, dtype=torch.bool), size)[1][1].item() for at in range(500)]
+    assert min(each) * math.log(size) >= bound * (1 - 1e-12)

@@ -29,6 +29,7 @@ from torchsat.statistics import (
 FACTS = {
     "site": "act",
     "activation": "tanh",
+    "kind": "module",
     "tails": "both",
     "output": False,
     "gate": False,

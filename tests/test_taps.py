@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
-from tests.test_activations import MODULES
+from tests.test_activations import MODULES, NewGELU, Swish
 from torchsat import Activation, Snapshot
 from torchsat.replay import rnn_gates
 
@@ -445,7 +445,7 @@ def test_a_site_that_fails_is_named_and_the_rest_goes_on(caplog: pytest.LogCaptu
 def test_what_cannot_be_measured_is_said() -> None:
     class Own(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x.clamp(0, 1)
+            return torch.ops.aten.sigmoid(x) * x.mean()
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -462,11 +462,12 @@ def test_what_cannot_be_measured_is_said() -> None:
     model(torch.randn(5, 8)).sum().backward()
     optimizer.step()
     unseen = dict(monitor.coverage.unseen)
-    assert monitor.coverage.seen == (*(f"lstm.l0/{gate}" for gate in ("input", "forget", "cell", "output", "hidden")), "act")
-    assert set(unseen) == {"gru", "attention", "own", "softmax", "never"}
-    assert unseen["gru"] == unseen["never"]
-    assert unseen["never"] == "it has not run in an observed training pass"
-    assert "add a row with activations=" in unseen["own"]
+    assert monitor.coverage.seen == (*(f"lstm.l0/{gate}" for gate in ("input", "forget", "cell", "output", "hidden")), "act", "softmax/softmax")
+    assert set(unseen) == {"gru", "attention/softmax", "own/Sigmoid", "never"}
+    assert unseen["gru"] == unseen["never"] == unseen["attention/softmax"] == "it has not run in an observed training pass"
+    assert unseen["own/Sigmoid"] == "called where torch tells no hook of it (a compiled or scripted function, torch.ops)"
+    assert monitor.coverage.kinds == (("recurrent", 5), ("module", 1), ("softmax", 1))
+    assert str(monitor.coverage).startswith("7 sites (5 gates, 1 module, 1 softmax) seen; not seen, or seen in part:\n  own/Sigmoid: called")
 
 
 def test_complex_and_integer_inputs_are_refused_with_the_reason() -> None:
@@ -725,3 +726,37 @@ def test_recurrent_gates_are_sites() -> None:
     assert (forget.gate, forget.units, forget.attenuation) == (True, 7, None)
     assert (snapshot["rnn.l0/cell"].gate, snapshot["rnn.l0/cell"].gate_left) == (True, None)
     assert one_step(nn.RNN(6, 7), lambda m: m(x)[0])["rnn.l0/hidden"].gate is False
+
+
+def test_a_recognised_module_is_one_site_with_the_numbers_of_its_function() -> None:
+    x = torch.randn(64, 16)
+    layer = nn.Linear(16, 24)
+    (seen,) = one_step(nn.Sequential(layer, NewGELU()), x=x).records
+    (expected,) = one_step(nn.Sequential(layer, nn.GELU("tanh")), x=x).records
+    assert (seen.site, seen.activation, seen.kind, seen.saturated, seen.derivative) == (
+        "1",
+        "gelu",
+        "module",
+        expected.saturated,
+        expected.derivative,
+    )
+    assert seen.attenuation == pytest.approx(expected.attenuation, rel=1e-5)
+    (learned,) = one_step(nn.Sequential(layer, Swish(24)), x=x).records
+    z = layer(x).detach().double().requires_grad_()
+    (slope,) = torch.autograd.grad(Swish(24).double()(z).sum(), z)
+    assert (learned.activation, learned.peak, learned.saturated) == ("Swish", None, None)
+    assert learned.derivative == pytest.approx(slope.abs().mean().item(), rel=1e-6)
+
+
+def test_learned_parameters_are_read_anew() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), Swish())
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.0)
+    x = torch.randn(8, 4)
+    for beta in (1.0, 0.0):
+        model[1].beta = nn.Parameter(torch.full((6,), beta))
+        model(x).sum().backward()
+        optimizer.step()
+    # With beta = 0 it is z / 2.
+    assert monitor.latest is not None
+    assert monitor.latest["1"].derivative == pytest.approx(0.5)

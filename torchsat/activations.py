@@ -7,21 +7,24 @@ A *tail* is where |f'| stays below epsilon of its peak, all the way out. Its edg
 kink of a hard function (ReLU at 0, Hardtanh at 1). A zero of f' elsewhere (GELU near -0.75, Tanhshrink at 0) is not a tail.
 
 A user's function is a longer tuple: `activations=(*ACTIVATIONS, Activation("snake", modules=(Snake,)))`. What such a row leaves out is
-found numerically: the derivative by forward-mode differentiation, peak and tails on a grid.
+found numerically: the derivative by automatic differentiation, peak and tails on a grid. A module that is in no row is tried on numbers
+(`recognise`): if it maps every element on its own, and not linearly, it is an activation.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
+import inspect
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchsat.record import Tails
 
@@ -37,13 +40,19 @@ class Activation:
         modules: the module classes that compute it. A subclass counts as long as it keeps the class's `forward`.
         parameters: attributes of the module, handed by name to `derivative`, `peak`, `tails` and `function`. A tensor of more than one
             element is spread over z as `torch.nn.PReLU` does it (dimension 1), or broadcast if it has several dimensions.
-        derivative: f'(z) for a float32 or float64 tensor of any shape. None: forward-mode differentiation of `function`.
+        derivative: f'(z) for a float32 or float64 tensor of any shape. None: automatic differentiation of `function`.
         peak: sup|f'|, a number or a function of the parameters; None: found on a grid, unknown if |f'| has no bound there or the parameters
             are learned.
         tails: (z_L, z_R) as a function of (epsilon, **parameters), an absent tail being None; None: found on a grid, unknown where there is no
             peak or where the parameters are learned.
-        function: f(z); None: the module itself. Used only where there is no `derivative`.
+        function: f(z); None: the module or call itself. Used only where there is no `derivative`.
         from_output: `derivative` is also given the output, as keyword `a` (the slope of RReLU is drawn in the forward pass).
+        calls: functions and tensor methods of torch that compute it: z first, then `parameters` in their order or by name. A Python function
+            of your own is heard where it is decorated with `torch.overrides.wrap_torch_function(lambda z: (z,))`.
+        defaults: of `parameters`, where a call leaves them out.
+
+    Raises:
+        ValueError: `defaults` are not as many as `parameters`, or torch does not let a function in `calls` be heard.
     """
 
     name: str
@@ -54,6 +63,20 @@ class Activation:
     tails: Callable[..., Edges] | None = None
     function: Callable[..., Tensor] | None = None
     from_output: bool = False
+    calls: tuple[Callable[..., Any], ...] = ()
+    defaults: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.defaults and len(self.defaults) != len(self.parameters):
+            raise ValueError(
+                f"activation {self.name!r} has {len(self.defaults)} defaults for the {len(self.parameters)} parameters {self.parameters}"
+            )
+        for call in self.calls:
+            if inspect.isfunction(call) and not (call.__module__ or "").startswith("torch") and not hasattr(call, "__wrapped__"):
+                raise ValueError(
+                    f"activation {self.name!r}: calls of {call.__name__} cannot be heard. Decorate it with "
+                    "@torch.overrides.wrap_torch_function(lambda z: (z,)), or put it in a module and name that in `modules=`."
+                )
 
     def computes(self, module: nn.Module) -> bool:
         """Whether this module computes this function."""
@@ -121,19 +144,25 @@ def bind(activation: Activation, module: nn.Module, epsilon: float) -> Bound:
         raise ValueError(
             f"activation {activation.name!r} names the parameters {activation.parameters}, but {type(module).__name__} lacks one: {error}"
         ) from None
-    learned = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
-    plain = {name: value for name, value in values.items() if name not in learned}
-    derivative = activation.derivative
-    if derivative is None:
-        function = activation.function or module.forward
-        check_elementwise(activation, module, values)
-        derivative = functools.partial(_forward_mode, function)
-    constants = None
-    if not learned:
-        # A derivative made here holds the module: it must not enter the cache.
-        make = _constants if activation.derivative is not None else _constants.__wrapped__
-        constants = make(activation, derivative, tuple(sorted(plain.items())), epsilon)
-    return Bound(activation, derivative, plain, learned, epsilon, constants)
+    return _bind(activation, values, epsilon, module.forward, lambda: _twin(module).forward)
+
+
+def bind_call(
+    activation: Activation, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], epsilon: float, known: Bound | None = None
+) -> Bound:
+    """The activation as a call computes it; `args` are those after z. `known` is that of an earlier call, to save work.
+
+    Raises:
+        ValueError: a parameter is missing, or the function is not element-wise.
+    """
+    values = {**dict(zip(activation.parameters, activation.defaults, strict=False)), **dict(zip(activation.parameters, args, strict=False))}
+    values |= {name: value for name, value in kwargs.items() if name in activation.parameters}
+    missing = [name for name in activation.parameters if name not in values]
+    if missing:
+        raise ValueError(f"activation {activation.name!r} was called without {', '.join(missing)}; give the row `defaults=`")
+    if known is not None and all(known.plain.get(name) == value for name, value in values.items() if not isinstance(value, Tensor)):
+        return replace(known, learned={name: value.detach() for name, value in values.items() if isinstance(value, Tensor)})
+    return _bind(activation, values, epsilon, function, lambda: function)
 
 
 def bind_plain(activation: Activation, epsilon: float) -> Bound:
@@ -142,31 +171,144 @@ def bind_plain(activation: Activation, epsilon: float) -> Bound:
     return Bound(activation, activation.derivative, {}, {}, epsilon, _constants(activation, activation.derivative, (), epsilon))
 
 
-def check_elementwise(activation: Activation, module: nn.Module, values: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the function maps every element on its own, without drawing random numbers."""
+def _bind(
+    activation: Activation, values: Mapping[str, Any], epsilon: float, function: Callable[..., Any], testable: Callable[[], Callable[..., Any]]
+) -> Bound:
+    """`testable` makes the function again, for float64 on the CPU and without a trace on the module."""
+    learned = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    plain = {name: value for name, value in values.items() if name not in learned}
+    derivative = activation.derivative
+    if derivative is None:
+        given = {name: value.cpu().double() if isinstance(value, Tensor) else value for name, value in {**plain, **learned}.items()}
+        differentiate = check_elementwise(activation.name, activation.function or testable(), given)
+        derivative = functools.partial(_slope, differentiate, activation.function or function)
+    constants = None
+    if not learned:
+        # A derivative made here holds the module: it must not enter the cache.
+        make = _constants if activation.derivative is not None else _constants.__wrapped__
+        constants = make(activation, derivative, tuple(sorted(plain.items())), epsilon)
+    return Bound(activation, derivative, plain, learned, epsilon, constants)
+
+
+def recognise(module: nn.Module, rows: Sequence[Activation], epsilon: float) -> Bound | None:
+    """The activation that a module of no row computes, found by trying it on numbers; None if it computes none.
+
+    A module qualifies that has no children or buffers, whose parameters have one value or one per channel, and that maps every element on its
+    own, draws no random numbers, and is not linear. If it is a function of `rows` at its defaults (and GELU by tanh), it becomes that one.
+
+    Never raises; leaves the module and the random numbers as they are.
+    """
+    parameters = dict(module.named_parameters(recurse=False))
+    bare = next(module.children(), None) is None and next(module.buffers(), None) is None
+    if type(module).__module__.startswith("torch.") or not bare or any(is_lazy(parameter) or parameter.ndim > 1 for parameter in parameters.values()):
+        return None
+    sizes = {parameter.numel() for parameter in parameters.values()} - {1}
+    if len(sizes) > 1:
+        return None
+    size = max(sizes, default=5)
+    if size > _MOST_CHANNELS:
+        return None
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", type(module).__name__)
+    values = {key: parameter.detach().cpu().double() for key, parameter in parameters.items()}
+    random = torch.get_rng_state()
+    try:
+        z = 2 * torch.randn(2, size, size, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
+        a = _twin(module).forward(z.clone())
+        if not isinstance(a, Tensor) or a.shape != z.shape or not a.is_floating_point():
+            return None
+        # Which axis the parameters belong to shows in what the flattened function makes of either.
+        for axis in (1, -1) if sizes else (1,):
+            shape = [1, size, 1] if axis == 1 else [1, 1, size]
+            spread = {key: value.reshape(shape).expand(z.shape).flatten() if value.numel() > 1 else value for key, value in values.items()}
+            function = functools.partial(_run_twin, module)
+            if not torch.allclose(function(z.flatten().clone(), **spread), a.flatten(), rtol=1e-9, atol=1e-12):
+                continue
+            differentiate = check_elementwise(name, function, {key: value.flatten()[:1] for key, value in values.items()})
+            slope = _slope(differentiate, function, z.flatten(), **spread)
+            if torch.allclose(slope, _slope(differentiate, function, 3 * z.flatten() + 1, **spread), rtol=1e-9, atol=1e-12):
+                return None
+            if not values:
+                known = _same_function(slope, z.flatten(), rows, epsilon)
+                if known is not None:
+                    return known
+            derivative = functools.partial(_slope, differentiate, function if values else module.forward)
+            row = Activation(name, (type(module),), tuple(values))
+            if not values:
+                return Bound(row, derivative, {}, {}, epsilon, _constants.__wrapped__(row, derivative, (), epsilon))
+            learned = {key: parameter.detach() for key, parameter in parameters.items()}
+            if axis == -1:
+                learned = {key: value.reshape(1, -1) if value.numel() > 1 else value for key, value in learned.items()}
+            return Bound(row, derivative, {}, learned, epsilon, None)
+    except Exception:
+        return None
+    finally:
+        torch.set_rng_state(random)
+    return None
+
+
+_MOST_CHANNELS = 512
+"""Beyond it a vector of parameters belongs to a norm, and trying it would take long."""
+
+
+def _same_function(slope: Tensor, z: Tensor, rows: Sequence[Activation], epsilon: float) -> Bound | None:
+    """The row, at its defaults, whose derivative is this one."""
+    for row in rows:
+        if row.derivative is None or row.from_output or len(row.defaults) != len(row.parameters):
+            continue
+        for values in (row.defaults, *([("tanh",)] if row.name == "gelu" else [])):
+            given = dict(zip(row.parameters, values, strict=True))
+            if torch.allclose(row.derivative(z, **given), slope, rtol=1e-9, atol=1e-12):
+                return Bound(row, row.derivative, given, {}, epsilon, _constants(row, row.derivative, tuple(sorted(given.items())), epsilon))
+    return None
+
+
+def _twin(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A module with the same attributes, whose parameters are others: by default its own, in float64 on the CPU, without gradients.
+
+    Not a deep copy: an activation may hold a reference to a whole model.
+    """
+    twin = object.__new__(type(module))
+    vars(twin).update(vars(module))
+    plain = vars(module)["_parameters"]
+    vars(twin)["_parameters"] = {
+        name: None if value is None else values[name] if values else value.detach().cpu().double() for name, value in plain.items()
+    }
+    vars(twin)["_buffers"] = {name: None if value is None else value.detach().cpu().clone() for name, value in vars(module)["_buffers"].items()}
+    vars(twin)["_modules"] = {name: None if child is None else _twin(child) for name, child in vars(module)["_modules"].items()}
+    return twin
+
+
+def _run_twin(module: nn.Module, z: Tensor, **values: Tensor) -> Tensor:
+    return _twin(module, values).forward(z)  # type: ignore[no-any-return]
+
+
+Differentiate = Callable[..., Tensor]
+"""From (function, z, direction, **parameters) to f'(z) * direction, for a function that acts on each element alone."""
+
+
+def check_elementwise(name: str, function: Callable[..., Tensor], given: Mapping[str, Any]) -> Differentiate:
+    """How to differentiate a function that maps every element on its own, without drawing random numbers; ValueError for any other."""
 
     def reject(fact: str) -> ValueError:
         return ValueError(
-            f"activation {activation.name!r}: {fact}. torchsat can differentiate by itself only functions that act on each element alone "
+            f"activation {name!r}: {fact}. torchsat can differentiate by itself only functions that act on each element alone "
             "and draw no random numbers: give `derivative=`, or leave the row out."
         )
 
-    given = {name: value.detach().cpu().double() if isinstance(value, Tensor) else value for name, value in values.items()}
-    if activation.function is not None:
-        function = activation.function
-    else:
-        twin = copy.deepcopy(module).cpu().double()
-        for parameter in twin.parameters():
-            parameter.requires_grad_(False)
-        function = twin.forward
     generator = torch.Generator("cpu").manual_seed(0)
     z = torch.randn(64, dtype=torch.float64, generator=generator, device="cpu") * 2
-    tangent = torch.rand(64, dtype=torch.float64, generator=generator, device="cpu") + 0.5
+    direction = torch.rand(64, dtype=torch.float64, generator=generator, device="cpu") + 0.5
     state = torch.get_rng_state()
     try:
         full = function(z.clone(), **given)
-        slope = _forward_mode(function, z.clone(), **given)
-        mixed = torch.func.jvp(lambda x: function(x, **given), (z.clone(),), (tangent,))[1]
+        differentiate: Differentiate = _forward_mode
+        try:
+            slope = _slope(differentiate, function, z, **given)
+        except Exception:
+            # An autograd.Function need not have a forward mode; its backward is what training sees.
+            differentiate = _reverse_mode
+            slope = _slope(differentiate, function, z, **given)
+        mixed = differentiate(function, z.clone(), direction, **given)
         shifted = function(z.roll(7)[:40].clone(), **given)
     except Exception as error:
         raise reject(f"f(z) for 64 numbers failed: {type(error).__name__}: {error}") from error
@@ -177,12 +319,23 @@ def check_elementwise(activation: Activation, module: nn.Module, values: Mapping
         raise reject("it draws random numbers")
     if not isinstance(full, Tensor) or full.shape != z.shape:
         raise reject(f"64 numbers become {tuple(getattr(full, 'shape', ()))}")
-    if not torch.allclose(mixed, slope * tangent, rtol=1e-9, atol=1e-12) or not torch.allclose(shifted, full.roll(7)[:40], rtol=1e-9, atol=1e-12):
+    if not torch.allclose(mixed, slope * direction, rtol=1e-9, atol=1e-12) or not torch.allclose(shifted, full.roll(7)[:40], rtol=1e-9, atol=1e-12):
         raise reject("an element of its output depends on other elements of its input")
+    return differentiate
 
 
-def _forward_mode(function: Callable[..., Tensor], z: Tensor, **parameters: Any) -> Tensor:
-    return torch.func.jvp(lambda x: function(x, **parameters), (z,), (torch.ones_like(z),))[1]  # type: ignore[no-any-return]
+def _slope(differentiate: Differentiate, function: Callable[..., Tensor], z: Tensor, **parameters: Any) -> Tensor:
+    return differentiate(function, z.clone(), torch.ones_like(z), **parameters)
+
+
+def _forward_mode(function: Callable[..., Tensor], z: Tensor, direction: Tensor, **parameters: Any) -> Tensor:
+    return torch.func.jvp(lambda x: function(x, **parameters), (z,), (direction,))[1]  # type: ignore[no-any-return]
+
+
+def _reverse_mode(function: Callable[..., Tensor], z: Tensor, direction: Tensor, **parameters: Any) -> Tensor:
+    with torch.enable_grad():
+        leaf = z.detach().requires_grad_()
+        return torch.autograd.grad(function(leaf.clone(), **parameters), leaf, direction)[0]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -372,12 +525,22 @@ def _rrelu_tails(epsilon: float, lower: float, upper: float, training: bool) -> 
 
 _SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772848170429916717
 
+_NAMESPACES = (torch, torch.special, F, Tensor)
+
+
+def _calls(*names: str) -> tuple[Callable[..., Any], ...]:
+    """Every function and tensor method of torch of these names, and their in-place forms."""
+    spellings = [name + ending for name in names for ending in ("", "_")]
+    found = [getattr(place, name) for place in _NAMESPACES for name in spellings if callable(getattr(place, name, None))]
+    return tuple(dict.fromkeys(found))
+
+
 ACTIVATIONS: tuple[Activation, ...] = (
-    Activation("sigmoid", (nn.Sigmoid,), (), _sigmoid, 0.25, _cosh_tails(2.0)),
-    Activation("tanh", (nn.Tanh,), (), _tanh, 1.0, _cosh_tails(1.0)),
-    Activation("relu", (nn.ReLU,), (), lambda z: (z > 0).to(z.dtype), 1.0, _fixed(0.0, None)),
+    Activation("sigmoid", (nn.Sigmoid,), (), _sigmoid, 0.25, _cosh_tails(2.0), calls=_calls("sigmoid", "expit")),
+    Activation("tanh", (nn.Tanh,), (), _tanh, 1.0, _cosh_tails(1.0), calls=_calls("tanh")),
+    Activation("relu", (nn.ReLU,), (), lambda z: (z > 0).to(z.dtype), 1.0, _fixed(0.0, None), calls=_calls("relu")),
     # ReLU6 is a Hardtanh in torch, with min_val and max_val of its own, and shares its forward: it must come first.
-    Activation("relu6", (nn.ReLU6,), (), lambda z: _between(z, 0.0, 6.0), 1.0, _fixed(0.0, 6.0)),
+    Activation("relu6", (nn.ReLU6,), (), lambda z: _between(z, 0.0, 6.0), 1.0, _fixed(0.0, 6.0), calls=_calls("relu6")),
     Activation(
         "leaky_relu",
         (nn.LeakyReLU,),
@@ -385,6 +548,8 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda z, negative_slope: _leaky(z, negative_slope),
         lambda negative_slope: max(1.0, abs(negative_slope)),
         _leaky_tails,
+        calls=_calls("leaky_relu"),
+        defaults=(0.01,),
     ),
     Activation(
         "prelu",
@@ -393,6 +558,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda z, weight: _leaky(z, weight),
         lambda weight: weight.abs().max().clamp(min=1),
         _leaky_tails,
+        calls=_calls("prelu"),
     ),
     Activation(
         "rrelu",
@@ -402,14 +568,18 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda lower, upper, training: max(1.0, abs(lower), abs(upper)),
         _rrelu_tails,
         from_output=True,
+        calls=_calls("rrelu"),
+        defaults=(1 / 8, 1 / 3, False),
     ),
-    Activation("elu", (nn.ELU,), ("alpha",), _elu, lambda alpha: max(1.0, abs(alpha)), _exponential_tails),
-    Activation("selu", (nn.SELU,), (), _selu, _SELU_SCALE * _SELU_ALPHA, lambda epsilon: (math.log(epsilon), None)),
-    Activation("celu", (nn.CELU,), ("alpha",), _celu, 1.0, lambda epsilon, alpha: (alpha * math.log(epsilon), None)),
-    Activation("gelu", (nn.GELU,), ("approximate",), _gelu),
-    Activation("silu", (nn.SiLU,), (), _silu),
-    Activation("mish", (nn.Mish,), (), _mish),
-    Activation("softplus", (nn.Softplus,), ("beta", "threshold"), _softplus, 1.0, _softplus_tails),
+    Activation("elu", (nn.ELU,), ("alpha",), _elu, lambda alpha: max(1.0, abs(alpha)), _exponential_tails, calls=_calls("elu"), defaults=(1.0,)),
+    Activation("selu", (nn.SELU,), (), _selu, _SELU_SCALE * _SELU_ALPHA, lambda epsilon: (math.log(epsilon), None), calls=_calls("selu")),
+    Activation(
+        "celu", (nn.CELU,), ("alpha",), _celu, 1.0, lambda epsilon, alpha: (alpha * math.log(epsilon), None), calls=_calls("celu"), defaults=(1.0,)
+    ),
+    Activation("gelu", (nn.GELU,), ("approximate",), _gelu, calls=_calls("gelu"), defaults=("none",)),
+    Activation("silu", (nn.SiLU,), (), _silu, calls=_calls("silu")),
+    Activation("mish", (nn.Mish,), (), _mish, calls=_calls("mish")),
+    Activation("softplus", (nn.Softplus,), ("beta", "threshold"), _softplus, 1.0, _softplus_tails, calls=_calls("softplus"), defaults=(1.0, 20.0)),
     Activation(
         "softsign",
         (nn.Softsign,),
@@ -417,6 +587,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda z: (1 + z.abs()) ** -2,
         1.0,
         lambda epsilon: (1 - epsilon**-0.5, epsilon**-0.5 - 1),
+        calls=_calls("softsign"),
     ),
     Activation(
         "hardtanh",
@@ -425,13 +596,23 @@ ACTIVATIONS: tuple[Activation, ...] = (
         _between,
         1.0,
         lambda epsilon, min_val, max_val: (float(min_val), float(max_val)),
+        calls=_calls("hardtanh"),
+        defaults=(-1.0, 1.0),
     ),
-    Activation("hardsigmoid", (nn.Hardsigmoid,), (), lambda z: _between(z, -3.0, 3.0) / 6, 1 / 6, _fixed(-3.0, 3.0)),
-    Activation("hardswish", (nn.Hardswish,), (), _hardswish, 1.5, _fixed(-3.0, None)),
-    Activation("log_sigmoid", (nn.LogSigmoid,), (), lambda z: torch.sigmoid(-z), 1.0, lambda epsilon: (None, math.log((1 - epsilon) / epsilon))),
-    Activation("tanhshrink", (nn.Tanhshrink,), (), lambda z: torch.tanh(z) ** 2, 1.0, _fixed(None, None)),
-    Activation("softshrink", (nn.Softshrink,), ("lambd",), _outside, 1.0, _fixed(None, None)),
-    Activation("hardshrink", (nn.Hardshrink,), ("lambd",), _outside, 1.0, _fixed(None, None)),
+    Activation("hardsigmoid", (nn.Hardsigmoid,), (), lambda z: _between(z, -3.0, 3.0) / 6, 1 / 6, _fixed(-3.0, 3.0), calls=_calls("hardsigmoid")),
+    Activation("hardswish", (nn.Hardswish,), (), _hardswish, 1.5, _fixed(-3.0, None), calls=_calls("hardswish")),
+    Activation(
+        "log_sigmoid",
+        (nn.LogSigmoid,),
+        (),
+        lambda z: torch.sigmoid(-z),
+        1.0,
+        lambda epsilon: (None, math.log((1 - epsilon) / epsilon)),
+        calls=_calls("logsigmoid"),
+    ),
+    Activation("tanhshrink", (nn.Tanhshrink,), (), lambda z: torch.tanh(z) ** 2, 1.0, _fixed(None, None), calls=_calls("tanhshrink")),
+    Activation("softshrink", (nn.Softshrink,), ("lambd",), _outside, 1.0, _fixed(None, None), calls=_calls("softshrink"), defaults=(0.5,)),
+    Activation("hardshrink", (nn.Hardshrink,), ("lambd",), _outside, 1.0, _fixed(None, None), calls=_calls("hardshrink"), defaults=(0.5,)),
     Activation(
         "threshold",
         (nn.Threshold,),
@@ -439,6 +620,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda z, threshold, value: (z > threshold).to(z.dtype),
         1.0,
         lambda epsilon, threshold, value: (float(threshold), None),
+        calls=_calls("threshold"),
     ),
 )
 """The element-wise activations of torch.nn. GELU, SiLU and Mish have their peak (sup|f'| > 1) and tails found on the grid."""

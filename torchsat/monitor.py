@@ -21,6 +21,7 @@ import math
 import os
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -56,6 +57,7 @@ def watch(
     sample: int | None = 65536,
     include: Patterns = None,
     exclude: Patterns = None,
+    calls: bool = True,
     activations: Sequence[Activation] = ACTIVATIONS,
     rules: Sequence[Rule] = RULES,
     sinks: Iterable[Sink] | None = None,
@@ -72,7 +74,8 @@ def watch(
         epsilon: an element is saturated where |f'| stays below this share of its peak.
         sample: the most elements read per call of a site, spread evenly over it; None: all.
         include, exclude: patterns of site names (as in a shell), one or several.
-        activations: the table that says which module computes which function.
+        calls: hear function calls too (`F.relu(x)`, `x.tanh()`, softmax, attention), not only modules and recurrent layers.
+        activations: the table that says which module or function computes which activation.
         rules: when to alert.
         sinks: functions of a Snapshot, called after TensorBoard's; `flush` and `close` are called too where they exist.
         on_alert: function of an Alert, called when one fires, worsens or clears.
@@ -91,6 +94,7 @@ def watch(
         sample=sample,
         include=include,
         exclude=exclude,
+        calls=calls,
         activations=activations,
         rules=rules,
         sinks=sinks,
@@ -110,7 +114,8 @@ class _InFlight:
 
     step: int
     time: float
-    facts: list[tuple[torch.device, dict[str, Any]]]
+    facts: list[tuple[torch.device, int, dict[str, Any]]]
+    """Of each site, and how many numbers it has."""
     weight_facts: list[tuple[torch.device, dict[str, Any]]]
     parts: dict[torch.device, tuple[Tensor, torch.cuda.Event | None]]
     """The numbers on the host, and when they are there."""
@@ -140,6 +145,7 @@ class Monitor:
         sample: int | None,
         include: Patterns,
         exclude: Patterns,
+        calls: bool,
         activations: Sequence[Activation],
         rules: Sequence[Rule],
         sinks: Iterable[Sink] | None,
@@ -162,7 +168,9 @@ class Monitor:
             raise TypeError(f"on_alert is {on_alert!r}; allowed is a function of one Alert")
         if log_dir is not None and (not isinstance(log_dir, (str, os.PathLike)) or not os.fspath(log_dir)):
             raise TypeError(f'log_dir is {log_dir!r}; allowed is a directory such as "runs/exp1"')
-        self._taps = Taps(activations, _selector(include, exclude), epsilon, sample, self._entered, self._left, self._gradients, self._fault)
+        if not isinstance(calls, bool):
+            raise TypeError(f"calls is {calls!r}; allowed are True (hear function calls too) and False (modules and recurrent layers only)")
+        self._taps = Taps(activations, _selector(include, exclude), epsilon, sample, self._entered, self._left, self._gradients, self._fault, calls)
         self._judge = Judge(rules, self._fault)
         self._latest: Snapshot | None = None
         self._stuck: dict[str, tuple[float, int]] = {}
@@ -203,9 +211,9 @@ class Monitor:
         except Exception:
             self.close()
             raise
-        if not self._taps.names and not self._taps.recurrent:
-            chosen = "of its activations, include= and exclude= leave none" if include or exclude else "no activation of the table was found"
-            log.warning("torchsat: %s: %s, nothing is watched. See monitor.coverage.", type(model).__name__, chosen)
+        self._nothing = "of its activations, include= and exclude= leave none" if include or exclude else "no activation was found"
+        if not calls and not self._taps.names and not self._taps.recurrent:
+            self._warn_of_nothing()
 
     @property
     def latest(self) -> Snapshot | None:
@@ -223,9 +231,12 @@ class Monitor:
         taps = self._taps
         seen = tuple(taps.sites)
         unseen = [*taps.unseen, *taps.failed.items(), *taps.notes.items()]
-        idle = [name for name in taps.names if name not in seen] + [name for name, ran in taps.recurrent.items() if not ran]
-        unseen += [(name, "it has not run in an observed training pass") for name in idle if name not in taps.failed]
-        return Coverage(seen, tuple(unseen))
+        idle = [name for name in (*taps.names, *taps.expected) if name not in seen] + [name for name, ran in taps.recurrent.items() if not ran]
+        why = "it has not run in an observed training pass"
+        deaf = {} if taps.hears_calls else dict.fromkeys(taps.expected, "function calls are not heard (calls=False)")
+        unseen += [(name, deaf.get(name, why)) for name in idle if name not in taps.failed and name not in taps.notes]
+        kinds = Counter(site.kind for site in taps.sites.values())
+        return Coverage(seen, tuple(unseen), tuple(kinds.items()))
 
     def step(self) -> None:
         """End a step by hand, in a loop without a torch optimizer. From then on optimizers are no longer listened to.
@@ -455,14 +466,21 @@ class Monitor:
             self._miss(self._model())
             return
         self._misses = 0
+        stopped = taps.stopped()
+        if stopped:
+            names = ", ".join(stopped[:5]) + (f" and {len(stopped) - 5} more" if len(stopped) > 5 else "")
+            log.warning("torchsat: step %d: %s ran before, but not in the last observations.", self._step, names)
         feeds = taps.feeders()
         packed: dict[torch.device, list[Tensor]] = {}
-        facts: list[tuple[torch.device, dict[str, Any]]] = []
+        facts: list[tuple[torch.device, int, dict[str, Any]]] = []
         weight_facts: list[tuple[torch.device, dict[str, Any]]] = []
         for site in taps.sites.values():
             if site.row is not None:
-                facts.append((site.row.device, _facts(site)))
+                width = len(SUMS) + len(MAXES) + len(UNITS) + (0 if site.heads is None else site.heads.numel())
+                facts.append((site.row.device, width, _facts(site)))
                 packed.setdefault(site.row.device, []).extend([site.row, summarise_units(site.block, site.row.device)])
+                if site.heads is not None:
+                    packed[site.row.device].append(site.heads.to(site.row.device).flatten())
         for layer, weight in layers:
             if layer.name not in feeds:
                 continue
@@ -475,6 +493,7 @@ class Monitor:
                 weight_facts.append((row.device, {"name": layer.name, "feeds": feeds[layer.name], "fan_in": layer.fan_in, "learning_rate": rate}))
                 packed.setdefault(row.device, []).append(row)
         if not facts:
+            self._warn_of_nothing()
             return
         # The scale and the overflow stay with the rows of their own device: a copy between devices would be read before it has arrived.
         home = self._scale.device if self._scale is not None and self._scale.device in packed else next(iter(packed))
@@ -482,6 +501,12 @@ class Monitor:
         parts = {device: _to_host(torch.cat(rows)) for device, rows in packed.items()}
         self._in_flight.append(_InFlight(self._step, time.time(), facts, weight_facts, parts, home))
         self._drain()
+
+    def _warn_of_nothing(self) -> None:
+        model = self._model()
+        if model is not None and not self._announced:
+            self._announced = True
+            log.warning("torchsat: %s: %s, nothing is watched. See monitor.coverage.", type(model).__name__, self._nothing)
 
     def _miss(self, model: nn.Module | None) -> None:
         """An observed step without a training pass is not a silent gap."""
@@ -521,9 +546,9 @@ class Monitor:
             return cast("list[float]", hosts[device][start : start + width])
 
         records: list[Record] = []
-        for device, facts in flight.facts:
+        for device, width, facts in flight.facts:
             name = facts["site"]
-            record, stuck = to_record(facts, cut(device, len(SUMS) + len(MAXES) + len(UNITS)), scale, self._stuck.get(name))
+            record, stuck = to_record(facts, cut(device, width), scale, self._stuck.get(name))
             if stuck is not None:
                 self._stuck[name] = stuck
             if record.n or record.nonfinite:
@@ -550,12 +575,13 @@ class Monitor:
         if self._announced:
             return
         self._announced = True
-        unseen = self.coverage.unseen
+        coverage = self.coverage
+        unseen, kinds = coverage.unseen, coverage.described
         rest = ""
         if unseen:
             names = ", ".join(place for place, _ in unseen[:3]) + (", ..." if len(unseen) > 3 else "")
             rest = f"; not seen: {len(unseen)} ({names}), see monitor.coverage"
-        log.info("torchsat: watching %d sites and %d layers%s", len(snapshot.records), len(snapshot.weights), rest)
+        log.info("torchsat: watching %s and %d layers%s", kinds, len(snapshot.weights), rest)
 
     def _to_sink(self, sink: Sink, call: Callable[[], Any] | None) -> None:
         if call is None:
@@ -669,6 +695,7 @@ def _facts(site: Site) -> dict[str, Any]:
     return {
         "site": site.name,
         "activation": site.bound.activation.name,
+        "kind": site.kind,
         "tails": site.bound.tails if site.bound.tails_known else "unknown",
         "output": site.output,
         "gate": site.gate,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 Severity = Literal["warning", "critical"]
 Tails = Literal["both", "low", "high", "none", "unknown"]
+Kind = Literal["module", "call", "recurrent", "softmax"]
 
 OCTAVES = 24
 """The histogram of the relative derivative reaches from 2^-24 to 1."""
@@ -24,20 +25,37 @@ HISTOGRAM_BINS = len(HISTOGRAM_EDGES) - 1
 
 
 @dataclass(frozen=True)
+class Head:
+    """What is known of one head of an attention: means over the query rows that were read and see two keys or more."""
+
+    rows: int
+    entropy: float | None
+    """Mean of H / ln T, T being the keys that the row sees: 1 is even attention, 0 is one key alone."""
+    jacobian: float | None
+    """Mean trace of the softmax Jacobian diag(p) - p p^T, which is 1 - sum p^2: 0 lets no gradient through."""
+    logit_std: float | None
+    """Standard deviation of the logits within a row."""
+    logit_max: float | None
+
+
+@dataclass(frozen=True)
 class Record:
     """What is known of one site at one observation.
 
-    All shares lie in [0, 1]. The facts of the site come first and stay the same; the measured numbers follow.
+    All shares lie in [0, 1]. The facts of the site come first and stay the same; the measured numbers follow. At a softmax z are the logits
+    that are not masked and a the probabilities; what belongs to an element-wise derivative is None there.
     """
 
     site: str
     activation: str
+    kind: Kind
+    """A module, a function call, a part of a recurrent layer, or a softmax."""
     tails: Tails
     """Which sides of the function are plateaus."""
     output: bool
     """The site makes an output of the model: saturation is what it is for, and the default rules leave it alone."""
     gate: bool
-    """Inside an LSTM or a GRU, which remember by saturating: the default rules leave that alone."""
+    """It multiplies another signal, which it selects by saturating (LSTM, GRU, GLU, squeeze-and-excitation): the default rules leave it alone."""
     units: int | None
     """Channels or features; None where the unit axis has no fixed size."""
     normal_low: float | None
@@ -76,7 +94,7 @@ class Record:
     a_min: float | None
     a_max: float | None
     gate_left: float | None
-    """Share of values below 0.1, and above 0.9 (Karpathy et al. 2015); None for what is not a sigmoid gate."""
+    """Share of values below 0.1, and above 0.9 (Karpathy et al. 2015); None for what is not a sigmoid."""
     gate_right: float | None
     zeros: float | None
     """Share of activations that are exactly 0."""
@@ -90,8 +108,18 @@ class Record:
     grad_a_rms: float | None
     """sqrt(mean (dL/da)^2), unscaled where a GradScaler is used."""
     grad_z_rms: float | None
+    entropy: float | None = None
+    """Of a softmax: the mean of `Head.entropy` and `Head.jacobian` over all rows, and the logits' standard deviation within them."""
+    jacobian: float | None = None
+    logit_std: float | None = None
+    log_keys: float | None = None
+    """Mean of ln T."""
+    entropy_min: float | None = None
+    """The lowest entropy of a head: the mean over heads hides a collapsed one."""
     histogram: tuple[float, ...] | None = None
     """Share of elements per bin of HISTOGRAM_EDGES, of |f'| / peak."""
+    heads: tuple[Head, ...] | None = None
+    """Of a softmax; one where nothing tells heads apart."""
 
     @property
     def z_absmax(self) -> float | None:
@@ -188,13 +216,28 @@ class Coverage:
     """Sites measured at least once."""
     unseen: tuple[tuple[str, str], ...]
     """(place, reason)."""
+    kinds: tuple[tuple[Kind, int], ...] = ()
+    """How many of the sites seen are of which kind."""
+
+    @property
+    def described(self) -> str:
+        """How many sites of which kind: `5 sites (3 modules, 2 calls)`."""
+        kinds = ", ".join(f"{count} {_NOUNS[kind][count > 1]}" for kind, count in self.kinds)
+        return f"{len(self.seen)} site{'' if len(self.seen) == 1 else 's'}" + (f" ({kinds})" if kinds else "")
+
+    def __str__(self) -> str:
+        rest = "nothing is known to be unseen" if not self.unseen else "not seen, or seen in part:"
+        return "\n".join([f"{self.described} seen; {rest}", *(f"  {place}: {reason}" for place, reason in self.unseen)])
 
 
-SITE_FACTS = ("site", "activation", "tails", "output", "gate", "units", "normal_low", "normal_high", "normal_derivative")
-RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not in (*SITE_FACTS, "histogram"))
+_NOUNS = {"module": ("module", "modules"), "call": ("call", "calls"), "recurrent": ("gate", "gates"), "softmax": ("softmax", "softmaxes")}
+
+SITE_FACTS = ("site", "activation", "kind", "tails", "output", "gate", "units", "normal_low", "normal_high", "normal_derivative")
+RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not in (*SITE_FACTS, "histogram", "heads"))
+HEAD_METRICS = tuple(field.name for field in fields(Head))
 WEIGHT_FACTS = ("name", "feeds", "fan_in", "learning_rate")
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
-COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "input_n")
+COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "input_n", "rows")
 
 
 def to_float(value: float | None) -> float:

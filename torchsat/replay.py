@@ -1,16 +1,23 @@
-"""What fused kernels hide, rebuilt: the gates of recurrent layers. Pure functions of (module, inputs).
+"""What fused kernels hide, rebuilt: the gates of recurrent layers and the logits of attention. Pure functions of what was called.
 
 nn.LSTM, nn.GRU, nn.RNN and their cells compute their gates inside one kernel, where no hook fires. Their pre-activations follow from inputs
 and weights alone, by the recurrences that the torch documentation states, run here step by step without gradients.
 
 The masks of the dropout between layers are drawn again from the state that the generator had before the call. That gives the same masks on a
 CPU; cuDNN keeps a state of its own, so that on a GPU the layers above a dropout cannot be rebuilt, and are not: they are named as unseen.
+
+The logits of an attention are computed again for some query rows only, so that the T x T matrix of a long context never exists. Rows are
+spread over batch and positions, the same for all heads. A key is masked where a boolean says so, where a float mask lies 80 below the
+largest of its row (e^-80 is nothing), or, where only the sum of logit and mask is known, where that sum is below -9000.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,3 +189,182 @@ def _dropped(inputs: Tensor, share: float, x: Tensor | PackedSequence) -> Tensor
         result[step, batch] = inputs[step, batch] * mask[at : at + len(batch)]
         at += len(batch)
     return result
+
+
+_MASKED, _MASKED_SUM = -80.0, -9000.0
+_LEAST_ROWS = 8
+"""Query rows of each head, however many keys they have."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Some query rows of an attention."""
+
+    z: Tensor
+    """[batch, heads, queries, keys], with what float masks add."""
+    visible: Tensor
+    """Booleans that broadcast to z: which key a query sees."""
+    elements: int
+    """Logits of the whole attention."""
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Which query rows are read: these samples of the batch, and in each these positions."""
+
+    batch: slice
+    positions: slice
+
+    @staticmethod
+    def of(shape: tuple[int, ...], limit: int | None, turn: int) -> Queries:
+        """Of logits [batch, heads, queries, keys]: rows of about `limit` logits over all heads (None: all rows), and at least 8 rows per head."""
+        batch, heads, queries, keys = shape
+        rows = batch * queries if limit is None else max(_LEAST_ROWS, limit // max(1, heads * keys))
+        samples = min(batch, rows)
+        return Queries(_spaced(batch, samples, turn), _spaced(queries, -(-rows // max(1, samples)), turn))
+
+
+def _spaced(size: int, wanted: int, turn: int) -> slice:
+    step = max(1, -(-size // max(1, wanted)))
+    # A step that divides the size would meet the same column of an image, or the same window, again and again.
+    while step > 1 and math.gcd(step, size) != 1:
+        step += 1
+    return slice(turn * 7919 % max(1, min(step, size)), size, step)
+
+
+@dataclass(frozen=True)
+class SoftmaxRows:
+    """Which rows of a softmax over one axis are read. Over the last of four axes, [batch, heads, queries, keys]; any other is one head."""
+
+    shape: tuple[int, ...]
+    axis: int
+    queries: Queries
+
+    @staticmethod
+    def of(z: Tensor, axis: int, limit: int | None, turn: int) -> SoftmaxRows:
+        shape = tuple(z.shape)
+        heads = shape if z.ndim == 4 and axis == 3 else (1, 1, z.numel() // max(1, shape[axis]), shape[axis])
+        return SoftmaxRows(shape, axis, Queries.of(heads, limit, turn))
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """[batch, heads, queries, keys]"""
+        if not (tensor.ndim == 4 and self.axis == 3):
+            tensor = tensor.movedim(self.axis, -1).reshape(1, 1, -1, self.shape[self.axis])
+        return tensor[self.queries.batch, :, self.queries.positions]
+
+    def take(self, tensor: Tensor) -> Tensor:
+        return self.rows(tensor).reshape(-1)
+
+    def logits(self, z: Tensor) -> Logits:
+        taken = _wide(self.rows(z))
+        return Logits(taken, taken > _MASKED_SUM, math.prod(self.shape))
+
+
+def attention_logits(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], limit: int | None, turn: int) -> Logits:
+    """Of a call of `F.scaled_dot_product_attention` or `F.multi_head_attention_forward`."""
+    if call is F.multi_head_attention_forward:
+        return _multi_head(inspect.signature(call).bind(*args, **kwargs).arguments, limit, turn)
+    return _scaled_dot_product(*args, **kwargs, limit=limit, turn=turn)
+
+
+def _scaled_dot_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    limit: int | None,
+    turn: int,
+) -> Logits:
+    query, key = query.detach(), key.detach()
+    lead, length, size = query.shape[:-2], query.shape[-2], key.shape[-2]
+    q, k = (each if each.ndim == 4 else _four(each) for each in (query, key))
+    batch, heads = q.shape[:2]
+    rows = Queries.of((batch, heads, length, size), limit, turn)
+    q, k = _wide(q[rows.batch, :, rows.positions]), _wide(k[rows.batch if k.shape[0] == batch else slice(None)])
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    # Grouped queries: head h reads the keys of group h // (heads per group).
+    groups = k.shape[1]
+    grouped = q.reshape(q.shape[0], groups, heads // groups, *q.shape[2:]) if enable_gqa else q.unsqueeze(2)
+    z = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)).reshape(q.shape[0], heads, q.shape[2], size)
+    added = None
+    if attn_mask is not None:
+        mask = attn_mask.detach().expand(*lead, length, size)[..., rows.positions, :]
+        added = (mask if mask.ndim == 4 else _four(mask))[rows.batch]
+    return _masked(z, added, _causal(length, size, rows, z.device) if is_causal else None, batch * heads * length * size)
+
+
+def _multi_head(given: dict[str, Any], limit: int | None, turn: int) -> Logits:
+    query, key, heads = given["query"].detach(), given["key"].detach(), given["num_heads"]
+    padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
+    if query.ndim == 2:
+        query, key = query.unsqueeze(1), key.unsqueeze(1)
+        padding = None if padding is None else padding.unsqueeze(0)
+    length, batch, _ = query.shape
+    hint = given.get("is_causal", False) and padding is None and not given.get("need_weights", True)
+    if given.get("use_separate_proj_weight", False):
+        weights = given["q_proj_weight"], given["k_proj_weight"]
+    else:
+        weights = given["in_proj_weight"].chunk(3)[:2]
+    biases = (None, None) if given["in_proj_bias"] is None else given["in_proj_bias"].detach().chunk(3)[:2]
+    added_keys = (given.get("bias_k") is not None) + bool(given.get("add_zero_attn"))
+    static = given.get("static_k")
+    size = (key.shape[0] if static is None else static.shape[1]) + added_keys
+    rows = Queries.of((batch, heads, length, size), limit, turn)
+    # In the precision that the projections ran in: what attention saw is what is measured.
+    q = F.linear(query[rows.positions, rows.batch], weights[0].detach(), biases[0])
+    q = _wide(q.reshape(*q.shape[:2], heads, -1).permute(1, 2, 0, 3))
+    if static is None:
+        projected = F.linear(key[:, rows.batch], weights[1].detach(), biases[1])
+        if given.get("bias_k") is not None:
+            projected = torch.cat([projected, given["bias_k"].detach().expand(1, projected.shape[1], -1)])
+        k = projected.reshape(*projected.shape[:2], heads, -1).permute(1, 2, 0, 3)
+    else:
+        k = static.detach().reshape(batch, heads, *static.shape[1:])[rows.batch]
+    if given.get("add_zero_attn"):
+        k = torch.cat([k, k.new_zeros(*k.shape[:2], 1, k.shape[3])], 2)
+    z = torch.matmul(q * q.shape[-1] ** -0.5, _wide(k).transpose(-1, -2))
+    additions = []
+    if mask is not None and not hint:
+        mask = mask.detach()
+        full = mask[None, None] if mask.ndim == 2 else mask.reshape(batch, heads, *mask.shape[1:])[rows.batch]
+        additions.append(full[:, :, rows.positions])
+    if padding is not None:
+        additions.append(padding.detach()[rows.batch, None, None, :])
+    added = None
+    for each in additions:
+        # Here a true boolean hides a key.
+        each = F.pad(torch.zeros_like(each, dtype=z.dtype).masked_fill(each, -math.inf) if each.dtype == torch.bool else each, (0, added_keys))
+        added = each if added is None else added + each
+    return _masked(z, added, _causal(length, size, rows, z.device) if hint else None, batch * heads * length * size)
+
+
+def _masked(z: Tensor, added: Tensor | None, causal: Tensor | None, elements: int) -> Logits:
+    visible = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=z.device) if causal is None else causal
+    if added is not None and added.dtype == torch.bool:
+        visible = visible & added
+    elif added is not None:
+        added = _wide(added)
+        largest = added.amax(-1, keepdim=True)
+        visible = visible & (added > largest + _MASKED) & (largest > _MASKED_SUM)
+        z = z + added
+    return Logits(z, visible, elements)
+
+
+def _causal(queries: int, keys: int, rows: Queries, device: torch.device) -> Tensor:
+    return torch.arange(keys, device=device) <= torch.arange(queries, device=device)[rows.positions].unsqueeze(-1)
+
+
+def _four(tensor: Tensor) -> Tensor:
+    """As [batch, heads, rows, columns]: more leading axes join the batch, fewer are one head."""
+    if tensor.ndim > 4:
+        return tensor.flatten(0, -4)
+    return tensor.unsqueeze(-3).reshape(-1, 1, *tensor.shape[-2:])
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from torchsat.activations import Edges
-from torchsat.record import HISTOGRAM_BINS, OCTAVES, Record
+from torchsat.record import HISTOGRAM_BINS, OCTAVES, Head, Record
 
 UNIT_SAMPLES = 1000
 """Samples of a unit before anything is said of it: at 50 % saturation, 128 samples all alike happen by chance once in 10^38, but the
@@ -32,6 +32,8 @@ SUMS = (
     *(f"bin{k}" for k in range(HISTOGRAM_BINS)),
 )
 MAXES = ("peak", "z_max", "z_min_negated", "a_max", "a_min_negated")
+HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "logit_max")
+"""Columns of the block [6, heads] of a softmax; the last is a max, the others are sums over query rows."""
 UNITS = ("units", "units_measured", "units_stuck", "unit_samples")
 """Derived from a merged unit block, behind the row on its way to the host."""
 _AT = {name: index for index, name in enumerate((*SUMS, *MAXES, *UNITS))}
@@ -110,7 +112,7 @@ def upcast(tensor: Tensor) -> Tensor:
 
 
 def observe(
-    z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, edges: Edges, elements: int, gate: bool = False
+    z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, edges: Edges, elements: int, sigmoid: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The row of one forward call.
 
@@ -120,7 +122,7 @@ def observe(
         peak: sup|f'|; None: no relative derivative.
         edges: (z_L, z_R), tails inclusive; None: no tail on that side.
         elements: how many the tensor has.
-        gate: count the activations below 0.1 and above 0.9.
+        sigmoid: count the activations below 0.1 and above 0.9.
 
     Returns:
         The row, and two vectors of booleans: which elements are finite, and which of these are saturated.
@@ -146,8 +148,8 @@ def observe(
         a.sum(),
         a.dot(a),
         n - (a != 0).sum(),
-        ((a < 0.1) & finite).sum() if gate else torch.zeros_like(n),
-        ((a > 0.9) & finite).sum() if gate else torch.zeros_like(n),
+        ((a < 0.1) & finite).sum() if sigmoid else torch.zeros_like(n),
+        ((a > 0.9) & finite).sum() if sigmoid else torch.zeros_like(n),
         *[torch.zeros_like(n)] * 5,
     ]
     bins = torch.zeros(HISTOGRAM_BINS, dtype=dtype, device=z.device)
@@ -196,6 +198,55 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None) -> Tensor:
     return row
 
 
+def observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:
+    """The row and the block of heads of one softmax.
+
+    Args:
+        logits: [batch, heads, queries, keys], float32 or float64, what masks add included.
+        visible: booleans that broadcast to the same shape: which keys a query sees. A row that sees fewer than two has no entropy and does
+            not count, nor does one with a logit that is inf or nan.
+        elements: how many logits the whole softmax has.
+    """
+    dtype = accumulator(logits.device)
+    z, visible = logits.to(dtype), visible.expand(logits.shape)
+    keys = visible.sum(-1)
+    finite = (torch.isfinite(z) | ~visible).all(-1)
+    counts = finite & (keys > 1)
+    seen = visible & counts.unsqueeze(-1)
+    zero, nothing = torch.zeros((), dtype=dtype, device=z.device), torch.full((), -math.inf, dtype=dtype, device=z.device)
+    z = torch.where(seen, z, zero)
+    shifted = torch.where(seen, z - torch.where(seen, z, nothing).amax(-1, keepdim=True), zero)
+    weights = torch.where(seen, shifted.exp(), zero)
+    total = weights.sum(-1, keepdim=True).clamp(min=1)
+    p = weights / total
+    log_keys = torch.where(counts, keys.to(dtype).clamp(min=2).log(), zero)
+    entropy = torch.where(counts, total.squeeze(-1).log() - (p * shifted).sum(-1), zero)
+    mean = z.sum(-1) / keys.clamp(min=1)
+    variance = torch.where(seen, z - mean.unsqueeze(-1), zero).square().sum(-1) / keys.clamp(min=1)
+    jacobian = torch.where(counts, 1 - p.square().sum(-1), zero)
+    share = torch.where(counts, entropy / log_keys.clamp(min=math.log(2)), zero)
+    sums = torch.stack([each.to(dtype).sum((0, 2)) for each in (counts, share, jacobian, variance, log_keys)])
+    largest = torch.where(seen, z, nothing)
+    heads = torch.cat([sums, largest.amax((0, 2, 3)).unsqueeze(0)])
+    n = seen.sum()
+    row = empty_row(z.device)
+    bad = ((~finite) & (keys > 0)).unsqueeze(-1) & visible
+    first = [n, torch.full_like(n, elements), bad.sum(), *[torch.zeros_like(n)] * 4]
+    first += [z.sum(), z.square().sum(), p.sum(), p.square().sum(), n - (p != 0).sum()]
+    row[: len(first)] = torch.stack([value.to(dtype) for value in first])
+    row[_AT["z_max"] : _AT["a_min_negated"] + 1] = torch.stack(
+        [largest.amax(), torch.where(seen, -z, nothing).amax(), torch.where(seen, p, nothing).amax(), torch.where(seen, -p, nothing).amax()]
+    )
+    return row, heads
+
+
+def merge_heads_(into: Tensor, heads: Tensor) -> Tensor:
+    """Merge one block of heads into another, in place."""
+    into[:-1] += heads[:-1]
+    torch.maximum(into[-1], heads[-1], out=into[-1])
+    return into
+
+
 def count_units(finite: Tensor, saturated: Tensor, units: Tensor, size: int) -> Tensor:
     """The unit block [2, size] of one call: samples, and saturated samples, of each unit."""
     dtype = accumulator(finite.device)
@@ -220,7 +271,7 @@ def start_over_if_full_(block: Tensor) -> None:
 
 
 def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: tuple[float, int] | None) -> tuple[Record, tuple[float, int] | None]:
-    """The record of a merged row (with UNITS behind it).
+    """The record of a merged row (with UNITS behind it, and the block of heads where there is one).
 
     Args:
         facts: the SITE_FACTS of the record.
@@ -253,7 +304,15 @@ def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: 
         stuck = (get("units_stuck") / get("units"), round(get("unit_samples")))
     low, high = (mean("low"), mean("high")) if facts["tails"] != "unknown" else (None, None)
     peak = extreme("peak")
-    derivative = mean("derivative")
+    softmax = facts["kind"] == "softmax"
+    derivative = None if softmax else mean("derivative")
+    block = row[len(_AT) :]
+    heads = {name: block[at * len(block) // len(HEADS) : (at + 1) * len(block) // len(HEADS)] for at, name in enumerate(HEADS)}
+    rows = sum(heads["rows"])
+
+    def over_rows(name: str) -> float | None:
+        return sum(heads[name]) / rows if rows else None
+
     grad_a, grad_z = rms("grad_a_sq", get("grad_a_n"), scale), rms("grad_z_sq", get("grad_z_n"), scale)
     record = Record(
         **facts,
@@ -263,7 +322,7 @@ def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: 
         low=low,
         high=high,
         derivative=derivative,
-        derivative_rms=rms("derivative_sq"),
+        derivative_rms=None if softmax else rms("derivative_sq"),
         peak=peak,
         relative_derivative=derivative / peak if derivative is not None and peak else None,
         stuck=stuck[0] if stuck and low is not None else None,
@@ -277,8 +336,8 @@ def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: 
         a_std=std("a", "a_sq"),
         a_min=extreme("a_min_negated", -1),
         a_max=extreme("a_max"),
-        gate_left=mean("gate_left") if facts["gate"] and facts["activation"] == "sigmoid" else None,
-        gate_right=mean("gate_right") if facts["gate"] and facts["activation"] == "sigmoid" else None,
+        gate_left=mean("gate_left") if facts["activation"] == "sigmoid" else None,
+        gate_right=mean("gate_right") if facts["activation"] == "sigmoid" else None,
         zeros=mean("zeros"),
         nonfinite=round(get("nonfinite")),
         grad_n=round(max(get("grad_a_n"), get("grad_z_n"))),
@@ -286,6 +345,18 @@ def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: 
         attenuation=grad_z / grad_a if grad_z is not None and grad_a else None,
         grad_a_rms=grad_a,
         grad_z_rms=grad_z,
+        entropy=over_rows("entropy"),
+        jacobian=over_rows("jacobian"),
+        logit_std=None if (variance := over_rows("logit_variance")) is None else math.sqrt(variance),
+        log_keys=over_rows("log_keys"),
+        entropy_min=min((heads["entropy"][at] / n for at, n in enumerate(heads["rows"]) if n), default=None),
+        heads=tuple(_head(*values) for values in zip(*heads.values(), strict=True)) if softmax else None,
         histogram=tuple(get(f"bin{k}") / n for k in range(HISTOGRAM_BINS)) if n and peak else None,
     )
     return record, stuck
+
+
+def _head(rows: float, entropy: float, jacobian: float, variance: float, log_keys: float, logit_max: float) -> Head:
+    if not rows:
+        return Head(0, None, None, None, None)
+    return Head(round(rows), entropy / rows, jacobian / rows, math.sqrt(variance / rows), logit_max)

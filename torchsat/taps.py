@@ -1,4 +1,4 @@
-"""Where z, a and their gradients come from: module hooks and autograd nodes, open only during an observation.
+"""Where z, a and their gradients come from: module hooks, function calls and autograd nodes, open only during an observation.
 
 What it must be right under decides the design:
 
@@ -17,11 +17,14 @@ What it must be right under decides the design:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import math
 import re
 import sys
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -30,39 +33,35 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import Node
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
 
-from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_plain
-from torchsat.replay import Gate, NotRebuiltError, cell_gates, rnn_gates
+from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_call, bind_plain, recognise
+from torchsat.calls import ROLES, UNSEEN, Frame, Listener, Role, takes_fused_path
+from torchsat.graph import Survey, ends, feeders, has_weight, upstream
+from torchsat.record import Kind
+from torchsat.replay import Gate, Logits, NotRebuiltError, SoftmaxRows, attention_logits, cell_gates, rnn_gates
 from torchsat.statistics import (
     Sample,
     count_units,
     empty_row,
     merge_,
+    merge_heads_,
     observe,
     observe_gradient,
+    observe_softmax,
     start_over_if_full_,
     upcast,
 )
 from torchsat.weights import Layer, feature_axis, input_sums, is_layer, why_not, width
 
-NOT_ELEMENTWISE: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.RNNBase, "a subclass with a forward of its own"),
-    (nn.RNNCellBase, "a subclass with a forward of its own"),
-    (nn.MultiheadAttention, "the softmax is computed inside the attention"),
-    (nn.TransformerEncoderLayer, "its activation is a function call, not a module"),
-    (nn.TransformerDecoderLayer, "its activation is a function call, not a module"),
-    (nn.GLU, "not an element-wise function"),
-    (nn.Softmax, "not an element-wise function"),
-    (nn.Softmin, "not an element-wise function"),
-    (nn.Softmax2d, "not an element-wise function"),
-    (nn.LogSoftmax, "not an element-wise function"),
-)
 MODEL = "(model)"
 """The place of a fault that ends the whole observation."""
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
-_MATRIX_PRODUCT = re.compile(r"Addmm|^Mm|Bmm|Baddbmm|Convolution|Matmul|Linear|Attention|Rnn")
+_MISSES = 5
+"""Observations without a site before that is said: layers dropped at random and idle experts come back."""
+_STOPPED = f"it ran before, but not in the last {_MISSES} observations"
+_SOFTMAX = Bound(Activation("softmax"), lambda z: z, {}, {}, 0.0, None)
+"""What a softmax has instead of a function of one element."""
 
 
 class Hook:
@@ -92,7 +91,7 @@ class Call:
     """What a site keeps between the pre-hook and the hook of one forward call."""
 
     z: Tensor
-    sample: Sample
+    sample: Sample | SoftmaxRows
     taken: Tensor
     """The elements of z, as they were before an in-place activation."""
     node: Node | None
@@ -109,6 +108,8 @@ class Pass:
     """By site."""
     blocks: dict[str, Tensor] = field(default_factory=dict)
     """Unit blocks, by site."""
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    """Of softmaxes, by site."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
     """Of layers: [samples, sum x, sum x^2] per feature."""
     task: int | None = None
@@ -124,12 +125,14 @@ class Pass:
             kind[name] = value
         elif kind is self.rows:
             merge_(old, value.to(old.device))
+        elif kind is self.heads:
+            merge_heads_(old, value.to(old.device))
         else:
             old += value.to(old.device)
 
     def drop(self) -> None:
         self.dropped = True
-        for kind in (self.rows, self.blocks, self.inputs):
+        for kind in (self.rows, self.blocks, self.heads, self.inputs):
             kind.clear()
 
     def keep_where(self, alive: Tensor) -> None:
@@ -139,13 +142,17 @@ class Pass:
         for kind in (self.blocks, self.inputs):
             for name, value in kind.items():
                 kind[name] = value * alive.to(value)
+        for name, heads in self.heads.items():
+            # The last row is a maximum; where no row counts it is not looked at.
+            self.heads[name] = torch.where(alive.to(heads.device), heads, torch.zeros_like(heads))
 
     def settle(self, into: Pass) -> None:
         """Become part of another pass; what still arrives goes there too."""
-        for mine, theirs in ((self.rows, into.rows), (self.blocks, into.blocks), (self.inputs, into.inputs)):
+        pairs = ((self.rows, into.rows), (self.blocks, into.blocks), (self.heads, into.heads), (self.inputs, into.inputs))
+        for mine, theirs in pairs:
             for name, value in mine.items():
                 into.add(theirs, name, value)
-        self.rows, self.blocks, self.inputs = into.rows, into.blocks, into.inputs
+        self.rows, self.blocks, self.heads, self.inputs = into.rows, into.blocks, into.heads, into.inputs
 
 
 @dataclass(eq=False)
@@ -154,6 +161,7 @@ class Site:
 
     name: str
     bound: Bound
+    kind: Kind = "module"
     gate: bool = False
     feeds_on: dict[str, None] = field(default_factory=dict)
     """The layers that feed it, a set in order."""
@@ -170,13 +178,12 @@ class Site:
     """The unit block of the window so far."""
     row: Tensor | None = None
     """What the observation gave, once it is over."""
+    heads: Tensor | None = None
+    missed: int = 0
+    """Observations in a row in which it did not run."""
     recompute_only: bool = False
     calls: dict[int, Call] = field(default_factory=dict)
     """The forward call under way, by thread."""
-
-    @property
-    def is_sigmoid_gate(self) -> bool:
-        return self.gate and self.bound.activation.name == "sigmoid"
 
     def start_over(self) -> None:
         """Forget what depends on the structure of the model."""
@@ -188,10 +195,15 @@ class Site:
 class Found:
     """What a walk over a model finds."""
 
-    sites: list[tuple[str, nn.Module, Activation]] = field(default_factory=list)
+    sites: list[tuple[str, nn.Module, Activation | None]] = field(default_factory=list)
+    """None: found by trying it."""
     layers: list[tuple[str, nn.Module]] = field(default_factory=list)
     recurrent: list[tuple[str, nn.Module]] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    """The function calls that modules of torch.nn are known to make."""
     unseen: list[tuple[str, str]] = field(default_factory=list)
+    places: list[tuple[str, nn.Module, bool]] = field(default_factory=list)
+    """Modules in whose forward a function may be called; of those marked true, all that happens inside is accounted for."""
 
 
 def clean(name: str) -> str:
@@ -204,14 +216,19 @@ def is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
-def find(model: nn.Module, activation_of: Callable[[nn.Module], Activation | None], selects: Callable[[str], bool]) -> Found:
+def find(
+    model: nn.Module,
+    activation_of: Callable[[nn.Module], Activation | None],
+    is_recognised: Callable[[nn.Module], bool],
+    selects: Callable[[str], bool],
+) -> Found:
     """The sites and layers of a model, by type of module."""
     found, taken = Found(), set()
     for path, module in model.named_modules():
         name = clean(path)
-        activation = activation_of(module)
-        if activation is not None:
-            unique = site = name or activation.name
+        activation, recurrent = activation_of(module), isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+        if activation is not None or is_recognised(module):
+            unique = site = name or (activation.name if activation is not None else type(module).__name__)
             count = 0
             while unique in taken:
                 count += 1
@@ -219,26 +236,30 @@ def find(model: nn.Module, activation_of: Callable[[nn.Module], Activation | Non
             taken.add(unique)
             if selects(unique):
                 found.sites.append((unique, module, activation))
-        elif is_layer(module):
-            found.layers.append((name or "layer", module))
-        elif isinstance(module, RECURRENT) and any(type(module).forward is kind.forward for kind in RECURRENT):
-            found.recurrent.append((name or type(module).__name__.lower(), module))
+            found.places.append((name, module, True))
+        elif recurrent:
+            if isinstance(module, RECURRENT) and any(type(module).forward is kind.forward for kind in RECURRENT):
+                found.recurrent.append((name or type(module).__name__.lower(), module))
+            elif selects(name):
+                found.unseen.append((name or type(module).__name__, "a subclass with a forward of its own"))
+            found.places.append((name, module, True))
         else:
-            reason = next((reason for kind, reason in NOT_ELEMENTWISE if isinstance(module, kind)), None)
-            if reason is not None and isinstance(getattr(module, "activation", None), nn.Module):
-                continue
-            if reason is None and _may_be_activation(module):
-                reason = f"{type(module).__name__} is not in the table of activations: if it is one, add a row with activations="
-            if reason is not None and selects(name):
-                found.unseen.append((name or type(module).__name__, reason))
+            if is_layer(module):
+                found.layers.append((name or "layer", module))
+            call = next((call for kind, call in _CALLERS if isinstance(module, kind)), None)
+            if call is not None:
+                found.calls.append(f"{name}/{call}" if name else call)
+            if call is not None or next(module.children(), None) is not None or not type(module).__module__.startswith("torch."):
+                found.places.append((name, module, False))
     return found
 
 
-def _may_be_activation(module: nn.Module) -> bool:
-    """A leaf of the user's own, without state beyond one-dimensional parameters."""
-    own = not type(module).__module__.startswith("torch.")
-    bare = next(module.children(), None) is None and next(module.buffers(), None) is None
-    return own and bare and all(parameter.ndim <= 1 for parameter in module.parameters(recurse=False))
+_CALLERS = (
+    (nn.GLU, "glu"),
+    ((nn.Softmax, nn.Softmin, nn.Softmax2d, nn.MultiheadAttention), "softmax"),
+    (nn.LogSoftmax, "log_softmax"),
+)
+"""What modules of torch.nn call: there is no other place in torch.nn's leaves where a call is a site."""
 
 
 class Taps:
@@ -249,6 +270,7 @@ class Taps:
         gradients: asked when a backward begins, with whether there was an earlier one: (whether it will add to `.grad`, whether what the
             earlier one added is still there; a tensor where only the device knows).
         fault: called with a place and an exception when something went wrong there; that place is then no longer watched.
+        calls: hear function calls too.
     """
 
     def __init__(
@@ -261,8 +283,10 @@ class Taps:
         on_leave: Callable[[bool], None],
         gradients: Callable[[bool], tuple[bool, bool | Tensor]],
         fault: Callable[[str, Exception], None],
+        calls: bool = True,
     ) -> None:
         self.activations = activations
+        self.hears_calls = calls
         self.selects = selects
         self.epsilon = epsilon
         self.limit = sample
@@ -276,6 +300,8 @@ class Taps:
         """What is measured of weights in this observation: every layer while the structure is new, then those that feed a site."""
         self.names: list[str] = []
         """The sites that a walk over the model found, whether or not they ran."""
+        self.expected: list[str] = []
+        """The calls that it knows must come."""
         self.recurrent: dict[str, bool] = {}
         """The recurrent layers that it found, and whether they ran."""
         self.unseen: list[tuple[str, str]] = []
@@ -303,11 +329,18 @@ class Taps:
         self._weights: dict[int, str] = {}
         self._nodes: dict[Node, Site] = {}
         self._indices: dict[Any, Tensor] = {}
+        self._recognised: weakref.WeakKeyDictionary[nn.Module, Bound | None] = weakref.WeakKeyDictionary()
+        self._listener = Listener(self._hear)
+        self._roles: dict[Any, Activation | Role] = dict(ROLES)
+        for row in reversed(activations):
+            self._roles.update(dict.fromkeys(row.calls, row))
+        self._survey: Survey | None = None
 
     def open(self, model: nn.Module) -> None:
         """Hook the model as it is now."""
-        found = find(model, self._activation_of, self.selects)
+        found = find(model, self._activation_of, lambda module: self._recognise(module) is not None, self.selects)
         self.names = [name for name, _, _ in found.sites]
+        self.expected = [name for name in found.calls if self.selects(name)]
         self.recurrent = {name: self.recurrent.get(name, False) for name, _ in found.recurrent}
         self.unseen = list(found.unseen)
         structure = (
@@ -322,10 +355,12 @@ class Taps:
         self._passes = [Pass()]
         self._passing = self._last_layer = self._running = None
         for site in self._known.values():
-            site.row, site.recompute_only = None, False
+            site.row, site.heads, site.recompute_only = None, None, False
             if site.block is not None:
                 start_over_if_full_(site.block)
         self._hook(model, self._guarded(MODEL, self._enter), pre=True)
+        for name, module, accounted in found.places if self.hears_calls else ():
+            self._hook(module, self._guarded(MODEL, self._begin_module, name, accounted), pre=True, with_kwargs=True)
         for name, module, activation in found.sites:
             if name in self.failed:
                 continue
@@ -353,6 +388,8 @@ class Taps:
             self._weights[id(module.weight)] = name
             self._hook(module, self._guarded(name, self._before_layer, layer), pre=True, with_kwargs=True)
             self._hook(module, self._guarded(name, self._after_layer, layer))
+        for _, module, accounted in found.places if self.hears_calls else ():
+            self._hook(module, self._guarded(MODEL, self._end_module, accounted), always_call=True)
         # Last of all, so that a model that is itself an activation is still in its pass when its own hook runs.
         self._hook(model, self._guarded(MODEL, self._leave), always_call=True)
 
@@ -361,11 +398,12 @@ class Taps:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._listener.reset()
         whole = Pass()
         for each in self._passes:
             each.settle(whole)
         for name, site in self._known.items():
-            site.row = whole.rows.get(name)
+            site.row, site.heads = whole.rows.get(name), whole.heads.get(name)
             block = whole.blocks.get(name)
             if block is not None:
                 site.block = block if site.block is None or site.block.shape != block.shape else block.add_(site.block.to(block))
@@ -376,10 +414,24 @@ class Taps:
             self._deciding = False
             for site in self._known.values():
                 site.output = site.traced and not site.hidden and (site.reaches_output or not self._saw_model)
-        self._passes, self._nodes, self._indices, self.layers = [], {}, {}, {}
+        if self.saw_pass:
+            self._count_misses()
+        self._passes, self._nodes, self._indices, self.layers, self._survey = [], {}, {}, {}, None
         self._passing = None
         self.is_open = False
         self.turn += 1
+
+    def _count_misses(self) -> None:
+        for name, site in self.sites.items():
+            site.missed = 0 if site.row is not None else site.missed + 1
+            if site.missed == _MISSES:
+                self.notes[name] = _STOPPED
+            elif not site.missed and self.notes.get(name) == _STOPPED:
+                del self.notes[name]
+
+    def stopped(self) -> list[str]:
+        """The sites that have just been found not to run any more."""
+        return [name for name, site in self.sites.items() if site.missed == _MISSES]
 
     def last_pass(self) -> Pass | None:
         """The newest pass, as a mark for `drop_after`."""
@@ -405,9 +457,22 @@ class Taps:
             self._rows[kind] = next((row for row in self.activations if row.computes(module)), None)
         return self._rows[kind]
 
-    def _site(self, name: str, module: nn.Module, activation: Activation) -> Site:
+    def _recognise(self, module: nn.Module) -> Bound | None:
+        """What a module of no row computes, if trying it shows that it is an activation."""
+        if module not in self._recognised:
+            self._recognised[module] = recognise(module, self.activations, self.epsilon)
+        return self._recognised[module]
+
+    def _site(self, name: str, module: nn.Module, activation: Activation | None) -> Site:
         site = self._known.get(name)
-        if site is None:
+        if activation is None:
+            bound = self._recognise(module)
+            assert bound is not None
+            site = self._known.setdefault(name, Site(name, bound))
+            # Parameters may have been replaced since: never their old values.
+            learned = {key: getattr(module, key).detach().reshape(value.shape) for key, value in bound.learned.items()}
+            site.bound = dataclasses.replace(bound, learned=learned)
+        elif site is None:
             site = self._known[name] = Site(name, bind(activation, module, self.epsilon))
         elif site.bound.activation is not activation or site.bound.learned:
             site.bound = bind(activation, module, self.epsilon)
@@ -417,27 +482,28 @@ class Taps:
         register = module.register_forward_pre_hook if pre else module.register_forward_hook
         self._handles.append(register(Hook(call), **options))
 
-    def _guarded(self, place: str, call: Callable[..., None], *first: Any) -> Callable[..., None]:
+    def _guarded(self, place: str, call: Callable[..., Any], *first: Any) -> Callable[..., Any]:
         """The call, without gradients and without ever raising: what fails is no longer watched."""
 
-        def run(*args: Any) -> None:
+        def run(*args: Any) -> Any:
             if not self.is_open or place in self.failed:
-                return
+                return None
             # Whether autograd is on where the hook was called: inside, it is off.
             self._local.grad_enabled = torch.is_grad_enabled()
             try:
                 with torch.no_grad():
-                    call(*first, *args)
+                    return call(*first, *args)
             except Exception as error:
                 self._fail(place, error)
+                return None
 
         return run
 
     def _fail(self, place: str, error: Exception) -> None:
         self.failed[place] = f"{type(error).__name__}: {error}"
         for each in self._passes:
-            each.rows.pop(place, None)
-            each.blocks.pop(place, None)
+            for kind in (each.rows, each.blocks, each.heads):
+                kind.pop(place, None)
         self._known.pop(place, None)
         self.sites.pop(place, None)
         self.fault(place, error)
@@ -447,9 +513,11 @@ class Taps:
             return
         training = self._local.grad_enabled and any(module.training for module in model.modules())
         self._passing = training
+        self._listener.reset()
         if training:
             self._saw_model, self._last_layer = True, None
             self._nodes.clear()
+            self._survey = Survey() if self._deciding else None
             self._passes.append(Pass())
             if len(self._passes) > 8:
                 self._passes.pop(1).settle(self._passes[0])
@@ -466,18 +534,170 @@ class Taps:
             else:
                 self._follow(output, self._passes[-1])
             self._nodes.clear()
+            self._survey = None
         self.on_leave(training)
 
     def _follow(self, output: Any, current: Pass) -> None:
         """From the model's output: hear when its backward begins, and find the sites it depends on through no further weight."""
-        leaves = {leaf.grad_fn for leaf in tree_leaves(_opened(output)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None}
+        leaves = ends(output)
         begins = self._guarded(MODEL, self._backward_begins, current)
         for node in leaves:
             node.register_prehook(lambda grad_outputs: begins())
         if self._deciding:
-            for node in _upstream(leaves, lambda node: node in self._nodes or _has_weight(node)):
+            for node in upstream(leaves, lambda node: node in self._nodes or has_weight(node)):
                 if node in self._nodes:
                     self._nodes[node].reaches_output = True
+            for site in self._multiplied():
+                site.gate = True
+
+    def _multiplied(self) -> list[Site]:
+        """The sites with two plateaus whose output is multiplied with another signal: they are gates."""
+        pairs = self._survey.products if self._survey is not None else ()
+        found = [self._nodes[node] for pair in pairs for node in pair if node in self._nodes]
+        return [site for site in found if site.bound.tails == "both"]
+
+    def _begin_module(self, path: str, accounted: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module is entered: its calls are heard, and what its parent computed before is looked through."""
+        if not (_in_backward() or self._counts(module)):
+            return
+        if self._survey is None and self._deciding and self._passing is None and not _in_backward():
+            self._survey = Survey()
+        self._look(ends((args, kwargs)), self._listener.top)
+        fused = takes_fused_path(module, args, self._local.grad_enabled)
+        if fused:
+            self._unseen_call(path or type(module).__name__, "it is frozen and in evaluation mode, where torch runs it as one kernel")
+        self._listener.enter(Frame(path, module, hears=not (accounted or fused)))
+
+    def _end_module(self, accounted: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        frame = self._listener.leave(module)
+        if frame is None or self._survey is None or _in_backward():
+            return
+        if accounted:
+            self._survey.explain(ends(output), set())
+        else:
+            self._look(ends(output), frame)
+
+    def _look(self, nodes: set[Node], frame: Frame | None) -> None:
+        """Name what the graph shows and nobody saw, as happening in this module."""
+        if self._survey is None or _in_backward():
+            return
+        for what, reason in self._survey.explore(nodes):
+            self._unseen_call(f"{frame.path}/{what}" if frame is not None and frame.path else what, reason)
+
+    def _unseen_call(self, place: str, reason: str) -> None:
+        if self.selects(place):
+            self.notes.setdefault(place, reason)
+
+    def _hear(self, frame: Frame, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch, and measure it if it is an activation."""
+        role = self._roles.get(function)
+        reason = UNSEEN.get(getattr(function, "__name__", "")) if role is None else None
+        if (role is None and reason is None) or not self.is_open or not frame.hears:
+            return function(*args, **kwargs)
+        place = frame.place(role.name if isinstance(role, Activation) else "glu" if role == "glu" else "softmax" if role else function.__name__)
+        place += "_call" if place in self.names else ""
+        finish: Callable[[Any], None] | None = None
+        before = ends((args, kwargs)) if self._survey is not None else set()
+        self._look(before, frame)
+        if role is None or reason is not None:
+            self._unseen_call(place, reason or "")
+        elif self.selects(place):
+            finish = self._guarded(place, self._before_call, place, role, frame.module)(function, args, kwargs)
+        result = function(*args, **kwargs)
+        if finish is not None:
+            self._guarded(place, finish)(result)
+        if self._survey is not None and not _in_backward():
+            self._survey.explain(ends(result), before)
+        return result
+
+    def _before_call(
+        self, place: str, role: Activation | Role, module: nn.Module, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[Any], None] | None:
+        """What to do with the result of the call; None: nothing."""
+        rest = args[1:]
+        z = args[0] if args else kwargs.get("query" if role == "attention" else "input")
+        if not isinstance(z, Tensor) or not z.is_floating_point() or not _is_real(z) or not z.numel():
+            return None
+        _check_plain(z)
+        site = self._known.get(place)
+        if isinstance(role, Activation):
+            bound = bind_call(role, function, rest, kwargs, self.epsilon, site.bound if site is not None else None)
+            site = self._known.setdefault(place, Site(place, bound, "call"))
+            site.bound = bound
+            in_place = function.__name__.endswith("_") or "out" in kwargs or kwargs.get("inplace", False) or any(value is True for value in rest)
+            call = self._begin(site, z, module, in_place)
+            return None if call is None else functools.partial(self._end, site, call)
+        if role == "glu":
+            axis = int(rest[0] if rest else kwargs.get("dim", -1)) % z.ndim
+            site = self._known.setdefault(place, Site(place, self._plain("sigmoid"), "call", gate=True))
+            value, gate = z.detach().chunk(2, axis)
+            call = self._begin(site, gate, module, False)
+            if call is None:
+                return None
+            kept = upcast(call.sample.take(value)).clone()
+            return functools.partial(self._end_glu, site, dataclasses.replace(call, node=z.grad_fn), kept, axis)
+        site = self._known.setdefault(place, Site(place, _SOFTMAX, "softmax"))
+        counts = self._counts_at(site, module)
+        if counts is None:
+            return None
+        if role == "attention":
+            logits = attention_logits(function, args, kwargs, self.limit, self.turn) if counts else None
+            return functools.partial(self._end_attention, site, ends((args[:2], kwargs)), logits)
+        given = rest[0] if rest else kwargs.get("dim")
+        rows = SoftmaxRows.of(z, (_implicit_axis(z.ndim) if given is None else int(given)) % max(1, z.ndim), self.limit, self.turn)
+        call = Call(z, rows, z, z.grad_fn, z.output_nr, counts)
+        return functools.partial(self._end_softmax, site, call, rows.logits(-z.detach() if role == "softmin" else z.detach()))
+
+    def _end_glu(self, site: Site, call: Call, value: Tensor, axis: int, a: Tensor) -> None:
+        """The gate is half of the input: what reaches it comes through the other half."""
+        sample, own = call.sample, a.grad_fn
+        assert isinstance(sample, Sample)
+        if call.counts:
+            self._ran(site, feeders(call.node, self._weights))
+            self._count(site, sample, call.taken, torch.sigmoid(call.taken), axis)
+        if own is not None:
+            add = self._adder(site, sample)
+            own.register_hook(
+                lambda grad_inputs, grad_outputs: add(
+                    None if grad_outputs[0] is None else upcast(sample.take(grad_outputs[0].detach())) * value,
+                    None if grad_inputs[0] is None else upcast(sample.take(grad_inputs[0].detach().chunk(2, axis)[1])),
+                )
+            )
+
+    def _end_softmax(self, site: Site, call: Call, logits: Logits, a: Tensor) -> None:
+        if call.counts:
+            self._ran(site, feeders(call.node, self._weights))
+            self._count_softmax(site, logits)
+        if a.requires_grad and a.grad_fn is not None:
+            self._met(site, a.grad_fn)
+            self._tap_gradient(site, call, a)
+
+    def _end_attention(self, site: Site, nodes: set[Node], logits: Logits | None, output: Any) -> None:
+        if logits is not None:
+            self._ran(site, tuple(name for node in nodes for name in feeders(node, self._weights)))
+            self._count_softmax(site, logits)
+
+    def _ran(self, site: Site, feeds_on: Iterable[str]) -> None:
+        self.saw_pass = True
+        self.sites.setdefault(site.name, site)
+        if self._deciding:
+            site.feeds_on.update(dict.fromkeys(feeds_on))
+
+    def _met(self, site: Site, node: Node) -> None:
+        """This node makes the output of a site."""
+        if self._deciding and not _in_backward():
+            self._nodes[node] = site
+            site.traced = True
+
+    def _count_softmax(self, site: Site, logits: Logits) -> None:
+        row, heads = observe_softmax(logits.z, logits.visible, logits.elements)
+        current = self._current()
+        current.add(current.rows, site.name, row)
+        current.add(current.heads, site.name, heads)
+
+    def _plain(self, function: str) -> Bound:
+        """The function of this name as kernels compute it."""
+        return bind_plain(next(row for row in (*self.activations, *ACTIVATIONS) if row.name == function), self.epsilon)
 
     def _backward_begins(self, current: Pass) -> None:
         task = torch._C._current_graph_task_id()
@@ -517,56 +737,65 @@ class Taps:
         passing = self._passing
         return passing if passing is not None else self._local.grad_enabled and module.training
 
-    def _before_site(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        thread = threading.get_ident()
-        site.calls.pop(thread, None)
+    def _counts_at(self, site: Site, module: nn.Module) -> bool | None:
+        """Whether a call at this site is counted (False: only its gradient); None: it is not looked at."""
         counts = self._counts(module)
         if _in_backward():
             site.recompute_only |= not any(site.name in each.rows for each in self._passes)
-            counts = site.recompute_only
-        elif not counts:
-            return
+            return site.recompute_only
+        return True if counts else None
+
+    def _before_site(self, site: Site, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        thread = threading.get_ident()
+        site.calls.pop(thread, None)
         z = _first_tensor(args, kwargs)
         if not _is_real(z):
             return
-        _check_plain(z)
-        plain = {name: getattr(module, name) for name in site.bound.plain}
+        plain = {name: getattr(module, name) for name in site.bound.plain} if site.bound.activation.computes(module) else site.bound.plain
         if plain != site.bound.plain:
             site.bound = bind(site.bound.activation, module, self.epsilon)
-        self.saw_pass = True
-        sample = Sample.of(z, self.limit, self.turn)
-        taken = upcast(sample.take(z.detach()))
-        if taken.untyped_storage().data_ptr() == z.untyped_storage().data_ptr() and getattr(module, "inplace", True):
-            taken = taken.clone()
-        site.calls[thread] = Call(z, sample, taken, z.grad_fn, z.output_nr, counts)
+        call = self._begin(site, z, module, getattr(module, "inplace", True))
+        if call is not None:
+            site.calls[thread] = call
 
     def _after_site(self, site: Site, module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
         call = site.calls.pop(threading.get_ident(), None)
-        if call is None:
-            return
+        if call is not None:
+            self._end(site, call, a)
+
+    def _begin(self, site: Site, z: Tensor, module: nn.Module, in_place: bool) -> Call | None:
+        """Take what is needed of z before the activation may overwrite it."""
+        counts = self._counts_at(site, module)
+        if counts is None:
+            return None
+        _check_plain(z)
+        self.saw_pass = True
+        sample = Sample.of(z, self.limit, self.turn)
+        taken = upcast(sample.take(z.detach()))
+        if in_place and taken.untyped_storage().data_ptr() == z.untyped_storage().data_ptr():
+            taken = taken.clone()
+        return Call(z, sample, taken, z.grad_fn, z.output_nr, counts)
+
+    def _end(self, site: Site, call: Call, a: Any) -> None:
         sample = call.sample
+        assert isinstance(sample, Sample)
         if not isinstance(a, Tensor) or a.shape != torch.Size(sample.shape):
             raise TypeError(f"it maps {sample.shape} to {tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__}")
         if call.counts:
-            self.sites.setdefault(site.name, site)
-            if self._deciding:
-                found = _feeders(call.node, self._weights) or ((self._last_layer,) if self._last_layer else ())
-                site.feeds_on.update(dict.fromkeys(found))
+            self._ran(site, feeders(call.node, self._weights) or ((self._last_layer,) if self._last_layer else ()) if self._deciding else ())
             if a.numel():
                 self._count(site, sample, call.taken, upcast(sample.take(a.detach())))
         if a.requires_grad and a.grad_fn is not None:
-            if self._deciding and not _in_backward():
-                self._nodes[a.grad_fn] = site
-                site.traced = True
+            self._met(site, a.grad_fn)
             self._tap_gradient(site, call, a)
 
-    def _count(self, site: Site, sample: Sample, z: Tensor, a: Tensor) -> None:
+    def _count(self, site: Site, sample: Sample, z: Tensor, a: Tensor, axis: int | None = None) -> None:
         bound, current = site.bound, self._current()
         learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
         slope, peak, edges = bound.evaluate(torch.where(torch.isfinite(z), z, torch.zeros_like(z)), a, learned)
-        row, finite, saturated = observe(z, a, slope, peak, edges, torch.Size(sample.shape).numel(), site.is_sigmoid_gate)
+        row, finite, saturated = observe(z, a, slope, peak, edges, math.prod(sample.shape), bound.activation.name == "sigmoid")
         current.add(current.rows, site.name, row)
-        axis = self._unit_axis(site, sample.shape)
+        axis = self._unit_axis(site, sample.shape) if axis is None else axis
         size = None if axis is None or site.units_vary else sample.shape[axis]
         if site.units is not None and size != site.units:
             size, site.units_vary = None, True
@@ -591,18 +820,13 @@ class Taps:
 
     def _tap_gradient(self, site: Site, call: Call, a: Tensor) -> None:
         # The hooks below live on nodes of the graph and must not hold its tensors, z above all: such a ring is never freed.
-        turn, sample, z_nr, a_nr, own, node = self.turn, call.sample, call.output_nr, a.output_nr, a.grad_fn, call.node
-        current = self._current()
+        sample, z_nr, a_nr, own, node = call.sample, call.output_nr, a.output_nr, a.grad_fn, call.node
+        add = self._adder(site, sample)
         assert own is not None
 
-        def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
-            given = [grad for grad in (grad_a, grad_z) if grad is not None]
-            if turn != self.turn or not given or not given[0].numel():
-                return
-            taken = [None if grad is None else upcast(sample.take(grad.detach().reshape(sample.shape))) for grad in (grad_a, grad_z)]
-            current.add(current.rows, site.name, observe_gradient(*taken))
+        def add_both(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+            add(*(None if grad is None else upcast(sample.take(grad.detach().reshape(sample.shape))) for grad in (grad_a, grad_z)))
 
-        add_both = self._guarded(site.name, add)
         entering = [at for at, (before, _) in enumerate(own.next_functions) if before is not None]
         if node is not None and len(entering) == 1 and own.next_functions[entering[0]][0] is node:
             at = entering[0]
@@ -624,6 +848,17 @@ class Taps:
             # The leaf outlives the pass: unlike a node's, its hook must be taken off.
             self._handles.append(call.z.register_hook(lambda grad: add_both(None, grad)))  # type: ignore[no-untyped-call]
         own.register_prehook(lambda grad_outputs: add_both(grad_outputs[a_nr], None))
+
+    def _adder(self, site: Site, sample: Sample | SoftmaxRows) -> Callable[..., None]:
+        """What takes the elements of dL/da and dL/dz during the backward of the pass that runs now."""
+        turn, current = self.turn, self._current()
+
+        def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+            given = [grad for grad in (grad_a, grad_z) if grad is not None]
+            if turn == self.turn and given and given[0].numel():
+                current.add(current.rows, site.name, observe_gradient(grad_a, grad_z))
+
+        return self._guarded(site.name, add)
 
     def _before_recurrent(self, calls: list[Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._counts(module):
@@ -654,8 +889,7 @@ class Taps:
     def _count_gate(self, place: str, gate: Gate, gated: bool) -> None:
         site = self._known.get(place)
         if site is None:
-            row = next(row for row in (*self.activations, *ACTIVATIONS) if row.name == gate.function)
-            site = self._known[place] = Site(place, bind_plain(row, self.epsilon), gate=gated)
+            site = self._known[place] = Site(place, self._plain(gate.function), "recurrent", gated)
         self.sites.setdefault(place, site)
         sample = Sample.of(gate.z, self.limit, self.turn)
         z = upcast(sample.take(gate.z))
@@ -670,7 +904,7 @@ class Taps:
         current = self._current()
         current.add(current.inputs, layer.name, input_sums(module, x, Sample.of(x, self.limit, self.turn)))
         if self._deciding and self._nodes:
-            for node in _upstream([x.grad_fn], lambda node: node in self._nodes or _has_weight(node)):
+            for node in upstream([x.grad_fn], lambda node: node in self._nodes or has_weight(node)):
                 if node in self._nodes:
                     self._nodes[node].hidden = True
 
@@ -703,48 +937,6 @@ def _check_plain(z: Tensor) -> None:
         raise TypeError(f"its input is a {type(z).__name__}, not a plain tensor")
 
 
-def _opened(output: Any) -> Any:
-    """A dataclass or other object with attributes as a dict, so that its tensors can be found."""
-    if isinstance(output, (Tensor, tuple, list, dict)):
-        return dict(output) if isinstance(output, dict) else output
-    return vars(output) if hasattr(output, "__dict__") else output
-
-
-def _upstream(starts: Iterable[Node | None], stop: Callable[[Node], bool], limit: int = 512) -> Iterator[Node]:
-    """The nodes that lead to these, breadth first, not beyond those where `stop` holds."""
-    queue, met = deque(node for node in starts if node is not None), set[Node]()
-    while queue and len(met) < limit:
-        node = queue.popleft()
-        if node in met:
-            continue
-        met.add(node)
-        yield node
-        if not stop(node):
-            queue.extend(before for before, _ in node.next_functions if before is not None)
-
-
-def _parameters(node: Node) -> Iterator[Tensor]:
-    """The leaves that enter a node directly, or through a few casts, views and transposes."""
-    for start, _ in node.next_functions:
-        before: Node | None = start
-        for _ in range(4):
-            if before is None:
-                break
-            variable = getattr(before, "variable", None)
-            if variable is not None:
-                yield variable
-                break
-            following = [child for child, _ in before.next_functions if child is not None]
-            before = following[0] if len(following) == 1 and len(before.next_functions) == 1 else None
-
-
-def _has_weight(node: Node) -> bool:
-    return bool(_MATRIX_PRODUCT.search(node.name())) or any(leaf.ndim >= 2 and leaf.requires_grad for leaf in _parameters(node))
-
-
-def _feeders(node: Node | None, weights: dict[int, str]) -> tuple[str, ...]:
-    """The layers whose weights are the first met on the way back from z."""
-    names: dict[str, None] = {}
-    for met in _upstream([node], _has_weight):
-        names.update((weights[id(leaf)], None) for leaf in _parameters(met) if id(leaf) in weights)
-    return tuple(names)
+def _implicit_axis(ndim: int) -> int:
+    """The axis of F.softmax where none is given."""
+    return 0 if ndim in (0, 1, 3) else 1

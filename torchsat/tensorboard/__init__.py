@@ -4,7 +4,8 @@ One `Summary` per observation. In it, at most a dozen scalars of the whole netwo
 share under `torchsat.saturated/`, and packed float32 tensors of everything, which a person never sees and `torchsat.read` reads back:
 
     torchsat/records.<hash>     [metrics, sites]     torchsat/histogram.<hash>   [sites, bins]
-    torchsat/weights.<hash>     [metrics, layers]    torchsat/events             one string: the alerts of this step as JSON
+    torchsat/weights.<hash>     [metrics, layers]    torchsat/heads.<hash>       [metrics, heads of all softmaxes]
+    torchsat/events             one string: the alerts of this step as JSON
 
 TensorBoard keeps only the first metadata of a tag. The content of that metadata names rows and columns, so the tag carries a hash of it: a
 resumed run with other sites writes another tag.
@@ -17,11 +18,12 @@ import json
 from typing import Any
 
 PLUGIN = "torchsat"
-FORMAT = 1
+FORMAT = 2
 SUBRUN = "torchsat"
 """Where the event file goes below the user's directory: a second live file beside the user's own can stop the user's curves."""
 
-RECORDS, HISTOGRAM, WEIGHTS, EVENTS = "torchsat/records", "torchsat/histogram", "torchsat/weights", "torchsat/events"
+RECORDS, HISTOGRAM, WEIGHTS = "torchsat/records", "torchsat/histogram", "torchsat/weights"
+HEADS, EVENTS = "torchsat/heads", "torchsat/events"
 
 
 def content(kind: str, **names: Any) -> str:

@@ -13,7 +13,7 @@ import os
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-from torchsat.record import HISTOGRAM_BINS, Alert, Record, Snapshot, Weight, from_float
-from torchsat.tensorboard import EVENTS, FORMAT, HISTOGRAM, PLUGIN, RECORDS, WEIGHTS
+from torchsat.record import HISTOGRAM_BINS, Alert, Head, Record, Snapshot, Weight, from_float
+from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, PLUGIN, RECORDS, WEIGHTS
 
 
 @dataclass
@@ -147,6 +147,7 @@ def _events(path: Path, damage: list[str]) -> Iterator[Event]:
 def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | None:
     records: tuple[Record, ...] | None = None
     histograms: dict[str, tuple[float, ...]] = {}
+    heads: dict[str, list[Head]] = {}
     weights: tuple[Weight, ...] = ()
     alerts: tuple[Alert, ...] = ()
     for value in event.summary.value:
@@ -166,13 +167,20 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
                 bins = tuple(flat[index * HISTOGRAM_BINS : (index + 1) * HISTOGRAM_BINS])
                 if bins and bins[0] == bins[0]:
                     histograms[site] = bins
+        elif kind == HEADS:
+            owners = [[site] for site, count in known["sites"] for _ in range(count)]
+            for values in _columns(value.tensor, {**known, "facts": ["site"]}, owners):
+                heads.setdefault(values.pop("site"), []).append(Head(**values))
         elif kind == WEIGHTS:
             weights = tuple(Weight(**{**values, "feeds": tuple(values["feeds"])}) for values in _columns(value.tensor, known, known["layers"]))
         elif kind == EVENTS:
             alerts = tuple(Alert.from_dict(alert) for alert in json.loads(value.tensor.string_val[0]))
     if records is None:
         return None
-    joined = tuple(Record(**{**vars(record), "histogram": histograms.get(record.site)}) for record in records)
+    joined = tuple(
+        replace(record, histogram=histograms.get(record.site), heads=tuple(heads[record.site]) if record.site in heads else None)
+        for record in records
+    )
     return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts)
 
 

@@ -22,9 +22,9 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from torchsat.record import HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Snapshot, to_float
+from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Snapshot, to_float
 from torchsat.rules import gradient_over_depth
-from torchsat.tensorboard import EVENTS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, content, tag
+from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, content, tag
 
 NETWORK = {
     "saturated_mean": "Mean over the sites of the share of elements that lie on a plateau of their activation.",
@@ -35,6 +35,7 @@ NETWORK = {
     "gradient_first_over_last": "||dL/dz|| at the first site over that at the last hidden one: 1 is healthy, 0 has vanished.",
     "update_ratio_min": "||change of W|| / ||W|| per step of the layer that moves least, of those that feed a site.",
     "update_ratio_max": "The same of the layer that moves most.",
+    "entropy_min": "H / ln T of the attention head that looks at fewest keys: 1 is even attention, 0 is one key alone.",
     "nonfinite": "Measured elements that are inf or nan, in the forward and in the backward pass, over all sites.",
     "alerts": "Alerts that fire now. See the Text tab, or `torchsat report`.",
 }
@@ -101,6 +102,12 @@ class TensorBoardWriter:
                     record.saturated,
                     f"Share of the inputs of `{record.site}` ({record.activation}) that lie on a plateau.",
                 )
+            elif record.entropy_min is not None:
+                yield self._scalar(
+                    f"torchsat.entropy/{depth:03d}_{record.site}",
+                    record.entropy_min,
+                    f"Entropy H / ln T of the attention of the lowest head of `{record.site}`: 1 is even attention, 0 is one key alone.",
+                )
         facts = [[getattr(record, name) for name in SITE_FACTS] for record in snapshot.records]
         described = content("records", facts=SITE_FACTS, metrics=RECORD_METRICS, sites=facts)
         rows = [[to_float(getattr(record, name)) for record in snapshot.records] for name in RECORD_METRICS]
@@ -111,6 +118,11 @@ class TensorBoardWriter:
             content("histogram", sites=[record.site for record in snapshot.records]),
             [record.histogram or blank for record in snapshot.records],
         )
+        attentions = [(record.site, record.heads) for record in snapshot.records if record.heads]
+        if attentions:
+            described = content("heads", metrics=HEAD_METRICS, sites=[[site, len(heads)] for site, heads in attentions])
+            heads = [head for _, each in attentions for head in each]
+            yield self._tensor(tag(HEADS, described), described, [[to_float(getattr(head, name)) for head in heads] for name in HEAD_METRICS])
         if snapshot.weights:
             facts = [[getattr(weight, name) for name in WEIGHT_FACTS] for weight in snapshot.weights]
             described = content("weights", facts=WEIGHT_FACTS, metrics=WEIGHT_METRICS, layers=facts)
@@ -187,6 +199,7 @@ def network(snapshot: Snapshot, firing: int) -> dict[str, float | None]:
         "gradient_first_over_last": gradient_over_depth(snapshot),
         "update_ratio_min": min(updates, default=None),
         "update_ratio_max": max(updates, default=None),
+        "entropy_min": min(collect("entropy_min"), default=None),
         "nonfinite": float(sum(record.nonfinite + record.grad_nonfinite for record in snapshot.records)),
         "alerts": float(firing),
     }

@@ -1,0 +1,590 @@
+"""Function calls: what is heard, how it is named, and that listening changes nothing."""
+
+import math
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, wrap_torch_function
+from torch.utils.checkpoint import checkpoint
+
+import torchsat
+from tests.test_taps import check, one_step, truth
+from torchsat import ACTIVATIONS, Activation, Record
+
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "leaky_relu": (0.2,),
+    "elu": (0.7,),
+    "celu": (0.7,),
+    "softplus": (2.0, 10.0),
+    "hardtanh": (-0.5, 2.0),
+    "softshrink": (0.3,),
+    "hardshrink": (0.3,),
+    "threshold": (0.1, -1.0),
+}
+"""Away from the defaults, as the module and as the call take them."""
+SPELLINGS = [(row, call) for row in ACTIVATIONS for call in row.calls]
+
+
+class Calling(nn.Module):
+    """A layer, and a function called directly in the forward of the model."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(16, 24), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))  # type: ignore[no-any-return]
+
+
+def same(first: Record, second: Record) -> None:
+    """To the last digit, in all but the name and kind."""
+    for each in fields(Record):
+        if each.name not in ("site", "kind"):
+            assert getattr(first, each.name) == getattr(second, each.name), each.name
+
+
+@pytest.mark.parametrize(("row", "call"), SPELLINGS, ids=lambda value: getattr(value, "name", getattr(value, "__qualname__", "?")))
+def test_every_call_shows_what_its_module_shows(row: Activation, call: Callable[..., Any]) -> None:
+    arguments = ARGUMENTS.get(row.name, ())
+    # In place torch computes the backward from the output, which rounds otherwise.
+    in_place = {"inplace": True} if row.name in ("elu", "selu", "celu") and call.__name__.endswith("_") else {}
+    module = row.modules[0](*arguments, **in_place)
+    if row.name == "prelu":
+        arguments = (torch.full((24,), 0.3),)
+        module = nn.PReLU(24, init=0.3)
+        module.weight.requires_grad_(False)
+    if row.name == "rrelu":
+        arguments = (0.1, 0.3, True)
+        module = nn.RReLU(0.1, 0.3)
+    functional = Calling(lambda z: call(z, *arguments))
+    modular = nn.Sequential(functional.layer, module)
+    x = torch.randn(64, 16)
+    random = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        seen = one_step(functional, x=x).records
+    torch.set_rng_state(random)
+    expected = one_step(modular, x=x).records
+    assert [record.site for record in seen] == [row.name]
+    assert (seen[0].kind, expected[0].kind, seen[0].output) == ("call", "module", True)
+    same(seen[0], expected[0])
+
+
+def test_all_rows_have_calls_of_at_least_these_spellings() -> None:
+    rows = {row.name: row.calls for row in ACTIVATIONS}
+    assert all(rows.values())
+    assert {torch.sigmoid, torch.sigmoid_, torch.special.expit, Tensor.sigmoid, Tensor.sigmoid_} <= set(rows["sigmoid"])
+    assert {torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_} <= set(rows["tanh"])
+    assert {torch.relu, torch.relu_, F.relu, F.relu_, Tensor.relu, Tensor.relu_} <= set(rows["relu"])
+    assert {F.elu, F.elu_} <= set(rows["elu"])
+    assert {F.hardtanh, F.hardtanh_} <= set(rows["hardtanh"])
+    assert {F.leaky_relu, F.leaky_relu_} <= set(rows["leaky_relu"])
+
+
+def test_keyword_arguments_in_place_and_out() -> None:
+    x = torch.randn(64, 16)
+    layer = nn.Linear(16, 24)
+
+    def seen(function: Callable[[Tensor], Tensor]) -> Record:
+        model = Calling(function)
+        model.layer = layer
+        (record,) = one_step(model, x=x).records
+        return record
+
+    same(seen(lambda z: F.gelu(input=z, approximate="tanh")), one_step(nn.Sequential(layer, nn.GELU("tanh")), x=x)["1"])
+    same(seen(lambda z: F.elu(z, alpha=0.5, inplace=True)), one_step(nn.Sequential(layer, nn.ELU(0.5, inplace=True)), x=x)["1"])
+    same(seen(lambda z: F.relu(z, True)), one_step(nn.Sequential(layer, nn.ReLU()), x=x)["1"])
+
+    class Out(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = layer, nn.Linear(24, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                z = self.layer(x)
+                torch.tanh(z, out=z)
+            return self.head(z)  # type: ignore[no-any-return]
+
+    z = layer(x).detach()
+    record = one_step(Out(), x=x)["tanh"]
+    assert record.z_mean == pytest.approx(z.double().mean().item())
+    assert record.derivative == pytest.approx((1 - z.double().tanh() ** 2).mean().item(), rel=1e-6)
+    assert record.attenuation is None
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.first(x))
+        return F.gelu(self.second(x)).tanh()
+
+
+class Nested(nn.Module):
+    def __init__(self, rerun: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.act, self.rerun = nn.GELU(), rerun
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.rerun else block(x)
+        return torch.sigmoid(self.blocks[0](self.act(x))).sigmoid()
+
+
+NESTED = [
+    "sigmoid",
+    *(f"blocks.{k}/{call}" for k in (0, 1) for call in ("gelu", "gelu_1", "tanh")),
+    "act",
+    "sigmoid_1",
+    "sigmoid_2",
+]
+
+
+@pytest.mark.parametrize("rerun", [False, True])
+def test_a_call_is_named_after_the_module_in_whose_forward_it_happens(rerun: bool) -> None:
+    """No double count of nn.GELU; a module that runs twice has the same sites; a recompute adds nothing."""
+    model = Nested(rerun)
+    snapshot = one_step(model, x=torch.randn(16, 8, requires_grad=True))
+    assert [record.site for record in snapshot.records] == NESTED
+    counts = {record.site: (record.n, record.grad_n) for record in snapshot.records}
+    assert counts["act"] == counts["sigmoid"] == counts["blocks.1/gelu"] == (128, 128)
+    assert counts["blocks.0/gelu"] == counts["blocks.0/tanh"] == (256, 256)
+
+
+def test_a_reentrant_checkpoint_has_values_and_gradients() -> None:
+    block = Block()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=True)  # type: ignore[no-any-return]
+
+    x = torch.randn(16, 8, requires_grad=True)
+    plain = one_step(nn.Sequential(block), x=x)
+    seen = one_step(Net(), x=x)
+    for record in plain.records:
+        same(replace(record, output=False), replace(seen[record.site.replace("0/", "block/")], output=False))
+
+
+def test_calls_outside_the_models_own_forward_are_seen_too() -> None:
+    """A model whose parts are called one by one."""
+    model = nn.ModuleDict({"encoder": Block(), "head": nn.Linear(8, 1)})
+    x = torch.randn(16, 8)
+    snapshot = one_step(model, lambda m: m["head"](m["encoder"](x)))
+    assert [(record.site, record.n, record.grad_n) for record in snapshot.records] == [
+        ("encoder/gelu", 128, 128),
+        ("encoder/gelu_1", 128, 128),
+        ("encoder/tanh", 128, 128),
+    ]
+
+
+def test_gradients_are_those_of_plain_autograd() -> None:
+    model = Calling(torch.tanh)
+    x = torch.randn(64, 16)
+    check(one_step(model, x=x)["tanh"], truth(torch.tanh, model.layer(x)))
+
+
+class Odd(nn.Module):
+    """Raises in the middle, or not."""
+
+    def __init__(self, error: type[BaseException] | None) -> None:
+        super().__init__()
+        self.inner, self.error = Block(), error
+        self.inner.register_forward_hook(self.fail)
+
+    def fail(self, *args: object) -> None:
+        assert _get_current_function_mode_stack()
+        if self.error is not None:
+            raise self.error
+
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            return F.relu(self.inner(torch.relu(x)))
+        except ValueError:
+            return F.relu(self.inner.second(x))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_no_mode_is_left_after_an_exception(error: type[BaseException]) -> None:
+    model = Odd(error)
+    monitor = torchsat.watch(model, errors="raise")
+    with pytest.raises(error):
+        model(torch.randn(4, 8))
+    if error is KeyboardInterrupt:
+        # It ends a forward without calling any hook: the next contact takes the mode off.
+        model.error = None
+        model(torch.randn(4, 8))
+    assert _get_current_function_mode_stack() == []
+    monitor.close()
+    assert _get_current_function_mode_stack() == []
+
+
+def test_a_close_after_an_interrupt_takes_the_mode_off() -> None:
+    model = Odd(KeyboardInterrupt)
+    with torchsat.watch(model), pytest.raises(KeyboardInterrupt):
+        model(torch.randn(4, 8))
+    assert _get_current_function_mode_stack() == []
+
+
+def test_after_an_exception_caught_in_the_model_names_are_right() -> None:
+    snapshot = one_step(Odd(ValueError), x=torch.randn(4, 8))
+    assert [record.site for record in snapshot.records] == ["relu", "inner/gelu", "inner/gelu_1", "inner/tanh", "relu_1"]
+
+
+def test_a_mode_of_the_users_stays_where_it_is() -> None:
+    class Mine(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return function(*args, **(kwargs or {}))
+
+    class Net(Calling):
+        def forward(self, x: Tensor) -> Tensor:
+            with Mine():
+                return super().forward(x)
+
+    mine = Mine()
+    with mine:
+        snapshot = one_step(Net(torch.tanh), x=torch.randn(8, 16))
+        assert _get_current_function_mode_stack() == [mine]
+    assert [record.site for record in snapshot.records] == ["tanh"]
+
+
+def test_passes_that_do_not_count_are_not_heard() -> None:
+    model = Calling(torch.tanh)
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.randn(8, 16)
+    with torch.no_grad():
+        model(x)
+    model.eval()(x)
+    model.train()(x).sum().backward()
+    other = threading.Thread(target=lambda: model.eval()(x))
+    other.start()
+    other.join()
+    optimizer.step()
+    assert monitor.latest["tanh"].n == 8 * 24  # type: ignore[index]
+
+
+def test_between_observations_nothing_is_heard() -> None:
+    model = Calling(torch.tanh)
+    torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    depth = []
+    model.layer.register_forward_hook(lambda *args: depth.append(len(_get_current_function_mode_stack())))
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(8, 16)).sum().backward()
+        optimizer.step()
+    assert depth == [1, 1, 1, 0, 1, 0, 0, 0]
+
+
+def test_calls_can_be_chosen_and_switched_off() -> None:
+    x = torch.randn(16, 8)
+    assert [record.site for record in one_step(Nested(), x=x, include="blocks.*").records] == [name for name in NESTED if name.startswith("blocks")]
+    assert [record.site for record in one_step(Nested(), x=x, exclude=["*/*", "sigmoid_?"]).records] == ["sigmoid", "act"]
+    assert [record.site for record in one_step(Nested(), x=x, calls=False).records] == ["act"]
+    with pytest.raises(TypeError, match=r"calls is 1; allowed are True .* and False"):
+        torchsat.watch(Nested(), calls=1)  # type: ignore[arg-type]
+    monitor = torchsat.watch(nn.Sequential(nn.Linear(4, 4), nn.Softmax(-1)), calls=False)
+    assert monitor.coverage.unseen == (("1/softmax", "function calls are not heard (calls=False)"),)
+
+
+def test_an_excluded_call_is_not_listed_as_unseen() -> None:
+    model = Nested()
+    monitor = torchsat.watch(model, exclude="*gelu*", errors="raise")
+    model(torch.randn(16, 8)).sum().backward()
+    assert monitor.coverage.unseen == ()
+
+
+class Everything(nn.Module):
+    """Random numbers, attention, recurrence, in-place and functional activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.lstm = nn.Linear(8, 8), nn.LSTM(8, 8, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.rrelu(self.layer(x), training=True), 0.1)
+        x = self.encoder(self.lstm(x)[0])
+        x = F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True)
+        x = F.glu(x + F.gumbel_softmax(x, dim=-1))
+        return F.log_softmax(self.head(F.elu_(x)), -1)
+
+
+def test_training_is_bit_for_bit_the_same() -> None:
+    def run(watched: bool) -> tuple[list[Tensor], Tensor]:
+        torch.manual_seed(1)
+        model = Everything()
+        if watched:
+            torchsat.watch(model, every=2, errors="raise")
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(4, 5, 8)).square().mean().backward()
+            optimizer.step()
+        return [parameter.detach() for parameter in model.parameters()], torch.get_rng_state()
+
+    plain, watched = run(False), run(True)
+    assert all(torch.equal(one, other) for one, other in zip(plain[0], watched[0], strict=True))
+    assert torch.equal(plain[1], watched[1])
+
+
+def test_a_frozen_encoder_keeps_its_fused_path() -> None:
+    """Under a mode torch would leave it, and round otherwise."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval().requires_grad_(False)
+    model = nn.Sequential(encoder, nn.Linear(32, 4), nn.Tanh())
+    x = torch.randn(8, 20, 32)
+    expected = model(x)
+    monitor = torchsat.watch(model, errors="raise")
+    output = model(x)
+    assert torch.equal(output, expected)
+    output.sum().backward()
+    assert ("0", "it is frozen and in evaluation mode, where torch runs it as one kernel") in monitor.coverage.unseen
+
+
+def test_what_is_compiled_is_neither_heard_nor_broken() -> None:
+    runs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
+        runs.append("compiled")
+        return graph.forward
+
+    inner = torch.compile(lambda x: torch.ops.aten.sigmoid(x) * 2, backend="aot_eager", fullgraph=True)
+    del backend
+
+    class Net(Calling):
+        def forward(self, x: Tensor) -> Tensor:
+            return inner(torch.tanh(self.layer(x)))  # type: ignore[no-any-return]
+
+    model = Net(torch.tanh)
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(4):
+        model(torch.randn(8, 16)).sum().backward()
+        optimizer.step()
+    assert monitor.coverage.seen == ("tanh",)
+    assert monitor.coverage.unseen == (("compiled", "a compiled function: what is fused in it runs no hook"),)
+
+
+def test_what_torch_tells_no_hook_of_is_found_in_the_graph() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return 2 * grad
+
+    class Hidden(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return Double.apply(torch.ops.aten.gelu(x + x.mean()))  # type: ignore[no-any-return,no-untyped-call]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.hidden = nn.Linear(4, 4), Hidden()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.ops.aten.relu(self.hidden(torch.ops.aten.tanh(self.layer(x)))).softmax(-1)
+
+    model = Net()
+    monitor = torchsat.watch(model, errors="raise")
+    model(torch.randn(8, 4)).sum().backward()
+    assert monitor.coverage.seen == ("softmax",)
+    seen = dict(monitor.coverage.unseen)
+    assert set(seen) == {"Tanh", "hidden/Gelu", "hidden/Double", "Relu"}
+    assert seen["hidden/Double"] == "a custom autograd.Function: what it computes is not known"
+    assert "torch.ops" in seen["Tanh"]
+
+
+def test_what_is_heard_but_not_measured_is_listed() -> None:
+    model = Everything()
+    monitor = torchsat.watch(model, errors="raise")
+    model(torch.randn(4, 5, 8)).sum().backward()
+    assert monitor.coverage.unseen == (
+        ("gumbel_softmax", "its logits are disturbed by random numbers inside"),
+        ("log_softmax", "its derivative does not vanish: there is nothing to saturate"),
+    )
+
+
+def test_flex_attention_is_listed() -> None:
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.layer(flex.flex_attention(x, x, x))  # type: ignore[no-any-return]
+
+    model = Net()
+    monitor = torchsat.watch(model, errors="raise")
+    model(torch.randn(1, 1, 128, 16))
+    assert dict(monitor.coverage.unseen)["flex_attention"].startswith("fused attention")
+
+
+def test_integers_and_meta_tensors_are_passed_over() -> None:
+    class Net(Calling):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.relu(torch.arange(3))
+            torch.tanh(torch.empty(3, device="meta"))
+            torch.tanh(torch.empty(0))
+            return super().forward(x)
+
+    snapshot = one_step(Net(F.selu), x=torch.randn(4, 16))
+    assert [record.site for record in snapshot.records] == ["selu"]
+
+
+def test_a_call_that_cannot_be_measured_is_named_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Net(Calling):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.tanh(torch.eye(3).to_sparse())
+            return super().forward(x)
+
+    model = Net(F.selu)
+    monitor = torchsat.watch(model, every=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        model(torch.randn(4, 16)).sum().backward()
+        optimizer.step()
+    assert monitor.coverage.seen == ("selu",)
+    assert "sparse" in dict(monitor.coverage.unseen)["tanh"]
+    assert len([message for message in caplog.messages if "tanh" in message]) == 1
+
+
+def test_glu_has_a_gate() -> None:
+    model = Calling(lambda z: F.glu(z, -1))
+    x = torch.randn(64, 16)
+    record = one_step(model, x=x)["glu"]
+    value, z = model.layer(x).detach().double().chunk(2, -1)
+    z.requires_grad_()
+    gate = torch.sigmoid(z)
+    gate.retain_grad()
+    (value * gate).square().sum().backward()
+    assert (record.activation, record.gate, record.kind, record.units) == ("sigmoid", True, "call", 12)
+    assert record.z_std == pytest.approx(z.std(correction=0).item(), rel=1e-5)
+    assert record.derivative == pytest.approx((gate * (1 - gate)).mean().item(), rel=1e-5)
+    assert record.grad_a_rms == pytest.approx(gate.grad.square().mean().sqrt().item(), rel=1e-5)
+    assert record.grad_z_rms == pytest.approx(z.grad.square().mean().sqrt().item(), rel=1e-5)
+    assert record.gate_right == (gate > 0.9).double().mean().item()
+    module = nn.Sequential(model.layer, nn.GLU())
+    same(one_step(module, x=x)["1/glu"], record)
+
+
+def test_glu_over_channels_has_its_units_there() -> None:
+    record = one_step(nn.Sequential(nn.Conv1d(3, 10, 3), nn.GLU(1)), x=torch.randn(4, 3, 9))["1/glu"]
+    assert record.units == 5
+
+
+def test_a_sigmoid_that_multiplies_is_a_gate() -> None:
+    class SqueezeExcite(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.down, self.up, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), nn.Linear(8, 2)
+            self.hidden = nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.hidden(self.conv(x))
+            scale = torch.sigmoid(self.up(torch.tanh(self.down(x.mean((2, 3), keepdim=True)))))
+            return torch.sigmoid(self.head((x * scale).mean((2, 3))))
+
+    snapshot = one_step(SqueezeExcite(), x=torch.randn(4, 3, 6, 6))
+    assert {record.site: (record.gate, record.output) for record in snapshot.records} == {
+        "hidden": (True, False),
+        "tanh": (False, False),
+        "sigmoid": (True, False),
+        "sigmoid_1": (False, True),
+    }
+
+
+def test_a_function_of_the_users_is_heard_where_it_is_decorated() -> None:
+    @wrap_torch_function(lambda z: (z,))
+    def snake(z: Tensor) -> Tensor:
+        return z + torch.sin(z) ** 2
+
+    def plain(z: Tensor) -> Tensor:
+        return z + torch.sin(z) ** 2
+
+    row = Activation("snake", calls=(snake,))
+    x = torch.randn(32, 16)
+    model = Calling(snake)
+    check(one_step(model, x=x, activations=(*ACTIVATIONS, row))["snake"], truth(plain, model.layer(x)))
+    with pytest.raises(ValueError, match=r"calls of plain cannot be heard\. Decorate it with @torch\.overrides\.wrap_torch_function"):
+        Activation("snake", calls=(plain,))
+    sine = Activation("sine", calls=(torch.sin,), derivative=torch.cos, peak=1.0)
+    model = Calling(torch.sin)
+    check(one_step(model, x=x, activations=(sine,))["sine"], truth(torch.sin, model.layer(x)))
+
+
+def test_a_row_whose_defaults_do_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="has 1 defaults for the 2 parameters"):
+        Activation("mine", parameters=("a", "b"), defaults=(1,))
+
+
+def test_a_site_that_stops_is_said_once_and_forgotten_when_it_runs_again(caplog: pytest.LogCaptureFixture) -> None:
+    class Net(Calling):
+        both = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.layer(x)
+            return F.relu(z) + F.elu(z) if self.both else F.relu(z)
+
+    model = Net(F.relu)
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(torch.randn(4, 16)).sum().backward()
+            optimizer.step()
+
+    train(2)
+    model.both = False
+    train(4)
+    assert monitor.coverage.unseen == ()
+    train(4)
+    assert monitor.coverage.unseen == (("elu", "it ran before, but not in the last 5 observations"),)
+    assert caplog.messages == ["torchsat: step 6: elu ran before, but not in the last observations."]
+    model.both = True
+    train(1)
+    assert monitor.coverage.unseen == ()
+
+
+def test_softmax_without_a_derivative_writes_and_reads(tmp_path: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 1))
+    monitor = torchsat.watch(model, tmp_path, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(torch.randn(4, 5, 8)).sum().backward()
+    optimizer.step()
+    monitor.close()
+    (snapshot,) = torchsat.read(tmp_path)
+    record, written = snapshot["1.self_attn/softmax"], monitor.latest["1.self_attn/softmax"]  # type: ignore[index]
+    assert (record.kind, record.tails, record.saturated, record.derivative, record.peak, record.histogram) == ("softmax", "unknown", *[None] * 4)
+    assert record.heads is not None
+    assert written.heads is not None
+    assert [head.rows for head in record.heads] == [20, 20]
+    assert record.heads[1].entropy == pytest.approx(written.heads[1].entropy)
+    assert record.entropy_min == pytest.approx(min(head.entropy for head in written.heads))
+    assert record.log_keys == pytest.approx(math.log(5))
