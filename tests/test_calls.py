@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import torchsat
 from tests.test_taps import check, one_step, truth
 from torchsat import ACTIVATIONS, Activation, Record
+from torchsat.calls import uses_flex_attention
 
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "leaky_relu": (0.2,),
@@ -588,3 +589,38 @@ def test_softmax_without_a_derivative_writes_and_reads(tmp_path: Any) -> None:
     assert record.heads[1].entropy == pytest.approx(written.heads[1].entropy)
     assert record.entropy_min == pytest.approx(min(head.entropy for head in written.heads))
     assert record.log_keys == pytest.approx(math.log(5))
+
+
+def test_a_compiled_model_with_flex_attention_is_not_run_eager(caplog: pytest.LogCaptureFixture) -> None:
+    from torch._dynamo import eval_frame
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled_flex = torch.compile(flex_attention, backend="eager")
+
+    def attend(q: Tensor) -> Tensor:
+        return compiled_flex(q, q, q)  # type: ignore[no-any-return]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.layer(attend(x)))
+
+    assert uses_flex_attention(Net())
+    assert not uses_flex_attention(Everything())
+    model = Net()
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    assert eval_frame._stance.stance == "default"
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            compiled(torch.randn(1, 1, 128, 16)).sum().backward()
+            optimizer.step()
+            assert eval_frame._stance.stance == "default"
+    (message,) = [message for message in caplog.messages if message.startswith("torchsat")]
+    assert "flex_attention" in message
+    assert monitor.coverage.unseen[0][0] == "(model)"

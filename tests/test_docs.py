@@ -73,6 +73,28 @@ def test_the_digits_example_alerts_and_its_sane_twin_does_not(tmp_path: Path) ->
     assert healthy > accuracy
 
 
+def test_the_table_of_families_is_what_the_code_says() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    families = load(ROOT / "docs" / "families.py")
+    page = (ROOT / "docs" / "families.md").read_text()
+    if families.versions() not in page:
+        pytest.skip(f"the page was not made with {families.versions()}")
+    assert families.filled() == page, "docs/families.md is old: run `python docs/families.py`"
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_the_gates_example_learns_and_draws(cell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lstm_gates.py", "--steps", "21", "--cell", cell, "--picture", "gates.png"])
+    runpy.run_path(str(ROOT / "examples" / "lstm_gates.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    first, last = (float(line.split()[2]) for line in printed.splitlines() if line.startswith("step "))
+    assert last < first - 1
+    gates = {"lstm": 10, "gru": 6}[cell]
+    assert f"{gates} sites ({gates} gates) seen; nothing is known to be unseen" in printed
+    assert (tmp_path / "gates.png").stat().st_size > 10_000
+
+
 def test_the_digits_example_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["digits.py", "--steps", "20"])

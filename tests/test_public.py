@@ -28,7 +28,7 @@ ARROWS = {
     "process": set(),
     "replay": set(),
     "taps": {"activations", "calls", "graph", "record", "replay", "statistics", "weights"},
-    "monitor": {"__init__", "activations", "process", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
+    "monitor": {"__init__", "activations", "calls", "process", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
 }
 HOST = ["record", "rules", "report", "tensorboard", "tensorboard.reader", "tensorboard.writer"]
 

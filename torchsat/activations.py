@@ -231,7 +231,7 @@ def recognise(module: nn.Module, rows: Sequence[Activation], epsilon: float) -> 
                 known = _same_function(slope, z.flatten(), rows, epsilon)
                 if known is not None:
                     return known
-            derivative = functools.partial(_slope, differentiate, function if values else module.forward)
+            derivative = functools.partial(_slope, differentiate, function)
             row = Activation(name, (type(module),), tuple(values))
             if not values:
                 return Bound(row, derivative, {}, {}, epsilon, _constants.__wrapped__(row, derivative, (), epsilon))

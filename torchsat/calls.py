@@ -10,7 +10,9 @@ that training stays bit for bit the same. A function compiled by the user is com
 
 from __future__ import annotations
 
+import inspect
 import threading
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -71,7 +73,7 @@ class Listener(TorchFunctionMode):
         self._hear = hear
         self._local = threading.local()
 
-    def __torch_function__(self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(self, function: Callable[..., Any], kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling() or torch._C._is_tracing():
             return function(*args, **kwargs)
@@ -120,6 +122,30 @@ class Listener(TorchFunctionMode):
         elif is_on and not on and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
             super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._local.on = False
+
+
+def uses_flex_attention(model: nn.Module) -> bool:
+    """Whether a method of a module of this model, or a function that it calls by name, is flex_attention, as it is or compiled."""
+    met: set[int] = set()
+
+    def is_flex(value: Any, depth: int) -> bool:
+        value = getattr(value, "_torchdynamo_orig_callable", value)
+        if getattr(value, "__module__", None) == "torch.nn.attention.flex_attention":
+            return getattr(value, "__name__", "") == "flex_attention"
+        if not inspect.isfunction(value) or id(value) in met or (value.__module__ or "").split(".")[0] == "torch":
+            return False
+        met.add(id(value))
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY_CELL]
+        named = [value.__globals__.get(name) for name in value.__code__.co_names]
+        return depth > 0 and any(is_flex(each, depth - 1) for each in (*cells, *named))
+
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__ if kind.__module__.split(".")[0] != "torch"}
+    configured = any(getattr(getattr(module, "config", None), "_attn_implementation", None) == "flex_attention" for module in model.modules())
+    attributes = [value for module in model.modules() for value in vars(module).values() if callable(value)]
+    return configured or any(is_flex(value, 3) for value in (*attributes, *(value for kind in kinds for value in vars(kind).values())))
+
+
+_EMPTY_CELL = types.CellType()
 
 
 def takes_fused_path(module: nn.Module, args: Any, grad_enabled: bool) -> bool:

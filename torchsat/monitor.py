@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 
 from torchsat import process
 from torchsat.activations import ACTIVATIONS, Activation
+from torchsat.calls import uses_flex_attention
 from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record
@@ -198,6 +199,8 @@ class Monitor:
         """The learning rate of each parameter of the observed step."""
         self._scale: Tensor | None = None
         self._skipped: Tensor | None = None
+        self._flex: bool | None = None
+        """Whether the model uses flex_attention; None: not looked for yet."""
         self._compiled: bool | None = None
         """Whether the model is called from compiled code; None until it was entered."""
         if log_dir is not None or writer is not None:
@@ -234,6 +237,8 @@ class Monitor:
         idle = [name for name in (*taps.names, *taps.expected) if name not in seen] + [name for name, ran in taps.recurrent.items() if not ran]
         why = "it has not run in an observed training pass"
         deaf = {} if taps.hears_calls else dict.fromkeys(taps.expected, "function calls are not heard (calls=False)")
+        if self._flex and self._misses:
+            unseen.append((MODEL, "compiled, with flex_attention: it is not run eager, where the attention would take T x T memory"))
         unseen += [(name, deaf.get(name, why)) for name in idle if name not in taps.failed and name not in taps.notes]
         kinds = Counter(site.kind for site in taps.sites.values())
         return Coverage(seen, tuple(unseen), tuple(kinds.items()))
@@ -384,7 +389,7 @@ class Monitor:
             self._taps.open(model)
             # Before the first pass nobody knows whether the model will be compiled. One that was never entered is idle, and left alone.
             if self._compiled or (self._compiled is None and self._step == 0):
-                process.force_eager(self._watcher)
+                self._force_eager(model)
 
     def _entered(self, training: bool) -> None:
         """The model was entered during an observation: torch has decided between graph and eager, so the stance has done its work."""
@@ -394,7 +399,7 @@ class Monitor:
         if not training or model is None:
             return
         if any(is_compiled(module) for module in model.modules()):
-            process.force_eager(self._watcher)
+            self._force_eager(model)
         if self._stepping:
             self._stepping = [each for each in process.steps_on_stack() if self._owns(each)]
         self._passes += 1
@@ -409,7 +414,15 @@ class Monitor:
     def _left(self, training: bool) -> None:
         process.release(self._watcher)
         # A validation runs its graph, even if that means to miss this observation; the next one then holds on.
-        if (training or self._misses) and self._compiled and self._taps.is_open:
+        model = self._model()
+        if (training or self._misses) and self._compiled and self._taps.is_open and model is not None:
+            self._force_eager(model)
+
+    def _force_eager(self, model: nn.Module) -> None:
+        """Run the model eager, unless that would build the T x T matrices which flex_attention is there to avoid."""
+        if self._flex is None:
+            self._flex = uses_flex_attention(model)
+        if not self._flex:
             process.force_eager(self._watcher)
 
     def _gradients(self, earlier: bool) -> tuple[bool, bool | Tensor]:
@@ -513,7 +526,9 @@ class Monitor:
         self._misses += 1
         if self._misses == 3 and model is not None:
             why = (
-                "it is in evaluation mode; call model.train() for training"
+                "it uses flex_attention and runs compiled; torchsat does not run it eager, where the attention would take T x T memory"
+                if self._flex
+                else "it is in evaluation mode; call model.train() for training"
                 if not any(module.training for module in model.modules())
                 else "its activations did not run, or only without gradients, or in a compiled function torchsat did not find"
             )

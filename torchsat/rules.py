@@ -7,8 +7,10 @@ the same name are one rule with several criteria: at one place at most one alert
 Sources of the limits: a hidden layer is saturated when its tails hold 30 points more than N(0, 1) puts there, or when E|f'| / peak falls
 below 0.25; the second criterion is needed beside the first, since the drifting sigmoid layer of Glorot and Bengio (2010) has no element in a
 tail. Both stand just beyond what layers of healthy networks reach when they are trained to convergence on digits (tanh: 29 % and 0.29). The
-gradient limits are the range of float16. A rectifier is sparse by design (networks with 90 % zeros train well), so of one-sided functions
-only stuck units and a wholly closed layer are reported; deep ReLU networks on torch's default initialisation learn with a fifth of them dead.
+gradient limits are the range of float16. Attention collapses when a query looks at one key and nothing else (Zhai et al. 2023); heads that
+put four fifths of their weight on the first key are common in healthy models and have an entropy near 0.27. A rectifier is sparse by design
+(networks with 90 % zeros train well), so of one-sided functions only stuck units and a wholly closed layer are reported; deep ReLU networks
+on torch's default initialisation learn with a fifth of them dead.
 """
 
 from __future__ import annotations
@@ -118,14 +120,25 @@ def gradient_over_depth(snapshot: Snapshot) -> float | None:
 
     Norms, not means over elements: where positions are pooled, a mean falls with their number though nothing is lost.
     """
-    norms = [each.grad_z_rms * math.sqrt(each.elements) for each in snapshot.records if each.grad_z_rms is not None and not each.output]
+    norms = [each.grad_z_rms * math.sqrt(each.elements) for each in snapshot.records if each.grad_z_rms is not None and _on_the_way(each)]
     return norms[0] / norms[-1] if len(norms) > 1 and norms[-1] else None
+
+
+def _on_the_way(record: Record) -> bool:
+    """Whether the signal passes through this site: not beside it, as through a gate or the logits of attention."""
+    return not (record.output or record.gate or record.kind == "softmax")
 
 
 def _over_depth(record: Record, snapshot: Snapshot) -> float | None:
     """`gradient_over_depth`, judged at the first site."""
-    first = next((each for each in snapshot.records if each.grad_z_rms is not None and not each.output), None)
+    first = next((each for each in snapshot.records if each.grad_z_rms is not None and _on_the_way(each)), None)
     return gradient_over_depth(snapshot) if record is first else None
+
+
+def _attention_entropy(record: Record, snapshot: Snapshot) -> float | None:
+    """Of the median head; None for what has no heads, such as the router of a mixture of experts."""
+    entropies = [head.entropy for head in record.heads or () if head.entropy is not None]
+    return statistics.median(entropies) if len(entropies) > 1 and not record.output else None
 
 
 def _step_size(weight: Weight) -> float | None:
@@ -223,6 +236,17 @@ RULES: tuple[Rule, ...] = (
         ),
         below=True,
         over="weights",
+    ),
+    Rule(
+        "attention_collapse",
+        _attention_entropy,
+        0.15,
+        0.03,
+        lambda r, value, limit: (
+            f"{r.site}: the attention has collapsed: half of its {len(r.heads)} heads have an entropy of {percent(value)} of ln T or less "
+            f"(limit {percent(limit)}); its logits reach {r.z_max:.3g} and vary by {r.logit_std:.3g} within a row"
+        ),
+        below=True,
     ),
     Rule(
         "nonfinite",
@@ -366,5 +390,6 @@ _ADJECTIVE = {
     "vanishing_gradient": "short of gradient",
     "exploding_gradient": "flooded with gradient",
     "frozen_weights": "frozen",
+    "attention_collapse": "collapsed",
     "nonfinite": "non-finite",
 }

@@ -469,12 +469,10 @@ class Taps:
             bound = self._recognise(module)
             assert bound is not None
             site = self._known.setdefault(name, Site(name, bound))
-            # Parameters may have been replaced since: never their old values.
-            learned = {key: getattr(module, key).detach().reshape(value.shape) for key, value in bound.learned.items()}
-            site.bound = dataclasses.replace(bound, learned=learned)
+            site.bound = bound
         elif site is None:
             site = self._known[name] = Site(name, bind(activation, module, self.epsilon))
-        elif site.bound.activation is not activation or site.bound.learned:
+        elif site.bound.activation is not activation:
             site.bound = bind(activation, module, self.epsilon)
         return site
 
@@ -751,9 +749,13 @@ class Taps:
         z = _first_tensor(args, kwargs)
         if not _is_real(z):
             return
-        plain = {name: getattr(module, name) for name in site.bound.plain} if site.bound.activation.computes(module) else site.bound.plain
-        if plain != site.bound.plain:
-            site.bound = bind(site.bound.activation, module, self.epsilon)
+        if site.bound.activation.computes(module):
+            # Neither attributes nor parameters need be what they were when the hooks were made.
+            if any(getattr(module, name) != value for name, value in site.bound.plain.items()):
+                site.bound = bind(site.bound.activation, module, self.epsilon)
+            if site.bound.learned:
+                learned = {name: getattr(module, name).detach().reshape(value.shape) for name, value in site.bound.learned.items()}
+                site.bound = dataclasses.replace(site.bound, learned=learned)
         call = self._begin(site, z, module, getattr(module, "inplace", True))
         if call is not None:
             site.calls[thread] = call
