@@ -644,7 +644,7 @@ def test_a_model_without_activations_is_said(caplog: pytest.LogCaptureFixture) -
     train(model, 2)
     assert caplog.text.count("nothing is watched") == 2
     assert "of its activations, include= and exclude= leave none" in caplog.text
-    assert monitor.coverage.unseen[0][0] == "1"
+    assert monitor.coverage.unseen[0][0] == "1/softmax"
 
 
 def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:

@@ -475,6 +475,9 @@ class Monitor:
         layers = self._weights_of(None)
         taps.close()
         process.release(self._watcher)
+        if not taps.saw_pass and taps.saw_model and not (taps.names or taps.recurrent):
+            self._warn_of_nothing()
+            return
         if not taps.saw_pass:
             self._miss(self._model())
             return

@@ -317,7 +317,7 @@ class Taps:
         self._structure: tuple[tuple[str, int, str | None], ...] = ()
         self._deciding = True
         """The structure of the model is new: what feeds what, and what is an output, is being found out."""
-        self._saw_model = False
+        self.saw_model = False
         self._handles: list[Any] = []
         self._passes: list[Pass] = []
         """First what is settled, and what ran outside the model's own forward; then one for each pass that may still be discarded."""
@@ -351,7 +351,7 @@ class Taps:
             self._structure, self._deciding = structure, True
             for site in self._known.values():
                 site.start_over()
-        self.is_open, self.saw_pass, self._saw_model = True, False, False
+        self.is_open, self.saw_pass, self.saw_model = True, False, False
         self._passes = [Pass()]
         self._passing = self._last_layer = self._running = None
         for site in self._known.values():
@@ -413,7 +413,7 @@ class Taps:
         if self._deciding and self.saw_pass:
             self._deciding = False
             for site in self._known.values():
-                site.output = site.traced and not site.hidden and (site.reaches_output or not self._saw_model)
+                site.output = site.traced and not site.hidden and (site.reaches_output or not self.saw_model)
         if self.saw_pass:
             self._count_misses()
         self._passes, self._nodes, self._indices, self.layers, self._survey = [], {}, {}, {}, None
@@ -513,7 +513,7 @@ class Taps:
         self._passing = training
         self._listener.reset()
         if training:
-            self._saw_model, self._last_layer = True, None
+            self.saw_model, self._last_layer = True, None
             self._nodes.clear()
             self._survey = Survey() if self._deciding else None
             self._passes.append(Pass())

@@ -1,0 +1,404 @@
+"""How often the alerts are right: seeded faults in networks that are otherwise healthy, and healthy networks trained to convergence.
+
+    python benchmarks/faults.py             all runs; half of them, which no limit was tuned on, make the table
+    python benchmarks/faults.py --quick     one run in ten
+
+A scenario is an architecture, an activation, a fault of some severity, and a seed. Its cause is known because it was put there. The rules of
+other projects judge the same tensors at the same steps, by their published thresholds. Data: scikit-learn's digits (8 x 8), and a synthetic
+classification of 64 Gaussian features.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import pickle
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import torchsat
+from torchsat.monitor import due
+
+STEPS, EVERY = 120, 10
+HEALTHY_STEPS = 600
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "softsign": nn.Softsign,
+    "hardtanh": nn.Hardtanh,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "selu": nn.SELU,
+}
+BOUNDED = ("tanh", "sigmoid", "softsign", "hardtanh")
+RECTIFIERS = ("relu", "gelu", "silu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. `fault` None: healthy."""
+
+    architecture: str
+    activation: str
+    fault: str | None
+    severity: int
+    seed: int
+    data: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is in the half that is reported."""
+        return (self.seed + self.severity) % 2 == 1
+
+
+@dataclass
+class Result:
+    case: Case
+    snapshots: list[torchsat.Snapshot]
+    others: dict[str, int] = field(default_factory=dict)
+    """The first step at which a rule set of others fired, by its name."""
+    accuracy: float = math.nan
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.norm, self.first, self.act, self.second = nn.BatchNorm1d(width), nn.Linear(width, width), activation(), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.act(self.first(self.norm(x))))  # type: ignore[no-any-return]
+
+
+class Recurrent(nn.Module):
+    """Reads the rows of the image."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.rnn, self.head = kind(8, 48, batch_first=True), nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.reshape(-1, 8, 8))[0][:, -1])  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Rows of the image are tokens."""
+
+    def __init__(self, norm_first: bool, activation: str) -> None:
+        super().__init__()
+        self.embed, self.position = nn.Linear(8, 32), nn.Parameter(0.1 * torch.randn(8, 32))
+        layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, activation, batch_first=True, norm_first=norm_first)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.encoder(self.embed(x.reshape(-1, 8, 8)) + self.position)).mean(1))  # type: ignore[no-any-return]
+
+
+def build(architecture: str, activation: str) -> nn.Module:
+    """A network as it should be: the init that fits the activation."""
+    act = ACTIVATIONS.get(activation, nn.ReLU)
+    kind, _, size = architecture.partition("-")
+    if kind == "mlp":
+        depth, width = (int(number) for number in size.split("x"))
+        layers = [module for k in range(depth) for module in (nn.Linear(64 if k == 0 else width, width), act())]
+        model: nn.Module = nn.Sequential(*layers, nn.Linear(width, 10))
+    elif kind == "cnn":
+        norm = [lambda channels: nn.BatchNorm2d(channels)] if size == "bn" else []
+        blocks = [
+            module
+            for before, after in ((1, 16), (16, 32), (32, 32))
+            for module in (nn.Conv2d(before, after, 3, padding=1), *(make(after) for make in norm), act())
+        ]
+        model = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *blocks, nn.Flatten(), nn.Linear(32 * 64, 10))
+    elif kind == "resnet":
+        model = nn.Sequential(nn.Linear(64, 64), *(Residual(64, act) for _ in range(4)), nn.BatchNorm1d(64), act(), nn.Linear(64, 10))
+    elif kind in ("lstm", "gru"):
+        return Recurrent({"lstm": nn.LSTM, "gru": nn.GRU}[kind])
+    else:
+        return Transformer(size == "pre", activation)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if activation in ("relu", "gelu", "silu"):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            elif activation == "selu":
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            else:
+                nn.init.xavier_normal_(module.weight)
+            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    return model
+
+
+SEVERITIES: dict[str, tuple[float, ...]] = {
+    "inputs_uncentred": (8.0, 16.0, 32.0, 64.0),
+    "inputs_unscaled": (10.0, 30.0, 100.0, 300.0),
+    "init_too_large": (6.0, 10.0, 20.0, 40.0),
+    "init_too_small": (0.4, 0.3, 0.2, 0.1),
+    "weight_growth": (1.0, 2.0, 4.0, 8.0),
+    "activation_choice": (1.0, 1.0, 1.0, 1.0),
+    "dead_units": (3.0, 4.0, 6.0, 10.0),
+    "numeric_range": (0.0, 1.0, 2.0, 3.0),
+    "softmax_logits": (6.0, 8.0, 12.0, 16.0),
+}
+
+
+def hidden_weights(model: nn.Module) -> list[Tensor]:
+    """Of all layers but the last; of recurrent layers and of attention the stacked ones."""
+    layers = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    recurrent = [weight for module in model.modules() if isinstance(module, nn.RNNBase) for name, weight in module.named_parameters() if "weight" in name]
+    return [*recurrent, *layers[:-1]]
+
+
+@torch.no_grad()
+def break_model(model: nn.Module, fault: str, amount: float) -> None:
+    if fault in ("init_too_large", "init_too_small"):
+        for weight in hidden_weights(model):
+            weight *= amount
+    elif fault == "dead_units":
+        # A bias far below zero in most units, as after one step that was too big.
+        for module in list(model.modules()):
+            if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.shape[0] != 10:
+                chosen = torch.rand(module.bias.shape) < 0.75  # type: ignore[union-attr]
+                module.bias[chosen] -= amount * 3  # type: ignore[index]
+    elif fault == "softmax_logits":
+        for module in model.modules():
+            if isinstance(module, nn.MultiheadAttention):
+                module.in_proj_weight[: 2 * module.embed_dim] *= amount
+
+
+def batches(case: Case, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Standardised inputs and labels, with the faults of inputs put in."""
+    inputs, labels = dataset(case.data)
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    amount = SEVERITIES[case.fault][case.severity] if case.fault else 0.0
+    for _ in range(steps):
+        chosen = torch.randint(len(inputs), (64,), generator=generator)
+        x = inputs[chosen]
+        if case.fault == "inputs_uncentred":
+            x = x + amount
+        elif case.fault == "inputs_unscaled":
+            x = x * amount
+        elif case.fault == "numeric_range":
+            x = x.clone()
+            x[0, 0] = math.inf if case.severity % 2 else math.nan
+        yield x, labels[chosen]
+
+
+_DATA: dict[str, tuple[Tensor, Tensor]] = {}
+
+
+def dataset(name: str) -> tuple[Tensor, Tensor]:
+    if name not in _DATA:
+        if name == "digits":
+            pixels, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
+            inputs = pixels.float()
+        else:
+            generator = torch.Generator().manual_seed(0)
+            labels = torch.randint(10, (1797,), generator=generator)
+            inputs = torch.randn(1797, 64, generator=generator) + 1.2 * torch.randn(10, 64, generator=generator)[labels]
+        inputs = (inputs - inputs.mean(0)) / (inputs.std(0) + 1e-3)
+        _DATA[name] = inputs.clamp(-5, 5), labels
+    return _DATA[name]
+
+
+class Others:
+    """The rules of other projects, on the outputs and inputs of activation modules and on gradients, from their published thresholds.
+
+    SageMaker Debugger: a unit is inactive that is active in at most 1 % of its samples, and a layer with more than 50 % inactive units fires
+    (a ReLU is active above 0, a tanh within +-9.4999, a sigmoid within -23 and 17); mean |gradient| of a weight below 1e-7; NaN or inf.
+    DeepDiagnosis: 70 % of a ReLU's outputs are 0; |z| >= 5 in more than 50 % of tanh or sigmoid; mean |gradient| below 1e-7; variance of a
+    weight outside 1e-5..10; lr |gradient| / |weight| outside 1e-5..1e-1. TheDeepChecker (from step 10, every 10, five times in a row): 95th
+    percentile of |a| below 1e-5, or saturation rho above 0.85, for more than 50 % of units; std of activations outside 0.5..2; update
+    outside 1e-4..1e-1; mean |gradient| below 1e-6. |a| > 0.95: in more than 70 % of an activation's outputs.
+    """
+
+    def __init__(self, model: nn.Module, rate: float) -> None:
+        self.model, self.rate = model, rate
+        self.first: dict[str, int] = {}
+        self.streaks: dict[tuple[str, str], int] = defaultdict(int)
+        self.values: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+
+    def watch(self) -> list[torch.utils.hooks.RemovableHandle]:
+        known = tuple(ACTIVATIONS.values())
+        return [
+            module.register_forward_hook(lambda module, args, output, name=name: self.values.__setitem__(name, (module, args[0].detach(), output.detach())))
+            for name, module in self.model.named_modules()
+            if isinstance(module, known)
+        ]
+
+    def fire(self, rules: str, step: int) -> None:
+        self.first.setdefault(rules, step)
+
+    def judge(self, step: int) -> None:
+        for name, (module, z, a) in self.values.items():
+            units = [each.transpose(1, -1).reshape(-1, each.shape[1 if each.ndim == 4 else -1]) if each.ndim > 2 else each for each in (z, a)]
+            z, a = units
+            if not torch.isfinite(a).all():
+                self.fire("SageMaker Debugger", step)
+                continue
+            if isinstance(module, nn.ReLU):
+                active = (a > 0).float().mean(0)
+                if (a <= 0).float().mean() >= 0.7:
+                    self.fire("DeepDiagnosis", step)
+            elif isinstance(module, nn.Tanh):
+                active = (z.abs() < 9.4999).float().mean(0)
+            elif isinstance(module, nn.Sigmoid):
+                active = ((z > -23) & (z < 16.99999)).float().mean(0)
+            else:
+                active = torch.ones(a.shape[1])
+            if (active <= 0.01).float().mean() > 0.5:
+                self.fire("SageMaker Debugger", step)
+            if isinstance(module, (nn.Tanh, nn.Sigmoid)) and (z.abs() >= 5).float().mean() > 0.5:
+                self.fire("DeepDiagnosis", step)
+            if (a.abs() > 0.95).float().mean() > 0.7:
+                self.fire("|a| > 0.95", step)
+            if step >= 10:
+                dead = torch.quantile(a.abs(), 0.95, dim=0) < 1e-5
+                self._streak(name + " dead", bool(dead.float().mean() > 0.5), step)
+                if isinstance(module, (nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh)):
+                    scaled = 2 * a - 1 if isinstance(module, nn.Sigmoid) else a
+                    self._streak(name + " saturated", bool((_rho(scaled) > 0.85).float().mean() > 0.5), step)
+                else:
+                    self._streak(name + " std", not 0.5 <= float(a.std()) <= 2, step)
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is None or parameter.ndim < 2:
+                continue
+            size, gradient = float(parameter.detach().abs().mean()), float(parameter.grad.abs().mean())
+            if not math.isfinite(gradient):
+                self.fire("SageMaker Debugger", step)
+                self.fire("DeepDiagnosis", step)
+                continue
+            if gradient < 1e-7:
+                self.fire("SageMaker Debugger", step)
+                self.fire("DeepDiagnosis", step)
+            ratio = self.rate * float(parameter.grad.norm()) / max(float(parameter.detach().norm()), 1e-30)
+            if not 1e-5 <= float(parameter.detach().var()) <= 10 or not 1e-5 <= ratio <= 1e-1:
+                self.fire("DeepDiagnosis", step)
+            if step >= 10:
+                update = self.rate * gradient / max(size, 1e-30)
+                self._streak(name + " update", not 1e-4 <= update <= 1e-1, step)
+                self._streak(name + " gradient", gradient < 1e-6, step)
+
+    def _streak(self, what: str, beyond: bool, step: int) -> None:
+        key = ("TheDeepChecker", what)
+        self.streaks[key] = self.streaks[key] + 1 if beyond else 0
+        if self.streaks[key] >= 5:
+            self.fire("TheDeepChecker", step)
+
+
+def _rho(a: Tensor, bins: int = 50) -> Tensor:
+    """The saturation measure of Rakitianskaia and Engelbrecht: |mean of each bin| weighted by its count, per unit, of outputs in [-1, 1]."""
+    place = ((a.clamp(-1, 1) + 1) / 2 * bins).long().clamp(max=bins - 1)
+    count = torch.zeros(bins, a.shape[1]).scatter_add_(0, place, torch.ones_like(a))
+    total = torch.zeros(bins, a.shape[1]).scatter_add_(0, place, a)
+    return total.abs().sum(0) / count.sum(0)
+
+
+OTHERS = ("SageMaker Debugger", "DeepDiagnosis", "TheDeepChecker", "|a| > 0.95")
+
+
+def run(case: Case) -> Result:
+    """Train the network of one case, watched."""
+    torch.manual_seed(case.seed)
+    torch.set_num_threads(1)
+    model = build(case.architecture, case.activation)
+    amount = SEVERITIES[case.fault][case.severity] if case.fault else 0.0
+    if case.fault:
+        break_model(model, case.fault, amount)
+    rate = 0.05
+    if case.architecture.startswith(("transformer", "lstm", "gru")):
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(model.parameters(), lr=(rate := 3e-3))
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    if case.fault == "weight_growth":
+        optimizer = torch.optim.Adam(model.parameters(), lr=(rate := 0.1 * amount))
+    result = Result(case, [])
+    others = Others(model, rate)
+    steps = STEPS if case.fault else HEALTHY_STEPS
+    correct: list[float] = []
+    with torchsat.watch(model, every=EVERY, sinks=[result.snapshots.append], rules=()), warnings.catch_warnings():
+        for step, (x, y) in enumerate(batches(case, steps)):
+            observed = due(step, EVERY)
+            handles = others.watch() if observed else []
+            output = model(x)
+            loss = nn.functional.cross_entropy(output, y)
+            optimizer.zero_grad()
+            loss.backward()
+            if observed:
+                with torch.no_grad():
+                    others.judge(step)
+                for handle in handles:
+                    handle.remove()
+            optimizer.step()
+            if step >= steps - 20:
+                correct.append((output.argmax(1) == y).float().mean().item())
+    result.others, result.accuracy = others.first, statistics.mean(correct)
+    return result
+
+
+def cases() -> list[Case]:
+    """Every scenario: faults where they do harm, and each network without one."""
+    mlps = ("mlp-3x64", "mlp-6x64", "mlp-3x256")
+    plain: dict[str, tuple[str, ...]] = {
+        **dict.fromkeys(mlps, tuple(ACTIVATIONS)),
+        "mlp-10x48": ("tanh", "relu", "softsign", "selu"),
+        "cnn-plain": ("tanh", "relu", "gelu", "sigmoid"),
+        "cnn-bn": ("tanh", "relu", "silu"),
+        "resnet": ("relu", "tanh", "gelu"),
+        "lstm": ("lstm",),
+        "gru": ("gru",),
+        "transformer-pre": ("gelu", "relu"),
+        "transformer-post": ("gelu", "relu"),
+    }
+    plain["mlp-6x64"] = tuple(name for name in plain["mlp-6x64"] if name != "sigmoid")
+    found: list[Case] = []
+
+    def add(architecture: str, activation: str, fault: str | None, seeds: int = 2) -> None:
+        for severity in range(4 if fault else 2):
+            for seed in range(seeds):
+                data = "digits" if (seed + severity // 2) % 2 == 0 or architecture.startswith(("cnn", "lstm", "gru", "transformer")) else "synthetic"
+                found.append(Case(architecture, activation, fault, severity, 10 * severity + seed if not fault else seed, data))
+
+    for architecture, activations in plain.items():
+        for activation in activations:
+            add(architecture, activation, None)
+            mlp, bounded = architecture.startswith("mlp"), activation in BOUNDED
+            if mlp or architecture == "cnn-plain":
+                if bounded:
+                    for fault in ("inputs_uncentred", "inputs_unscaled", "init_too_large", "weight_growth"):
+                        add(architecture, activation, fault)
+                elif activation in ("relu", "gelu"):
+                    add(architecture, activation, "dead_units")
+                    if activation == "relu":
+                        add(architecture, activation, "inputs_uncentred")
+                        add(architecture, activation, "weight_growth")
+                add(architecture, activation, "numeric_range", 1)
+            if architecture == "mlp-10x48":
+                add(architecture, activation, "init_too_small")
+            if architecture == "mlp-6x64" and not bounded:
+                add(architecture, activation, "init_too_large")
+            if architecture in ("lstm", "gru"):
+                for fault in ("inputs_unscaled", "init_too_large"):
+                    add(architecture, activation, fault)
+            if architecture.startswith("transformer"):
+                add(architecture, activation, "softmax_logits")
+                add(architecture, activation, "numeric_range", 1)
+            if architecture == "resnet" and bounded:
+                add(architecture, activation, "weight_growth")
+    for architecture in ("mlp-6x64", "mlp-10x48"):
+        add(architecture, "sigmoid", "activation_choice", 4)
+    return found
+
+
+if __name__ == "__main__":
+    print(len(cases()), sum(case.fault is None for case in cases()))
