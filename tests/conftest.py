@@ -36,6 +36,7 @@ def record(site: str = "act", **given: object) -> Record:
         "tails": "both",
         "output": False,
         "gate": False,
+        "after": (),
         "units": 8,
         "normal_low": 0.0147,
         "normal_high": 0.0147,

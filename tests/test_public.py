@@ -16,6 +16,7 @@ ARROWS = {
     "__init__": {"activations", "monitor", "record", "rules", "tensorboard.reader"},
     "record": set(),
     "rules": {"record"},
+    "diagnosis": {"record", "rules"},
     "report": {"record", "rules", "tensorboard", "tensorboard.reader"},
     "tensorboard": set(),
     "tensorboard.reader": {"record", "tensorboard"},
@@ -28,9 +29,9 @@ ARROWS = {
     "process": set(),
     "replay": set(),
     "taps": {"activations", "calls", "graph", "record", "replay", "statistics", "weights"},
-    "monitor": {"__init__", "activations", "calls", "process", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
+    "monitor": {"__init__", "activations", "calls", "diagnosis", "process", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
 }
-HOST = ["record", "rules", "report", "tensorboard", "tensorboard.reader", "tensorboard.writer"]
+HOST = ["record", "rules", "diagnosis", "report", "tensorboard", "tensorboard.reader", "tensorboard.writer"]
 
 
 def modules() -> dict[str, Path]:

@@ -33,6 +33,7 @@ FACTS = {
     "tails": "both",
     "output": False,
     "gate": False,
+    "after": (),
     "units": None,
     "normal_low": None,
     "normal_high": None,

@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 from torchsat import process
 from torchsat.activations import ACTIVATIONS, Activation
 from torchsat.calls import uses_flex_attention
+from torchsat.diagnosis import Diagnosis, verdict
 from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record
@@ -173,6 +174,7 @@ class Monitor:
             raise TypeError(f"calls is {calls!r}; allowed are True (hear function calls too) and False (modules and recurrent layers only)")
         self._taps = Taps(activations, _selector(include, exclude), epsilon, sample, self._entered, self._left, self._gradients, self._fault, calls)
         self._judge = Judge(rules, self._fault)
+        self._diagnosis = Diagnosis()
         self._latest: Snapshot | None = None
         self._stuck: dict[str, tuple[float, int]] = {}
         self._in_flight: list[_InFlight] = []
@@ -226,7 +228,7 @@ class Monitor:
     @property
     def alerts(self) -> tuple[Alert, ...]:
         """The alerts that fire now, worst first."""
-        return self._judge.firing
+        return self._diagnosis.firing
 
     @property
     def coverage(self) -> Coverage:
@@ -506,7 +508,18 @@ class Monitor:
             row = layer.row()
             if row is not None:
                 rate = self._rates.get(id(weight))
-                weight_facts.append((row.device, {"name": layer.name, "feeds": feeds[layer.name], "fan_in": layer.fan_in, "learning_rate": rate}))
+                weight_facts.append(
+                    (
+                        row.device,
+                        {
+                            "name": layer.name,
+                            "feeds": feeds[layer.name],
+                            "fan_in": layer.fan_in,
+                            "data": layer.name in taps.fed_by_data,
+                            "learning_rate": rate,
+                        },
+                    )
+                )
                 packed.setdefault(row.device, []).append(row)
         if not facts:
             self._warn_of_nothing()
@@ -573,7 +586,7 @@ class Monitor:
                 records.append(record)
         weights = [to_weight(facts, cut(device, len(COLUMNS))) for device, facts in flight.weight_facts]
         snapshot = Snapshot(flight.step, flight.time, tuple(records), tuple(weights))
-        snapshot = replace(snapshot, alerts=self._judge.judge(snapshot))
+        snapshot = replace(snapshot, alerts=self._verdict(snapshot))
         self._latest = snapshot
         self._announce(snapshot)
         # First to the files: a callback may close the monitor.
@@ -587,6 +600,9 @@ class Monitor:
                 except Exception as error:
                     self._on_alert = None
                     self._fault("on_alert", error, "it is not called again")
+
+    def _verdict(self, snapshot: Snapshot) -> tuple[Alert, ...]:
+        return self._diagnosis.judge(self._judge.judge(snapshot), self._judge.firing, snapshot)
 
     def _announce(self, snapshot: Snapshot) -> None:
         """One line after the first observation: what is watched, what is not."""
@@ -717,6 +733,7 @@ def _facts(site: Site) -> dict[str, Any]:
         "tails": site.bound.tails if site.bound.tails_known else "unknown",
         "output": site.output,
         "gate": site.gate,
+        "after": tuple(site.after),
         "units": site.units,
         "normal_low": constants.normal_low if constants else None,
         "normal_high": constants.normal_high if constants else None,
@@ -758,5 +775,4 @@ def _to_host(packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 def _say(alert: Alert) -> None:
     level = logging.INFO if not alert.firing else logging.ERROR if alert.severity == "critical" else logging.WARNING
-    since = f", since step {alert.since}" if alert.firing else ""
-    log.log(level, "torchsat: step %d: %s%s", alert.step, alert.message, since)
+    log.log(level, "torchsat: step %d: %s", alert.step, verdict(alert))

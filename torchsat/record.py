@@ -56,6 +56,8 @@ class Record:
     """The site makes an output of the model: saturation is what it is for, and the default rules leave it alone."""
     gate: bool
     """It multiplies another signal, which it selects by saturating (LSTM, GRU, GLU, squeeze-and-excitation): the default rules leave it alone."""
+    after: tuple[str, ...]
+    """The sites from which its input comes most directly, whatever layers lie between."""
     units: int | None
     """Channels or features; None where the unit axis has no fixed size."""
     normal_low: float | None
@@ -134,6 +136,8 @@ class Weight:
     feeds: tuple[str, ...]
     """The sites that this layer's output reaches first."""
     fan_in: int
+    data: bool
+    """Its input is the model's: nothing that learns computed it."""
     learning_rate: float | None
     """Of the optimizer's group that owns it."""
 
@@ -162,7 +166,10 @@ class Cause:
 
 @dataclass(frozen=True)
 class Alert:
-    """A rule that fired (`firing`) or cleared (not `firing`) at a site."""
+    """A rule that fired (`firing`) or cleared (not `firing`) at a site.
+
+    Alerts of one origin are one alert, at the first site that suffers; `also` names the others.
+    """
 
     site: str
     rule: str
@@ -176,6 +183,9 @@ class Alert:
     firing: bool
     message: str
     causes: tuple[Cause, ...] = ()
+    """Ranked; their shares add up to 1."""
+    also: tuple[str, ...] = ()
+    """Other sites and layers that suffer from the same, in the order of data flow."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -184,7 +194,7 @@ class Alert:
     def from_dict(values: dict[str, Any]) -> Alert:
         known = {field.name for field in fields(Alert)}
         kept = {key: value for key, value in values.items() if key in known}
-        return Alert(**{**kept, "causes": tuple(Cause(**cause) for cause in kept.get("causes", ()))})
+        return Alert(**{**kept, "causes": tuple(Cause(**cause) for cause in kept.get("causes", ())), "also": tuple(kept.get("also", ()))})
 
 
 @dataclass(frozen=True)
@@ -232,10 +242,10 @@ class Coverage:
 
 _NOUNS = {"module": ("module", "modules"), "call": ("call", "calls"), "recurrent": ("gate", "gates"), "softmax": ("softmax", "softmaxes")}
 
-SITE_FACTS = ("site", "activation", "kind", "tails", "output", "gate", "units", "normal_low", "normal_high", "normal_derivative")
+SITE_FACTS = ("site", "activation", "kind", "tails", "output", "gate", "after", "units", "normal_low", "normal_high", "normal_derivative")
 RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not in (*SITE_FACTS, "histogram", "heads"))
 HEAD_METRICS = tuple(field.name for field in fields(Head))
-WEIGHT_FACTS = ("name", "feeds", "fan_in", "learning_rate")
+WEIGHT_FACTS = ("name", "feeds", "fan_in", "data", "learning_rate")
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
 COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "input_n", "rows")
 

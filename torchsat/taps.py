@@ -165,6 +165,8 @@ class Site:
     gate: bool = False
     feeds_on: dict[str, None] = field(default_factory=dict)
     """The layers that feed it, a set in order."""
+    after: dict[str, None] = field(default_factory=dict)
+    """The sites that its input depends on most directly."""
     traced: bool = False
     """Its place in the graph was seen: what the next two say counts."""
     hidden: bool = False
@@ -187,7 +189,7 @@ class Site:
 
     def start_over(self) -> None:
         """Forget what depends on the structure of the model."""
-        self.feeds_on, self.traced, self.hidden, self.reaches_output, self.output = {}, False, False, False, False
+        self.feeds_on, self.after, self.traced, self.hidden, self.reaches_output, self.output = {}, {}, False, False, False, False
         self.units, self.units_vary, self.block = None, False, None
 
 
@@ -309,6 +311,8 @@ class Taps:
         """Places no longer watched, and why."""
         self.notes: dict[str, str] = {}
         """Places seen in part, and what is missing."""
+        self.fed_by_data: set[str] = set()
+        """The layers whose input nothing computed that learns."""
         self.turn = 0
         self.is_open = False
         self.saw_pass = False
@@ -325,6 +329,7 @@ class Taps:
         """The pass whose backward began last: a recompute belongs to it."""
         self._local = threading.local()
         self._last_layer: str | None = None
+        self._last_site: str | None = None
         self._shapes: dict[str, tuple[int, int]] = {}
         self._weights: dict[int, str] = {}
         self._nodes: dict[Node, Site] = {}
@@ -513,7 +518,7 @@ class Taps:
         self._passing = training
         self._listener.reset()
         if training:
-            self.saw_model, self._last_layer = True, None
+            self.saw_model, self._last_layer, self._last_site = True, None, None
             self._nodes.clear()
             self._survey = Survey() if self._deciding else None
             self._passes.append(Pass())
@@ -651,7 +656,7 @@ class Taps:
         sample, own = call.sample, a.grad_fn
         assert isinstance(sample, Sample)
         if call.counts:
-            self._ran(site, feeders(call.node, self._weights))
+            self._ran(site, [call.node])
             self._count(site, sample, call.taken, torch.sigmoid(call.taken), axis)
         if own is not None:
             add = self._adder(site, sample)
@@ -664,7 +669,7 @@ class Taps:
 
     def _end_softmax(self, site: Site, call: Call, logits: Logits, a: Tensor) -> None:
         if call.counts:
-            self._ran(site, feeders(call.node, self._weights))
+            self._ran(site, [call.node])
             self._count_softmax(site, logits)
         if a.requires_grad and a.grad_fn is not None:
             self._met(site, a.grad_fn)
@@ -672,14 +677,26 @@ class Taps:
 
     def _end_attention(self, site: Site, nodes: set[Node], logits: Logits | None, output: Any) -> None:
         if logits is not None:
-            self._ran(site, tuple(name for node in nodes for name in feeders(node, self._weights)))
+            self._ran(site, nodes)
             self._count_softmax(site, logits)
 
-    def _ran(self, site: Site, feeds_on: Iterable[str]) -> None:
+    def _ran(self, site: Site, nodes: Iterable[Node | None], last_layer: bool = False) -> None:
+        """A site ran on what these nodes made; `last_layer`: where they tell no layer that feeds it, it is the one that ran last."""
         self.saw_pass = True
         self.sites.setdefault(site.name, site)
-        if self._deciding:
-            site.feeds_on.update(dict.fromkeys(feeds_on))
+        if not self._deciding:
+            return
+        nodes = list(nodes)
+        found = [name for node in nodes for name in feeders(node, self._weights)]
+        if not found and last_layer and self._last_layer:
+            found = [self._last_layer]
+        site.feeds_on.update(dict.fromkeys(found))
+        before = [self._nodes[node].name for node in upstream(nodes, self._nodes.__contains__, 20_000) if node in self._nodes]
+        if not any(nodes) and self._last_site:
+            # Without a graph, as in a reentrant checkpoint, the order must do.
+            before = [self._last_site]
+        self._last_site = site.name
+        site.after.update(dict.fromkeys(name for name in before if name != site.name))
 
     def _met(self, site: Site, node: Node) -> None:
         """This node makes the output of a site."""
@@ -784,7 +801,7 @@ class Taps:
         if not isinstance(a, Tensor) or a.shape != torch.Size(sample.shape):
             raise TypeError(f"it maps {sample.shape} to {tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__}")
         if call.counts:
-            self._ran(site, feeders(call.node, self._weights) or ((self._last_layer,) if self._last_layer else ()) if self._deciding else ())
+            self._ran(site, [call.node], last_layer=True)
             if a.numel():
                 self._count(site, sample, call.taken, upcast(sample.take(a.detach())))
         if a.requires_grad and a.grad_fn is not None:
@@ -884,15 +901,19 @@ class Taps:
             for gate in gates:
                 place = f"{name}.{gate.layer}/{gate.name}" if gate.layer else f"{name}/{gate.name}"
                 if self.selects(place):
-                    self._count_gate(place, gate, gated=not isinstance(module, (nn.RNN, nn.RNNCell)))
+                    self._count_gate(place, gate, plain, gated=not isinstance(module, (nn.RNN, nn.RNNCell)))
         except NotRebuiltError as reason:
             self.notes[f"{name}, upper layers"] = str(reason)
+        last = next((site for place, site in reversed(self.sites.items()) if place.startswith((f"{name}.", f"{name}/"))), None)
+        if self._deciding and last is not None:
+            # What comes after the layer comes after its last gate.
+            self._nodes.update(dict.fromkeys(ends(output), last))
 
-    def _count_gate(self, place: str, gate: Gate, gated: bool) -> None:
+    def _count_gate(self, place: str, gate: Gate, x: Tensor, gated: bool) -> None:
         site = self._known.get(place)
         if site is None:
             site = self._known[place] = Site(place, self._plain(gate.function), "recurrent", gated)
-        self.sites.setdefault(place, site)
+        self._ran(site, [x.grad_fn])
         sample = Sample.of(gate.z, self.limit, self.turn)
         z = upcast(sample.take(gate.z))
         self._count(site, sample, z, getattr(torch, gate.function)(z))
@@ -905,6 +926,8 @@ class Taps:
             return
         current = self._current()
         current.add(current.inputs, layer.name, input_sums(module, x, Sample.of(x, self.limit, self.turn)))
+        if self._deciding:
+            (self.fed_by_data.add if x.grad_fn is None and not x.requires_grad else self.fed_by_data.discard)(layer.name)
         if self._deciding and self._nodes:
             for node in upstream([x.grad_fn], lambda node: node in self._nodes or has_weight(node)):
                 if node in self._nodes:

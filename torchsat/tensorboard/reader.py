@@ -160,7 +160,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
             raise ValueError(f"format {known['v']} was written by another version of torchsat; this one reads {FORMAT}")
         kind = value.tag.partition(".")[0]
         if kind == RECORDS:
-            records = tuple(Record(**values) for values in _columns(value.tensor, known, known["sites"]))
+            records = tuple(Record(**{**values, "after": tuple(values["after"])}) for values in _columns(value.tensor, known, known["sites"]))
         elif kind == HISTOGRAM:
             flat = _floats(value.tensor)
             for index, site in enumerate(known["sites"]):
