@@ -13,7 +13,7 @@ PACKAGE = Path(torchsat.__file__).parent
 
 # Who may import whom; a file not named here may import nothing of ours.
 ARROWS = {
-    "__init__": {"activations", "monitor", "record", "rules", "tensorboard.reader"},
+    "__init__": {"activations", "monitor", "record", "rules", "tensorboard.reader", "trial"},
     "record": set(),
     "rules": {"record"},
     "diagnosis": {"record", "rules"},
@@ -29,6 +29,7 @@ ARROWS = {
     "process": set(),
     "replay": set(),
     "taps": {"activations", "calls", "graph", "record", "replay", "statistics", "weights"},
+    "trial": {"monitor", "record", "report", "rules", "taps", "weights"},
     "monitor": {"__init__", "activations", "calls", "diagnosis", "process", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
 }
 HOST = ["record", "rules", "diagnosis", "report", "tensorboard", "tensorboard.reader", "tensorboard.writer"]
@@ -55,8 +56,8 @@ def imports(path: Path) -> set[str]:
 def test_the_public_names_are_these() -> None:
     assert torchsat.__all__ == sorted(torchsat.__all__, key=lambda name: (not name.isupper(), name))
     assert torchsat.__all__ == [
-        *("ACTIVATIONS", "RULES", "Activation", "Alert", "Cause", "Coverage", "Monitor"),
-        *("Record", "Rule", "Snapshot", "Weight", "read", "watch"),
+        *("ACTIVATIONS", "REMEDIES", "RULES", "Activation", "Alert", "Cause", "Coverage", "Head", "Monitor", "Record", "Remedy", "Rule"),
+        *("Snapshot", "Trial", "Trials", "Weight", "probe", "read", "try_remedies", "watch"),
     ]
     for name in torchsat.__all__:
         assert getattr(torchsat, name) is not None

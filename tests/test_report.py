@@ -53,7 +53,9 @@ def test_alerts_have_their_first_and_last_step(tmp_path: Path) -> None:
     assert printed.startswith(f"{tmp_path}: 5 observations, steps 0 to 40, 3 sites, 2 alerts (1 firing at the end)\n")
     table = rows(printed, "Alerts")
     assert " ".join(table[0]) == "critical saturated 10 40, still firing bad (tanh) is saturated"
-    assert " ".join(table[1]) == "warning saturated 20 40 good was odd"
+    assert " ".join(table[1]) == "why: init_too_large (50 %): gain 8"
+    assert " ".join(table[2]) == "try: Xavier"
+    assert " ".join(table[3]) == "warning saturated 20 40 good was odd"
 
 
 def test_a_run_without_alerts_says_so(tmp_path: Path) -> None:

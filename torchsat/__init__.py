@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchsat.activations import ACTIVATIONS, Activation
     from torchsat.monitor import Monitor, watch
-    from torchsat.record import Alert, Cause, Coverage, Record, Snapshot, Weight
+    from torchsat.record import Alert, Cause, Coverage, Head, Record, Snapshot, Weight
     from torchsat.rules import RULES, Rule
     from torchsat.tensorboard.reader import read
+    from torchsat.trial import REMEDIES, Remedy, Trial, Trials, probe, try_remedies
 
 __version__ = "0.1.0"
 
@@ -25,29 +26,43 @@ _HOME = {
     "Alert": "record",
     "Cause": "record",
     "Coverage": "record",
+    "Head": "record",
     "Monitor": "monitor",
+    "REMEDIES": "trial",
     "RULES": "rules",
     "Record": "record",
+    "Remedy": "trial",
     "Rule": "rules",
     "Snapshot": "record",
+    "Trial": "trial",
+    "Trials": "trial",
     "Weight": "record",
+    "probe": "trial",
     "read": "tensorboard.reader",
+    "try_remedies": "trial",
     "watch": "monitor",
 }
 
 __all__ = [
     "ACTIVATIONS",
+    "REMEDIES",
     "RULES",
     "Activation",
     "Alert",
     "Cause",
     "Coverage",
+    "Head",
     "Monitor",
     "Record",
+    "Remedy",
     "Rule",
     "Snapshot",
+    "Trial",
+    "Trials",
     "Weight",
+    "probe",
     "read",
+    "try_remedies",
     "watch",
 ]
 

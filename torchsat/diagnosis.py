@@ -133,7 +133,7 @@ def _blame(site: str, scene: Scene, met: frozenset[str] = frozenset()) -> list[T
                 "init_too_large",
                 math.log(min(known, max(gain, wanted)) / wanted),
                 f"{weight.name} has a gain of {known:.3g} (rms(W) sqrt(fan_in)) where {record.activation} wants {wanted:.3g}",
-                initialiser(record.activation, weight.name),
+                initialiser(record.activation, weight.name) + _not_enough(record, scene),
             )
         )
     if gain > _GROWN * known:
@@ -152,6 +152,17 @@ def _blame(site: str, scene: Scene, met: frozenset[str] = frozenset()) -> list[T
             if source is not None and source.activation in UNBOUNDED and _flows(source, rms):
                 terms += _blame(name, scene, met | {site})
     return terms
+
+
+def _not_enough(record: Record, scene: Scene) -> str:
+    """Where the derivative is small even at its peak, no initialisation rescues a stack."""
+    stack = [each for each in scene.now.records if each.peak is not None and each.peak <= 0.5 and not (each.output or each.gate)]
+    if record not in stack or len(stack) < 3:
+        return ""
+    return (
+        f"; but no initialisation lets gradients through {len(stack)} layers of {record.activation}: use nn.ReLU, nn.GELU or nn.SiLU with He "
+        "initialisation, or put nn.BatchNorm before each"
+    )
 
 
 def _flows(source: Record, rms: float) -> bool:

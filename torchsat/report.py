@@ -6,10 +6,11 @@ Everything comes out of the event files, so it works on another machine, during 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -29,15 +30,22 @@ _LEAST_WIDTH = 110
 """A narrower terminal wraps lines, which is better than numbers cut in half."""
 
 
-def report(run_dir: str | os.PathLike[str], file: TextIO | None = None) -> None:
-    """Print the report of every run at or below a directory. Raises FileNotFoundError where there is none."""
-    file = file or sys.stdout
-    console = Console(file=file, highlight=False, width=None if file.isatty() else _NO_TERMINAL_WIDTH)
-    console.width = max(console.width, _LEAST_WIDTH)
-    for index, run in enumerate(read_runs(run_dir)):
+def report(source: str | os.PathLike[str] | Snapshot, file: TextIO | None = None) -> None:
+    """Print the report of every run at or below a directory, or of one snapshot. Raises FileNotFoundError where there is none."""
+    console = _console(file or sys.stdout)
+    if isinstance(source, Snapshot):
+        _print_tables(console, [source], [(alert, alert) for alert in source.alerts])
+        return
+    for index, run in enumerate(read_runs(source)):
         if index:
             console.print()
         _print_run(console, run)
+
+
+def _console(file: TextIO) -> Console:
+    console = Console(file=file, highlight=False, width=None if file.isatty() else _NO_TERMINAL_WIDTH)
+    console.width = max(console.width, _LEAST_WIDTH)
+    return console
 
 
 def _print_run(console: Console, run: Run) -> None:
@@ -53,15 +61,17 @@ def _print_run(console: Console, run: Run) -> None:
     for sentence in run.notes:
         console.print(f"[yellow]note:[/] {escape(sentence)}")
     console.print()
-    if alerts:
-        console.print(_alert_table(alerts, last.step))
-    else:
-        console.print("no alerts")
-    console.print()
-    console.print(_site_table(run.snapshots, _PLAIN_BARS if _lacks_bars(console.file) else _BARS))
-    if last.weights:
-        console.print()
-        console.print(_weight_table(last))
+    _print_tables(console, run.snapshots, alerts)
+
+
+def _print_tables(console: Console, snapshots: Sequence[Snapshot], alerts: list[tuple[Alert, Alert]]) -> None:
+    last, bars = snapshots[-1], _PLAIN_BARS if _lacks_bars(console.file) else _BARS
+    console.print(_alert_table(alerts, last.step) if alerts else "no alerts")
+    tables = [_site_table(snapshots, bars), _attention_table(snapshots, bars)]
+    for table in (*tables, _weight_table(last)):
+        if table.row_count:
+            console.print()
+            console.print(table)
 
 
 def collect_alerts(snapshots: Sequence[Snapshot]) -> list[tuple[Alert, Alert]]:
@@ -89,8 +99,18 @@ def _alert_table(alerts: list[tuple[Alert, Alert]], end: int) -> Table:
     for raised, last in alerts:
         style = "red" if raised.severity == "critical" else "yellow"
         until = f"{end}, still firing" if last.firing else str(last.step)
-        table.add_row(Text(raised.severity, style), raised.rule, str(raised.since), until, Text(raised.message, overflow="fold"))
+        table.add_row(Text(raised.severity, style), raised.rule, str(raised.since), until, Text("\n".join(_lines(raised)), overflow="fold"))
     return table
+
+
+def _lines(alert: Alert) -> list[str]:
+    """What, who else, why, and what to try: a few lines."""
+    lines = [alert.message]
+    if alert.also:
+        lines.append(f"also: {', '.join(alert.also[:6])}" + (f" and {len(alert.also) - 6} more" if len(alert.also) > 6 else ""))
+    for cause in alert.causes:
+        lines += [f"why: {cause.name} ({percent(cause.share)}): {cause.evidence}", f"     try: {cause.remedy}"]
+    return lines
 
 
 def badness(record: Record) -> float:
@@ -121,8 +141,9 @@ def _site_table(snapshots: Sequence[Snapshot], bars: str) -> Table:
     series: dict[str, list[float | None]] = {}
     for snapshot in snapshots:
         for record in snapshot.records:
-            latest[record.site] = record
-            series.setdefault(record.site, []).append(record.saturated)
+            if record.kind != "softmax":
+                latest[record.site] = record
+                series.setdefault(record.site, []).append(record.saturated)
     for record in sorted(latest.values(), key=badness, reverse=True):
         table.add_row(
             Text(record.site),
@@ -135,6 +156,54 @@ def _site_table(snapshots: Sequence[Snapshot], bars: str) -> Table:
             sparkline(series[record.site], bars=bars),
         )
     return table
+
+
+def _attention_table(snapshots: Sequence[Snapshot], bars: str) -> Table:
+    table = Table(box=None, pad_edge=False, title="Attention and softmax, at the last step", title_justify="left", title_style="bold")
+    table.add_column("site", overflow="fold")
+    for name in ("heads", "entropy", "lowest head", "Jacobian", "logit std", "largest logit"):
+        table.add_column(name, justify="right")
+    table.add_column("lowest entropy over time")
+    latest: dict[str, Record] = {}
+    series: dict[str, list[float | None]] = {}
+    for snapshot in snapshots:
+        for record in snapshot.records:
+            if record.kind == "softmax":
+                latest[record.site] = record
+                series.setdefault(record.site, []).append(record.entropy_min)
+    for record in sorted(latest.values(), key=lambda record: 1.0 if record.entropy_min is None else record.entropy_min):
+        table.add_row(
+            Text(record.site + (" (output)" if record.output else "")),
+            str(len(record.heads or ())),
+            *(_number(value, "{:.3g}") for value in (record.entropy, record.entropy_min, record.jacobian, record.logit_std, record.z_max)),
+            sparkline(series[record.site], bars=bars),
+        )
+    return table
+
+
+def trials_table(trials: Any) -> str:
+    """The `Trials` of try_remedies as text: loss and gradient at the end, and the worst hidden site."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("remedy")
+    for name in ("loss", "saturated", "E|f'|/peak", "attenuation", "first layer's gradient"):
+        table.add_column(name, justify="right")
+    table.add_column("what was changed", overflow="fold")
+    for trial in trials.trials:
+        table.add_row(
+            trial.remedy,
+            _number(trial.loss if trial.tried else None, "{:.3g}"),
+            _share(trial.worst("saturated")),
+            _number(trial.worst("relative_derivative"), "{:.3g}"),
+            _number(trial.worst("attenuation"), "{:.3g}"),
+            _number(trial.first_gradient(), "{:.2e}"),
+            Text(trial.change if trial.tried else f"not tried: {trial.change}"),
+        )
+    out = io.StringIO()
+    console = _console(out)
+    console.print(table)
+    for note in trials.notes:
+        console.print(note, markup=False)
+    return out.getvalue().rstrip()
 
 
 def _weight_table(snapshot: Snapshot) -> Table:

@@ -1,0 +1,266 @@
+"""Causes against sums done by hand, and against faults that were put into small networks."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchsat
+from tests.conftest import record
+from torchsat import Alert, Snapshot, Weight
+from torchsat.diagnosis import Diagnosis, Scene, attribute, explain, initialiser, upstream_of, verdict
+
+
+def weight(name: str = "fc", feeds: str = "act", **given: object) -> Weight:
+    values: dict[str, object] = {
+        "fan_in": 64,
+        "data": False,
+        "learning_rate": 0.1,
+        "gain": 1.0,
+        "norm": 8.0,
+        "grad_norm": 1.0,
+        "update_ratio": 1e-3,
+        "input_rms": 1.0,
+        "input_centred_share": 1.0,
+        "input_n": 1000,
+    }
+    return Weight(name=name, feeds=(feeds,), **{**values, **given})  # type: ignore[arg-type]
+
+
+def alert(site: str = "act", rule: str = "saturated", **given: object) -> Alert:
+    values: dict[str, object] = {
+        "severity": "critical",
+        "value": 0.9,
+        "threshold": 0.5,
+        "since": 0,
+        "step": 2,
+        "firing": True,
+        "message": f"{site} is bad",
+    }
+    return Alert(site, rule, **{**values, **given})  # type: ignore[arg-type]
+
+
+def snapshot(*items: object, step: int = 0) -> Snapshot:
+    records = tuple(item for item in items if isinstance(item, torchsat.Record))
+    return Snapshot(step, 0.0, records, tuple(item for item in items if isinstance(item, Weight)))
+
+
+def causes(now: Snapshot, first: Snapshot | None = None, **given: object) -> dict[str, float]:
+    found = explain(alert(**given), Scene(now, first or now, now))  # type: ignore[arg-type]
+    assert not found or sum(cause.share for cause in found) == pytest.approx(1)
+    assert list(found) == sorted(found, key=lambda cause: -cause.share)
+    assert all(cause.evidence and cause.remedy for cause in found)
+    return {cause.name: cause.share for cause in found}
+
+
+def test_shares_are_the_terms_of_the_logarithm() -> None:
+    """Gain 4 where tanh wants 1; input rms 6 of which 3/4 is offset: ln 4, 0.5 ln 4, ln 3."""
+    now = snapshot(record(z_rms=24.0), weight(data=True, gain=4.0, input_rms=6.0, input_centred_share=0.25))
+    total = math.log(4) + math.log(6)
+    assert causes(now) == pytest.approx(
+        {"init_too_large": math.log(4) / total, "inputs_unscaled": math.log(3) / total, "inputs_uncentred": 0.5 * math.log(4) / total}
+    )
+
+
+def test_growth_and_alignment_are_learned() -> None:
+    """Gain 2 at the start, 6 now; z is 3 times what the gain explains."""
+    now = snapshot(record(z_rms=18.0), weight(gain=6.0), step=100)
+    first = snapshot(record(), weight(gain=2.0))
+    total = math.log(2) + math.log(3) + math.log(3)
+    assert causes(now, first) == pytest.approx({"weight_growth": 2 * math.log(3) / total, "init_too_large": math.log(2) / total})
+
+
+def test_inputs_of_a_hidden_layer_are_no_inputs() -> None:
+    """A sigmoid's output is un-centred by nature: nothing that the user standardises."""
+    now = snapshot(record(z_rms=9.0), weight(gain=9.0, input_rms=5.0, input_centred_share=0.1))
+    assert set(causes(now)) == {"init_too_large"}
+
+
+def test_blame_goes_back_through_an_unbounded_activation_but_not_through_a_norm() -> None:
+    """ReLU hands on what it gets: gain 10 before it, and an input of rms 20."""
+    relu = record("relu", activation="relu", a_mean=20.0, a_std=30.0, z_rms=200.0)
+    tanh = record("tanh", z_rms=math.hypot(20, 30), after=("relu",))
+    layers = weight("one", "relu", data=True, gain=10.0, input_rms=20.0), weight("two", "tanh", gain=1.0, input_rms=math.hypot(20, 30))
+    total = math.log(10 / math.sqrt(2)) + math.log(20)
+    expected = {"inputs_unscaled": math.log(20) / total, "init_too_large": math.log(10 / math.sqrt(2)) / total}
+    assert causes(snapshot(relu, tanh, *layers), site="tanh") == pytest.approx(expected)
+    normed = replace(layers[1], input_rms=1.0), replace(tanh, z_rms=1.0)
+    assert causes(snapshot(relu, normed[1], layers[0], normed[0]), site="tanh") == {"activation_choice": 1.0}
+
+
+def test_remedies_name_the_users_own_modules() -> None:
+    assert attribute("blocks.0.mlp.fc") == "model.blocks[0].mlp.fc"
+    assert attribute("0") == "model[0]"
+    assert initialiser("tanh", "0") == "nn.init.xavier_normal_(model[0].weight)"
+    assert initialiser("relu", "a.b") == 'nn.init.kaiming_normal_(model.a.b.weight, nonlinearity="relu")'
+    assert initialiser("selu", "a") == 'nn.init.kaiming_normal_(model.a.weight, nonlinearity="linear")'
+
+
+def test_xavier_alone_is_not_said_to_rescue_a_stack_of_sigmoids() -> None:
+    sites = [record(f"s{k}", activation="sigmoid", peak=0.25) for k in range(3)]
+    now = snapshot(*sites, *(weight(f"w{k}", f"s{k}", gain=8.0) for k in range(3)))
+    (cause,) = explain(alert("s0"), Scene(now, now, now))
+    assert "no initialisation lets gradients through 3 layers of sigmoid" in cause.remedy
+    assert "nn.BatchNorm before each" in cause.remedy
+
+
+CHAIN = [record("a"), record("b", after=("a",)), record("c", after=("b",)), record("other")]
+
+
+def test_upstream() -> None:
+    assert upstream_of("c", CHAIN) == {"a", "b"}
+    assert upstream_of("a", CHAIN) == set()
+
+
+def test_alerts_of_one_origin_are_one_alert() -> None:
+    raw = [alert("b"), alert("c", "stuck_units"), alert("a", "vanishing_gradient", severity="warning"), alert("other")]
+    diagnosis = Diagnosis()
+    told = diagnosis.judge(raw, raw, snapshot(*CHAIN, step=2))
+    assert {(each.site, each.rule): each.also for each in told} == {("b", "saturated"): ("c", "a"), ("other", "saturated"): ()}
+    assert diagnosis.firing == told
+    # Nothing new: nothing is said.
+    assert diagnosis.judge([], raw, snapshot(*CHAIN, step=3)) == ()
+
+
+def test_what_remains_when_the_origin_is_over_is_told_then() -> None:
+    raw = [alert("a"), alert("b")]
+    diagnosis = Diagnosis()
+    assert [each.site for each in diagnosis.judge(raw, raw, snapshot(*CHAIN, step=2))] == ["a"]
+    over = alert("a", firing=False, message="a: no longer saturated")
+    told = diagnosis.judge([over], raw[1:], snapshot(*CHAIN, step=9))
+    assert [(each.site, each.firing) for each in told] == [("a", False), ("b", True)]
+
+
+def test_an_alert_that_turns_out_to_have_an_origin_is_closed() -> None:
+    diagnosis = Diagnosis()
+    first = [alert("a", "vanishing_gradient", severity="warning")]
+    assert len(diagnosis.judge(first, first, snapshot(*CHAIN, step=2))) == 1
+    told = diagnosis.judge([alert("c")], [*first, alert("c")], snapshot(*CHAIN, step=4))
+    assert [(each.site, each.rule, each.firing) for each in told] == [("a", "vanishing_gradient", False), ("c", "saturated", True)]
+    assert told[0].message == "a: told with c from here on"
+    assert diagnosis.firing == (told[1],)
+
+
+def test_an_alert_that_worsens_is_told_again() -> None:
+    diagnosis = Diagnosis()
+    mild = [alert("a", severity="warning")]
+    diagnosis.judge(mild, mild, snapshot(*CHAIN, step=2))
+    worse = [alert("a", severity="warning"), alert("b")]
+    told = diagnosis.judge([alert("b")], worse, snapshot(*CHAIN, step=4))
+    assert [(each.site, each.severity, each.also) for each in told] == [("a", "critical", ("b",))]
+
+
+def test_a_users_rule_is_its_own_origin() -> None:
+    raw = [alert("a"), alert("b", "hot")]
+    assert {each.rule for each in Diagnosis().judge(raw, raw, snapshot(*CHAIN, step=2))} == {"saturated", "hot"}
+
+
+def test_the_line_in_the_log() -> None:
+    now = snapshot(*CHAIN, weight(feeds="a", gain=8.0))
+    (told,) = Diagnosis().judge([alert("a")], [alert("a"), alert("b")], now)
+    assert verdict(told) == "a is bad, since step 0, and 1 more after it. init_too_large 100%. Try: nn.init.xavier_normal_(model.fc.weight)"
+
+
+def stack(activation: Callable[[], nn.Module], depth: int = 3, gain: float = 1.0, width: int = 64) -> nn.Sequential:
+    model = nn.Sequential()
+    for k in range(depth):
+        linear = nn.Linear(width, width)
+        nn.init.normal_(linear.weight, std=gain / math.sqrt(width))
+        nn.init.zeros_(linear.bias)
+        model.add_module(f"block{k}", nn.Sequential(OrderedDict(fc=linear, act=activation())))
+    model.add_module("head", nn.Linear(width, 10))
+    return model
+
+
+def verdicts(model: nn.Module, inputs: Callable[[], Tensor], lr: float = 0.05, steps: int = 30) -> tuple[Alert, ...]:
+    monitor = torchsat.watch(model, every=5, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x = inputs()
+        nn.functional.cross_entropy(model(x), (x.flatten(1)[:, :10] - x.mean()).argmax(1)).backward()
+        optimizer.step()
+    monitor.close()
+    return monitor.alerts
+
+
+def test_faults_are_named_at_their_source() -> None:
+    normal = lambda: torch.randn(64, 64)  # noqa: E731
+    (told,) = verdicts(stack(nn.Tanh, gain=8.0), normal)
+    assert (told.site, told.causes[0].name, told.also) == ("block0.act", "init_too_large", ("block1.act", "block2.act"))
+    assert told.causes[0].remedy == "nn.init.xavier_normal_(model.block0.fc.weight)"
+    (told,) = verdicts(stack(nn.Tanh), lambda: 50 * torch.randn(64, 64))
+    assert (told.site, told.causes[0].name) == ("block0.act", "inputs_unscaled")
+    (told,) = verdicts(stack(nn.Tanh), lambda: 20 + torch.randn(64, 64))
+    assert (told.site, told.causes[0].name) == ("block0.act", "inputs_uncentred")
+    (told,) = verdicts(stack(nn.Sigmoid, depth=12), normal)
+    assert (told.rule, told.causes[0].name) == ("vanishing_gradient", "activation_choice")
+    (told,) = verdicts(stack(nn.Tanh, depth=10, gain=0.3), normal)
+    assert (told.rule, told.causes[0].name) == ("vanishing_gradient", "init_too_small")
+    assert verdicts(stack(nn.Tanh), normal) == ()
+
+
+def test_only_the_layer_that_is_wrong_is_named() -> None:
+    model = stack(nn.Tanh)
+    with torch.no_grad():
+        model.block1.fc.weight *= 10  # type: ignore[operator,union-attr]
+    (told,) = verdicts(model, lambda: torch.randn(64, 64))
+    assert (told.site, told.causes[0].name) == ("block1.act", "init_too_large")
+    assert "model.block1.fc.weight" in told.causes[0].remedy
+
+
+def test_the_order_is_that_of_data_not_of_registration() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last, self.act2 = nn.Linear(64, 64), nn.Tanh()
+            self.head = nn.Linear(64, 10)
+            self.early, self.act1 = nn.Linear(64, 64), nn.Tanh()
+            for layer in (self.last, self.early):
+                nn.init.normal_(layer.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act2(self.last(self.act1(self.early(x)))))  # type: ignore[no-any-return]
+
+    (told,) = verdicts(Net(), lambda: torch.randn(64, 64))
+    assert (told.site, told.also) == ("act1", ("act2",))
+
+
+def test_dead_units_and_non_finite_numbers() -> None:
+    model = stack(nn.ReLU, gain=math.sqrt(2))
+    with torch.no_grad():
+        model.block0.fc.bias -= 10  # type: ignore[operator,union-attr]
+    (told,) = verdicts(model, lambda: torch.randn(64, 64))
+    assert (told.site, told.causes[0].name) == ("block0.act", "dead_units")
+
+    def broken() -> Tensor:
+        x = torch.randn(64, 64)
+        x[3, 5] = math.inf
+        return x
+
+    (told,) = verdicts(stack(nn.Tanh), broken)
+    assert (told.rule, told.site, told.causes[0].name) == ("nonfinite", "block0.act", "numeric_range")
+    exploded = verdicts(stack(nn.ReLU, depth=6, gain=30.0), lambda: torch.randn(64, 64), lr=1.0)
+    assert (exploded[0].rule, exploded[0].causes[0].name) == ("nonfinite", "init_too_large")
+
+
+def test_collapsed_attention() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+            self.head = nn.Linear(64, 10)
+            with torch.no_grad():
+                self.attention.in_proj_weight[:128] *= 20
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x[:, None, :] * torch.linspace(-1, 1, 9)[:, None]
+            return self.head(self.attention(tokens, tokens, tokens)[0].mean(1))  # type: ignore[no-any-return]
+
+    (told,) = verdicts(Net(), lambda: torch.randn(64, 64))
+    assert (told.rule, told.site, told.causes[0].name) == ("attention_collapse", "attention/softmax", "softmax_logits")
+    assert "model.attention" in told.causes[0].remedy

@@ -1,0 +1,193 @@
+"""Probe and trials: right numbers, and a model, an optimizer and random numbers left as they were."""
+
+import io
+import itertools
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchsat
+from tests.test_diagnosis import stack
+from torchsat import REMEDIES, Remedy
+from torchsat.report import report
+
+
+def data(batches: int = 8) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = [5 + 8 * torch.randn(32, 64, generator=generator) for _ in range(batches)]
+    return [(x, (x[:, :10] - 5).argmax(1)) for x in inputs]
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def state(model: nn.Module) -> list[Tensor]:
+    """Everything that training could change, random numbers included."""
+    values = [*model.state_dict().values(), *(each.grad for each in model.parameters() if each.grad is not None), torch.get_rng_state()]
+    return [value.clone() for value in values]
+
+
+def same(before: list[Tensor], after: list[Tensor]) -> bool:
+    return len(before) == len(after) and all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_a_probe_gives_the_verdict_and_leaves_no_trace(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(64), nn.Dropout(0.1), *stack(nn.Tanh, gain=8.0))
+    x, y = data()[0]
+    model(x).sum().backward()
+    before = state(model)
+    snapshot = torchsat.probe(model, x, loss=lambda output: nn.functional.cross_entropy(output, y))
+    assert same(before, state(model))
+    assert caplog.messages == []
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    (alert,) = snapshot.alerts
+    assert (alert.site, alert.causes[0].name) == ("2.act", "init_too_large")
+    assert snapshot["2.act"].grad_n == snapshot["2.act"].elements == 32 * 64
+    out = io.StringIO()
+    report(snapshot, out)
+    assert "why: init_too_large" in out.getvalue()
+    assert "try: nn.init.xavier_normal_(model[2].fc.weight)" in out.getvalue()
+
+
+def test_a_probe_agrees_with_watching() -> None:
+    model = stack(nn.Tanh)
+    x, y = data()[0]
+    snapshot = torchsat.probe(model, x, loss=lambda output: nn.functional.cross_entropy(output, y))
+    monitor = torchsat.watch(model, sample=None, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    assert monitor.latest is not None
+    assert snapshot.records == monitor.latest.records
+
+
+def test_a_probe_without_a_loss_uses_the_output() -> None:
+    class Out:
+        def __init__(self, value: Tensor) -> None:
+            self.loss, self.extra = value, torch.zeros(3)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = stack(nn.Tanh)
+
+        def forward(self, x: Tensor) -> Out:
+            return Out(self.inner(x).square().mean())
+
+    x = data()[0][0]
+    model = Net()
+    ours = torchsat.probe(model, x)["inner.block0.act"].grad_z_rms
+    assert ours == torchsat.probe(model.inner, x)["block0.act"].grad_z_rms
+    assert torchsat.probe(stack(nn.Tanh).eval(), x)["block0.act"].grad_n > 0
+
+
+def test_what_a_probe_refuses() -> None:
+    x = torch.randn(4, 64)
+    with pytest.raises(TypeError, match="model is a str; allowed is a"):
+        torchsat.probe("model", x)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"the loss is \(4, 10\); a scalar tensor is needed"):
+        torchsat.probe(stack(nn.Tanh), x, loss=lambda output: output)
+    with pytest.raises(ValueError, match="no activation ran in this pass"):
+        torchsat.probe(nn.Linear(64, 2), x)
+    model = stack(nn.Tanh)
+    model.lock = open(__file__)  # noqa: SIM115
+    with model.lock, pytest.raises(TypeError, match=r"Sequential cannot be copied \(TypeError: cannot pickle .*a trial needs a copy"):
+        torchsat.probe(model, x)
+
+
+def test_every_remedy_is_tried_and_nothing_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    model = stack(nn.Sigmoid, gain=8.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9)
+    loss(model, data()[0]).backward()
+    optimizer.step()
+    before, momentum = state(model), [entry["momentum_buffer"].clone() for entry in optimizer.state.values()]
+    trials = torchsat.try_remedies(model, data(), loss, optimizer=optimizer, steps=30)
+    assert same(before, state(model))
+    assert all(torch.equal(one, entry["momentum_buffer"]) for one, entry in zip(momentum, optimizer.state.values(), strict=True))
+    assert caplog.messages == []
+    assert [trial.remedy for trial in trials.trials] == ["as it is", *(remedy.name for remedy in REMEDIES)]
+    assert all(trial.tried and len(trial.losses) == 30 for trial in trials.trials)
+    assert trials["as it is"].worst("saturated") > 0.5  # type: ignore[operator]
+    assert trials["standardised inputs"].change == "inputs standardised per feature"
+    assert trials["BatchNorm"].worst("saturated") < 0.05  # type: ignore[operator]
+    assert trials["ReLU"].snapshots[0].records[0].activation == "relu"
+    # A learning rate of a tenth moves the weights a tenth as far in the first step.
+    plain, slow = (trials[name].snapshots[0].weights[0].update_ratio for name in ("as it is", "lower learning rate"))
+    assert slow == pytest.approx(plain / 10, rel=1e-3)  # type: ignore[operator]
+    assert trials.best.remedy in ("ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "BatchNorm")
+    text = str(trials)
+    assert "4 layers" not in text
+    assert "3 activations are ReLU; 3 layers drawn anew, He" in text
+    assert trials.sentence("ReLU").startswith("ReLU helps: loss ")
+
+
+def test_the_untouched_copy_trains_as_the_model_would() -> None:
+    model = nn.Sequential(nn.Dropout(0.2), *stack(nn.Tanh))
+    batches = data(3)
+    random = torch.get_rng_state()
+    trials = torchsat.try_remedies(model, batches, loss, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1), steps=7, remedies=())
+    assert torch.equal(random, torch.get_rng_state())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    expected = []
+    for batch in itertools.islice(itertools.cycle(batches), 7):
+        optimizer.zero_grad()
+        value = loss(model, batch)
+        value.backward()
+        optimizer.step()
+        expected.append(value.item())
+    assert trials["as it is"].losses == tuple(expected)
+
+
+def test_convolutions_tokens_and_what_cannot_be_changed() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(1, 6, 3), nn.Tanh()
+            self.token, self.hidden, self.head = nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.act(self.conv(x.unflatten(1, (1, 8, 8)))).flatten(2).transpose(1, 2)
+            return self.head(torch.relu(self.hidden(self.token(x))).mean(1))  # type: ignore[no-any-return]
+
+    trials = torchsat.try_remedies(Net(), data(2), loss, steps=3, progress=False)
+    assert all(trial.tried for trial in trials.trials), [trial.change for trial in trials.trials]
+    assert trials.notes == ("not changed, since they are no modules: relu",)
+    assert trials["LayerNorm"].change == "LayerNorm before 2 activations"
+
+
+def test_what_try_remedies_refuses_and_says() -> None:
+    model = stack(nn.Tanh)
+    with pytest.raises(TypeError, match="batches is an iterator, which can be read only once"):
+        torchsat.try_remedies(model, iter(data()), loss)
+    with pytest.raises(ValueError, match="batches is empty"):
+        torchsat.try_remedies(model, [], loss)
+    with pytest.raises(ValueError, match="steps is 0"):
+        torchsat.try_remedies(model, data(), loss, steps=0)
+    with pytest.raises(TypeError, match="a scalar tensor is needed: loss=lambda model, batch"):
+        torchsat.try_remedies(model, data(), lambda model, batch: model(batch[0]))
+    with pytest.raises(ValueError, match="no hidden activation of this model is a module"):
+        torchsat.try_remedies(nn.TransformerEncoderLayer(64, 4, 8), [torch.randn(3, 2, 64)], lambda m, b: m(b).sum())
+
+    def refuse(model: nn.Module, context: object) -> str:
+        raise ValueError("it has no such thing")
+
+    trials = torchsat.try_remedies(model, data(), loss, steps=2, remedies=[Remedy("mine", refuse)])
+    assert not trials["mine"].tried
+    assert math.isnan(trials["mine"].loss)
+    assert trials.sentence("mine") == "mine was not tried: it has no such thing"
+    assert "not tried: it has no such thing" in str(trials)
+    with pytest.raises(KeyError, match="no remedy 'other'; there are: as it is, mine"):
+        trials["other"]
+
+
+def test_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+    trials = torchsat.try_remedies(stack(nn.Tanh), data(), loss, steps=12, remedies=REMEDIES[:2])
+    trials.picture(tmp_path / "trials.png")
+    assert (tmp_path / "trials.png").read_bytes()[:4] == b"\x89PNG"
