@@ -514,7 +514,7 @@ def test_a_sigmoid_that_multiplies_is_a_gate() -> None:
 
     snapshot = one_step(SqueezeExcite(), x=torch.randn(4, 3, 6, 6))
     assert {record.site: (record.gate, record.output) for record in snapshot.records} == {
-        "hidden": (True, False),
+        "hidden": (False, False),
         "tanh": (False, False),
         "sigmoid": (True, False),
         "sigmoid_1": (False, True),

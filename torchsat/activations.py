@@ -7,8 +7,8 @@ A *tail* is where |f'| stays below epsilon of its peak, all the way out. Its edg
 kink of a hard function (ReLU at 0, Hardtanh at 1). A zero of f' elsewhere (GELU near -0.75, Tanhshrink at 0) is not a tail.
 
 A user's function is a longer tuple: `activations=(*ACTIVATIONS, Activation("snake", modules=(Snake,)))`. What such a row leaves out is
-found numerically: the derivative by automatic differentiation, peak and tails on a grid. A module that is in no row is tried on numbers
-(`recognise`): if it maps every element on its own, and not linearly, it is an activation.
+found numerically: the derivative by automatic differentiation, peak and tails on a grid. A module that is in no row is judged by what it makes
+of real data, never by running it: if its numbers are those of a row, it is that function (`recognise`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from torchsat.record import Tails
 
@@ -190,96 +188,90 @@ def _bind(
     return Bound(activation, derivative, plain, learned, epsilon, constants)
 
 
-def recognise(module: nn.Module, rows: Sequence[Activation], epsilon: float) -> Bound | None:
-    """The activation that a module of no row computes, found by trying it on numbers; None if it computes none.
+def recognise(z: Tensor, a: Tensor, rows: Sequence[Activation], epsilon: float) -> Bound | None:
+    """The function that made a of z, elements of a module of no row: a row at its defaults, GELU by tanh, quick GELU or squared ReLU.
 
-    A module qualifies that has no children or buffers, whose parameters have one value or one per channel, and that maps every element on its
-    own, draws no random numbers, and is not linear. If it is a function of `rows` at its defaults (and GELU by tanh), it becomes that one.
-
-    Never raises; leaves the module and the random numbers as they are.
+    Only the numbers are compared, in the precision of a; no function of the module is called. None where no row fits, or too many do.
     """
-    parameters = dict(module.named_parameters(recurse=False))
-    bare = next(module.children(), None) is None and next(module.buffers(), None) is None
-    if type(module).__module__.startswith("torch.") or not bare or any(is_lazy(parameter) or parameter.ndim > 1 for parameter in parameters.values()):
+    tolerance = _tolerance(a.dtype)
+    z, a = z.double(), a.double()
+    finite = torch.isfinite(z) & torch.isfinite(a)
+    z, a = z[finite], a[finite]
+    if z.numel() < 16 or not bool((z > 0.1).any()) or not bool((z < -0.1).any()) or bool(torch.isclose(a, z, rtol=tolerance, atol=0).all()):
         return None
-    sizes = {parameter.numel() for parameter in parameters.values()} - {1}
-    if len(sizes) > 1:
-        return None
-    size = max(sizes, default=5)
-    if size > _MOST_CHANNELS:
-        return None
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", type(module).__name__)
-    values = {key: parameter.detach().cpu().double() for key, parameter in parameters.items()}
-    random = torch.get_rng_state()
-    try:
-        z = 2 * torch.randn(2, size, size, dtype=torch.float64, device="cpu", generator=torch.Generator("cpu").manual_seed(0))
-        a = _twin(module).forward(z.clone())
-        if not isinstance(a, Tensor) or a.shape != z.shape or not a.is_floating_point():
-            return None
-        # Which axis the parameters belong to shows in what the flattened function makes of either.
-        for axis in (1, -1) if sizes else (1,):
-            shape = [1, size, 1] if axis == 1 else [1, 1, size]
-            spread = {key: value.reshape(shape).expand(z.shape).flatten() if value.numel() > 1 else value for key, value in values.items()}
-            function = functools.partial(_run_twin, module)
-            if not torch.allclose(function(z.flatten().clone(), **spread), a.flatten(), rtol=1e-9, atol=1e-12):
-                continue
-            differentiate = check_elementwise(name, function, {key: value.flatten()[:1] for key, value in values.items()})
-            slope = _slope(differentiate, function, z.flatten(), **spread)
-            if torch.allclose(slope, _slope(differentiate, function, 3 * z.flatten() + 1, **spread), rtol=1e-9, atol=1e-12):
-                return None
-            if not values:
-                known = _same_function(slope, z.flatten(), rows, epsilon)
-                if known is not None:
-                    return known
-            derivative = functools.partial(_slope, differentiate, function)
-            row = Activation(name, (type(module),), tuple(values))
-            if not values:
-                return Bound(row, derivative, {}, {}, epsilon, _constants.__wrapped__(row, derivative, (), epsilon))
-            learned = {key: parameter.detach() for key, parameter in parameters.items()}
-            if axis == -1:
-                learned = {key: value.reshape(1, -1) if value.numel() > 1 else value for key, value in learned.items()}
-            return Bound(row, derivative, {}, learned, epsilon, None)
-    except Exception:
-        return None
-    finally:
-        torch.set_rng_state(random)
-    return None
-
-
-_MOST_CHANNELS = 512
-"""Beyond it a vector of parameters belongs to a norm, and trying it would take long."""
-
-
-def _same_function(slope: Tensor, z: Tensor, rows: Sequence[Activation], epsilon: float) -> Bound | None:
-    """The row, at its defaults, whose derivative is this one."""
-    for row in rows:
-        if row.derivative is None or row.from_output or len(row.defaults) != len(row.parameters):
+    for row in (*rows, *_WITHOUT_MODULE):
+        if row.derivative is None or row.from_output or len(row.defaults) != len(row.parameters) or not (row.calls or row.function):
             continue
+        function = row.function or row.calls[0]
         for values in (row.defaults, *([("tanh",)] if row.name == "gelu" else [])):
             given = dict(zip(row.parameters, values, strict=True))
-            if torch.allclose(row.derivative(z, **given), slope, rtol=1e-9, atol=1e-12):
+            # Near a zero of the function the rounding is that of its terms, which are as large as z.
+            made = function(z.clone(), **given)
+            if bool(((made - a).abs() <= tolerance * (a.abs() + 0.1 * z.abs().clamp(max=1))).all()):
                 return Bound(row, row.derivative, given, {}, epsilon, _constants(row, row.derivative, tuple(sorted(given.items())), epsilon))
     return None
 
 
-def _twin(module: nn.Module, values: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A module with the same attributes, whose parameters are others: by default its own, in float64 on the CPU, without gradients.
+def fits(bound: Bound, z: Tensor, a: Tensor) -> Tensor:
+    """Whether a recognised function still makes a of z: a boolean on the device, true where they differ."""
+    function = bound.activation.function or bound.activation.calls[0]
+    made = function(z.clone(), **bound.plain)
+    return ((made - a.to(made)).abs() > 4 * _tolerance(a.dtype) * (made.abs() + z.abs().clamp(max=1))).any()
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far two ways of writing a function may lie apart; of the low precisions only the result is rounded."""
+    return torch.finfo(dtype).eps * (4 if dtype in (torch.float16, torch.bfloat16) else 64)
+
+
+def is_function(z: Tensor, slope: Tensor, axes: Sequence[Tensor | None]) -> bool:
+    """Whether a derivative that differs from element to element is a function of z, alone or within each unit of an axis.
+
+    Sorted by z, neighbours have nearly the same slope if it is one; the slopes of a random mask have nothing to do with each other
+    (von Neumann's ratio: 0 and 1).
+
+    Args:
+        z, slope: vectors.
+        axes: for each grouping, the unit of each element; None: no grouping.
+    """
+    spread = slope.double().var(correction=0)
+    if not float(spread) > 1e-10 * float(slope.double().square().mean()):
+        return False
+    for units in axes:
+        order = z.argsort() if units is None else z.argsort()[units[z.argsort()].argsort(stable=True)]
+        jumps = slope.double()[order].diff().square()
+        within = slope.double()
+        if units is not None:
+            sorted_units = units[order]
+            jumps = jumps[sorted_units.diff() == 0]
+            count = torch.zeros(int(units.max()) + 1, dtype=torch.float64, device=z.device).index_add_(0, units, torch.ones_like(within))
+            mean = torch.zeros_like(count).index_add_(0, units, within) / count.clamp(min=1)
+            within = within - mean[units]
+            spread = within.square().mean()
+            if not float(spread) > 1e-10 * float(slope.double().square().mean()):
+                continue
+        if jumps.numel() and float(jumps.mean()) < 0.5 * 2 * float(spread):
+            return True
+    return False
+
+
+def differentiated(name: str, epsilon: float) -> Bound:
+    """A function of which only the derivative at each element is known, from autograd: neither peak nor tails."""
+    return Bound(Activation(name), lambda z: torch.full_like(z, math.nan), {}, {}, epsilon, None)
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """A module with the same attributes, whose parameters are in float64 on the CPU, without gradients.
 
     Not a deep copy: an activation may hold a reference to a whole model.
     """
     twin = object.__new__(type(module))
     vars(twin).update(vars(module))
     plain = vars(module)["_parameters"]
-    vars(twin)["_parameters"] = {
-        name: None if value is None else values[name] if values else value.detach().cpu().double() for name, value in plain.items()
-    }
+    vars(twin)["_parameters"] = {name: None if value is None else value.detach().cpu().double() for name, value in plain.items()}
     vars(twin)["_buffers"] = {name: None if value is None else value.detach().cpu().clone() for name, value in vars(module)["_buffers"].items()}
     vars(twin)["_modules"] = {name: None if child is None else _twin(child) for name, child in vars(module)["_modules"].items()}
     return twin
-
-
-def _run_twin(module: nn.Module, z: Tensor, **values: Tensor) -> Tensor:
-    return _twin(module, values).forward(z)  # type: ignore[no-any-return]
 
 
 Differentiate = Callable[..., Tensor]
@@ -624,3 +616,13 @@ ACTIVATIONS: tuple[Activation, ...] = (
     ),
 )
 """The element-wise activations of torch.nn. GELU, SiLU and Mish have their peak (sup|f'| > 1) and tails found on the grid."""
+
+_WITHOUT_MODULE = (
+    Activation(
+        "quick_gelu",
+        derivative=lambda z: torch.sigmoid(1.702 * z) * (1 + 1.702 * z * torch.sigmoid(-1.702 * z)),
+        function=lambda z: z * torch.sigmoid(1.702 * z),
+    ),
+    Activation("squared_relu", derivative=lambda z: 2 * F.relu(z), function=lambda z: F.relu(z).square()),
+)
+"""Functions that models write out by hand, known only by their numbers."""

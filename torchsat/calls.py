@@ -13,14 +13,14 @@ from __future__ import annotations
 import inspect
 import threading
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 Role = Literal["softmax", "softmin", "attention", "glu"]
 
@@ -114,14 +114,16 @@ class Listener(TorchFunctionMode):
         return frames
 
     def _set(self, on: bool) -> None:
-        """Open or close the mode; it can only be closed where it lies on top."""
-        is_on = getattr(self._local, "on", False)
-        if on and not is_on:
+        """Open or close the mode, wherever in the stack it lies: others may have been opened since, or have closed it."""
+        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        if on and self not in modes:
             super().__enter__()  # type: ignore[no-untyped-call]
-            self._local.on = True
-        elif is_on and not on and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
-            super().__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._local.on = False
+        elif not on and self in modes:
+            above = []
+            while (mode := _pop_mode()) is not self:  # type: ignore[no-untyped-call]
+                above.append(mode)
+            for mode in reversed(above):
+                _push_mode(mode)  # type: ignore[no-untyped-call]
 
 
 def uses_flex_attention(model: nn.Module) -> bool:
@@ -129,12 +131,14 @@ def uses_flex_attention(model: nn.Module) -> bool:
     met: set[int] = set()
 
     def is_flex(value: Any, depth: int) -> bool:
-        value = getattr(value, "_torchdynamo_orig_callable", value)
+        value = getattr(value, "_torchdynamo_orig_callable", getattr(value, "__func__", value))
         if getattr(value, "__module__", None) == "torch.nn.attention.flex_attention":
             return getattr(value, "__name__", "") == "flex_attention"
         if not inspect.isfunction(value) or id(value) in met or (value.__module__ or "").split(".")[0] == "torch":
             return False
         met.add(id(value))
+        if _names_flex(value.__code__):
+            return True
         cells = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY_CELL]
         named = [value.__globals__.get(name) for name in value.__code__.co_names]
         return depth > 0 and any(is_flex(each, depth - 1) for each in (*cells, *named))
@@ -145,12 +149,17 @@ def uses_flex_attention(model: nn.Module) -> bool:
     return configured or any(is_flex(value, 3) for value in (*attributes, *(value for kind in kinds for value in vars(kind).values())))
 
 
+def _names_flex(code: types.CodeType) -> bool:
+    """Whether a piece of code, or one inside it, speaks of flex_attention as an attribute or imports it."""
+    return "flex_attention" in code.co_names or any(isinstance(inner, types.CodeType) and _names_flex(inner) for inner in code.co_consts)
+
+
 _EMPTY_CELL = types.CellType()
 
 
-def takes_fused_path(module: nn.Module, args: Any, grad_enabled: bool) -> bool:
+def takes_fused_path(module: nn.Module, given: Iterable[Any], grad_enabled: bool) -> bool:
     """Whether torch.nn may run this module in one fused kernel for inference, which it does not under a mode."""
     if module.training or not isinstance(module, FUSED_INFERENCE):
         return False
-    given = [*module.parameters(), *(value for value in args if isinstance(value, Tensor))]
-    return not (grad_enabled and any(tensor.requires_grad for tensor in given))
+    tensors = [*module.parameters(), *(value for value in given if isinstance(value, Tensor))]
+    return not (grad_enabled and any(tensor.requires_grad for tensor in tensors))

@@ -5,14 +5,19 @@ Nodes are looked at while the pass runs and forgotten after it. A walk holds nod
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import __file__ as checkpoint_file
 
 _MATRIX_PRODUCT = re.compile(r"Addmm|^Mm|Bmm|Baddbmm|Convolution|Matmul|Linear|Attention|Rnn")
 _ACTIVATION = re.compile(
@@ -20,7 +25,10 @@ _ACTIVATION = re.compile(
     r"Softshrink|Hardshrink|Threshold|Softmax|Glu|ScaledDotProduct\w*|\w*Rnn\w*|\w*ThnnFused\w*)Backward\d*"
 )
 _VIEW = re.compile(r"(\w*View|Unsqueeze|Squeeze|Expand|Transpose|Permute|Slice|Select|Split|Chunk|ToCopy|Clone|Alias|T)Backward")
-_MOST_NODES = 100_000
+_COLLECTIVE = re.compile(r"c10d|AllReduce|AllGather|ReduceScatter|AllToAll|Broadcast|WaitTensor", re.IGNORECASE)
+_UNHEARD = "called where no hook of torch is heard: in a compiled or scripted function, in torch.ops, in a transform of torch.func"
+MOST_NODES = 3000
+"""That Python looks at in one pass."""
 
 
 def upstream(starts: Iterable[Node | None], stop: Callable[[Node], bool], limit: int = 512) -> Iterator[Node]:
@@ -34,14 +42,6 @@ def upstream(starts: Iterable[Node | None], stop: Callable[[Node], bool], limit:
         yield node
         if not stop(node):
             queue.extend(before for before, _ in node.next_functions if before is not None)
-
-
-def feeders(node: Node | None, weights: dict[int, str]) -> tuple[str, ...]:
-    """The layers whose weights are the first met on the way back from z."""
-    names: dict[str, None] = {}
-    for met in upstream([node], has_weight):
-        names.update((weights[id(leaf)], None) for leaf in _parameters(met) if id(leaf) in weights)
-    return tuple(names)
 
 
 def has_weight(node: Node) -> bool:
@@ -74,9 +74,45 @@ def _behind_views(node: Node) -> Node:
     return node
 
 
+def derivative(a: Tensor, node: Node, output_nr: int, direction: Tensor) -> Tensor | None:
+    """J^T direction from a tensor back to an earlier edge of its graph, which stays as it is.
+
+    None where that would run more than torch's own derivatives: a user's backward, a collective, hooks of saved tensors (a checkpoint, which
+    would compute all again).
+    """
+    assert a.grad_fn is not None
+    between = list(upstream([a.grad_fn], lambda each: each is node))
+    if node not in between or saving_is_hooked():
+        return None
+    if any(hasattr(each, "_forward_cls") or _COLLECTIVE.search(each.name()) for each in between if each is not node):
+        return None
+    edge = torch.autograd.graph.GradientEdge(node, output_nr)
+    return torch.autograd.grad(a, edge, direction, retain_graph=True, allow_unused=True)[0]
+
+
+def saving_is_hooked() -> bool:
+    """Whether what is saved for the backward goes through hooks, as in a checkpoint, which would run the forward again to give it back."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        return top(False) is not None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        # torch before 2.7 cannot say; a checkpoint is what uses them.
+        if frame.f_code.co_filename == checkpoint_file:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def ends(values: Any) -> set[Node]:
     """The nodes of the tensors in any structure that a module takes or gives."""
-    return {leaf.grad_fn for leaf in tree_leaves(_opened(values)) if isinstance(leaf, Tensor) and leaf.grad_fn is not None}
+    found = set[Node | None]()
+    for leaf in tree_leaves(_opened(values)):
+        if isinstance(leaf, Tensor):
+            # A view whose base was changed without gradients has a history that cannot be had.
+            with contextlib.suppress(RuntimeError):
+                found.add(leaf.grad_fn)
+    return {node for node in found if node is not None}
 
 
 def _opened(values: Any) -> Any:
@@ -87,37 +123,70 @@ def _opened(values: Any) -> Any:
 
 
 class Survey:
-    """A walk over all of the graph, part by part as modules are entered and left, for what no hook accounts for.
+    """Walks over the graph of one pass, and what they have met: a part at a time, as modules are entered and left.
 
-    What a site explains is given to `explain`; `explore` then says which of the other nodes are activations.
+    What a site explains is given to `explain`; `explore` then says which of the other nodes are activations. Nodes that Python has touched are
+    freed one inside the other, which overflows the stack on a chain of tens of thousands: no more than `MOST_NODES` are.
     """
 
     def __init__(self) -> None:
+        self._touched: set[Node] = set()
         self._met: set[Node] = set()
         self.products: list[tuple[Node, Node]] = []
-        """Pairs of nodes whose outputs are multiplied with each other, both made from more than a parameter."""
+        """Pairs of nodes whose outputs are multiplied with each other."""
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the graph is larger than what may be looked at."""
+        return len(self._touched) >= MOST_NODES
+
+    def upstream(self, starts: Iterable[Node | None], stop: Callable[[Node], bool], limit: int = MOST_NODES) -> Iterator[Node]:
+        """As the function of that name, within the budget of the pass."""
+        for node in upstream(starts, lambda node: self.is_spent or stop(node), limit):
+            self._touched.add(node)
+            yield node
+
+    def feeders(self, nodes: Iterable[Node | None], weights: dict[int, str]) -> tuple[str, ...]:
+        """The layers whose weights are the first met on the way back from z."""
+        names: dict[str, None] = {}
+        for met in self.upstream(nodes, has_weight, 512):
+            names.update((weights[id(leaf)], None) for leaf in _parameters(met) if id(leaf) in weights)
+        return tuple(names)
+
+    def depends(self, node: Node, other: Node) -> bool:
+        """Whether a node is made from another one."""
+        return any(met is other for met in self.upstream([node], lambda met: met is other, 512))
+
+    def is_learned(self, node: Node) -> bool:
+        """Whether more than single parameters go into a node: a matrix, or an input of the model."""
+        return any(has_weight(met) for met in self.upstream([node], has_weight, 512))
+
+    def skip(self, nodes: Iterable[Node]) -> None:
+        """These nodes, and what lies before them, are not the model's."""
+        self._met.update(nodes)
 
     def explain(self, starts: Iterable[Node], before: set[Node]) -> None:
         """What lies between the nodes of an input and those of an output is accounted for."""
-        stop = before | self._met
-        self._met.update(node for node in upstream(starts, stop.__contains__, _MOST_NODES) if node not in before)
+        for node in self.upstream(starts, lambda node: node in before or node in self._met):
+            if node not in before:
+                self._met.add(node)
 
     def explore(self, starts: Iterable[Node]) -> Iterator[tuple[str, str]]:
         """(what, why it is not seen) of the nodes that lead here and were not met before."""
-        for node in list(upstream(starts, self._met.__contains__, _MOST_NODES)):
+        for node in list(self.upstream(starts, self._met.__contains__)):
             if node in self._met:
                 continue
             self._met.add(node)
             name = node.name()
             if name.startswith("MulBackward"):
                 factors = [_behind_views(before) for before, _ in node.next_functions if before is not None]
-                if len(factors) == 2 and not any(hasattr(factor, "variable") for factor in factors):
+                if len(factors) == 2 and factors[0] is not factors[1]:
                     self.products.append((factors[0], factors[1]))
             elif hasattr(node, "_forward_cls"):
-                origin = node._forward_cls.__module__
+                origin = node._forward_cls.__module__ or ""
                 if name.startswith("CompiledFunction"):
                     yield "compiled", "a compiled function: what is fused in it runs no hook"
                 elif not origin.startswith("torch."):
                     yield name.removesuffix("Backward"), "a custom autograd.Function: what it computes is not known"
             elif _ACTIVATION.fullmatch(name):
-                yield re.sub(r"Backward\d*$", "", name), "called where torch tells no hook of it (a compiled or scripted function, torch.ops)"
+                yield re.sub(r"Backward\d*$", "", name), _UNHEARD

@@ -183,6 +183,7 @@ class Monitor:
         """Training passes since the last step."""
         self._misses = 0
         self._announced = False
+        self._said_stopped: set[str] = set()
         self._again = False
         self._closed = False
         self._manual = False
@@ -235,7 +236,7 @@ class Monitor:
         """What is seen and what is not, as of the last observation."""
         taps = self._taps
         seen = tuple(taps.sites)
-        unseen = [*taps.unseen, *taps.failed.items(), *taps.notes.items()]
+        unseen = [*taps.unseen, *taps.failed.items(), *taps.notes.items(), *taps.stopped.items()]
         idle = [name for name in (*taps.names, *taps.expected) if name not in seen] + [name for name, ran in taps.recurrent.items() if not ran]
         why = "it has not run in an observed training pass"
         deaf = {} if taps.hears_calls else dict.fromkeys(taps.expected, "function calls are not heard (calls=False)")
@@ -484,7 +485,8 @@ class Monitor:
             self._miss(self._model())
             return
         self._misses = 0
-        stopped = taps.stopped()
+        stopped = [name for name in taps.stopped if name not in self._said_stopped]
+        self._said_stopped.update(stopped)
         if stopped:
             names = ", ".join(stopped[:5]) + (f" and {len(stopped) - 5} more" if len(stopped) > 5 else "")
             log.warning("torchsat: step %d: %s ran before, but not in the last observations.", self._step, names)
@@ -732,7 +734,7 @@ def _facts(site: Site) -> dict[str, Any]:
         "kind": site.kind,
         "tails": site.bound.tails if site.bound.tails_known else "unknown",
         "output": site.output,
-        "gate": site.gate,
+        "gate": site.gate or site.multiplies,
         "after": tuple(site.after),
         "units": site.units,
         "normal_low": constants.normal_low if constants else None,

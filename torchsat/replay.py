@@ -220,8 +220,9 @@ class Queries:
         """Of logits [batch, heads, queries, keys]: rows of about `limit` logits over all heads (None: all rows), and at least 8 rows per head."""
         batch, heads, queries, keys = shape
         rows = batch * queries if limit is None else max(_LEAST_ROWS, limit // max(1, heads * keys))
-        samples = min(batch, rows)
-        return Queries(_spaced(batch, samples, turn), _spaced(queries, -(-rows // max(1, samples)), turn))
+        # What a query sees depends on its position, under a causal mask above all: several of them, then as many samples as fit.
+        positions = min(queries, max(_LEAST_ROWS, math.isqrt(rows), -(-rows // max(1, batch))))
+        return Queries(_spaced(batch, max(1, rows // max(1, positions)), turn), _spaced(queries, positions, turn))
 
 
 def _spaced(size: int, wanted: int, turn: int) -> slice:
@@ -234,21 +235,22 @@ def _spaced(size: int, wanted: int, turn: int) -> slice:
 
 @dataclass(frozen=True)
 class SoftmaxRows:
-    """Which rows of a softmax over one axis are read. Over the last of four axes, [batch, heads, queries, keys]; any other is one head."""
+    """Which rows of a softmax over one axis are read. Attention over the last of four axes is [batch, heads, queries, keys]; else it is one head."""
 
     shape: tuple[int, ...]
     axis: int
+    has_heads: bool
     queries: Queries
 
     @staticmethod
-    def of(z: Tensor, axis: int, limit: int | None, turn: int) -> SoftmaxRows:
+    def of(z: Tensor, axis: int, limit: int | None, turn: int, has_heads: bool = True) -> SoftmaxRows:
         shape = tuple(z.shape)
-        heads = shape if z.ndim == 4 and axis == 3 else (1, 1, z.numel() // max(1, shape[axis]), shape[axis])
-        return SoftmaxRows(shape, axis, Queries.of(heads, limit, turn))
+        heads = shape if has_heads and z.ndim == 4 and axis == 3 else (1, 1, z.numel() // max(1, shape[axis]), shape[axis])
+        return SoftmaxRows(shape, axis, heads[1] > 1, Queries.of(heads, limit, turn))
 
     def rows(self, tensor: Tensor) -> Tensor:
         """[batch, heads, queries, keys]"""
-        if not (tensor.ndim == 4 and self.axis == 3):
+        if not self.has_heads:
             tensor = tensor.movedim(self.axis, -1).reshape(1, 1, -1, self.shape[self.axis])
         return tensor[self.queries.batch, :, self.queries.positions]
 
@@ -257,7 +259,7 @@ class SoftmaxRows:
 
     def logits(self, z: Tensor) -> Logits:
         taken = _wide(self.rows(z))
-        return Logits(taken, taken > _MASKED_SUM, math.prod(self.shape))
+        return Logits(taken, ~(taken <= _MASKED_SUM), math.prod(self.shape))
 
 
 def attention_logits(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], limit: int | None, turn: int) -> Logits:
@@ -280,17 +282,20 @@ def _scaled_dot_product(
     limit: int | None,
     turn: int,
 ) -> Logits:
-    query, key = query.detach(), key.detach()
-    lead, length, size = query.shape[:-2], query.shape[-2], key.shape[-2]
-    q, k = (each if each.ndim == 4 else _four(each) for each in (query, key))
-    batch, heads = q.shape[:2]
+    if attn_mask is not None and type(attn_mask) is not Tensor:
+        raise NotRebuiltError(f"its mask is a {type(attn_mask).__name__}")
+    q, k = (each.detach() if each.ndim == 4 else _four(each.detach()) for each in (query, key))
+    # Each may be broadcast: to a common batch, and to common heads but where queries are grouped.
+    batch, heads = max(q.shape[0], k.shape[0]), q.shape[1] if enable_gqa else max(q.shape[1], k.shape[1])
+    q, k = q.expand(batch, heads, -1, -1), k.expand(batch, k.shape[1] if enable_gqa else heads, -1, -1)
+    length, size = q.shape[2], k.shape[2]
+    lead: torch.Size = torch.broadcast_shapes(query.shape[:-2], query.shape[:-2] if enable_gqa else key.shape[:-2])  # type: ignore[no-untyped-call]
     rows = Queries.of((batch, heads, length, size), limit, turn)
-    q, k = _wide(q[rows.batch, :, rows.positions]), _wide(k[rows.batch if k.shape[0] == batch else slice(None)])
+    q, k = _wide(q[rows.batch, :, rows.positions]), _wide(k[rows.batch])
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     # Grouped queries: head h reads the keys of group h // (heads per group).
     groups = k.shape[1]
-    grouped = q.reshape(q.shape[0], groups, heads // groups, *q.shape[2:]) if enable_gqa else q.unsqueeze(2)
-    z = torch.matmul(grouped, k.unsqueeze(2).transpose(-1, -2)).reshape(q.shape[0], heads, q.shape[2], size)
+    z = _product(q.reshape(q.shape[0], groups, heads // groups, *q.shape[2:]), k.unsqueeze(2)).reshape(q.shape[0], heads, q.shape[2], size)
     added = None
     if attn_mask is not None:
         mask = attn_mask.detach().expand(*lead, length, size)[..., rows.positions, :]
@@ -327,7 +332,7 @@ def _multi_head(given: dict[str, Any], limit: int | None, turn: int) -> Logits:
         k = static.detach().reshape(batch, heads, *static.shape[1:])[rows.batch]
     if given.get("add_zero_attn"):
         k = torch.cat([k, k.new_zeros(*k.shape[:2], 1, k.shape[3])], 2)
-    z = torch.matmul(q * q.shape[-1] ** -0.5, _wide(k).transpose(-1, -2))
+    z = _product(q * q.shape[-1] ** -0.5, _wide(k))
     additions = []
     if mask is not None and not hint:
         mask = mask.detach()
@@ -343,6 +348,12 @@ def _multi_head(given: dict[str, Any], limit: int | None, turn: int) -> Logits:
     return _masked(z, added, _causal(length, size, rows, z.device) if hint else None, batch * heads * length * size)
 
 
+def _product(q: Tensor, k: Tensor) -> Tensor:
+    """Not in the low precision that autocast would choose."""
+    with torch.autocast(q.device.type, enabled=False):
+        return torch.matmul(q, k.transpose(-1, -2))
+
+
 def _masked(z: Tensor, added: Tensor | None, causal: Tensor | None, elements: int) -> Logits:
     visible = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=z.device) if causal is None else causal
     if added is not None and added.dtype == torch.bool:
@@ -350,7 +361,7 @@ def _masked(z: Tensor, added: Tensor | None, causal: Tensor | None, elements: in
     elif added is not None:
         added = _wide(added)
         largest = added.amax(-1, keepdim=True)
-        visible = visible & (added > largest + _MASKED) & (largest > _MASKED_SUM)
+        visible = visible & ~(added <= largest + _MASKED) & ~(largest <= _MASKED_SUM)
         z = z + added
     return Logits(z, visible, elements)
 

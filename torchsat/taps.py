@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import Node
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._python_dispatch import _disable_current_modes
 
-from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_call, bind_plain, recognise
+from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_call, bind_plain, differentiated, fits, is_function, recognise
 from torchsat.calls import ROLES, UNSEEN, Frame, Listener, Role, takes_fused_path
-from torchsat.graph import Survey, ends, feeders, has_weight, upstream
+from torchsat.graph import MOST_NODES, Survey, derivative, ends, has_weight, saving_is_hooked
 from torchsat.record import Kind
 from torchsat.replay import Gate, Logits, NotRebuiltError, SoftmaxRows, attention_logits, cell_gates, rnn_gates
 from torchsat.statistics import (
@@ -59,6 +60,12 @@ RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 _MISSES = 5
 """Observations without a site before that is said: layers dropped at random and idle experts come back."""
+_PRODUCT = re.compile(r"Bmm|Baddbmm|Matmul")
+_GATES = ("sigmoid", "hardsigmoid")
+_UNKNOWN: Any = object()
+_NOT_DIFFERENTIATED = "it may be an activation, but its derivative cannot be had inside a checkpoint: name it in activations="
+_TRIES = 20
+"""Calls in which a module was linear before it is taken to be so."""
 _STOPPED = f"it ran before, but not in the last {_MISSES} observations"
 _SOFTMAX = Bound(Activation("softmax"), lambda z: z, {}, {}, 0.0, None)
 """What a softmax has instead of a function of one element."""
@@ -143,8 +150,9 @@ class Pass:
             for name, value in kind.items():
                 kind[name] = value * alive.to(value)
         for name, heads in self.heads.items():
-            # The last row is a maximum; where no row counts it is not looked at.
-            self.heads[name] = torch.where(alive.to(heads.device), heads, torch.zeros_like(heads))
+            nothing = torch.zeros_like(heads)
+            nothing[-1] = -math.inf
+            self.heads[name] = torch.where(alive.to(heads.device), heads, nothing)
 
     def settle(self, into: Pass) -> None:
         """Become part of another pass; what still arrives goes there too."""
@@ -174,6 +182,10 @@ class Site:
     reaches_output: bool = False
     """The model's output depends on it through no further weight."""
     output: bool = False
+    decided: bool = False
+    """Its place in the model has been found out."""
+    multiplies: bool = False
+    """Its output multiplies another signal."""
     units: int | None = None
     units_vary: bool = False
     block: Tensor | None = None
@@ -181,6 +193,10 @@ class Site:
     row: Tensor | None = None
     """What the observation gave, once it is over."""
     heads: Tensor | None = None
+    is_attention: bool | None = None
+    """Of a softmax over four axes: whether its logits are those of attention; None: not known."""
+    doubt: Tensor | None = None
+    """Whether a recognised function has turned out to be another one, on its way to the host."""
     missed: int = 0
     """Observations in a row in which it did not run."""
     recompute_only: bool = False
@@ -189,7 +205,8 @@ class Site:
 
     def start_over(self) -> None:
         """Forget what depends on the structure of the model."""
-        self.feeds_on, self.after, self.traced, self.hidden, self.reaches_output, self.output = {}, {}, False, False, False, False
+        self.feeds_on, self.after = {}, {}
+        self.traced = self.hidden = self.reaches_output = self.output = self.decided = self.multiplies = False
         self.units, self.units_vary, self.block = None, False, None
 
 
@@ -197,8 +214,9 @@ class Site:
 class Found:
     """What a walk over a model finds."""
 
-    sites: list[tuple[str, nn.Module, Activation | None]] = field(default_factory=list)
-    """None: found by trying it."""
+    sites: list[tuple[str, nn.Module, Activation]] = field(default_factory=list)
+    own: list[tuple[str, nn.Module]] = field(default_factory=list)
+    """Modules of the user's that may be activations: only what they do will tell."""
     layers: list[tuple[str, nn.Module]] = field(default_factory=list)
     recurrent: list[tuple[str, nn.Module]] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
@@ -215,13 +233,16 @@ def clean(name: str) -> str:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether this module runs through torch.compile."""
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    own_forward = vars(module).get("forward")
+    return (
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None or hasattr(own_forward, "_torchdynamo_orig_callable")
+    )
 
 
 def find(
     model: nn.Module,
     activation_of: Callable[[nn.Module], Activation | None],
-    is_recognised: Callable[[nn.Module], bool],
+    may_be_own: Callable[[nn.Module], bool],
     selects: Callable[[str], bool],
 ) -> Found:
     """The sites and layers of a model, by type of module."""
@@ -229,8 +250,8 @@ def find(
     for path, module in model.named_modules():
         name = clean(path)
         activation, recurrent = activation_of(module), isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-        if activation is not None or is_recognised(module):
-            unique = site = name or (activation.name if activation is not None else type(module).__name__)
+        if activation is not None:
+            unique = site = name or activation.name
             count = 0
             while unique in taken:
                 count += 1
@@ -253,6 +274,8 @@ def find(
                 found.calls.append(f"{name}/{call}" if name else call)
             if call is not None or next(module.children(), None) is not None or not type(module).__module__.startswith("torch."):
                 found.places.append((name, module, False))
+            if may_be_own(module) and selects(name or type(module).__name__):
+                found.own.append((name or type(module).__name__, module))
     return found
 
 
@@ -334,16 +357,23 @@ class Taps:
         self._weights: dict[int, str] = {}
         self._nodes: dict[Node, Site] = {}
         self._indices: dict[Any, Tensor] = {}
-        self._recognised: weakref.WeakKeyDictionary[nn.Module, Bound | None] = weakref.WeakKeyDictionary()
+        self._own: weakref.WeakKeyDictionary[nn.Module, Bound | None] = weakref.WeakKeyDictionary()
+        """What modules of the user's turned out to compute; None: no activation. Missing: not yet known."""
+        self._tries: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._differentiating = False
         self._listener = Listener(self._hear)
         self._roles: dict[Any, Activation | Role] = dict(ROLES)
         for row in reversed(activations):
             self._roles.update(dict.fromkeys(row.calls, row))
-        self._survey: Survey | None = None
+        self._pass_survey: Survey | None = None
+        self._stopped: dict[str, str] = {}
+        """The sites that ran before and no longer do."""
+        self._owner: int | None = None
+        """The thread whose passes this observation is of: a model may be used by another one meanwhile."""
 
     def open(self, model: nn.Module) -> None:
         """Hook the model as it is now."""
-        found = find(model, self._activation_of, lambda module: self._recognise(module) is not None, self.selects)
+        found = find(model, self._activation_of, self._may_be_own, self.selects)
         self.names = [name for name, _, _ in found.sites]
         self.expected = [name for name in found.calls if self.selects(name)]
         self.recurrent = {name: self.recurrent.get(name, False) for name, _ in found.recurrent}
@@ -358,7 +388,7 @@ class Taps:
                 site.start_over()
         self.is_open, self.saw_pass, self.saw_model = True, False, False
         self._passes = [Pass()]
-        self._passing = self._last_layer = self._running = None
+        self._passing = self._last_layer = self._running = self._owner = None
         for site in self._known.values():
             site.row, site.heads, site.recompute_only = None, None, False
             if site.block is not None:
@@ -376,6 +406,11 @@ class Taps:
                 continue
             self._hook(module, self._guarded(name, self._before_site, site), pre=True, with_kwargs=True)
             self._hook(module, self._guarded(name, self._after_site, site))
+        for name, module in found.own:
+            if name not in self.failed:
+                kept: list[Call] = []
+                self._hook(module, self._guarded(name, self._before_own, name, kept), pre=True, with_kwargs=True)
+                self._hook(module, self._guarded(name, self._after_own, name, kept))
         for name, module in found.recurrent:
             calls: list[Any] = []
             self._hook(module, self._guarded(name, self._before_recurrent, calls), pre=True, with_kwargs=True)
@@ -383,11 +418,10 @@ class Taps:
         feeders = self.feeders()
         self._weights, self.layers = {}, {}
         for name, module in found.layers:
-            if name in self.failed or not (self._deciding or name in feeders):
-                continue
             reason = why_not(module)
             if reason is not None:
                 self.unseen.append((name, reason))
+            if reason is not None or name in self.failed or not (self._deciding or name in feeders):
                 continue
             layer = self.layers[name] = Layer(name, module)
             self._weights[id(module.weight)] = name
@@ -416,12 +450,17 @@ class Taps:
         for name, layer in self.layers.items():
             layer.inputs = whole.inputs.get(name)
         if self._deciding and self.saw_pass:
+            self._mark_gates()
             self._deciding = False
-            for site in self._known.values():
+            for name, site in self._known.items():
+                if name in self.sites:
+                    site.decided = True
                 site.output = site.traced and not site.hidden and (site.reaches_output or not self.saw_model)
+        # What ran for the first time after the structure had been looked at is looked at in the next observation.
+        self._deciding = self._deciding or any(site.row is not None and not site.decided for site in self.sites.values())
         if self.saw_pass:
             self._count_misses()
-        self._passes, self._nodes, self._indices, self.layers, self._survey = [], {}, {}, {}, None
+        self._passes, self._nodes, self._indices, self.layers, self._pass_survey = [], {}, {}, {}, None
         self._passing = None
         self.is_open = False
         self.turn += 1
@@ -429,14 +468,13 @@ class Taps:
     def _count_misses(self) -> None:
         for name, site in self.sites.items():
             site.missed = 0 if site.row is not None else site.missed + 1
-            if site.missed == _MISSES:
-                self.notes[name] = _STOPPED
-            elif not site.missed and self.notes.get(name) == _STOPPED:
-                del self.notes[name]
+            if site.missed >= _MISSES:
+                self._stopped.setdefault(name, _STOPPED)
 
-    def stopped(self) -> list[str]:
-        """The sites that have just been found not to run any more."""
-        return [name for name, site in self.sites.items() if site.missed == _MISSES]
+    @property
+    def stopped(self) -> dict[str, str]:
+        """The sites that ran before, but not in the last observations, and how to say so."""
+        return {name: said for name, said in self._stopped.items() if name in self.sites and self.sites[name].missed >= _MISSES}
 
     def last_pass(self) -> Pass | None:
         """The newest pass, as a mark for `drop_after`."""
@@ -462,20 +500,112 @@ class Taps:
             self._rows[kind] = next((row for row in self.activations if row.computes(module)), None)
         return self._rows[kind]
 
-    def _recognise(self, module: nn.Module) -> Bound | None:
-        """What a module of no row computes, if trying it shows that it is an activation."""
-        if module not in self._recognised:
-            self._recognised[module] = recognise(module, self.activations, self.epsilon)
-        return self._recognised[module]
+    def _may_be_own(self, module: nn.Module) -> bool:
+        """A leaf of the user's own that has not been found to be something else."""
+        leaf = next(module.children(), None) is None and not type(module).__module__.startswith("torch.")
+        return leaf and self._own.get(module, _UNKNOWN) is not None
 
-    def _site(self, name: str, module: nn.Module, activation: Activation | None) -> Site:
+    def _before_own(self, name: str, kept: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept.clear()
+        z = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if z is None or not z.is_floating_point() or not _is_real(z) or z.layout != torch.strided or z.is_nested or not z.numel():
+            return
+        counts = self._counts(module)
+        if _in_backward():
+            site = self._known.get(name)
+            counts = site is not None and self._counts_at(site, module) is True
+        if counts or _in_backward():
+            sample = Sample.of(z, self.limit, self.turn)
+            kept.append(Call(z, sample, upcast(sample.take(z.detach())).clone(), z.grad_fn, z.output_nr, counts))
+
+    def _after_own(self, name: str, kept: list[Call], module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
+        """Find out whether a module of the user's is an activation, from what it made of real data; then it is a site."""
+        call = kept.pop() if kept else None
+        if call is None or not isinstance(a, Tensor) or a.shape != call.z.shape or not a.is_floating_point():
+            return
+        sample = call.sample
+        assert isinstance(sample, Sample)
+        known, slope = self._own.get(module, _UNKNOWN), None
+        if known is _UNKNOWN and not _in_backward():
+            known, slope = self._find_out(name, module, call, a)
+        if known is None or known is _UNKNOWN:
+            return
+        site = self._known.setdefault(name, Site(name, known))
+        if call.counts and not _in_backward():
+            taken = sample.take(a.detach())
+            if site.bound.constants is not None or site.bound.activation.function:
+                self._doubt(site, module, call.taken, taken)
+            if slope is None and site.bound.constants is None:
+                slope = self._slope(call, a, None)
+                if slope is None:
+                    self.notes.setdefault(name, _NOT_DIFFERENTIATED)
+                    return
+            self._ran(site, [call.node], last_layer=True)
+            self._count(site, sample, call.taken, upcast(taken), slope=None if slope is None else upcast(sample.take(slope)))
+        if a.requires_grad and a.grad_fn is not None:
+            self._met(site, a.grad_fn)
+            self._tap_gradient(site, call, a)
+
+    def _find_out(self, name: str, module: nn.Module, call: Call, a: Tensor) -> tuple[Any, Tensor | None]:
+        sample = call.sample
+        assert isinstance(sample, Sample)
+        bound, slope = recognise(call.taken, sample.take(a.detach()), self.activations, self.epsilon), None
+        if bound is None:
+            slope = self._slope(call, a, None)
+            if slope is None:
+                if next(module.parameters(), None) is None and self._deciding and saving_is_hooked():
+                    self._unseen_call(name, _NOT_DIFFERENTIATED)
+                return _UNKNOWN, None
+            weights = 1.5 + torch.cos(torch.arange(a.numel(), device=a.device, dtype=torch.float32)).reshape(a.shape).to(a.dtype)
+            mixed = self._slope(call, a, weights)
+            scale = 64 * torch.finfo(a.dtype).eps * slope.abs().amax()
+            grouped = [None, *(sample.units(axis, a.device) for axis in {min(1, a.ndim - 1), a.ndim - 1} if a.ndim > 1)]
+            alone = mixed is not None and bool(((mixed - slope * weights).abs() <= scale).all())
+            if alone and is_function(call.taken, upcast(sample.take(slope)), grouped):
+                bound = differentiated(re.sub(r"[^A-Za-z0-9_.-]", "_", type(module).__name__), self.epsilon)
+            elif alone and self._tries.setdefault(module, 0) < _TRIES:
+                # Linear as far as these numbers go; a clamp may not have been reached yet.
+                self._tries[module] += 1
+                return _UNKNOWN, None
+        self._own[module] = bound
+        if bound is not None:
+            self.notes.pop(name, None)
+            # What was heard inside is no site of its own.
+            for place in [place for place in self._known if place.startswith(f"{name}/")]:
+                for known in (self._known, self.sites):
+                    known.pop(place, None)
+                for each in self._passes:
+                    for kind in (each.rows, each.blocks, each.heads):
+                        kind.pop(place, None)
+        return bound, slope
+
+    def _slope(self, call: Call, a: Tensor, direction: Tensor | None) -> Tensor | None:
+        """f'(z) times a direction, by autograd, through the graph of the call that has just run."""
+        if a.grad_fn is None or call.node is None:
+            return None
+        self._differentiating = True
+        try:
+            return derivative(a, call.node, call.output_nr, torch.ones_like(a) if direction is None else direction)
+        finally:
+            self._differentiating = False
+
+    def _doubt(self, site: Site, module: nn.Module, z: Tensor, a: Tensor) -> None:
+        """A module may change what it computes; where it no longer is the function that it was taken for, autograd tells its derivative."""
+        if site.doubt is not None and bool(site.doubt):
+            site.doubt, self._own[module] = None, differentiated(type(module).__name__, self.epsilon)
+            site.bound = cast(Bound, self._own[module])
+            return
+        differs = fits(site.bound, z, a)
+        if differs.is_cuda:
+            # Looked at in the next observation: waiting for it now would stop the device.
+            site.doubt = torch.zeros((), dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
+        elif bool(differs):
+            site.doubt = differs
+            self._doubt(site, module, z, a)
+
+    def _site(self, name: str, module: nn.Module, activation: Activation) -> Site:
         site = self._known.get(name)
-        if activation is None:
-            bound = self._recognise(module)
-            assert bound is not None
-            site = self._known.setdefault(name, Site(name, bound))
-            site.bound = bound
-        elif site is None:
+        if site is None:
             site = self._known[name] = Site(name, bind(activation, module, self.epsilon))
         elif site.bound.activation is not activation:
             site.bound = bind(activation, module, self.epsilon)
@@ -494,7 +624,14 @@ class Taps:
             # Whether autograd is on where the hook was called: inside, it is off.
             self._local.grad_enabled = torch.is_grad_enabled()
             try:
-                with torch.no_grad():
+                with contextlib.ExitStack() as stack:
+                    # Other monitors and modes of the user's must not take our arithmetic for the model's.
+                    stack.enter_context(torch._C.DisableTorchFunction())
+                    if torch._C._len_torch_dispatch_stack():
+                        stack.enter_context(_disable_current_modes())
+                    if torch.is_inference_mode_enabled():
+                        stack.enter_context(torch.inference_mode(False))
+                    stack.enter_context(torch.no_grad())
                     return call(*first, *args)
             except Exception as error:
                 self._fail(place, error)
@@ -514,13 +651,20 @@ class Taps:
     def _enter(self, model: nn.Module, args: Any) -> None:
         if _in_backward():
             return
-        training = self._local.grad_enabled and any(module.training for module in model.modules())
+        if self._passing is not None:
+            if _runs_twice(model):
+                # It calls itself: one pass.
+                self._local.depth = getattr(self._local, "depth", 0) + 1
+                return
+            # A KeyboardInterrupt has ended the last pass without a word.
+            self._listener.reset()
+        self._local.depth = 0
+        training = self._local.grad_enabled and any(module.training for module in model.modules()) and self._claims_thread()
         self._passing = training
-        self._listener.reset()
         if training:
             self.saw_model, self._last_layer, self._last_site = True, None, None
             self._nodes.clear()
-            self._survey = Survey() if self._deciding else None
+            self._pass_survey = None
             self._passes.append(Pass())
             if len(self._passes) > 8:
                 self._passes.pop(1).settle(self._passes[0])
@@ -530,6 +674,9 @@ class Taps:
         training = self._passing
         if _in_backward() or training is None:
             return
+        if self._local.depth:
+            self._local.depth -= 1
+            return
         self._passing = None
         if training and self._passes:
             if output is None and sys.exc_info()[0] is not None:
@@ -537,8 +684,21 @@ class Taps:
             else:
                 self._follow(output, self._passes[-1])
             self._nodes.clear()
-            self._survey = None
+            self._pass_survey = None
         self.on_leave(training)
+
+    def _claims_thread(self) -> bool:
+        """Whether this thread is the one that is observed: the first that trains."""
+        if self._owner is None:
+            self._owner = threading.get_ident()
+        return self._owner == threading.get_ident()
+
+    @property
+    def _survey(self) -> Survey:
+        """The walks over the graph of the pass that runs; only while the structure of the model is being found out."""
+        if self._pass_survey is None:
+            self._pass_survey = Survey()
+        return self._pass_survey
 
     def _follow(self, output: Any, current: Pass) -> None:
         """From the model's output: hear when its backward begins, and find the sites it depends on through no further weight."""
@@ -547,45 +707,54 @@ class Taps:
         for node in leaves:
             node.register_prehook(lambda grad_outputs: begins())
         if self._deciding:
-            for node in upstream(leaves, lambda node: node in self._nodes or has_weight(node)):
+            for node in self._survey.upstream(leaves, lambda node: node in self._nodes or has_weight(node)):
                 if node in self._nodes:
                     self._nodes[node].reaches_output = True
-            for site in self._multiplied():
-                site.gate = True
+            self._mark_gates()
+            if self._survey.is_spent:
+                self.notes[MODEL] = f"its graph has more than {MOST_NODES} nodes: what no hook saw beyond them is not known"
 
-    def _multiplied(self) -> list[Site]:
-        """The sites with two plateaus whose output is multiplied with another signal: they are gates."""
-        pairs = self._survey.products if self._survey is not None else ()
-        found = [self._nodes[node] for pair in pairs for node in pair if node in self._nodes]
-        return [site for site in found if site.bound.tails == "both"]
+    def _mark_gates(self) -> None:
+        """A sigmoid is a gate if its output multiplies another signal that does not come from it."""
+        survey = self._pass_survey
+        for pair in survey.products if survey is not None else ():
+            for node, other in (pair, pair[::-1]):
+                site = self._nodes.get(node)
+                if site is None or survey is None or site.bound.activation.name not in _GATES or site.multiplies:
+                    continue
+                site.multiplies = survey.is_learned(other) and not survey.depends(other, node)
 
     def _begin_module(self, path: str, accounted: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module is entered: its calls are heard, and what its parent computed before is looked through."""
-        if not (_in_backward() or self._counts(module)):
+        counts = _in_backward() or self._counts(module)
+        above = self._listener.top
+        if not counts and above is None:
             return
-        if self._survey is None and self._deciding and self._passing is None and not _in_backward():
-            self._survey = Survey()
-        self._look(ends((args, kwargs)), self._listener.top)
-        fused = takes_fused_path(module, args, self._local.grad_enabled)
+        if self._deciding and counts and not _in_backward():
+            if above is not None:
+                self._look(ends((args, kwargs)), above)
+            else:
+                # What comes into the model, or is computed between its modules, is not the model's.
+                self._survey.skip(ends((args, kwargs)))
+        fused = counts and takes_fused_path(module, (*args, *kwargs.values()), self._local.grad_enabled)
         if fused:
             self._unseen_call(path or type(module).__name__, "it is frozen and in evaluation mode, where torch runs it as one kernel")
-        self._listener.enter(Frame(path, module, hears=not (accounted or fused)))
+        hears = counts and not (accounted or fused or self._own.get(module) is not None)
+        self._listener.enter(Frame(path, module, hears))
 
     def _end_module(self, accounted: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = self._listener.leave(module)
-        if frame is None or self._survey is None or _in_backward():
+        if frame is None or not self._deciding or _in_backward():
             return
-        if accounted:
+        if accounted or self._own.get(module) is not None:
             self._survey.explain(ends(output), set())
         else:
             self._look(ends(output), frame)
 
-    def _look(self, nodes: set[Node], frame: Frame | None) -> None:
+    def _look(self, nodes: set[Node], frame: Frame) -> None:
         """Name what the graph shows and nobody saw, as happening in this module."""
-        if self._survey is None or _in_backward():
-            return
         for what, reason in self._survey.explore(nodes):
-            self._unseen_call(f"{frame.path}/{what}" if frame is not None and frame.path else what, reason)
+            self._unseen_call(f"{frame.path}/{what}" if frame.path else what, reason)
 
     def _unseen_call(self, place: str, reason: str) -> None:
         if self.selects(place):
@@ -600,17 +769,19 @@ class Taps:
         place = frame.place(role.name if isinstance(role, Activation) else "glu" if role == "glu" else "softmax" if role else function.__name__)
         place += "_call" if place in self.names else ""
         finish: Callable[[Any], None] | None = None
-        before = ends((args, kwargs)) if self._survey is not None else set()
-        self._look(before, frame)
-        if role is None or reason is not None:
+        looking = self._deciding and not _in_backward()
+        before = ends((args, kwargs)) if looking else set()
+        if looking:
+            self._guarded(MODEL, self._look)(before, frame)
+        if role is None:
             self._unseen_call(place, reason or "")
         elif self.selects(place):
             finish = self._guarded(place, self._before_call, place, role, frame.module)(function, args, kwargs)
         result = function(*args, **kwargs)
         if finish is not None:
             self._guarded(place, finish)(result)
-        if self._survey is not None and not _in_backward():
-            self._survey.explain(ends(result), before)
+        if looking:
+            self._guarded(MODEL, self._survey.explain)(ends(result), before)
         return result
 
     def _before_call(
@@ -619,7 +790,7 @@ class Taps:
         """What to do with the result of the call; None: nothing."""
         rest = args[1:]
         z = args[0] if args else kwargs.get("query" if role == "attention" else "input")
-        if not isinstance(z, Tensor) or not z.is_floating_point() or not _is_real(z) or not z.numel():
+        if not isinstance(z, Tensor) or not z.is_floating_point() or not _is_real(z) or not z.numel() or (role in ROLES.values() and not z.ndim):
             return None
         _check_plain(z)
         site = self._known.get(place)
@@ -643,13 +814,16 @@ class Taps:
         counts = self._counts_at(site, module)
         if counts is None:
             return None
+        # Neither overwrites its input: all else waits until the call has succeeded.
         if role == "attention":
-            logits = attention_logits(function, args, kwargs, self.limit, self.turn) if counts else None
-            return functools.partial(self._end_attention, site, ends((args[:2], kwargs)), logits)
+            return functools.partial(self._end_attention, site, counts, function, args, kwargs)
         given = rest[0] if rest else kwargs.get("dim")
-        rows = SoftmaxRows.of(z, (_implicit_axis(z.ndim) if given is None else int(given)) % max(1, z.ndim), self.limit, self.turn)
-        call = Call(z, rows, z, z.grad_fn, z.output_nr, counts)
-        return functools.partial(self._end_softmax, site, call, rows.logits(-z.detach() if role == "softmin" else z.detach()))
+        axis = (_implicit_axis(z.ndim) if given is None else int(given)) % max(1, z.ndim)
+        if z.ndim == 4 and axis == 3 and site.is_attention is None and z.grad_fn is not None:
+            # Logits come out of a batched product of queries and keys; a map that happens to have four axes does not.
+            site.is_attention = any(_PRODUCT.match(node.name()) for node in Survey().upstream([z.grad_fn], has_weight, 64))
+        rows = SoftmaxRows.of(z, axis, self.limit, self.turn, site.is_attention is not False)
+        return functools.partial(self._end_softmax, site, Call(z, rows, z, z.grad_fn, z.output_nr, counts), role == "softmin")
 
     def _end_glu(self, site: Site, call: Call, value: Tensor, axis: int, a: Tensor) -> None:
         """The gate is half of the input: what reaches it comes through the other half."""
@@ -667,18 +841,28 @@ class Taps:
                 )
             )
 
-    def _end_softmax(self, site: Site, call: Call, logits: Logits, a: Tensor) -> None:
+    def _end_softmax(self, site: Site, call: Call, negated: bool, a: Tensor) -> None:
         if call.counts:
+            assert isinstance(call.sample, SoftmaxRows)
             self._ran(site, [call.node])
-            self._count_softmax(site, logits)
+            self._count_softmax(site, call.sample.logits(-call.z.detach() if negated else call.z.detach()))
         if a.requires_grad and a.grad_fn is not None:
             self._met(site, a.grad_fn)
             self._tap_gradient(site, call, a)
 
-    def _end_attention(self, site: Site, nodes: set[Node], logits: Logits | None, output: Any) -> None:
-        if logits is not None:
-            self._ran(site, nodes)
-            self._count_softmax(site, logits)
+    def _end_attention(
+        self, site: Site, counts: bool, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        key = args[1] if len(args) > 1 else kwargs["key"]
+        if not counts or not key.numel():
+            return
+        try:
+            logits = attention_logits(function, args, kwargs, self.limit, self.turn)
+        except NotRebuiltError as reason:
+            self._unseen_call(site.name, str(reason))
+            return
+        self._ran(site, ends((args[:2], kwargs)))
+        self._count_softmax(site, logits)
 
     def _ran(self, site: Site, nodes: Iterable[Node | None], last_layer: bool = False) -> None:
         """A site ran on what these nodes made; `last_layer`: where they tell no layer that feeds it, it is the one that ran last."""
@@ -687,11 +871,11 @@ class Taps:
         if not self._deciding:
             return
         nodes = list(nodes)
-        found = [name for node in nodes for name in feeders(node, self._weights)]
+        found = self._survey.feeders(nodes, self._weights)
         if not found and last_layer and self._last_layer:
-            found = [self._last_layer]
+            found = (self._last_layer,)
         site.feeds_on.update(dict.fromkeys(found))
-        before = [self._nodes[node].name for node in upstream(nodes, self._nodes.__contains__, 20_000) if node in self._nodes]
+        before = [self._nodes[node].name for node in self._survey.upstream(nodes, self._nodes.__contains__) if node in self._nodes]
         if not any(nodes) and self._last_site:
             # Without a graph, as in a reentrant checkpoint, the order must do.
             before = [self._last_site]
@@ -703,6 +887,9 @@ class Taps:
         if self._deciding and not _in_backward():
             self._nodes[node] = site
             site.traced = True
+            if len(self._nodes) > MOST_NODES:
+                # Parts called one by one, again and again: the graphs of the first are not kept for it.
+                self._nodes.pop(next(iter(self._nodes)))
 
     def _count_softmax(self, site: Site, logits: Logits) -> None:
         row, heads = observe_softmax(logits.z, logits.visible, logits.elements)
@@ -750,7 +937,7 @@ class Taps:
         if _in_backward():
             return False
         passing = self._passing
-        return passing if passing is not None else self._local.grad_enabled and module.training
+        return passing if passing is not None else self._local.grad_enabled and module.training and self._claims_thread()
 
     def _counts_at(self, site: Site, module: nn.Module) -> bool | None:
         """Whether a call at this site is counted (False: only its gradient); None: it is not looked at."""
@@ -808,10 +995,13 @@ class Taps:
             self._met(site, a.grad_fn)
             self._tap_gradient(site, call, a)
 
-    def _count(self, site: Site, sample: Sample, z: Tensor, a: Tensor, axis: int | None = None) -> None:
+    def _count(self, site: Site, sample: Sample, z: Tensor, a: Tensor, axis: int | None = None, slope: Tensor | None = None) -> None:
         bound, current = site.bound, self._current()
         learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
-        slope, peak, edges = bound.evaluate(torch.where(torch.isfinite(z), z, torch.zeros_like(z)), a, learned)
+        if slope is None:
+            slope, peak, edges = bound.evaluate(torch.where(torch.isfinite(z), z, torch.zeros_like(z)), a, learned)
+        else:
+            slope, peak, edges = slope.abs(), None, (None, None)
         row, finite, saturated = observe(z, a, slope, peak, edges, math.prod(sample.shape), bound.activation.name == "sigmoid")
         current.add(current.rows, site.name, row)
         axis = self._unit_axis(site, sample.shape) if axis is None else axis
@@ -874,7 +1064,7 @@ class Taps:
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
             given = [grad for grad in (grad_a, grad_z) if grad is not None]
-            if turn == self.turn and given and given[0].numel():
+            if turn == self.turn and not self._differentiating and given and given[0].numel():
                 current.add(current.rows, site.name, observe_gradient(grad_a, grad_z))
 
         return self._guarded(site.name, add)
@@ -929,7 +1119,7 @@ class Taps:
         if self._deciding:
             (self.fed_by_data.add if x.grad_fn is None and not x.requires_grad else self.fed_by_data.discard)(layer.name)
         if self._deciding and self._nodes:
-            for node in upstream([x.grad_fn], lambda node: node in self._nodes or has_weight(node)):
+            for node in self._survey.upstream([x.grad_fn], lambda node: node in self._nodes or has_weight(node)):
                 if node in self._nodes:
                     self._nodes[node].hidden = True
 
@@ -960,6 +1150,18 @@ def _check_plain(z: Tensor) -> None:
         raise TypeError(f"its input is a {'nested ' if z.is_nested else ''}{z.dtype} tensor of layout {z.layout}, not a dense tensor of real numbers")
     if type(z) not in (Tensor, nn.Parameter):
         raise TypeError(f"its input is a {type(z).__name__}, not a plain tensor")
+
+
+def _runs_twice(model: nn.Module) -> bool:
+    """Whether two calls of this module are on the stack."""
+    frame, count = sys._getframe(1), 0
+    while frame is not None and count < 2:
+        count += frame.f_code is _CALL and frame.f_locals.get("self") is model
+        frame = frame.f_back  # type: ignore[assignment]
+    return count > 1
+
+
+_CALL = nn.Module._call_impl.__code__
 
 
 def _implicit_axis(ndim: int) -> int:
