@@ -1,6 +1,8 @@
 """Function calls: what is heard, how it is named, and that listening changes nothing."""
 
 import math
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import torchsat
 from tests.test_taps import check, one_step, truth
 from torchsat import ACTIVATIONS, Activation, Record
 from torchsat.calls import uses_flex_attention
+from torchsat.taps import Pass
 
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "leaky_relu": (0.2,),
@@ -363,14 +366,7 @@ def test_a_frozen_encoder_keeps_its_fused_path() -> None:
 
 
 def test_what_is_compiled_is_neither_heard_nor_broken() -> None:
-    runs: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: object) -> Callable[..., Any]:
-        runs.append("compiled")
-        return graph.forward
-
     inner = torch.compile(lambda x: torch.ops.aten.sigmoid(x) * 2, backend="aot_eager", fullgraph=True)
-    del backend
 
     class Net(Calling):
         def forward(self, x: Tensor) -> Tensor:
@@ -626,3 +622,303 @@ def test_a_compiled_model_with_flex_attention_is_not_run_eager(caplog: pytest.Lo
     (message,) = [message for message in caplog.messages if message.startswith("torchsat")]
     assert "flex_attention" in message
     assert monitor.coverage.unseen[0][0] == "(model)"
+
+
+def test_two_monitors_do_not_hear_each_other() -> None:
+    model = nn.Sequential(Calling(F.silu), nn.Linear(24, 24), nn.Tanh())
+    monitors = [torchsat.watch(model, errors="raise"), torchsat.watch(model[0], errors="raise"), torchsat.watch(model, errors="raise")]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(torch.randn(8, 16)).sum().backward()
+    optimizer.step()
+    assert [monitor.coverage.seen for monitor in monitors] == [("0/silu", "2"), ("silu",), ("0/silu", "2")]
+    assert monitors[0].latest == replace(monitors[2].latest, time=monitors[0].latest.time)  # type: ignore[type-var,union-attr]
+
+
+def test_our_arithmetic_is_hidden_from_modes_of_the_users() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    x = torch.randn(4, 6, 16)
+
+    def count() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        return counter.get_total_flops()
+
+    plain = count()
+    monitor = torchsat.watch(model, errors="raise")
+    assert count() == plain
+    assert monitor.coverage.seen == ("self_attn/softmax", "relu")
+
+
+def test_a_model_that_calls_itself_is_one_pass() -> None:
+    class Recursive(Calling):
+        def __init__(self) -> None:
+            super().__init__(F.relu)
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor, depth: int = 3) -> Tensor:
+            x = F.relu(self.layer(x))
+            return torch.sigmoid(x if depth == 0 else self(x, depth - 1))
+
+    model = Recursive()
+    monitor = torchsat.watch(model, errors="raise")
+    model(torch.randn(8, 16)).sum().backward()
+    monitor.step()
+    monitor.flush()
+    assert {record.site: (record.n, record.grad_n) for record in monitor.latest.records} == {  # type: ignore[union-attr]
+        "relu": (4 * 128, 4 * 128),
+        "sigmoid": (4 * 128, 4 * 128),
+    }
+    assert monitor.coverage.unseen == ()
+
+
+def test_a_backbone_in_inference_mode_is_seen() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                features = torch.tanh(self.backbone(x))
+            return self.head(features.clone())  # type: ignore[no-any-return]
+
+    snapshot = one_step(Net(), x=torch.randn(8, 4))
+    assert [(record.site, record.n, record.grad_n) for record in snapshot.records] == [("backbone.1", 32, 0), ("tanh", 32, 0)]
+
+
+def test_another_thread_is_not_mixed_in_even_with_gradients() -> None:
+    model = Calling(torch.tanh)
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    x = torch.randn(8, 16)
+    stop = threading.Event()
+
+    def serve() -> None:
+        while not stop.is_set():
+            model(torch.randn(3, 16))
+
+    for _ in range(3):
+        model(x).sum().backward()
+        thread = threading.Thread(target=serve)
+        thread.start()
+        for _ in range(20):
+            model(x)
+        stop.set()
+        thread.join()
+        stop.clear()
+        monitor.step()
+        monitor.flush()
+        assert monitor.latest["tanh"].n == 21 * 8 * 24  # type: ignore[index]
+    assert monitor.coverage.seen == ("tanh",)
+
+
+def test_odd_attention_calls_end_nothing() -> None:
+    class Net(nn.Module):
+        keys = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            torch.tensor(1.0).softmax(0)
+            return x + F.scaled_dot_product_attention(x, x[:, :, : self.keys], x[:, :, : self.keys])
+
+    model = Net()
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    x = torch.randn(2, 2, 5, 8)
+    model(x).sum().backward()
+    monitor.step()
+    model.keys = 5
+    model(x).sum().backward()
+    monitor.step()
+    monitor.flush()
+    assert monitor.latest["softmax_1"].heads[0].rows == 10  # type: ignore[index]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_forward_is_observed_eager_and_not_compiled_again(backend: str) -> None:
+    runs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        runs.append(1)
+        return graph.forward
+
+    model = Nested()
+    model.forward = torch.compile(model.forward, backend=counting)  # type: ignore[method-assign]
+    monitor = torchsat.watch(model, every=2, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(12):
+        model(torch.randn(16, 8)).sum().backward()
+        optimizer.step()
+    assert monitor.coverage.seen == tuple(NESTED)
+    assert len(runs) == 1
+
+
+def test_softmax_has_a_gradient_and_softmin_a_sign() -> None:
+    x = torch.randn(32, 16)
+    model = Calling(lambda z: torch.softmax(z, -1))
+    record = one_step(model, x=x)["softmax"]
+    z = model.layer(x).detach().double().requires_grad_()
+    p = torch.softmax(z, -1)
+    (grad_z,) = torch.autograd.grad(p.square().sum(), z)
+    assert record.grad_z_rms == pytest.approx(grad_z.square().mean().sqrt().item(), rel=1e-5)
+    assert record.grad_a_rms == pytest.approx((2 * p).square().mean().sqrt().item(), rel=1e-5)
+    assert record.attenuation == pytest.approx((grad_z.norm() / (2 * p).norm()).item(), rel=1e-5)
+    assert record.jacobian == pytest.approx((1 - p.square().sum(-1)).mean().item(), rel=1e-5)
+    negative = Calling(lambda z: F.softmin(z, -1))
+    negative.layer = model.layer
+    assert one_step(negative, x=x)["softmax"].z_max == pytest.approx(-z.min().item(), rel=1e-6)
+
+
+def test_a_map_with_four_axes_has_no_heads() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (self.q, self.k))
+            return ((q @ k.transpose(-1, -2)) / 2 + 0.1).softmax(-1)  # type: ignore[no-any-return]
+
+    heat = one_step(nn.Sequential(nn.Conv2d(1, 8, 1), nn.Softmax(-1)), x=torch.randn(4, 1, 5, 6))["1/softmax"]
+    assert (len(heat.heads), heat.heads[0].rows) == (1, 4 * 8 * 5)  # type: ignore[arg-type,index]
+    assert len(one_step(Attention(), x=torch.randn(4, 5, 8))["softmax"].heads) == 2  # type: ignore[arg-type]
+
+
+def test_passes_that_are_thrown_away_take_their_heads_with_them() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    x = torch.randn(4, 6, 16)
+    plain = one_step(model, x=x)["self_attn/softmax"]
+    monitor = torchsat.watch(model, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model(20 * x).square().sum().backward()
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert monitor.latest["self_attn/softmax"].heads == plain.heads  # type: ignore[index]
+    current = Pass()
+    heads = torch.tensor([[2.0], [1.0], [1.0], [1.0], [1.0], [-4.0]])
+    current.add(current.heads, "a", heads.clone())
+    current.keep_where(torch.tensor(False))
+    current.add(current.heads, "a", heads)
+    assert torch.equal(current.heads["a"], heads)
+
+
+def test_gates_of_parts_called_one_by_one_and_products_that_are_none() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.value, self.scale = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.value(x) * torch.sigmoid(self.scale(x))  # type: ignore[no-any-return]
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.gain = nn.Linear(8, 8), nn.Parameter(torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.sigmoid(self.layer(x))
+            return h * torch.rsqrt((h * h).mean(-1, keepdim=True)) * self.gain.exp()
+
+    x = torch.randn(16, 8)
+    parts = nn.ModuleDict({"gate": Gate(), "head": nn.Linear(8, 1)})
+    assert one_step(parts, lambda m: m["head"](m["gate"](x)))["gate/sigmoid"].gate
+    assert not one_step(nn.Sequential(Norm(), nn.Linear(8, 1)), x=x)["0/sigmoid"].gate
+
+
+def test_a_call_that_comes_late_is_decided_then() -> None:
+    class Net(Calling):
+        late = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(torch.tanh(self.layer(x)))
+            return torch.sigmoid(x) if self.late else x
+
+    model = Net(torch.tanh)
+    model.layer = nn.Linear(16, 16)
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    for step in range(4):
+        model.late = step > 0
+        model(torch.randn(8, 16)).sum().backward()
+        monitor.step()
+    monitor.flush()
+    assert {record.site: record.output for record in monitor.latest.records} == {"tanh": False, "sigmoid": True}  # type: ignore[union-attr]
+
+
+def test_what_comes_into_the_model_is_not_the_models() -> None:
+    backbone = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Sigmoid())
+    head = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    monitor = torchsat.watch(head, errors="raise")
+    head(backbone(torch.randn(4, 8))).sum().backward()
+    assert monitor.coverage.unseen == ()
+    assert monitor.coverage.seen == ("1",)
+
+
+def test_flex_attention_is_found_however_it_is_written() -> None:
+    import torch.nn.attention.flex_attention as fa
+
+    class Dotted(nn.Module):
+        def forward(self, q: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(lambda: torch.nn.attention.flex_attention.flex_attention(q, q, q))  # type: ignore[no-any-return]
+
+    class Aliased(nn.Module):
+        @staticmethod
+        def attend(q: Tensor) -> Tensor:
+            return fa.flex_attention(q, q, q)  # type: ignore[return-value]
+
+        def forward(self, q: Tensor) -> Tensor:
+            return self.attend(q)
+
+    assert uses_flex_attention(Dotted())
+    assert uses_flex_attention(Aliased())
+
+
+def test_a_tensor_whose_history_cannot_be_had_raises_nothing() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.layer(x)
+            a, _ = z.unbind(1)[0:2]
+            with torch.no_grad():
+                z.mul_(2)
+                torch.tanh(a)
+            return self.layer(x)  # type: ignore[no-any-return]
+
+    model = Net()
+    monitor = torchsat.watch(model)
+    model(torch.randn(3, 4)).sum().backward()
+    monitor.step()
+
+
+def test_a_deep_graph_is_not_walked_to_death() -> None:
+    """Nodes that Python has seen are freed one inside the other: a walk over 60,000 of them overflows the stack."""
+    code = """
+import torch, torchsat, torch.nn.functional as F
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+    def forward(self, x):
+        x = self.layer(x)
+        for _ in range(2500):
+            for _ in range(20):
+                x = x + 1
+            x = torch.tanh(x)
+        return x
+torch.set_num_threads(1)
+model = Net()
+monitor = torchsat.watch(model, sample=16, errors="raise")
+model(torch.randn(2, 4)).sum().backward()
+monitor.step()
+assert any("its graph has more than" in reason for _, reason in monitor.coverage.unseen), monitor.coverage
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)

@@ -255,7 +255,7 @@ def test_collapsed_attention() -> None:
             self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
             self.head = nn.Linear(64, 10)
             with torch.no_grad():
-                self.attention.in_proj_weight[:128] *= 20
+                self.attention.in_proj_weight[:128] *= 60
 
         def forward(self, x: Tensor) -> Tensor:
             tokens = x[:, None, :] * torch.linspace(-1, 1, 9)[:, None]

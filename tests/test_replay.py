@@ -313,8 +313,9 @@ def test_a_long_context_is_read_in_part() -> None:
     assert tuple(logits.z.shape) == (1, 4, 8, 65536)
     assert logits.elements == 4 * 65536**2
     positions = logits.visible.sum(-1).flatten() - 1
-    assert torch.equal(logits.visible.sum(-1), positions.unsqueeze(-1).add(1).squeeze(-1).reshape(logits.visible.shape[:-1]))
-    assert positions.diff().unique().numel() == 1
+    assert positions.diff().unique().tolist() == [8193]
+    expected = (q[0, :, positions[2]].double() * 2**-0.5 * k[0, :, 5].double().repeat_interleave(2, 0)).sum(-1)
+    assert torch.allclose(logits.z[0, :, 2, 5].double(), expected)
 
 
 def test_rows_are_spread_over_samples_and_positions_and_move() -> None:
@@ -323,8 +324,11 @@ def test_rows_are_spread_over_samples_and_positions_and_move() -> None:
         rows = Queries.of((64, 2, 64, 64), 1024, turn)
         batch, positions = range(64)[rows.batch], range(64)[rows.positions]
         assert 4 <= len(batch) * len(positions) <= 16
+        # A causal row at the start sees nothing: every observation reads early and late ones.
+        assert len(positions) >= 7
+        assert positions[-1] - positions[0] >= 48
         met |= {(sample, position) for sample in batch for position in positions}
-    assert {sample for sample, _ in met} == set(range(64))
+    assert {sample for sample, _ in met} == {position for _, position in met} == set(range(64))
     full = Queries.of((3, 2, 5, 7), None, 9)
     assert (len(range(3)[full.batch]), len(range(5)[full.positions])) == (3, 5)
 
@@ -377,3 +381,29 @@ def test_entropy_obeys_the_bound_of_zhai_et_al() -> None:
     assert heads[1].item() * math.log(size) == pytest.approx(bound, rel=1e-12)
     each = [observe_softmax(z[:, :, at : at + 1], torch.ones(1, 1, 1, 1, dtype=torch.bool), size)[1][1].item() for at in range(500)]
     assert min(each) * math.log(size) >= bound * (1 - 1e-12)
+
+
+def test_a_logit_that_is_nan_is_not_a_masked_one() -> None:
+    z = torch.zeros(1, 1, 4, 8)
+    z[0, 0, 1, 3] = math.nan
+    logits = SoftmaxRows.of(z, 3, None, 0).logits(z)
+    row, heads = observe_softmax(logits.z, logits.visible, logits.elements)
+    assert row[:3].tolist() == [24, 32, 8]
+    assert heads[0].item() == 3
+
+
+def test_attention_that_broadcasts_its_queries() -> None:
+    q, k = torch.randn(1, 4, L, 8, dtype=torch.float64), torch.randn(3, 4, S, 8, dtype=torch.float64)
+    v = torch.eye(S, dtype=torch.float64).expand(3, 4, S, S)
+    p = F.scaled_dot_product_attention(q.expand(3, -1, -1, -1), k, v)
+    logits = attention_logits(F.scaled_dot_product_attention, (q, k, v), {}, None, 0)
+    assert torch.allclose(torch.softmax(logits.z, -1), p, rtol=1e-12, atol=1e-12)
+    assert logits.elements == 3 * 4 * L * S
+
+
+def test_a_mask_of_another_kind_is_refused() -> None:
+    from torch.nn.attention.bias import causal_upper_left
+
+    q = torch.randn(1, 1, 4, 8)
+    with pytest.raises(NotRebuiltError, match="its mask is a CausalBias"):
+        attention_logits(F.scaled_dot_product_attention, (q, q, q, causal_upper_left(4, 4)), {}, None, 0)
