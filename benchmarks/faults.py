@@ -10,19 +10,26 @@ classification of 64 Gaussian features.
 
 from __future__ import annotations
 
+import argparse
 import math
+import multiprocessing
+import pickle
 import statistics
+import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import torchsat
+from torchsat.diagnosis import Diagnosis
 from torchsat.monitor import due
+from torchsat.rules import Judge
 
 STEPS, EVERY = 120, 10
 HEALTHY_STEPS = 600
@@ -367,7 +374,7 @@ def cases() -> list[Case]:
     plain: dict[str, tuple[str, ...]] = {
         **dict.fromkeys(mlps, tuple(ACTIVATIONS)),
         "mlp-10x48": ("tanh", "relu", "softsign", "selu"),
-        "cnn-plain": ("tanh", "relu", "gelu", "sigmoid"),
+        "cnn-plain": ("tanh", "relu", "gelu"),
         "cnn-bn": ("tanh", "relu", "silu"),
         "resnet": ("relu", "tanh", "gelu"),
         "lstm": ("lstm",),
@@ -415,5 +422,80 @@ def cases() -> list[Case]:
     return found
 
 
+def verdicts(snapshots: Sequence[torchsat.Snapshot]) -> list[torchsat.Alert]:
+    """What a monitor with the default rules tells of a run."""
+    judge, diagnosis = Judge(), Diagnosis()
+    told = [diagnosis.judge(judge.judge(snapshot), judge.firing, snapshot) for snapshot in snapshots]
+    return [alert for alerts in told for alert in alerts if alert.firing]
+
+
+@dataclass
+class Score:
+    runs: int = 0
+    found: int = 0
+    first: int = 0
+    second: int = 0
+    steps: list[int] = field(default_factory=list)
+
+    def add(self, case: Case, told: list[torchsat.Alert]) -> None:
+        self.runs += 1
+        if told:
+            names = [cause.name for cause in told[0].causes]
+            self.found += 1
+            self.first += names[:1] == [case.fault]
+            self.second += case.fault in names[:2]
+            self.steps.append(told[0].step)
+
+    def __str__(self) -> str:
+        if not self.found:
+            return f"{self.runs:5} {self.found / max(1, self.runs):7.3f}"
+        ranks = f"{self.first / self.found:11.3f} {self.second / self.found:11.3f}"
+        return f"{self.runs:5} {self.found / self.runs:7.3f} {ranks} {statistics.median(self.steps):13.0f}"
+
+
+def evaluate(results: Sequence[Result]) -> None:
+    """The tables, of one half of the runs."""
+    faulty = [result for result in results if result.case.fault]
+    healthy = [result for result in results if not result.case.fault and result.accuracy >= 0.9]
+    failed = sum(not result.case.fault for result in results) - len(healthy)
+    scores: dict[str, Score] = defaultdict(Score)
+    for result in faulty:
+        told = verdicts(result.snapshots)
+        for name in (str(result.case.fault), result.case.architecture.partition("-")[0], "all"):
+            scores[name].add(result.case, told)
+    print("fault or architecture   runs  recall  right first  within two  steps to tell")
+    for name, score in sorted(scores.items(), key=lambda pair: (pair[0] == "all", pair[0] not in SEVERITIES, pair[0])):
+        print(f"{name:22} {score}")
+    false = [(result.case, verdicts(result.snapshots)) for result in healthy]
+    alarms = sum(len(told) for _, told in false)
+    print(f"\nrules                  recall  false alarms per healthy run ({len(healthy)} runs; {failed} more did not learn and are left out)")
+    print(f"{'torchsat':22} {scores['all'].found / scores['all'].runs:6.3f}  {alarms / len(healthy):.3f}")
+    for name in OTHERS:
+        recall = sum(name in result.others for result in faulty) / len(faulty)
+        print(f"{name:22} {recall:6.3f}  {sum(name in result.others for result in healthy) / len(healthy):.3f} (of runs with any)")
+    for case, told in false:
+        for alert in told:
+            print(f"false: {case}: {alert.rule} at {alert.site}, {alert.value:.3g} against {alert.threshold:.3g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one run in ten")
+    parser.add_argument("--keep", help="keep the runs in this file, or take them from it if it exists")
+    parser.add_argument("--tuned", action="store_true", help="show the half that the limits were tuned on")
+    options = parser.parse_args()
+    chosen = cases()[:: 10 if options.quick else 1]
+    start = time.perf_counter()
+    if options.keep and Path(options.keep).exists():
+        results = pickle.loads(Path(options.keep).read_bytes())
+    else:
+        with multiprocessing.get_context("spawn").Pool() as pool:
+            results = pool.map(run, chosen, chunksize=4)
+        if options.keep:
+            Path(options.keep).write_bytes(pickle.dumps(results))
+    print(f"torch {torch.__version__}, {len(results)} runs in {time.perf_counter() - start:.0f} s, of which one half is shown\n")
+    evaluate([result for result in results if result.case.held_out != options.tuned])
+
+
 if __name__ == "__main__":
-    print(len(cases()), sum(case.fault is None for case in cases()))
+    main()

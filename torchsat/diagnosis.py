@@ -76,7 +76,10 @@ class Term:
 
 def explain(alert: Alert, scene: Scene) -> tuple[Cause, ...]:
     """The causes of an alert, ranked; empty where nothing that was measured explains it."""
-    terms = _EXPLAIN.get(alert.rule, _of_size)(alert, scene)
+    if alert.since <= scene.first.step:
+        # It was so from the start: what the weights have become since is not the cause.
+        scene = replace(scene, now=scene.first, before=scene.first if alert.rule != "nonfinite" else scene.before)
+    terms = _without_consequences(_EXPLAIN.get(alert.rule, _of_size)(alert, scene))
     total = sum(term.size for term in terms if term.size > 0)
     merged: dict[str, Term] = {}
     for term in sorted((term for term in terms if term.size > 0), key=lambda term: -term.size):
@@ -95,8 +98,20 @@ def verdict(alert: Alert) -> str:
     if alert.also:
         text += f", and {len(alert.also)} more after it"
     if alert.causes:
-        text += ". " + ", ".join(f"{cause.name} {cause.share:.0%}" for cause in alert.causes) + f". Try: {alert.causes[0].remedy}"
+        text += ". Why: " + ", ".join(f"{cause.name} {100 * cause.share:.0f} %" for cause in alert.causes) + f". Try: {alert.causes[0].remedy}"
     return text
+
+
+def _without_consequences(terms: list[Term]) -> list[Term]:
+    """Weights that grow where the network was wrong from the start grow because of that."""
+    initial = sum(term.size for term in terms if term.cause in _INITIAL)
+    grown = sum(term.size for term in terms if term.cause == "weight_growth")
+    if initial < 1 or grown <= initial / 2:
+        return terms
+    return [replace(term, size=term.size * initial / 2 / grown) if term.cause == "weight_growth" else term for term in terms]
+
+
+_INITIAL = ("inputs_uncentred", "inputs_unscaled", "init_too_large", "init_too_small")
 
 
 def attribute(name: str) -> str:
@@ -108,9 +123,18 @@ def gain_for(activation: str) -> float:
     return GAIN.get(activation, 1.0)
 
 
+def owner(weight: str) -> str:
+    """The expression of the module that owns a weight: of a recurrent layer's matrix, the layer."""
+    head, _, last = weight.rpartition(".")
+    return attribute(head if last.startswith("weight_") else weight)
+
+
 def initialiser(activation: str, weight: str) -> str:
     """The line that initialises a weight as its activation wants it."""
-    target = f"{attribute(weight)}.weight"
+    last = weight.rpartition(".")[2]
+    target = f"{owner(weight)}.{last if last.startswith('weight_') else 'weight'}"
+    if last.startswith("weight_hh"):
+        return f"nn.init.orthogonal_({target})"
     if activation in GAIN:
         return f'nn.init.kaiming_normal_({target}, nonlinearity="relu")'
     return f'nn.init.kaiming_normal_({target}, nonlinearity="linear")' if activation == "selu" else f"nn.init.xavier_normal_({target})"
@@ -186,7 +210,7 @@ def _of_inputs(weight: Weight, rms: float) -> list[Term]:
                 "inputs_uncentred",
                 offset,
                 f"{percent(1 - centred)} of the mean square of the input of {weight.name} is an offset that all samples share (rms {rms:.3g})",
-                _STANDARDISE + attribute(weight.name),
+                _STANDARDISE + owner(weight.name),
             )
         )
     if total - max(offset, 0.0) > 0:
@@ -195,7 +219,7 @@ def _of_inputs(weight: Weight, rms: float) -> list[Term]:
                 "inputs_unscaled",
                 total - max(offset, 0.0),
                 f"the input of {weight.name} has an rms of {scale:.3g} about its mean, where 1 is expected",
-                _STANDARDISE + attribute(weight.name),
+                _STANDARDISE + owner(weight.name),
             )
         )
     return terms
@@ -208,7 +232,7 @@ def _growth(weight: Weight, first: float, size: float, evidence: str | None = No
         "weight_growth",
         size,
         evidence or f"the gain of {weight.name} has grown from {first:.3g} to {weight.gain:.3g}{update}",
-        f"lower the learning rate (weight group of {attribute(weight.name)}{rate}), warm it up, clip gradients, or add weight decay",
+        f"lower the learning rate (weight group of {owner(weight.name)}{rate}), warm it up, clip gradients, or add weight decay",
     )
 
 
@@ -254,10 +278,7 @@ def _of_closed(alert: Alert, scene: Scene) -> list[Term]:
         if terms:
             return terms
     weight = feeders[0] if feeders else None
-    terms = []
-    if weight is not None and weight.data and weight.input_centred_share is not None and weight.input_centred_share < 0.5 and weight.input_rms:
-        offset = _of_inputs(weight, max(weight.input_rms, math.e / math.sqrt(weight.input_centred_share)))
-        terms += [replace(term, size=2 * term.size) for term in offset if term.cause == "inputs_uncentred"]
+    terms = _of_offset(alert.site, scene)
     start = next((each for each in scene.first.records if each.site == alert.site), None)
     closed_at_start = start is not None and start.saturated is not None and record.saturated is not None and start.saturated > 0.8 * record.saturated
     if weight is not None:
@@ -266,15 +287,19 @@ def _of_closed(alert: Alert, scene: Scene) -> list[Term]:
         if not closed_at_start:
             terms.append(_growth(weight, first, 1.0 + grown, None if grown > math.log(1.1) else f"{alert.site} has closed since the first step"))
     if closed_at_start or not terms:
-        began = "from the first step on" if closed_at_start else "in training"
-        terms.append(
-            Term(
-                "dead_units",
-                1.0,
-                f"z of {record.site} is {record.z_mean:.3g} +- {record.z_std:.3g}: its units are shut {began}, whatever the input",
-                f"set the bias of {attribute(weight.name) if weight else 'the layer before it'} to 0, widen it, or use nn.LeakyReLU, nn.ELU, nn.GELU",
-            )
-        )
+        terms.append(_dead(record, scene, "from the first step on" if closed_at_start else "in training"))
+    return terms
+
+
+def _of_offset(site: str, scene: Scene) -> list[Term]:
+    """An offset of the model's inputs shuts units of every rectifier behind it, and opens others for good, whatever its size."""
+    before = {site, *upstream_of(site, scene.now.records)}
+    terms = []
+    for weight in scene.now.weights:
+        share = weight.input_centred_share
+        if weight.data and share is not None and share < 0.5 and weight.input_rms and before & set(weight.feeds):
+            offset = _of_inputs(weight, max(weight.input_rms, math.e / math.sqrt(max(share, 1e-6))))
+            terms += [replace(term, size=2 * term.size) for term in offset if term.cause == "inputs_uncentred"]
     return terms
 
 
@@ -305,9 +330,22 @@ def _of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
                 f"{initialiser(record.activation, name)}, and so for each layer",
             )
         )
+    closed = [record for record in hidden if record.tails in ("low", "high") and (record.saturated or 0.0) > 0.7]
+    if closed:
+        terms += _of_offset(closed[0].site, scene) or [_dead(closed[0], scene, f"in {len(closed)} of {len(hidden)} layers")]
     if not terms:
         terms += [term for record in hidden for term in _blame(record.site, scene)]
     return terms
+
+
+def _dead(record: Record, scene: Scene, where: str) -> Term:
+    weight = next(iter(scene.feeders(record.site)), None)
+    return Term(
+        "dead_units",
+        1.0,
+        f"z of {record.site} is {record.z_mean or 0.0:.3g} +- {record.z_std or 0.0:.3g}: its units are shut {where}, whatever the input",
+        f"set the bias of {owner(weight.name) if weight else 'the layer before it'} to 0, widen it, or use nn.LeakyReLU, nn.ELU, nn.GELU",
+    )
 
 
 def _of_exploding(alert: Alert, scene: Scene) -> list[Term]:
@@ -326,21 +364,21 @@ def _of_exploding(alert: Alert, scene: Scene) -> list[Term]:
 
 def _of_nonfinite(alert: Alert, scene: Scene) -> list[Term]:
     """Numbers that overflowed because the signal grew, or that were never finite."""
-    site = alert.site
-    grown = replace(scene, now=scene.before)
-    broken_from_start = scene.now is scene.first or scene.before.step >= scene.now.step
-    terms = [] if broken_from_start else _of_exploding(alert, grown)
-    weights = [weight for weight in scene.before.weights if weight.update_ratio is not None]
-    largest = max(weights, key=lambda weight: weight.update_ratio or 0.0, default=None)
-    if not broken_from_start and largest is not None and (largest.update_ratio or 0.0) > 0.3 and not any(t.cause == "init_too_large" for t in terms):
-        terms.append(_growth(largest, scene.first_gain(largest.name) or 1.0, math.log1p(largest.update_ratio or 0.0)))
+    broken_from_start = scene.before.step >= scene.now.step
+    terms = []
+    if not broken_from_start:
+        terms = _of_exploding(alert, replace(scene, now=scene.before))
+        terms += [term for weight in scene.first.weights if weight.data and weight.input_rms for term in _of_inputs(weight, weight.input_rms)]
+        largest = max(scene.before.weights, key=lambda weight: weight.update_ratio or 0.0, default=None)
+        if largest is not None and (largest.update_ratio or 0.0) > 0.3:
+            terms.append(_growth(largest, scene.first_gain(largest.name) or 1.0, math.log1p(largest.update_ratio or 0.0)))
     if terms:
         return terms
     return [
         Term(
             "numeric_range",
             1.0,
-            f"{site} is the first place with inf or nan" + (", from the first step on: look at the data" if broken_from_start else ""),
+            f"{alert.site} is the first place with inf or nan" + (", from the first step on: look at the data" if broken_from_start else ""),
             "check the inputs with torch.isfinite(x).all(); in float16 use a GradScaler, or bfloat16, or float32 for this layer",
         )
     ]

@@ -469,7 +469,7 @@ class Monitor:
         """The observed layers whose weight this optimizer owns; of None, all."""
         owned = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
         alive = [(layer, module) for layer in self._taps.layers.values() if (module := layer.module()) is not None]
-        weights = [(layer, cast(Tensor, module.weight)) for layer, module in alive]
+        weights = [(layer, cast(Tensor, getattr(module, layer.parameter))) for layer, module in alive]
         return [(layer, weight) for layer, weight in weights if owned is None or id(weight) in owned]
 
     def _finish_observation(self) -> None:

@@ -427,10 +427,19 @@ class Taps:
             self._weights[id(module.weight)] = name
             self._hook(module, self._guarded(name, self._before_layer, layer), pre=True, with_kwargs=True)
             self._hook(module, self._guarded(name, self._after_layer, layer))
+        for name, module in found.recurrent:
+            self._recurrent_layers(name, module, feeders)
         for _, module, accounted in found.places if self.hears_calls else ():
             self._hook(module, self._guarded(MODEL, self._end_module, accounted), always_call=True)
         # Last of all, so that a model that is itself an activation is still in its pass when its own hook runs.
         self._hook(model, self._guarded(MODEL, self._leave), always_call=True)
+
+    def _recurrent_layers(self, name: str, module: nn.Module, feeders: dict[str, tuple[str, ...]]) -> None:
+        for parameter, weight in module.named_parameters(recurse=False):
+            place = f"{name}.{parameter}"
+            if parameter.startswith(("weight_ih", "weight_hh")) and (self._deciding or place in feeders) and name not in self.failed:
+                self.layers[place] = Layer(place, module, parameter)
+                self._weights[id(weight)] = place
 
     def close(self) -> None:
         """Remove every hook, put together what the passes gave, and forget passes and modules."""
@@ -1086,12 +1095,21 @@ class Taps:
             return
         _check_plain(plain)
         self.saw_pass = self.recurrent[name] = True
+        for layer in self.layers.values():
+            if layer.module() is module and layer.parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
+                current = self._current()
+                current.add(current.inputs, layer.name, input_sums(plain, plain.ndim - 1, Sample.of(plain, self.limit, self.turn)))
+                if self._deciding and plain.grad_fn is None and not plain.requires_grad:
+                    self.fed_by_data.add(layer.name)
         gates = cell_gates(module, x, state) if isinstance(module, nn.RNNCellBase) else rnn_gates(cast(nn.RNNBase, module), x, state, random)
         try:
             for gate in gates:
                 place = f"{name}.{gate.layer}/{gate.name}" if gate.layer else f"{name}/{gate.name}"
                 if self.selects(place):
-                    self._count_gate(place, gate, plain, gated=not isinstance(module, (nn.RNN, nn.RNNCell)))
+                    feeders = [f"{name}.weight_{kind}_{gate.layer}".rstrip("_") for kind in ("ih", "hh")]
+                    # What is gated, a tanh, is not meant to saturate; the sigmoids and the memory of an LSTM are.
+                    gated = gate.function == "sigmoid" or (isinstance(module, (nn.LSTM, nn.LSTMCell)) and gate.name == "hidden")
+                    self._count_gate(place, gate, plain, feeders, gated)
         except NotRebuiltError as reason:
             self.notes[f"{name}, upper layers"] = str(reason)
         last = next((site for place, site in reversed(self.sites.items()) if place.startswith((f"{name}.", f"{name}/"))), None)
@@ -1099,11 +1117,13 @@ class Taps:
             # What comes after the layer comes after its last gate.
             self._nodes.update(dict.fromkeys(ends(output), last))
 
-    def _count_gate(self, place: str, gate: Gate, x: Tensor, gated: bool) -> None:
+    def _count_gate(self, place: str, gate: Gate, x: Tensor, feeders: Sequence[str], gated: bool) -> None:
         site = self._known.get(place)
         if site is None:
             site = self._known[place] = Site(place, self._plain(gate.function), "recurrent", gated)
         self._ran(site, [x.grad_fn])
+        if self._deciding:
+            site.feeds_on = dict.fromkeys(name for name in feeders if name in self.layers)
         sample = Sample.of(gate.z, self.limit, self.turn)
         z = upcast(sample.take(gate.z))
         self._count(site, sample, z, getattr(torch, gate.function)(z))
@@ -1115,7 +1135,7 @@ class Taps:
         if not _is_real(x) or not x.is_floating_point() or not x.numel() or x.layout != torch.strided or type(x) not in (Tensor, nn.Parameter):
             return
         current = self._current()
-        current.add(current.inputs, layer.name, input_sums(module, x, Sample.of(x, self.limit, self.turn)))
+        current.add(current.inputs, layer.name, input_sums(x, feature_axis(module, x.ndim), Sample.of(x, self.limit, self.turn)))
         if self._deciding:
             (self.fed_by_data.add if x.grad_fn is None and not x.requires_grad else self.fed_by_data.discard)(layer.name)
         if self._deciding and self._nodes:

@@ -1,7 +1,8 @@
 """The layers that feed a site: gain, gradient norm, update ratio, and what their input looks like.
 
-A layer is an `nn.Linear` or a convolution. Its input is measured in a forward pre-hook, per feature, in three sums that merge (samples, x,
-x^2); its weight is measured around the optimizer's step. The weight's change is taken on a sample, so that no copy of the model is made.
+A layer is an `nn.Linear`, a convolution, or one of the matrices of a recurrent layer. Its input is measured in a forward pre-hook, per feature,
+in three sums that merge (samples, x, x^2); its weight is measured just before the optimizer's step, as it made z. The weight's change is
+taken on a sample, so that no copy of the model is made.
 """
 
 from __future__ import annotations
@@ -58,13 +59,12 @@ def feature_axis(module: nn.Module, ndim: int) -> int:
     return ndim - 1 if isinstance(module, nn.Linear) else ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
 
 
-def input_sums(module: nn.Module, x: Tensor, sample: Sample) -> Tensor:
-    """[samples, sum x, sum x^2] of each feature of one input: [3, features]."""
+def input_sums(x: Tensor, axis: int, sample: Sample) -> Tensor:
+    """[samples, sum x, sum x^2] of each feature of one input, features along `axis`: [3, features]."""
     taken = sample.take(x.detach())
     dtype = accumulator(x.device)
     finite = torch.isfinite(taken)
     values = torch.where(finite, taken.to(dtype), torch.zeros((), dtype=dtype, device=x.device))
-    axis = feature_axis(module, x.ndim)
     sums = torch.zeros(3, x.shape[axis], dtype=dtype, device=x.device)
     return sums.index_add_(1, sample.units(axis, x.device), torch.stack([finite.to(dtype), values, values * values]))
 
@@ -72,10 +72,11 @@ def input_sums(module: nn.Module, x: Tensor, sample: Sample) -> Tensor:
 class Layer:
     """What one layer shows during one observation, on its device."""
 
-    def __init__(self, name: str, module: nn.Module) -> None:
+    def __init__(self, name: str, module: nn.Module, parameter: str = "weight") -> None:
         self.name = name
         self.module = weakref.ref(module)
-        self.fan_in = fan_in(module)
+        self.parameter = parameter
+        self.fan_in = fan_in(module) if parameter == "weight" else int(getattr(module, parameter).shape[1])
         self.sample: Sample | None = None
         self.inputs: Tensor | None = None
         """`input_sums` over the passes of the observation."""
@@ -84,6 +85,7 @@ class Layer:
 
     def before_step(self, weight: Tensor, limit: int | None, turn: int) -> None:
         """Keep a sample of the weight."""
+        self._measure(weight)
         self.sample = Sample.of(weight, limit, turn)
         self.weight = self.sample.take(weight.detach()).clone()
 
@@ -93,9 +95,13 @@ class Layer:
             square = _square_sum(weight.grad)
             self.columns["grad_sq"] = square if divisor is None else square / divisor.to(square) ** 2
 
-    def after_step(self, weight: Tensor) -> None:
+    def _measure(self, weight: Tensor) -> None:
         self.columns["weight_sq"] = _square_sum(weight)
         self.columns["numel"] = torch.full_like(self.columns["weight_sq"], weight.numel())
+
+    def after_step(self, weight: Tensor) -> None:
+        if "weight_sq" not in self.columns:
+            self._measure(weight)
         if self.weight is None or self.sample is None or not weight.requires_grad:
             return
         dtype = accumulator(weight.device)
