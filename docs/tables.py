@@ -31,9 +31,11 @@ def rules() -> str:
             return "-"
         return "by activation" if callable(value) else f"{'<=' if below else '>='} {value:g}"
 
-    lines = ["| rule | over | warning | critical | observations in a row |", "|---|---|---|---|---|"]
+    lines = ["| rule | over | warning | critical | observations in a row | judged |", "|---|---|---|---|---|---|"]
     for rule in RULES:
-        lines.append(f"| {rule.name} | {rule.over} | {limit(rule.warning, rule.below)} | {limit(rule.critical, rule.below)} | {rule.patience} |")
+        judged = "always" if rule.first is None else f"in the first {rule.first}"
+        limits = f"{limit(rule.warning, rule.below)} | {limit(rule.critical, rule.below)}"
+        lines.append(f"| {rule.name} | {rule.over} | {limits} | {rule.patience} | {judged} |")
     return "\n".join(lines)
 
 

@@ -227,3 +227,24 @@ def test_shares_are_never_rounded_to_all_or_nothing() -> None:
     assert [percent(value) for value in (0, 0.0001, 0.05, 0.5, 0.949, 0.9999, 1)] == [
         *("0.0 %", "< 0.1 %", "5.0 %", "50 %", "94.9 %", "> 99.9 %", "100.0 %")
     ]
+
+
+def test_a_recurrent_layer_is_judged_only_before_it_has_learned() -> None:
+    def lstm(step: int, *shares: float) -> Snapshot:
+        gates = zip(("input", "forget", "output"), shares, strict=True)
+        cell = record("rnn.l0/cell", kind="recurrent", gate=True, saturated=0.9, relative_derivative=0.05)
+        records = [record(f"rnn.l0/{name}", activation="sigmoid", kind="recurrent", gate=True, saturated=share) for name, share in gates]
+        return Snapshot(step, 0.0, (*records, cell))
+
+    untrained, learned = Judge(), Judge()
+    events = [untrained.judge(lstm(step, 0.5, 0.4, 0.7)) for step in range(6)]
+    assert [len(each) for each in events] == [0, 0, 1, 0, 0, 0]
+    (alert,) = events[2]
+    assert (alert.site, alert.severity, alert.value, alert.threshold) == ("rnn.l0/input", "warning", 0.4, 1 / 3)
+    assert alert.message.startswith(
+        "rnn.l0 is saturated before it has learned anything: at least 40 % of the inputs of each of its gates lie on a plateau"
+    )
+    assert [event.firing for step in range(6, 9) for event in untrained.judge(lstm(step, 0.0, 0.0, 0.0))] == [False]
+    assert all(learned.judge(lstm(step, *([0.0, 0.0, 0.0] if step < 2 else [0.9, 0.9, 0.9]))) == () for step in range(9))
+    # One gate that is open is enough.
+    assert all(Judge().judge(lstm(step, 0.9, 0.1, 0.9)) == () for step in range(4))

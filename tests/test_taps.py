@@ -727,7 +727,7 @@ def test_recurrent_gates_are_sites() -> None:
     assert forget.gate_left == pytest.approx((values < 0.1).double().mean().item())
     assert forget.gate_right == pytest.approx((values > 0.9).double().mean().item())
     assert (forget.gate, forget.units, forget.attenuation) == (True, 7, None)
-    assert (snapshot["rnn.l0/cell"].gate, snapshot["rnn.l0/hidden"].gate, snapshot["rnn.l0/cell"].gate_left) == (False, True, None)
+    assert (snapshot["rnn.l0/cell"].gate, snapshot["rnn.l0/hidden"].gate, snapshot["rnn.l0/cell"].gate_left) == (True, True, None)
     assert one_step(nn.RNN(6, 7), lambda m: m(x)[0])["rnn.l0/hidden"].gate is False
     weights = {weight.name: weight for weight in snapshot.weights}
     first, second = weights["rnn.weight_ih_l0"], weights["rnn.weight_hh_l1"]

@@ -7,10 +7,11 @@ the same name are one rule with several criteria: at one place at most one alert
 Sources of the limits: a hidden layer is saturated when its tails hold 30 points more than N(0, 1) puts there, or when E|f'| / peak falls
 below 0.25; the second criterion is needed beside the first, since the drifting sigmoid layer of Glorot and Bengio (2010) has no element in a
 tail. Both stand just beyond what layers of healthy networks reach when they are trained to convergence on digits (tanh: 29 % and 0.29). The
-gradient limits are the range of float16. Attention collapses when a query looks at one key and nothing else (Zhai et al. 2023); heads that
-put four fifths of their weight on the first key are common in healthy models and have an entropy near 0.27. A rectifier is sparse by design
-(networks with 90 % zeros train well), so of one-sided functions only stuck units and a wholly closed layer are reported; deep ReLU networks
-on torch's default initialisation learn with a fifth of them dead.
+gradient limits are the range of float16. A recurrent layer remembers by saturating (a character LSTM that learns well has four fifths of its cell
+inputs in the tails), so it is judged only before it has learned: untrained gates are open. Attention collapses when a query looks at one key and
+nothing else (Zhai et al. 2023); heads that put four fifths of their weight on the first key are common in healthy models and have an entropy
+near 0.27. A rectifier is sparse by design (networks with 90 % zeros train well), so of one-sided functions only stuck units and a wholly closed
+layer are reported; deep ReLU networks on torch's default initialisation learn with a fifth of them dead.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Rule:
         below: the rule fires below its limits, not above.
         patience: observations in a row.
         over: what is judged.
+        first: judged only in the first so many observations, and from then on as long as it fires; None: always.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Rule:
     below: bool = False
     patience: int = 3
     over: Literal["records", "weights"] = "records"
+    first: int | None = None
 
     def limit(self, severity: Severity, item: Record | Weight) -> float | None:
         """The limit of that level at this record or weight."""
@@ -92,6 +95,16 @@ def _share_limit(record: Record) -> float:
 
 def _share_limit_critical(record: Record) -> float:
     return max(0.5, _normal_share(record) + 0.45)
+
+
+def _gates_from_the_start(record: Record, snapshot: Snapshot) -> float | None:
+    """Of the sigmoid gates of a recurrent layer the one that saturates least, judged at the first of them."""
+    if record.kind != "recurrent" or record.activation != "sigmoid":
+        return None
+    layer = record.site.rpartition("/")[0]
+    gates = [each for each in snapshot.records if each.activation == "sigmoid" and each.site.rpartition("/")[0] == layer]
+    shares = [each.saturated for each in gates if each.saturated is not None]
+    return min(shares) if gates[0] is record and shares else None
 
 
 def _one_sided_share(record: Record, snapshot: Snapshot) -> float | None:
@@ -196,6 +209,17 @@ RULES: tuple[Rule, ...] = (
         lambda r, value, limit: f"{r.site} ({r.activation}) is closed: {percent(value)} of its inputs lie on its plateau (limit {percent(limit)})",
     ),
     Rule(
+        "saturated",
+        _gates_from_the_start,
+        1 / 3,
+        0.6,
+        lambda r, value, limit: (
+            f"{r.site.rpartition('/')[0]} is saturated before it has learned anything: at least {percent(value)} of the inputs of each of its gates "
+            f"lie on a plateau (limit {percent(limit)})"
+        ),
+        first=3,
+    ),
+    Rule(
         "stuck_units",
         _stuck,
         0.3,
@@ -292,6 +316,7 @@ class Judge:
                 raise ValueError(f"the rows of rule {rule.name!r} are over {group[0].over} and over {rule.over}; one rule judges one kind")
             group.append(rule)
         self._states: dict[tuple[str, str], _State] = {}
+        self._observations = 0
 
     @property
     def firing(self) -> tuple[Alert, ...]:
@@ -302,6 +327,7 @@ class Judge:
     def judge(self, snapshot: Snapshot) -> tuple[Alert, ...]:
         """The alerts that fire, worsen or clear at this observation."""
         events = []
+        self._observations += 1
         for name, rules in list(self._groups.items()):
             items: Sequence[Record | Weight] = snapshot.weights if rules[0].over == "weights" else snapshot.records
             places = {item.name if isinstance(item, Weight) else item.site for item in items}
@@ -333,7 +359,10 @@ class Judge:
         return replace(last, step=snapshot.step, firing=False, message=f"{place}: no longer runs")
 
     def _judge_one(self, place: str, name: str, rules: list[Rule], item: Record | Weight, snapshot: Snapshot) -> Alert | None:
-        values = [(rule, value) for rule in rules if (value := rule.value(item, snapshot)) is not None]
+        known = self._states.get((place, name))
+        held = known is not None and known.alert is not None
+        due = [rule for rule in rules if rule.first is None or held or self._observations <= rule.first]
+        values = [(rule, value) for rule in due if (value := rule.value(item, snapshot)) is not None]
         if not values:
             return None
         state = self._states.setdefault((place, name), _State({"warning": 0, "critical": 0}))

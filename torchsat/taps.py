@@ -1107,9 +1107,7 @@ class Taps:
                 place = f"{name}.{gate.layer}/{gate.name}" if gate.layer else f"{name}/{gate.name}"
                 if self.selects(place):
                     feeders = [f"{name}.weight_{kind}_{gate.layer}".rstrip("_") for kind in ("ih", "hh")]
-                    # What is gated, a tanh, is not meant to saturate; the sigmoids and the memory of an LSTM are.
-                    gated = gate.function == "sigmoid" or (isinstance(module, (nn.LSTM, nn.LSTMCell)) and gate.name == "hidden")
-                    self._count_gate(place, gate, plain, feeders, gated)
+                    self._count_gate(place, gate, plain, feeders, gated=not isinstance(module, (nn.RNN, nn.RNNCell)))
         except NotRebuiltError as reason:
             self.notes[f"{name}, upper layers"] = str(reason)
         last = next((site for place, site in reversed(self.sites.items()) if place.startswith((f"{name}.", f"{name}/"))), None)
