@@ -89,3 +89,33 @@ def test_a_model_may_move_to_the_device_after_watch() -> None:
             optimizer.step()
     monitor.close()
     assert monitor.latest.step == 5
+
+
+class Own(nn.Module):
+    """Attention in three spellings, calls, a gate, and an activation of no row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), nn.Linear(16, 32)
+        self.own = Wave()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = x + nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        x = x + (x @ x.transpose(-1, -2)).softmax(-1) @ x
+        return self.own(nn.functional.glu(self.second(torch.tanh(x))))  # type: ignore[no-any-return]
+
+
+class Wave(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return torch.sin(3 * z)
+
+
+def test_calls_and_attention_are_those_of_the_cpu() -> None:
+    model, x = Own(), torch.randn(4, 6, 16)
+    here, there = one_step(copy.deepcopy(model), x), one_step(copy.deepcopy(model).cuda(), x.cuda())
+    assert [record.site for record in there.records] == [record.site for record in here.records]
+    for expected in here.records:
+        for name in ("n", "derivative", "z_std", "a_std", "attenuation", "entropy", "jacobian", "logit_std", "entropy_min"):
+            value = getattr(expected, name)
+            assert getattr(there[expected.site], name) == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), (expected.site, name)
