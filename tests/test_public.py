@@ -20,7 +20,7 @@ ARROWS = {
     "report": {"record", "rules", "tensorboard", "tensorboard.reader"},
     "tensorboard": set(),
     "tensorboard.reader": {"record", "tensorboard"},
-    "tensorboard.writer": {"record", "rules", "tensorboard"},
+    "tensorboard.writer": {"diagnosis", "record", "rules", "tensorboard"},
     "activations": {"record"},
     "statistics": {"activations", "record"},
     "weights": {"record", "statistics"},

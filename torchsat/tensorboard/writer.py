@@ -22,6 +22,7 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from torchsat.diagnosis import verdict
 from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Snapshot, to_float
 from torchsat.rules import gradient_over_depth
 from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, content, tag
@@ -137,8 +138,7 @@ class TensorBoardWriter:
         """Every alert so far, newest first, in one text, since TensorBoard keeps one per step. A table would break words in two."""
         lines = []
         for alert in reversed(self._history):
-            state = f"**{alert.severity}**, since step {alert.since}" if alert.firing else "cleared"
-            lines.append(f"- step {alert.step}, {state}: {alert.message}")
+            lines.append(f"- step {alert.step}, {f'**{alert.severity}**' if alert.firing else 'cleared'}: {verdict(alert)}")
         return "\n".join(lines)
 
     def _scalar(self, name: str, value: float, description: str) -> Summary.Value:
