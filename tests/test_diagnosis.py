@@ -76,7 +76,7 @@ def test_growth_and_alignment_are_learned() -> None:
 
 def test_inputs_of_a_hidden_layer_are_no_inputs() -> None:
     """A sigmoid's output is un-centred by nature: nothing that the user standardises."""
-    now = snapshot(record(z_rms=9.0), weight(gain=9.0, input_rms=5.0, input_centred_share=0.1))
+    now = snapshot(record(z_rms=6.0), weight(gain=9.0, input_rms=0.7, input_centred_share=0.1))
     assert set(causes(now)) == {"init_too_large"}
 
 
@@ -264,3 +264,30 @@ def test_collapsed_attention() -> None:
     (told,) = verdicts(Net(), lambda: torch.randn(64, 64))
     assert (told.rule, told.site, told.causes[0].name) == ("attention_collapse", "attention/softmax", "softmax_logits")
     assert "model.attention" in told.causes[0].remedy
+
+
+def test_what_lies_between_layer_and_activation_is_not_blamed_on_the_inputs() -> None:
+    model = stack(nn.Tanh)
+    with torch.no_grad():
+        for block in (model.block0, model.block1, model.block2):
+            block.fc.bias.fill_(8)  # type: ignore[operator,union-attr]
+    (told,) = torchsat.probe(model, torch.randn(256, 64)).alerts
+    assert (told.site, told.causes[0].name) == ("block0.act", "init_too_large")
+    assert told.causes[0].remedy.startswith("set the bias of model.block0.fc to 0")
+
+
+def test_a_layer_that_the_model_itself_feeds_too_much() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.fc, self.head = nn.Embedding(50, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+            with torch.no_grad():
+                self.embedding.weight *= 50
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.fc(self.embedding(x))))  # type: ignore[no-any-return]
+
+    (told,) = torchsat.probe(Net(), torch.randint(50, (512,))).alerts
+    assert (told.site, told.causes[0].name) == ("tanh", "inputs_unscaled")
+    assert "which the model itself makes, has an rms of 5" in told.causes[0].evidence or "rms of 4" in told.causes[0].evidence
+    assert "make what comes into model.fc smaller" in told.causes[0].remedy

@@ -112,7 +112,10 @@ def test_tensorboards_own_reader_sees_the_scalars_and_the_text(tmp_path: Path) -
     assert metadata.data_class == 1
     assert metadata.summary_description == NETWORK["saturated_max"]
     text = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors("torchsat/alerts/text_summary")]
-    assert text[-1].splitlines() == ["- step 5, cleared: b.act is saturated", "- step 4, **critical**: b.act is saturated, since step 1. Why: init_too_large 50 %. Try: Xavier"]
+    assert text[-1].splitlines() == [
+        "- step 5, cleared: b.act is saturated",
+        "- step 4, **critical**: b.act is saturated, since step 1. Why: init_too_large 50 %. Try: Xavier",
+    ]
     packed = next(tag for tag in tags["tensors"] if tag.startswith("torchsat/records."))
     assert json.loads(reader.SummaryMetadata(packed).plugin_data.content)["kind"] == "records"
     assert all(all(c.isalnum() or c in "_./-" for c in tag) for kind in ("scalars", "tensors") for tag in tags[kind])

@@ -4,8 +4,10 @@ import io
 import itertools
 import logging
 import math
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -191,3 +193,58 @@ def test_a_picture(tmp_path: Path) -> None:
     trials = torchsat.try_remedies(stack(nn.Tanh), data(), loss, steps=12, remedies=REMEDIES[:2])
     trials.picture(tmp_path / "trials.png")
     assert (tmp_path / "trials.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.LBFGS, torch.optim.RMSprop])
+def test_every_kind_of_optimizer_is_made_again(kind: type[torch.optim.Optimizer]) -> None:
+    model = stack(nn.Tanh)
+    trials = torchsat.try_remedies(model, data(2), loss, optimizer=kind(model.parameters(), lr=0.01), steps=3, remedies=REMEDIES[:1])
+    assert all(math.isfinite(trial.loss) for trial in trials.trials)
+    with pytest.raises(ValueError, match="the optimizer holds no parameter of this model"):
+        torchsat.try_remedies(model, data(2), loss, optimizer=kind(stack(nn.Tanh).parameters(), lr=0.01))
+
+
+def test_a_remedy_that_cannot_be_run_does_not_end_the_others() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head, self.act = nn.Linear(64, 32), nn.Linear(32, 16), nn.Linear(16, 10), nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.act(self.second(self.act(self.first(x)))))  # type: ignore[no-any-return]
+
+    trials = torchsat.try_remedies(Shared().eval(), data(2), loss, steps=3)
+    assert trials["BatchNorm"].change.startswith("could not be run: RuntimeError")
+    assert trials["ReLU"].tried
+    assert trials["lower learning rate"].tried
+
+
+def test_generators_of_python_and_numpy_and_the_users_gradients_are_kept() -> None:
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = stack(nn.Tanh)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x * random.random() * float(np.random.rand()))  # type: ignore[no-any-return]
+
+    batches = [(x.requires_grad_(), y) for x, y in data(2)]
+    before = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    torchsat.probe(Random(), batches[0][0])
+    trials = torchsat.try_remedies(Random(), batches, loss, steps=4, remedies=[Remedy("none", lambda model, context: "nothing")])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # type: ignore[index]
+    assert batches[0][0].grad is None
+    assert trials["none"].losses == trials["as it is"].losses
+
+
+def test_the_input_is_standardised_and_not_the_target() -> None:
+    model = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 3))
+    batches = [(torch.randn(32, 3), 100 * x) for x, _ in data(2)]
+    trials = torchsat.try_remedies(model, batches, lambda m, b: (m(b[1]) - b[0]).square().mean(), steps=3)
+    assert trials["standardised inputs"].worst("saturated") < 0.2 < trials["as it is"].worst("saturated")  # type: ignore[operator]
+
+
+def test_a_frozen_layer_is_not_drawn_anew() -> None:
+    model = stack(nn.Tanh, depth=2)
+    model.block0.requires_grad_(False)
+    assert torchsat.try_remedies(model, data(2), loss, steps=2)["Xavier init"].change == "1 layers drawn anew, Xavier"

@@ -164,17 +164,35 @@ def _blame(site: str, scene: Scene, met: frozenset[str] = frozenset()) -> list[T
         terms.append(_growth(weight, known, math.log(gain / known)))
     if rms and gain and record.z_rms:
         alignment = record.z_rms / (gain * rms)
-        if alignment > _GROWN and scene.now.step > scene.first.step:
+        if alignment > _GROWN and scene.now.step <= scene.first.step:
+            terms.append(
+                Term(
+                    "init_too_large",
+                    math.log(alignment),
+                    f"z of {record.site} is {alignment:.3g} times what {weight.name} makes of its input: a bias, or a factor in the code",
+                    f"set the bias of {owner(weight.name)} to 0, and look for a factor between it and {record.activation}",
+                )
+            )
+        elif alignment > _GROWN:
             terms.append(
                 _growth(weight, known, math.log(alignment), f"z is {alignment:.2g} times what weights that know nothing of their input would make")
             )
     if rms and weight.data:
         terms += _of_inputs(weight, rms)
     elif rms:
-        for name in record.after:
-            source = scene.record(name)
-            if source is not None and source.activation in UNBOUNDED and _flows(source, rms):
-                terms += _blame(name, scene, met | {site})
+        sources = [scene.record(name) for name in record.after]
+        flowing = [source for source in sources if source is not None and source.activation in UNBOUNDED and _flows(source, rms)]
+        for source in flowing:
+            terms += _blame(source.site, scene, met | {site})
+        if not flowing and rms > _GROWN:
+            terms.append(
+                Term(
+                    "inputs_unscaled",
+                    math.log(rms),
+                    f"the input of {weight.name}, which the model itself makes, has an rms of {rms:.3g} where 1 is expected",
+                    f"make what comes into {owner(weight.name)} smaller: the weight of a norm, an embedding, or a branch that adds up",
+                )
+            )
     return terms
 
 
@@ -241,9 +259,17 @@ def _activation(record: Record, size: float, evidence: str) -> Term:
         "activation_choice",
         size,
         evidence,
-        f"replace {record.activation} at {attribute(record.site.partition('/')[0])} by nn.ReLU, nn.GELU or nn.SiLU with He initialisation, or put "
+        f"replace {record.activation} {_where(record)} by nn.ReLU, nn.GELU or nn.SiLU with He initialisation, or put "
         "nn.BatchNorm before it; Xavier and LayerNorm do not help a deep stack of sigmoids",
     )
+
+
+def _where(record: Record) -> str:
+    """Where a site is in the user's code."""
+    path = record.site.rpartition("/")[0]
+    if record.kind == "module":
+        return f"at {attribute(record.site)}"
+    return f"in {attribute(path.rpartition('.')[0] if record.kind == 'recurrent' else path)}"
 
 
 def _of_size(alert: Alert, scene: Scene) -> list[Term]:

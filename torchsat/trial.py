@@ -9,10 +9,13 @@ untouched copy in one remedy. Activations are changed with the initialisation th
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import logging
 import math
 import os
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -47,8 +50,7 @@ def probe(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
     rules = tuple(replace(rule, patience=1) for rule in RULES)
     with _random_numbers_kept():
         twin = _copy(model)
-        if not any(module.training for module in twin.modules()):
-            twin.train()
+        inputs, keywords = _detached(inputs), _detached(keywords)
         with _quiet(), watch(twin, sample=None, rules=rules, errors="raise") as monitor:
             with torch.enable_grad():
                 value = (loss or _some_loss)(twin(*inputs, **keywords))
@@ -80,6 +82,9 @@ def _some_loss(output: Any) -> Tensor:
     return sum((leaf.square().mean() for leaf in leaves), torch.zeros((), device=leaves[0].device if leaves else None))
 
 
+_PLAIN = "as it is"
+
+
 @dataclass(frozen=True)
 class Context:
     """What a remedy knows of the model it changes."""
@@ -93,6 +98,8 @@ class Context:
     batches: Sequence[Any]
     paths: dict[str, str]
     """The module path of each site and layer."""
+    input_leaf: int | None
+    """Which tensor of a batch the model is given."""
 
 
 @dataclass(frozen=True)
@@ -211,21 +218,27 @@ def try_remedies(
     Raises:
         TypeError, ValueError: an argument is not as said above, or no hidden activation is a module.
     """
-    if not isinstance(steps, int) or steps < 1:
+    if not callable(loss):
+        raise TypeError(f"loss is {loss!r}; allowed is a function of (model, batch) that gives a scalar")
+    if optimizer is not None and not isinstance(optimizer, Optimizer) and not callable(optimizer):
+        raise TypeError(f"optimizer is {optimizer!r}; allowed are an optimizer, a function of parameters, and None")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches is {batches!r}; allowed are a list, a DataLoader, or anything that can be iterated again")
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"steps is {steps!r}; allowed are whole numbers from 1 up")
     if isinstance(batches, Iterator):
         raise TypeError("batches is an iterator, which can be read only once; give a list or a DataLoader, or list(itertools.islice(batches, 100))")
     chosen = REMEDIES if remedies is None else tuple(remedies)
     with _random_numbers_kept():
-        state = torch.get_rng_state()
-        taken = list(itertools.islice(batches, steps))
+        restore = _random_state()
+        taken = [_detached(batch) for batch in itertools.islice(batches, steps)]
         if not taken:
             raise ValueError("batches is empty; at least one batch is needed")
         context, notes = _context(model, taken, loss)
         trials = []
         with _bar(progress, (len(chosen) + 1) * steps) as advance:
-            for remedy in (Remedy("as it is", lambda model, context: "nothing"), *chosen):
-                torch.set_rng_state(state)
+            for remedy in (Remedy(_PLAIN, lambda model, context: "nothing"), *chosen):
+                restore()
                 trials.append(_try(model, taken, loss, optimizer, steps, remedy, context, every, advance))
     return Trials(tuple(trials), notes)
 
@@ -252,14 +265,29 @@ def _try(
         group["lr"] = group["lr"] * remedy.learning_rate
     losses: list[float] = []
     snapshots: list[Snapshot] = []
-    with torch.enable_grad(), _quiet(), watch(twin, every=every, sinks=[snapshots.append]):
-        for batch in itertools.islice(itertools.cycle(batches), steps):
-            stepper.zero_grad()
-            value = loss(twin, batch)
-            value.backward()  # type: ignore[no-untyped-call]
-            stepper.step()
-            losses.append(float(value.detach()))
-            advance(1)
+    needs_closure = inspect.signature(type(stepper).step).parameters["closure"].default is inspect.Parameter.empty
+
+    def backward(batch: Any) -> Tensor:
+        stepper.zero_grad()
+        value = loss(twin, batch)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    try:
+        with torch.enable_grad(), _quiet(), watch(twin, every=every, sinks=[snapshots.append]):
+            for batch in itertools.islice(itertools.cycle(batches), steps):
+                if needs_closure:
+                    value = cast(Tensor, stepper.step(partial(backward, batch)))  # type: ignore[arg-type]
+                else:
+                    value = backward(batch)
+                    stepper.step()
+                losses.append(float(value.detach()))
+                advance(1)
+    except Exception as error:
+        if remedy.name == _PLAIN:
+            raise
+        advance(steps - len(losses))
+        return Trial(remedy.name, f"could not be run: {type(error).__name__}: {error}")
     return Trial(remedy.name, change, tuple(losses), tuple(snapshots))
 
 
@@ -269,6 +297,12 @@ def _context(model: nn.Module, batches: Sequence[Any], loss: Callable[[nn.Module
     snapshots: list[Snapshot] = []
     shapes: dict[str, tuple[int, ...]] = {}
     paths = {_clean(path): path for path, _ in twin.named_modules()}
+    leaves, reached = tree_leaves(batches[0]), list[int]()
+
+    def look(module: nn.Module, args: Any, kwargs: Any) -> None:
+        floats = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1}
+        reached.extend(at for at, leaf in enumerate(leaves) if id(leaf) in floats)
+
     with torch.enable_grad(), _quiet(), watch(twin, every=1, sinks=[snapshots.append]) as monitor:
         handles = [
             module.register_forward_pre_hook(
@@ -276,6 +310,7 @@ def _context(model: nn.Module, batches: Sequence[Any], loss: Callable[[nn.Module
             )
             for path, module in twin.named_modules()
         ]
+        handles.append(twin.register_forward_pre_hook(look, with_kwargs=True))
         value = loss(twin, batches[0])
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(f"loss gave {type(value).__name__}; a scalar tensor is needed: loss=lambda model, batch: ...")
@@ -291,7 +326,7 @@ def _context(model: nn.Module, batches: Sequence[Any], loss: Callable[[nn.Module
     if not sites:
         raise ValueError(f"no hidden activation of this model is a module that could be changed; seen were: {', '.join(others) or 'none'}")
     notes = (f"not changed, since they are no modules: {', '.join(others)}",) if others else ()
-    return Context(sites, {weight.name: weight.feeds for weight in snapshots[-1].weights}, shapes, batches, paths), notes
+    return Context(sites, {weight.name: weight.feeds for weight in snapshots[-1].weights}, shapes, batches, paths, next(iter(reached), None)), notes
 
 
 def _clean(path: str) -> str:
@@ -315,14 +350,19 @@ def _layers(model: nn.Module, context: Context) -> list[nn.Module]:
     return [
         _module(model, context, name)
         for name, feeds in context.feeds.items()
-        if name in context.paths and names & set(feeds) and is_layer(_module(model, context, name))
+        if name in context.paths and names & set(feeds) and is_layer(_module(model, context, name)) and _learns(_module(model, context, name))
     ]
+
+
+def _learns(layer: nn.Module) -> bool:
+    """A frozen layer is not drawn anew: it could not recover."""
+    return cast(Tensor, layer.weight).requires_grad
 
 
 def _initialise(model: nn.Module, context: Context, rule: str) -> str:
     layers = _layers(model, context)
     if not layers:
-        raise ValueError("no linear or convolutional layer feeds a hidden activation")
+        raise ValueError("no linear or convolutional layer with a weight of its own that learns feeds a hidden activation")
     draw: dict[str, Callable[[Tensor], Any]] = {
         "Xavier": nn.init.xavier_normal_,
         "He": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
@@ -365,14 +405,13 @@ class _TokenBatchNorm(nn.BatchNorm1d):
 
 def _standardise(model: nn.Module, context: Context) -> str:
     """A pre-hook on the copy: mean and spread of each feature, over the batches of the trial."""
-    tensors = [
-        next((leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()), None) for batch in context.batches
-    ]
-    given = [tensor for tensor in tensors if tensor is not None and tensor.ndim > 1]
-    if not given or any(tensor.shape[1:] != given[0].shape[1:] for tensor in given):
-        raise ValueError("the batches hold no tensor of numbers of one shape to standardise")
+    if context.input_leaf is None:
+        raise ValueError("no tensor of numbers reaches the model from the batch as it is")
+    given = [tree_leaves(batch)[context.input_leaf] for batch in context.batches]
+    if any(tensor.shape[1:] != given[0].shape[1:] for tensor in given):
+        raise ValueError("the inputs in the batches are not of one shape")
     data = torch.cat([tensor.detach().double() for tensor in given])
-    mean, std = data.mean(0), data.std(0)
+    mean, std = data.mean(0), data.std(0, correction=0)
     std = torch.where(std < 1e-3 * std.max().clamp(min=1e-12), torch.ones_like(std), std)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -402,9 +441,15 @@ def _copy(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
     try:
-        return copy.deepcopy(model)
+        twin = copy.deepcopy(model)
     except Exception as error:
         raise TypeError(f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); a trial needs a copy") from error
+    return twin if any(module.training for module in twin.modules()) else twin.train()
+
+
+def _detached(values: Any) -> Any:
+    """The same tensors, so that no gradient of a trial reaches the user's own."""
+    return tree_map(lambda value: value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value, values)
 
 
 def _optimizer(given: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] | None, model: nn.Module, twin: nn.Module) -> Optimizer:
@@ -420,13 +465,39 @@ def _optimizer(given: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer] 
         at = names.get(name, 0)
         if at is not None:
             groups[at]["params"].append(parameter)
-    return type(given)([group for group in groups if group["params"]], **given.defaults)
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("the optimizer holds no parameter of this model; give the one that trains it, or a function of parameters")
+    # Defaults that are no arguments are set by the kind itself; the groups carry every option anyhow.
+    accepted = inspect.signature(type(given).__init__).parameters
+    return type(given)(groups, **{key: value for key, value in given.defaults.items() if key in accepted})
 
 
 @contextmanager
 def _random_numbers_kept() -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    restore = _random_state()
+    try:
         yield
+    finally:
+        restore()
+
+
+def _random_state() -> Callable[[], None]:
+    """What sets the generators of torch, Python and NumPy back to where they are now."""
+    mine, cpu = random.getstate(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    numpy = sys.modules.get("numpy")
+    theirs = numpy.random.get_state() if numpy is not None else None
+
+    def restore() -> None:
+        random.setstate(mine)
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+        if numpy is not None:
+            numpy.random.set_state(theirs)
+
+    return restore
 
 
 @contextmanager
