@@ -1,0 +1,398 @@
+// One run as a picture of sites x steps. Every pixel shows a stored number: where several observations share one, the worst of them, or the latest
+// where no end of the scale is bad. An observation holds from its step to the next one.
+
+import { along, element, printed, short, ticks } from "./charts.js";
+
+const FONT = "11px system-ui, sans-serif";
+const LEAST_LEFT = 60;
+const MOST_LEFT = 220;
+const RIGHT = 18;
+const TOP = 8;
+const AXIS = 20;
+const LEAST_ROW = 3;
+const MOST_ROW = 24;
+const HEIGHT = 560;
+
+// Where observations begin and end on the x axis, and back.
+export const AXES = {
+  step: { title: "step", edges: (steps) => edges(Array.from(steps)) },
+  log: { title: "step, log", edges: (steps) => edges(Array.from(steps)).map((step) => Math.log1p(Math.max(0, step))) },
+  observation: { title: "observation", edges: (steps) => Array.from({ length: steps.length + 1 }, (_, index) => index) },
+};
+
+function edges(steps) {
+  const count = steps.length;
+  const last = count > 1 ? steps[count - 1] - steps[count - 2] : 1;
+  return [...steps, steps[count - 1] + last];
+}
+
+export class Heatmap {
+  // `choose(site, step)` is called on a click or Enter, `say(text)` with what is under the pointer or the cursor.
+  constructor(choose) {
+    this.choose = choose;
+    this.canvas = element("canvas", { className: "heat", tabIndex: 0 });
+    this.canvas.setAttribute("role", "application");
+    this.mark = element("canvas", { className: "mark" });
+    this.tip = element("div", { className: "tip", hidden: true });
+    this.said = element("div", { className: "said" });
+    this.said.setAttribute("aria-live", "polite");
+    this.element = element("div", { className: "heatmap" }, this.canvas, this.mark, this.tip, this.said);
+    this.canvas.addEventListener("pointermove", (event) => this.point(event));
+    this.canvas.addEventListener("pointerleave", () => this.leave());
+    this.canvas.addEventListener("click", (event) => {
+      const cell = this.cell(event);
+      if (cell) this.choose(cell.site, cell.step);
+    });
+    this.canvas.addEventListener("keydown", (event) => this.key(event));
+    this.canvas.addEventListener("blur", () => this.leave());
+    this.cursor = null;
+  }
+
+  // given: {grid, sites (names in order), facts (by name), metric, colours (css), low, high, axis, domain, alerts, chosen, step, theme, label}
+  show(given) {
+    performance.mark("torchsat.draw.start");
+    this.given = given;
+    this.cursor = null;
+    this.leave();
+    const { grid, sites, axis, domain } = given;
+    this.edges = AXES[axis].edges(grid.steps);
+    this.scale = window.devicePixelRatio || 1;
+    const names = sites.map((site) => site + aside(given.facts.get(site)));
+    this.left = Math.min(MOST_LEFT, Math.max(LEAST_LEFT, 14 + widest(this.canvas.getContext("2d"), names)));
+    this.width = Math.max(this.left + RIGHT + 60, this.element.clientWidth || 900);
+    this.row = Math.max(LEAST_ROW, Math.min(MOST_ROW, Math.floor(HEIGHT / Math.max(1, sites.length))));
+    this.height = TOP + this.row * sites.length + AXIS;
+    this.plot = this.width - this.left - RIGHT;
+    this.domain = domain;
+    for (const canvas of [this.canvas, this.mark]) {
+      canvas.width = Math.round(this.width * this.scale);
+      canvas.height = Math.round(this.height * this.scale);
+      canvas.style.width = `${this.width}px`;
+      canvas.style.height = `${this.height}px`;
+    }
+    this.canvas.setAttribute("aria-label", `${given.label}: ${given.metric.title}, ${sites.length} sites by ${grid.steps.length} observations. Arrow keys move, Enter opens a site.`);
+    const pen = this.canvas.getContext("2d");
+    pen.scale(this.scale, this.scale);
+    pen.font = FONT;
+    this.paint(pen);
+    this.labels(pen);
+    this.bottom(pen);
+    this.alerts(pen);
+    this.outline();
+    performance.measure("torchsat.draw", "torchsat.draw.start");
+  }
+
+  // The observations [first, last] that each device pixel of a row stands for; [-1, -1] where there is none.
+  columns() {
+    const [start, end] = this.domain;
+    const count = Math.max(1, Math.round(this.plot * this.scale));
+    const span = (end - start) / count;
+    const [first, last] = [new Int32Array(count).fill(-1), new Int32Array(count).fill(-1)];
+    const n = this.edges.length - 1;
+    let at = 0;
+    for (let column = 0; column < count; column++) {
+      const [from, to] = [start + column * span, start + (column + 1) * span];
+      if (to <= this.edges[0] || from >= this.edges[n]) continue;
+      while (at < n - 1 && this.edges[at + 1] <= from + span * 1e-9) at++;
+      let until = at;
+      while (until < n - 1 && this.edges[until + 1] < to - span * 1e-9) until++;
+      first[column] = at;
+      last[column] = until;
+    }
+    return { first, last, count };
+  }
+
+  // Which of the observations that share a pixel it shows.
+  pick(column, first, last) {
+    const { grid, metric } = this.given;
+    let found = last;
+    if (metric.worst === null) {
+      while (found > first && Number.isNaN(grid.at(found, column))) found--;
+      return found;
+    }
+    let best = grid.at(found, column);
+    for (let row = last - 1; row >= first; row--) {
+      const value = grid.at(row, column);
+      if (Number.isNaN(value)) continue;
+      if (Number.isNaN(best) || (metric.worst === "high" ? value > best : value < best)) [found, best] = [row, value];
+    }
+    return found;
+  }
+
+  shade(value) {
+    const { metric, low, high } = this.given;
+    const share = Math.min(1, Math.max(0, along(metric.scale, value, low, high)));
+    return Math.floor((metric.ramp === "heat" && metric.worst === "low" ? 1 - share : share) * 255 + 0.5);
+  }
+
+  paint(pen) {
+    const { grid, sites, colours, theme } = this.given;
+    this.shown = this.columns();
+    const { first, last, count } = this.shown;
+    if (!sites.length) return;
+    const image = new ImageData(count, sites.length);
+    const pixels = new Uint32Array(image.data.buffer);
+    const packed = colours.map(word);
+    const [blank, stripe] = [word(theme.page), word(theme.missing)];
+    sites.forEach((site, place) => {
+      const column = grid.column.get(site);
+      let known = [-2, -2];
+      let colour = 0;
+      for (let x = 0; x < count; x++) {
+        if (first[x] < 0) continue;
+        if (first[x] !== known[0] || last[x] !== known[1]) {
+          known = [first[x], last[x]];
+          const value = column === undefined ? NaN : grid.at(this.pick(column, first[x], last[x]), column);
+          colour = Number.isNaN(value) ? 0 : packed[this.shade(value)];
+        }
+        pixels[place * count + x] = colour || (x % 6 ? blank : stripe);
+      }
+    });
+    const buffer = element("canvas", { width: count, height: sites.length });
+    buffer.getContext("2d").putImageData(image, 0, 0);
+    pen.imageSmoothingEnabled = false;
+    pen.drawImage(buffer, this.left, TOP, this.plot, this.row * sites.length);
+    pen.strokeStyle = theme.rule;
+    pen.strokeRect(this.left - 0.5, TOP - 0.5, this.plot + 1, this.row * sites.length + 1);
+  }
+
+  labels(pen) {
+    const { sites, facts, chosen, theme } = this.given;
+    const every = Math.ceil(13 / this.row);
+    pen.textAlign = "right";
+    pen.textBaseline = "middle";
+    sites.forEach((site, place) => {
+      if (place % every && site !== chosen) return;
+      if (site !== chosen && Math.abs(place - sites.indexOf(chosen)) < every && sites.includes(chosen)) return;
+      const after = aside(facts.get(site));
+      pen.fillStyle = site === chosen ? theme.accent : after ? theme.faint : theme.ink;
+      pen.font = site === chosen ? `bold ${FONT}` : FONT;
+      pen.fillText(shortened(pen, site + after, this.left - 10), this.left - 6, TOP + (place + 0.5) * this.row);
+    });
+    pen.font = FONT;
+  }
+
+  bottom(pen) {
+    const { theme, axis, sites } = this.given;
+    const [start, end] = this.domain;
+    const y = TOP + this.row * sites.length;
+    pen.fillStyle = theme.faint;
+    pen.strokeStyle = theme.faint;
+    pen.textBaseline = "top";
+    const places = axis === "log" ? powers(start, end) : ticks("linear", start, end, 6).filter(Number.isInteger).map((at) => [at, at]);
+    for (const [at, value] of places) {
+      const x = this.left + (this.plot * (at - start)) / (end - start);
+      pen.fillRect(Math.round(x), y, 1, 4);
+      pen.textAlign = x > this.left + this.plot - 30 ? "right" : "center";
+      pen.fillText(short(value), x, y + 6);
+    }
+    pen.textAlign = "right";
+    pen.fillText(AXES[axis].title, this.left - 6, y + 6);
+  }
+
+  // Where on the x axis a step lies, in CSS pixels; null outside.
+  place(step) {
+    const { grid } = this.given;
+    if (!grid.steps.length || step < grid.steps[0]) return null;
+    const [start, end] = this.domain;
+    const at = this.edges[grid.row(step)];
+    return this.left + (this.plot * (at - start)) / (end - start);
+  }
+
+  // A filled triangle where an alert fired, a line as long as it fires, a ring where it cleared, a dot at the end of a row whose alert fires still.
+  alerts(pen) {
+    const { alerts, sites, theme, grid } = this.given;
+    if (!grid.steps.length) return;
+    const end = this.left + (this.plot * (this.edges[this.edges.length - 1] - this.domain[0])) / (this.domain[1] - this.domain[0]);
+    for (const alert of alerts) {
+      const colour = alert.severity === "critical" ? theme.critical : theme.warning;
+      for (const site of alert.places) {
+        const place = sites.indexOf(site);
+        if (place < 0) continue;
+        const y = TOP + (place + 0.5) * this.row;
+        const from = this.place(alert.fired) ?? this.left;
+        const to = alert.cleared === null ? end : (this.place(alert.cleared) ?? end);
+        const bottom = Math.round(TOP + (place + 1) * this.row) - 1;
+        if (this.row >= 8) {
+          pen.fillStyle = theme.page;
+          pen.fillRect(from, bottom - 2, to - from, 3);
+          pen.fillStyle = colour;
+          pen.fillRect(from, bottom - 1, to - from, 2);
+        }
+        pen.lineWidth = 1.5;
+        pen.strokeStyle = theme.page;
+        pen.fillStyle = colour;
+        pen.beginPath();
+        pen.moveTo(from - 1, y - 5.5);
+        pen.lineTo(from + 8, y);
+        pen.lineTo(from - 1, y + 5.5);
+        pen.closePath();
+        pen.fill();
+        pen.stroke();
+        pen.beginPath();
+        if (alert.cleared === null) {
+          pen.arc(this.left + this.plot + 9, y, Math.min(4, this.row / 2 + 1), 0, 7);
+          pen.fill();
+        } else {
+          pen.arc(to, y, 4, 0, 7);
+          pen.fillStyle = theme.page;
+          pen.fill();
+          pen.strokeStyle = colour;
+          pen.lineWidth = 2;
+          pen.stroke();
+        }
+      }
+    }
+    pen.lineWidth = 1;
+  }
+
+  // The chosen row and step, and the cell under the cursor, on a layer of their own.
+  outline() {
+    const { sites, chosen, step, theme } = this.given;
+    const pen = this.mark.getContext("2d");
+    pen.setTransform(this.scale, 0, 0, this.scale, 0, 0);
+    pen.clearRect(0, 0, this.width, this.height);
+    pen.strokeStyle = theme.accent;
+    pen.lineWidth = 1.5;
+    const row = sites.indexOf(chosen);
+    if (row >= 0) pen.strokeRect(this.left - 1, TOP + row * this.row, this.plot + 2, this.row);
+    const x = step === null ? null : this.place(step);
+    if (x !== null) {
+      pen.setLineDash([3, 3]);
+      pen.beginPath();
+      pen.moveTo(x, TOP);
+      pen.lineTo(x, TOP + this.row * sites.length);
+      pen.stroke();
+      pen.setLineDash([]);
+    }
+    if (this.cursor) {
+      const box = this.box(this.cursor.place, this.cursor.row);
+      pen.strokeStyle = theme.ink;
+      pen.strokeRect(box.x - 1, box.y - 1, Math.max(3, box.width + 2), box.height + 2);
+    }
+  }
+
+  // The rectangle of a cell in CSS pixels, from the corner of the canvas.
+  box(place, row) {
+    const [start, end] = this.domain;
+    const x = (at) => this.left + (this.plot * (at - start)) / (end - start);
+    return { x: x(this.edges[row]), y: TOP + place * this.row, width: x(this.edges[row + 1]) - x(this.edges[row]), height: this.row };
+  }
+
+  // What is under the pointer: {site, place, row, step, value, from, to}; a site alone over its label; null elsewhere.
+  cell(event) {
+    const { sites, grid } = this.given;
+    const box = this.canvas.getBoundingClientRect();
+    const [x, y] = [event.clientX - box.left, event.clientY - box.top];
+    const place = Math.floor((y - TOP) / this.row);
+    if (place < 0 || place >= sites.length) return null;
+    const site = sites[place];
+    if (x < this.left) return { site, place, step: null };
+    const pixel = Math.floor(((x - this.left) / this.plot) * this.shown.count);
+    const [first, last] = [this.shown.first[pixel], this.shown.last[pixel]];
+    if (first === undefined || first < 0) return null;
+    const column = grid.column.get(site);
+    return this.reading(place, column === undefined ? last : this.pick(column, first, last), first, last);
+  }
+
+  reading(place, row, first = row, last = row) {
+    const { sites, grid } = this.given;
+    const column = grid.column.get(sites[place]);
+    const value = column === undefined ? NaN : grid.at(row, column);
+    return { site: sites[place], place, row, step: grid.steps[row], value, from: grid.steps[first], to: grid.steps[last] };
+  }
+
+  point(event) {
+    const cell = this.cell(event);
+    if (!cell) return this.leave();
+    const box = this.canvas.getBoundingClientRect();
+    this.tell(cell, event.clientX - box.left, event.clientY - box.top);
+  }
+
+  tell(cell, x, y) {
+    const { metric, facts, alerts } = this.given;
+    const fact = facts.get(cell.site);
+    const rows = [element("b", { textContent: cell.site })];
+    if (fact) rows.push(element("div", { textContent: fact.activation + (fact.output ? ", makes an output" : fact.gate ? ", a gate" : "") }));
+    if (cell.step !== null) {
+      rows.push(element("div", { textContent: `${metric.title}: ${printed(metric, cell.value)}` }));
+      const among = metric.worst === null ? "latest" : "worst";
+      rows.push(element("div", { textContent: `step ${cell.step}` + (cell.from === cell.to ? "" : ` (${among} of steps ${cell.from} to ${cell.to})`) }));
+    }
+    for (const alert of alerts) {
+      const here = alert.places.includes(cell.site);
+      const then = cell.step === null || (cell.step >= alert.since && (alert.cleared === null || cell.step <= alert.cleared));
+      if (here && then) rows.push(element("div", { className: alert.severity, textContent: `${alert.rule}, since step ${alert.since}${alert.cleared === null ? "" : `, cleared at ${alert.cleared}`}` }));
+    }
+    this.tip.replaceChildren(...rows);
+    this.tip.hidden = false;
+    const left = x + 16 + this.tip.offsetWidth > this.width ? x - 12 - this.tip.offsetWidth : x + 16;
+    this.tip.style.left = `${Math.max(0, left)}px`;
+    this.tip.style.top = `${y + 14}px`;
+  }
+
+  leave() {
+    this.tip.hidden = true;
+    if (this.cursor) {
+      this.cursor = null;
+      this.outline();
+    }
+  }
+
+  key(event) {
+    const { sites, grid, chosen, step } = this.given;
+    if (!sites.length || !grid.steps.length) return;
+    const start = { place: Math.max(0, sites.indexOf(chosen)), row: step === null ? grid.steps.length - 1 : grid.row(step) };
+    const at = this.cursor ?? start;
+    const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [-10, 0], PageDown: [10, 0] };
+    if (event.key === "Enter" || event.key === " ") this.choose(sites[at.place], grid.steps[at.row]);
+    else if (event.key === "Escape") return this.leave();
+    else if (event.key === "Home" || event.key === "End") this.cursor = { place: at.place, row: event.key === "Home" ? 0 : grid.steps.length - 1 };
+    else if (event.key in moves) {
+      const [down, right] = this.cursor ? moves[event.key] : [0, 0];
+      this.cursor = {
+        place: Math.min(sites.length - 1, Math.max(0, at.place + down)),
+        row: Math.min(grid.steps.length - 1, Math.max(0, at.row + right)),
+      };
+    } else return;
+    event.preventDefault();
+    if (!this.cursor) return;
+    const cell = this.reading(this.cursor.place, this.cursor.row);
+    const box = this.box(cell.place, cell.row);
+    this.tell(cell, box.x + box.width / 2, box.y + box.height);
+    this.said.textContent = `${cell.site}, step ${cell.step}, ${this.given.metric.title} ${printed(this.given.metric, cell.value)}`;
+    this.outline();
+  }
+}
+
+function aside(fact) {
+  return fact?.output ? " (output)" : fact?.gate ? " (gate)" : "";
+}
+
+function widest(pen, texts) {
+  pen.font = `bold ${FONT}`;
+  return Math.ceil(Math.max(0, ...texts.map((text) => pen.measureText(text).width)));
+}
+
+function word(colour) {
+  const value = Number.parseInt(colour.slice(1), 16);
+  return (0xff000000 | ((value & 0xff) << 16) | (value & 0xff00) | (value >> 16)) >>> 0;
+}
+
+// The end of a name says more than its beginning.
+function shortened(pen, text, width) {
+  if (pen.measureText(text).width <= width) return text;
+  let [low, high] = [0, text.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (pen.measureText(`…${text.slice(middle)}`).width <= width) high = middle;
+    else low = middle + 1;
+  }
+  return `…${text.slice(low)}`;
+}
+
+function powers(start, end) {
+  const found = start <= 0 ? [[0, 0]] : [];
+  for (let value = 1; Math.log1p(value) <= end; value *= 10) if (Math.log1p(value) >= start) found.push([Math.log1p(value), value]);
+  return found;
+}

@@ -1,0 +1,61 @@
+// What TensorBoard loads into the tab's frame, which is of the same origin: the server is asked by relative paths, the view stands in the
+// address of the page around it, and that page says whether it is dark and when it has reloaded its data.
+
+import { start } from "./app.js";
+import { fetching } from "./source.js";
+
+export async function render() {
+  const style = document.createElement("link");
+  style.rel = "stylesheet";
+  style.href = "./style.css";
+  const loaded = new Promise((done) => style.addEventListener("load", done));
+  document.head.append(style);
+  await loaded;
+  await start(document.body, fetching("./"), tensorboard());
+}
+
+const PREFIX = "p.torchsat.";
+
+function tensorboard() {
+  const outer = reachable() ? window.parent : window;
+  return {
+    read() {
+      const parts = outer.location.hash.slice(1).split("&").filter((part) => part.startsWith(PREFIX));
+      return new URLSearchParams(parts.map((part) => part.slice(PREFIX.length)).join("&"));
+    },
+    write(view) {
+      const others = outer.location.hash.slice(1).split("&").filter((part) => part && !part.startsWith(PREFIX));
+      const ours = view.toString().split("&").filter(Boolean).map((part) => PREFIX + part);
+      const hash = "#" + [...others, ...ours].join("&");
+      if (hash !== outer.location.hash) outer.history.replaceState(outer.history.state, "", hash);
+    },
+    dark: () => outer.document.body.classList.contains("dark-mode"),
+    onTheme(then) {
+      new MutationObserver(then).observe(outer.document.body, { attributes: true, attributeFilter: ["class"] });
+    },
+    onView(then) {
+      outer.addEventListener("hashchange", then);
+    },
+    onReload: listen,
+  };
+}
+
+function reachable() {
+  try {
+    return Boolean(window.parent.document.body);
+  } catch {
+    return false;
+  }
+}
+
+// TensorBoard tells its frames over a channel that they open; every message that is no reply is to be answered.
+function listen(then) {
+  const channel = new MessageChannel();
+  channel.port1.onmessage = (event) => {
+    const message = JSON.parse(event.data);
+    if (message.isReply) return;
+    channel.port1.postMessage(JSON.stringify({ ...message, payload: null, error: null, isReply: true }));
+    if (message.type === "experimental.DataReloaded") then();
+  };
+  window.parent.postMessage("experimental.bootstrap", "*", [channel.port2]);
+}
