@@ -17,10 +17,14 @@ ARROWS = {
     "record": set(),
     "rules": {"record"},
     "diagnosis": {"record", "rules"},
-    "report": {"record", "rules", "tensorboard", "tensorboard.reader"},
+    "view": {"record"},
+    "report": {"record", "rules", "tensorboard", "tensorboard.reader", "view"},
     "tensorboard": set(),
     "tensorboard.reader": {"record", "tensorboard"},
-    "tensorboard.writer": {"diagnosis", "record", "rules", "tensorboard"},
+    "tensorboard.stock": {"record", "rules", "view"},
+    "tensorboard.writer": {"record", "tensorboard", "tensorboard.stock"},
+    "tensorboard.loader": {"tensorboard", "tensorboard.plugin"},
+    "tensorboard.plugin": {"record", "tensorboard", "view"},
     "activations": {"record"},
     "statistics": {"activations", "record"},
     "weights": {"record", "statistics"},
@@ -32,7 +36,10 @@ ARROWS = {
     "trial": {"monitor", "record", "report", "rules", "taps", "weights"},
     "monitor": {"__init__", "activations", "calls", "diagnosis", "process", "record", "rules", "statistics", "taps", "tensorboard.writer", "weights"},
 }
-HOST = ["record", "rules", "diagnosis", "report", "tensorboard", "tensorboard.reader", "tensorboard.writer"]
+HOST = [
+    *("record", "rules", "diagnosis", "report", "view", "tensorboard", "tensorboard.loader", "tensorboard.plugin"),
+    *("tensorboard.reader", "tensorboard.stock", "tensorboard.writer"),
+]
 
 
 def modules() -> dict[str, Path]:

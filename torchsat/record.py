@@ -245,7 +245,7 @@ _NOUNS = {"module": ("module", "modules"), "call": ("call", "calls"), "recurrent
 SITE_FACTS = ("site", "activation", "kind", "tails", "output", "gate", "after", "units", "normal_low", "normal_high", "normal_derivative")
 RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not in (*SITE_FACTS, "histogram", "heads"))
 HEAD_METRICS = tuple(field.name for field in fields(Head))
-WEIGHT_FACTS = ("name", "feeds", "fan_in", "data", "learning_rate")
+WEIGHT_FACTS = ("name", "feeds", "fan_in", "data")
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
 COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "input_n", "rows")
 

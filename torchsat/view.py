@@ -63,7 +63,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("high", "Saturated high", "Share of inputs on the upper plateau."),
     Metric("relative_derivative", "E|f'| / peak", "Mean derivative over its peak: 1 is fully open, 0 is closed.", "number", worst="low"),
     Metric("stuck", "Stuck units", "Share of units saturated in at least 99 % of at least 1000 samples; on ReLU, dead units."),
-    Metric("attenuation", "Attenuation", "||dL/dz|| / ||dL/da||: what this activation alone does to the gradient.", "number", "log", 1e-3, 1.0, "low"),
+    Metric(
+        "attenuation", "Attenuation", "||dL/dz|| / ||dL/da||: what this activation alone does to the gradient.", "number", "log", 1e-3, 1.0, "low"
+    ),
     Metric("grad_z_rms", "Gradient", "Root mean square of dL/dz.", "number", "log", None, None, None, "amount"),
     Metric("update_ratio", "Update ratio", "||change of W|| / ||W|| per step.", "number", "log", 1e-6, 1.0, "low", "balance", "weights"),
     Metric("gain", "Weight gain", "rms(W) sqrt(fan_in): 1 under Xavier, 1.41 under He.", "number", "log", 0.05, 20.0, None, "balance", "weights"),
@@ -121,14 +123,16 @@ def shades(ramp: Ramp, dark: bool = False) -> tuple[tuple[int, int, int], ...]:
     return tuple(colours)
 
 
-def shade(metric: Metric, value: float, low: float, high: float) -> int:
-    """Which colour of the ramp a number has on the scale from `low` to `high`."""
+def shade(metric: Metric, values: Values, low: float, high: float) -> NDArray[np.intp]:
+    """Which colours of the ramp finite numbers have on the scale from `low` to `high`."""
+    wide = values.astype(np.float64)
     if metric.scale == "log":
-        value, low, high = (math.log10(max(each, 1e-300)) for each in (value, low, high))
-    share = (min(max(value, low), high) - low) / (high - low) if high > low else 0.0
+        wide, low, high = np.log10(np.maximum(wide, 1e-300)), math.log10(low), math.log10(high)
+    share = (np.clip(wide, low, high) - low) / (high - low)
     if metric.ramp == "heat" and metric.worst == "low":
         share = 1 - share
-    return math.floor(share * (SHADES - 1) + 0.5)
+    found: NDArray[np.intp] = np.floor(share * (SHADES - 1) + 0.5).astype(np.intp)
+    return found
 
 
 def scales() -> dict[str, Any]:
@@ -293,7 +297,7 @@ class Series:
         for each in self.alerts:
             places = [each.alert.site] if each.alert.site in known else [site for site in feeds.get(each.alert.site, ()) if site in known]
             alerts.append({**each.alert.as_dict(), "fired": each.fired, "cleared": each.cleared, "places": places})
-        return plain(
+        found: dict[str, Any] = plain(
             {
                 "name": self.name,
                 "observations": len(self.steps),
@@ -306,6 +310,7 @@ class Series:
                 "alerts": alerts,
             }
         )
+        return found
 
 
 def plain(value: Any) -> Any:
@@ -385,7 +390,10 @@ def histograms(site: str, snapshots: Sequence[Snapshot]) -> Grid:
 def heads(site: str, snapshots: Sequence[Snapshot]) -> Grid:
     """The entropy of each head of one softmax over time."""
     found = [
-        (each, [to_float(head.entropy) for head in record.heads]) for each in snapshots for record in each.records if record.site == site and record.heads
+        (each, [to_float(head.entropy) for head in record.heads])
+        for each in snapshots
+        for record in each.records
+        if record.site == site and record.heads
     ]
     return _grid([str(index) for index in range(max((len(row) for _, row in found), default=0))], found)
 

@@ -1,7 +1,7 @@
 """All that knows TensorBoard: the tags and packed tensors that writer and reader share. Never torch.
 
-One `Summary` per observation. In it, at most a dozen scalars of the whole network under `torchsat/`, one scalar per site for the saturated
-share under `torchsat.saturated/`, and packed float32 tensors of everything, which a person never sees and `torchsat.read` reads back:
+One `Summary` per observation. In it, a dozen scalars of the whole network under `torchsat/`, a few scalars per site, each in a group of its
+own such as `torchsat.saturated/` (see `stock`), and packed float32 tensors of everything, which a person never sees and `torchsat.read` reads back:
 
     torchsat/records.<hash>     [metrics, sites]     torchsat/histogram.<hash>   [sites, bins]
     torchsat/weights.<hash>     [metrics, layers]    torchsat/heads.<hash>       [metrics, heads of all softmaxes]
@@ -18,7 +18,7 @@ import json
 from typing import Any
 
 PLUGIN = "torchsat"
-FORMAT = 2
+FORMAT = 3
 SUBRUN = "torchsat"
 """Where the event file goes below the user's directory: a second live file beside the user's own can stop the user's curves."""
 

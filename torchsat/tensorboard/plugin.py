@@ -28,7 +28,7 @@ from werkzeug import wrappers
 
 from torchsat.record import Alert
 from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, PLUGIN, RECORDS, WEIGHTS
-from torchsat.view import Grid, Series, Table, join, plain, rows_of, scales, series
+from torchsat.view import Grid, Series, Table, join, rows_of, scales, series
 
 STATIC = Path(__file__).parent / "static"
 PAGES = {
@@ -46,7 +46,7 @@ KEPT_RUNS = 8
 """Runs whose arrays are kept between queries, as long as TensorBoard has nothing newer."""
 
 
-class Refused(ValueError):
+class QueryError(ValueError):
     """A query that cannot be answered; the message goes to whoever asked."""
 
 
@@ -82,10 +82,10 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def _app(self, answer: Callable[[Query], Any]) -> Callable[..., Any]:
         @wrappers.Request.application
-        def app(request: wrappers.Request) -> wrappers.Response:
+        def app(request: wrappers.Request) -> Any:
             try:
                 found = answer(Query(self, request))
-            except Refused as error:
+            except QueryError as error:
                 return http_util.Respond(request, str(error), "text/plain", code=400)
             if isinstance(found, Grid):
                 thinned = found.thin(max(2, MOST_CELLS // max(1, len(found.names))))
@@ -101,7 +101,7 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             if records:
                 newest = max(records, key=lambda each: each.max_wall_time)
                 found.append({"name": run, "time": newest.max_wall_time, "sites": len((_known(newest) or {})["sites"])})
-        return plain(sorted(found, key=lambda each: each["name"]))
+        return sorted(found, key=lambda each: str(each["name"]))
 
 
 class Query:
@@ -123,10 +123,10 @@ class Query:
     def _argument(self, name: str, allowed: Sequence[str], plural: str) -> str:
         value = self._arguments.get(name)
         if value is None:
-            raise Refused(f"the argument {name!r} is missing")
+            raise QueryError(f"the argument {name!r} is missing")
         if value not in allowed:
             some = ", ".join(map(repr, allowed[:20])) + (" ..." if len(allowed) > 20 else "")
-            raise Refused(f"{name}={value[:200]!r} is not known; the {plural} are {some or 'none'}")
+            raise QueryError(f"{name}={value[:200]!r} is not known; the {plural} are {some or 'none'}")
         return value
 
     def run(self) -> str:
@@ -227,7 +227,7 @@ def _table(names: Sequence[str], data: Sequence[Any], rows: int, wanted: Sequenc
 
 def _page(name: str, kind: str) -> Callable[..., Any]:
     @wrappers.Request.application
-    def app(request: wrappers.Request) -> wrappers.Response:
+    def app(request: wrappers.Request) -> Any:
         return http_util.Respond(request, (STATIC / name).read_bytes(), kind)
 
     return app

@@ -6,41 +6,29 @@ the descriptions are shown. A lost process loses at most the queue.
 
 from __future__ import annotations
 
-import array
 import json
 import math
+import operator
 import os
-import sys
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
+import numpy as np
+from numpy.typing import NDArray
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from torchsat.diagnosis import verdict
-from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Snapshot, to_float
-from torchsat.rules import gradient_over_depth
+from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot
 from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, content, tag
+from torchsat.tensorboard.stock import NETWORK, SITES, Group, Heatmap, alert_table, layout, network
 
-NETWORK = {
-    "saturated_mean": "Mean over the sites of the share of elements that lie on a plateau of their activation.",
-    "saturated_max": "The same share at the worst hidden site.",
-    "relative_derivative_min": "E|f'(z)| / peak at the worst hidden site: 1 is fully open, 0 is closed.",
-    "stuck_max": "Share of units saturated in at least 99 % of at least 1000 samples, at the worst hidden site.",
-    "attenuation_min": "||dL/dz|| / ||dL/da|| at the hidden site that lets least of the gradient through.",
-    "gradient_first_over_last": "||dL/dz|| at the first site over that at the last hidden one: 1 is healthy, 0 has vanished.",
-    "update_ratio_min": "||change of W|| / ||W|| per step of the layer that moves least, of those that feed a site.",
-    "update_ratio_max": "The same of the layer that moves most.",
-    "entropy_min": "H / ln T of the attention head that looks at fewest keys: 1 is even attention, 0 is one key alone.",
-    "nonfinite": "Measured elements that are inf or nan, in the forward and in the backward pass, over all sites.",
-    "alerts": "Alerts that fire now. See the Text tab, or `torchsat report`.",
-}
-"""The scalars of the whole network under torchsat/, with their descriptions."""
+PICTURES = 64
+"""A heatmap and a layout are written after 8, 16, 32 and 64 observations, then after every so many more, and at the end."""
 
 
 class TensorBoardWriter:
@@ -62,9 +50,16 @@ class TensorBoardWriter:
         self._theirs = writer
         self._ours = None if log_dir is None or writer is not None else EventFileWriter(os.path.join(os.fspath(log_dir), SUBRUN))
         self._described: set[str] = set()
+        self._scalars: dict[str, Summary.Value] = {}
+        self._tensors: dict[str, Summary.Value] = {}
+        self._tags: dict[Group, dict[str, str]] = {}
         self._depth: dict[str, int] = {}
+        self._contents: dict[str, tuple[Any, str, str]] = {}
         self._firing: dict[tuple[str, str], Alert] = {}
         self._history: deque[Alert] = deque(maxlen=200)
+        self._heatmap = Heatmap()
+        self._layout = b""
+        self._count = self._drawn = 0
 
     def __call__(self, snapshot: Snapshot) -> None:
         for alert in snapshot.alerts:
@@ -73,11 +68,13 @@ class TensorBoardWriter:
                 self._firing[alert.site, alert.rule] = alert
             else:
                 self._firing.pop((alert.site, alert.rule), None)
-        summary = Summary(value=list(self._values(snapshot)))
-        if self._theirs is not None:
-            self._theirs._get_file_writer().add_summary(summary, snapshot.step, snapshot.time)
-        elif self._ours is not None:
-            self._ours.add_event(Event(wall_time=snapshot.time, step=snapshot.step, summary=summary))
+        if self._ours is not None and not self._count:
+            self._ours.add_event(Event(wall_time=snapshot.time, step=snapshot.step, session_log=SessionLog(status=SessionLog.START)))
+        self._count += 1
+        self._heatmap.add(snapshot)
+        self._add(self._values(snapshot), snapshot.step, snapshot.time)
+        if self._count % PICTURES == 0 or (8 <= self._count < PICTURES and self._count & (self._count - 1) == 0):
+            self._add(self._pictures(), snapshot.step, snapshot.time)
 
     def flush(self) -> None:
         writer = self._ours if self._theirs is None else self._theirs
@@ -85,74 +82,91 @@ class TensorBoardWriter:
             writer.flush()
 
     def close(self) -> None:
-        """Close our own file; the user's writer is only flushed."""
+        """Draw the end; close our own file; the user's writer is only flushed."""
+        if self._drawn < self._count:
+            self._add(self._pictures(), *self._heatmap.end)
         if self._theirs is not None:
             self._theirs.flush()
         elif self._ours is not None:
             self._ours.close()
 
+    def _add(self, values: Iterable[Summary.Value], step: int, time: float) -> None:
+        event = Event(wall_time=time, step=step)
+        event.summary.value.extend(values)
+        if self._theirs is not None:
+            self._theirs._get_file_writer().add_event(event, step, time)
+        elif self._ours is not None:
+            self._ours.add_event(event)
+
     def _values(self, snapshot: Snapshot) -> Iterable[Summary.Value]:
         for name, value in network(snapshot, len(self._firing)).items():
             if value is not None:
                 yield self._scalar(f"torchsat/{name}", value, NETWORK[name])
-        for record in snapshot.records:
-            depth = self._depth.setdefault(record.site, len(self._depth))
-            if record.saturated is not None:
-                yield self._scalar(
-                    f"torchsat.saturated/{depth:03d}_{record.site}",
-                    record.saturated,
-                    f"Share of the inputs of `{record.site}` ({record.activation}) that lie on a plateau.",
-                )
-            elif record.entropy_min is not None:
-                yield self._scalar(
-                    f"torchsat.entropy/{depth:03d}_{record.site}",
-                    record.entropy_min,
-                    f"Entropy H / ln T of the attention of the lowest head of `{record.site}`: 1 is even attention, 0 is one key alone.",
-                )
-        facts = [[getattr(record, name) for name in SITE_FACTS] for record in snapshot.records]
-        described = content("records", facts=SITE_FACTS, metrics=RECORD_METRICS, sites=facts)
-        rows = [[to_float(getattr(record, name)) for record in snapshot.records] for name in RECORD_METRICS]
-        yield self._tensor(tag(RECORDS, described), described, rows)
-        blank = (math.nan,) * HISTOGRAM_BINS
-        yield self._tensor(
-            tag(HISTOGRAM, described),
-            content("histogram", sites=[record.site for record in snapshot.records]),
-            [record.histogram or blank for record in snapshot.records],
-        )
-        attentions = [(record.site, record.heads) for record in snapshot.records if record.heads]
+        for group in SITES:
+            tags = self._tags.setdefault(group, {})
+            for record in snapshot.records:
+                value = getattr(record, group.metric)
+                if value is not None:
+                    yield self._scalar(tags.get(record.site) or self._tag(group, record.site), value, group.says, record)
+        sites = tuple(map(_SITE_FACTS, snapshot.records))
+        described, name = self._content(RECORDS, sites, facts=SITE_FACTS, metrics=RECORD_METRICS, sites=sites)
+        yield self._tensor(name, described, _floats(map(_RECORD_METRICS, snapshot.records)).T)
+        described, name = self._content(HISTOGRAM, sites, sites=[record.site for record in snapshot.records])
+        yield self._tensor(name, described, _floats(record.histogram or _NO_HISTOGRAM for record in snapshot.records))
+        attentions = tuple((record.site, len(record.heads)) for record in snapshot.records if record.heads)
         if attentions:
-            described = content("heads", metrics=HEAD_METRICS, sites=[[site, len(heads)] for site, heads in attentions])
-            heads = [head for _, each in attentions for head in each]
-            yield self._tensor(tag(HEADS, described), described, [[to_float(getattr(head, name)) for head in heads] for name in HEAD_METRICS])
+            described, name = self._content(HEADS, attentions, metrics=HEAD_METRICS, sites=attentions)
+            heads = [head for record in snapshot.records for head in record.heads or ()]
+            yield self._tensor(name, described, _floats(map(_HEAD_METRICS, heads)).T)
         if snapshot.weights:
-            facts = [[getattr(weight, name) for name in WEIGHT_FACTS] for weight in snapshot.weights]
-            described = content("weights", facts=WEIGHT_FACTS, metrics=WEIGHT_METRICS, layers=facts)
-            rows = [[to_float(getattr(weight, name)) for weight in snapshot.weights] for name in WEIGHT_METRICS]
-            yield self._tensor(tag(WEIGHTS, described), described, rows)
+            layers = tuple(map(_WEIGHT_FACTS, snapshot.weights))
+            described, name = self._content(WEIGHTS, layers, facts=WEIGHT_FACTS, metrics=WEIGHT_METRICS, layers=layers)
+            yield self._tensor(name, described, _floats(map(_WEIGHT_METRICS, snapshot.weights)).T)
         if snapshot.alerts:
             events = json.dumps([alert.as_dict() for alert in snapshot.alerts])
-            yield self._string(EVENTS, events, PLUGIN, content("events"))
-            yield self._string("torchsat/alerts/text_summary", self._list(), "text", "")
+            yield self._string(EVENTS, events.encode(), PLUGIN, content("events"))
+            yield self._string("torchsat/alerts/text_summary", alert_table(self._history).encode(), "text", "")
 
-    def _list(self) -> str:
-        """Every alert so far, newest first, in one text, since TensorBoard keeps one per step. A table would break words in two."""
-        lines = []
-        for alert in reversed(self._history):
-            lines.append(f"- step {alert.step}, {f'**{alert.severity}**' if alert.firing else 'cleared'}: {verdict(alert)}")
-        return "\n".join(lines)
+    def _pictures(self) -> Iterable[Summary.Value]:
+        """The heatmap so far; and in a run of our own the charts, which in the user's run would replace those of the user."""
+        self._drawn = self._count
+        png = self._heatmap.png()
+        if png is not None:
+            image = Summary.Image(height=Heatmap.HEIGHT, width=Heatmap.WIDTH, colorspace=3, encoded_image_string=png)
+            yield Summary.Value(tag="torchsat/heatmap", image=image)
+        if self._ours is not None:
+            tags = [(group, sorted(self._tags[group].values())) for group in SITES]
+            described = layout(tags, [self._tags[SITES[0]][site] for site in self._heatmap.worst()])
+            if described != self._layout:
+                self._layout = described
+                yield self._string("custom_scalars__config__", described, "custom_scalars", "")
 
-    def _scalar(self, name: str, value: float, description: str) -> Summary.Value:
-        result = Summary.Value(tag=name, simple_value=value)
-        if name not in self._described:
-            self._described.add(name)
-            result.metadata.CopyFrom(
-                SummaryMetadata(
-                    plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
-                    data_class=DATA_CLASS_SCALAR,
-                    summary_description=description,
-                )
-            )
-        return result
+    def _tag(self, group: Group, site: str) -> str:
+        """The depth is that at which a site was first seen, so that its tag stays the same."""
+        depth = self._depth.setdefault(site, len(self._depth))
+        made = f"{group.name}/{depth:03d}_{site}"
+        self._tags[group][site] = made
+        return made
+
+    def _content(self, kind: str, key: Any, **names: Any) -> tuple[str, str]:
+        """The description of a packed tensor and its tag, made anew only where the sites or layers have changed."""
+        if kind not in self._contents or self._contents[kind][0] != key:
+            described = content(kind.rpartition("/")[2], **names)
+            self._contents[kind] = key, described, tag(kind, described)
+        return self._contents[kind][1:]
+
+    def _scalar(self, name: str, value: float, description: str, record: Record | None = None) -> Summary.Value:
+        """The same value object each time, since to make one costs more than to fill it; described when it is first written."""
+        known = self._scalars.get(name)
+        if known is not None:
+            known.simple_value = value
+            return known
+        self._scalars[name] = Summary.Value(tag=name, simple_value=value)
+        if record is not None:
+            description = description.format(site=record.site, activation=record.activation)
+        data = SummaryMetadata.PluginData(plugin_name="scalars")
+        metadata = SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_SCALAR, summary_description=description)
+        return Summary.Value(tag=name, simple_value=value, metadata=metadata)
 
     def _metadata(self, name: str, plugin: str, described: str) -> SummaryMetadata:
         """The plugin's name in every value, its content in the first."""
@@ -162,44 +176,30 @@ class TensorBoardWriter:
             data.content = described.encode()
         return SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR)
 
-    def _tensor(self, name: str, described: str, rows: list[Any]) -> Summary.Value:
-        values = array.array("f", (_single(value) for row in rows for value in row))
-        if sys.byteorder == "big":
-            values.byteswap()
-        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in (len(rows), len(rows[0]) if rows else 0)])
-        tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=values.tobytes())
-        return Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, PLUGIN, described))
+    def _tensor(self, name: str, described: str, values: NDArray[np.float32]) -> Summary.Value:
+        content = values.astype("<f4", copy=False).tobytes()
+        if name in self._tensors:
+            self._tensors[name].tensor.tensor_content = content
+            return self._tensors[name]
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in values.shape])
+        tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=content)
+        first = Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, PLUGIN, described))
+        self._tensors[name] = Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, PLUGIN, described))
+        return first
 
-    def _string(self, name: str, text: str, plugin: str, described: str) -> Summary.Value:
+    def _string(self, name: str, text: bytes, plugin: str, described: str) -> Summary.Value:
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-        tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[text.encode()])
+        tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[text])
         return Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, plugin, described))
 
 
-def _single(value: float) -> float:
-    """A float64 as float32 holds it: beyond the range, infinite."""
-    return value if math.isnan(value) or abs(value) <= 3.4028234e38 else math.copysign(math.inf, value)
+_NO_HISTOGRAM = (math.nan,) * HISTOGRAM_BINS
+_SITE_FACTS, _RECORD_METRICS = operator.attrgetter(*SITE_FACTS), operator.attrgetter(*RECORD_METRICS)
+_WEIGHT_FACTS, _WEIGHT_METRICS = operator.attrgetter(*WEIGHT_FACTS), operator.attrgetter(*WEIGHT_METRICS)
+_HEAD_METRICS = operator.attrgetter(*HEAD_METRICS)
 
 
-def network(snapshot: Snapshot, firing: int) -> dict[str, float | None]:
-    """The numbers of the whole network; None where nothing can be said."""
-    hidden = [record for record in snapshot.records if not record.output]
-
-    def collect(name: str) -> list[float]:
-        return [value for record in hidden if (value := getattr(record, name)) is not None]
-
-    saturated = collect("saturated")
-    updates = [weight.update_ratio for weight in snapshot.weights if weight.update_ratio is not None]
-    return {
-        "saturated_mean": sum(saturated) / len(saturated) if saturated else None,
-        "saturated_max": max(saturated, default=None),
-        "relative_derivative_min": min(collect("relative_derivative"), default=None),
-        "stuck_max": max(collect("stuck"), default=None),
-        "attenuation_min": min(collect("attenuation"), default=None),
-        "gradient_first_over_last": gradient_over_depth(snapshot),
-        "update_ratio_min": min(updates, default=None),
-        "update_ratio_max": max(updates, default=None),
-        "entropy_min": min(collect("entropy_min"), default=None),
-        "nonfinite": float(sum(record.nonfinite + record.grad_nonfinite for record in snapshot.records)),
-        "alerts": float(firing),
-    }
+def _floats(rows: Iterable[tuple[float | None, ...]]) -> NDArray[np.float32]:
+    """Rows of numbers as an array: None as NaN, what is beyond the range of float32 as infinite."""
+    with np.errstate(over="ignore"):
+        return np.array(list(rows), np.float64).astype(np.float32)
