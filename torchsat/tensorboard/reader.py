@@ -76,15 +76,18 @@ def _read_folder(folder: Path, files: list[Path]) -> list[Run]:
     """The runs of one directory: files that follow each other in time are one, files written side by side are several."""
     sessions = []
     for path in files:
-        session, contents = Run(str(folder)), dict[str, dict[str, Any]]()
+        session, contents, odd = Run(str(folder)), dict[str, dict[str, Any]](), dict[str, list[int]]()
         for event in _events(path, session.damage):
             try:
                 snapshot = _snapshot(event, contents)
             except (KeyError, ValueError, TypeError) as error:
-                session.damage.append(f"{path.name}: step {event.step} could not be understood ({type(error).__name__}: {error})")
+                odd.setdefault(f"{type(error).__name__}: {error}", []).append(event.step)
                 continue
             if snapshot is not None:
                 session.snapshots.append(snapshot)
+        for reason, steps in odd.items():
+            which = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps from {steps[0]} on"
+            session.damage.append(f"{path.name}: {which} could not be understood ({reason})")
         sessions.append((path.name, session))
     runs: list[Run] = []
     for name, session in sorted(sessions, key=lambda pair: pair[1].snapshots[0].time if pair[1].snapshots else math.inf):

@@ -8,6 +8,7 @@ over all steps, Text the alerts.
 from __future__ import annotations
 
 import io
+import itertools
 import operator
 import re
 from collections.abc import Iterable, Sequence
@@ -138,14 +139,13 @@ def layout(tags: Sequence[tuple[Group, Sequence[str]]], worst_tags: Sequence[str
 
 
 def alert_table(alerts: Sequence[Alert]) -> str:
-    """Every alert so far, newest first, as Markdown: one text, since TensorBoard keeps one per step."""
-    lines = ["step | site | what | why | try", "---: | --- | --- | --- | ---"]
+    """Every alert so far, newest first, as Markdown: one text, since TensorBoard keeps one per step. It would break narrow columns letter by letter."""
+    lines = ["what | why | try", "--- | --- | ---"]
     for alert in reversed(alerts):
-        what = f"**{alert.severity}**, since step {alert.since}: {alert.message}" if alert.firing else f"cleared: {alert.message}"
-        if alert.firing and alert.also:
-            what += f" ({len(alert.also)} more after it)"
+        state = f"**{alert.severity}**, since step {alert.since}" if alert.firing else "cleared"
+        what = f"step {alert.step}: {state}: {alert.message}" + (f" ({len(alert.also)} more after it)" if alert.firing and alert.also else "")
         why = "; ".join(f"{cause.name} {percent(cause.share)}: {cause.evidence}" for cause in alert.causes)
-        cells = (str(alert.step), f"`{alert.site}`", what, why, alert.causes[0].remedy if alert.causes else "")
+        cells = (what, why, alert.causes[0].remedy if alert.causes else "")
         lines.append(" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells))
     return "\n".join(lines)
 
@@ -153,7 +153,7 @@ def alert_table(alerts: Sequence[Alert]) -> str:
 class Heatmap:
     """One picture of all sites over all steps so far, small enough for the Images dashboard, which shrinks what is larger than a card."""
 
-    WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 400, 300, 116, 24, 40, 8
+    WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 350, 270, 106, 24, 40, 8
     KEPT = 512
 
     def __init__(self) -> None:
@@ -190,7 +190,7 @@ class Heatmap:
         image.paste(heat, (self.LEFT, self.TOP))
         self._letter(image, grid, width, height)
         encoded = io.BytesIO()
-        image.quantize(64, Image.Quantize.FASTOCTREE).save(encoded, "png")
+        image.save(encoded, "png")
         return encoded.getvalue()
 
     def _pixels(self, grid: Grid, width: int) -> NDArray[np.uint8]:
@@ -208,9 +208,16 @@ class Heatmap:
         pen, font, ink, faint = ImageDraw.Draw(image), _font(12), "#202124", "#5f6368"
         pen.text((4, 4), f"{self._metric.title}, {len(grid.names)} sites", ink, font)
         row, every = height / len(grid.names), -(-15 * len(grid.names) // height)
+        shared = _shared(grid.names)
         for place, name in enumerate(grid.names):
             if place % every == 0:
-                pen.text((self.LEFT - 4, self.TOP + (place + 0.5) * row), _shortened(name, self.LEFT - 8, font), ink, font, anchor="rm")
+                pen.text(
+                    (self.LEFT - 4, self.TOP + (place + 0.5) * row),
+                    _shortened(name[shared:], self.LEFT - 8, font),
+                    ink,
+                    font,
+                    anchor="rm",
+                )
         pen.rectangle((self.LEFT - 1, self.TOP - 1, self.LEFT + width, self.TOP + height), outline="#9aa0a6")
         below = self.TOP + height + 4
         pen.text((self.LEFT, below), f"step {grid.steps[0]:.0f}", faint, font)
@@ -229,10 +236,16 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
+def _shared(names: Sequence[str]) -> int:
+    """How long the path is that all names begin with."""
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return sum(len(each[0]) + 1 for each in itertools.takewhile(lambda each: len(set(each)) == 1, parts)) if len(names) > 1 else 0
+
+
 def _shortened(name: str, width: int, font: Any) -> str:
-    """The end of a name says more than its beginning."""
+    """What sites have in common is gone; of the rest the beginning tells them apart."""
     text = name
     while font.getlength(text) > width:
-        name = name[1:]
-        text = f"…{name}"
+        name = name[:-1]
+        text = f"{name}…"
     return text

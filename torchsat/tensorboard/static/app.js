@@ -64,7 +64,14 @@ export async function start(root, source, host) {
 class App {
   constructor(root, source, host) {
     Object.assign(this, { root, source, host, view: decode(host.read()), panels: new Map(), drawing: 0, width: 0 });
-    this.controls = element("header", { className: "controls" });
+    this.choices = element("div", { className: "group" });
+    this.aside = element("div", { className: "group" });
+    // The field stays the same element, so that typing in it is never cut short.
+    this.filter = element("input", { type: "search", value: this.view.filter, placeholder: "part of a name", size: 16 });
+    this.filter.dataset.control = "filter";
+    this.filter.addEventListener("input", () => this.change({ filter: this.filter.value }));
+    const field = element("label", {}, element("span", { textContent: "Sites" }), this.filter);
+    this.controls = element("header", { className: "controls" }, this.choices, field, this.aside);
     this.maps = element("main", { className: "maps" });
     this.message = element("p", { className: "message", role: "status" });
     this.alerts = element("section", { className: "card alerts" });
@@ -179,9 +186,6 @@ class App {
     });
     const runs = element("details", { className: "runs", open }, element("summary", { textContent: `Runs: ${this.about.size} of ${this.runs.length}` }), element("div", {}, ...boxes));
     runs.querySelector("summary").dataset.control = "runs";
-    const filter = element("input", { type: "search", value: this.view.filter, placeholder: "part of a name", size: 16 });
-    filter.dataset.control = "filter";
-    filter.addEventListener("input", () => this.change({ filter: filter.value }));
     const there = new Set([...this.about.values()].flatMap((about) => about.sites.map((site) => site.kind)));
     const kinds = Object.entries(KINDS).filter(([kind]) => there.has(kind)).map(([kind, text]) => {
       const box = element("input", { type: "checkbox", checked: !this.view.hidden.has(kind) });
@@ -194,21 +198,17 @@ class App {
       });
       return element("label", { className: "kind" }, box, text);
     });
-    const made = [
+    const orders = Object.entries(ORDERS);
+    const axes = Object.entries(AXES).map(([key, axis]) => [key, axis.title]);
+    this.choices.replaceChildren(
       select("metric", "Metric", metrics.map((metric) => [metric.name, metric.title]), this.metric.name),
       runs,
-      select("order", "Order", Object.entries(ORDERS), this.view.order),
-      select("axis", "x axis", Object.entries(AXES).map(([key, axis]) => [key, axis.title]), this.view.axis),
-      element("label", {}, element("span", { textContent: "Sites" }), filter),
-      kinds.length > 1 ? element("fieldset", { className: "kinds" }, ...kinds) : null,
-      this.legend(),
-    ];
-    const typed = document.activeElement === this.controls.querySelector('[data-control="filter"]') ? this.controls.querySelector('[data-control="filter"]').selectionStart : null;
-    this.controls.replaceChildren(...made.filter(Boolean));
-    if (typed !== null) {
-      filter.focus();
-      filter.setSelectionRange(typed, typed);
-    }
+      select("order", "Order", orders, this.view.order),
+      select("axis", "x axis", axes, this.view.axis),
+    );
+    if (this.filter.value !== this.view.filter) this.filter.value = this.view.filter;
+    const shown = [kinds.length > 1 ? element("fieldset", { className: "kinds" }, ...kinds) : null, this.legend()];
+    this.aside.replaceChildren(...shown.filter(Boolean));
   }
 
   legend() {

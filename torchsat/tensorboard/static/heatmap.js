@@ -231,7 +231,7 @@ export class Heatmap {
         pen.stroke();
         pen.beginPath();
         if (alert.cleared === null) {
-          pen.arc(this.left + this.plot + 9, y, Math.min(4, this.row / 2 + 1), 0, 7);
+          pen.arc(this.left + this.plot + 9, y, 4, 0, 7);
           pen.fill();
         } else {
           pen.arc(to, y, 4, 0, 7);

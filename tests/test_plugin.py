@@ -1,0 +1,195 @@
+"""The Saturation tab's server, on TensorBoard's own reader of event files."""
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.base_plugin import TBContext
+from torch.utils.tensorboard import SummaryWriter
+from werkzeug.test import Client
+from werkzeug.wrappers import Request
+
+from tests.conftest import record
+from tests.test_tensorboard import ALERT, snapshots, write
+from torchsat import Head, Snapshot
+from torchsat.tensorboard import plugin as module
+from torchsat.tensorboard.loader import OBSERVATIONS, Loader
+from torchsat.tensorboard.plugin import PAGES, SaturationPlugin
+from torchsat.view import METRICS, from_snapshots
+
+
+class Server:
+    def __init__(self, folder: Path) -> None:
+        multiplexer = EventMultiplexer(tensor_size_guidance={"torchsat": 1000})
+        multiplexer.AddRunsFromDirectory(str(folder))
+        multiplexer.Reload()
+        self.plugin = SaturationPlugin(TBContext(data_provider=MultiplexerDataProvider(multiplexer, str(folder))))
+        apps = self.plugin.get_plugin_apps()
+
+        @Request.application
+        def answer(request: Request) -> Any:
+            return apps[request.path]
+
+        self.client = Client(answer)
+        self.apps = apps
+
+    def get(self, path: str, **query: str) -> Any:
+        return self.client.get(path, query_string=query)
+
+    def grid(self, path: str, **query: str) -> tuple[list[str], list[float], np.ndarray]:
+        data = self.get(path, **query).data
+        (length,) = struct.unpack_from("<I", data)
+        head = json.loads(data[4 : 4 + length])
+        steps = np.frombuffer(data, "<f8", head["count"], 4 + length)
+        values = np.frombuffer(data, "<f4", offset=4 + length + 8 * head["count"])
+        return head["names"], steps.tolist(), values.reshape(head["count"], len(head["names"]))
+
+
+RUN = str(Path("run", "torchsat"))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Server:
+    write(tmp_path / "run", snapshots(6, sites=3))
+    with SummaryWriter(str(tmp_path / "other")) as writer:
+        writer.add_scalar("loss", 1.0, 0)
+    return Server(tmp_path)
+
+
+def test_runs_are_those_that_hold_our_data(served: Server) -> None:
+    assert served.get("/runs").json == [{"name": RUN, "time": 1005.0, "sites": 3}]
+
+
+def test_what_is_served_is_what_was_written(served: Server) -> None:
+    expected = from_snapshots(RUN, snapshots(6, sites=3))
+    assert served.get("/run", run=RUN).json == json.loads(json.dumps(expected.describe()))
+    for metric in METRICS:
+        names, steps, values = served.grid("/values", run=RUN, metric=metric.name)
+        assert names == ["a.act", "b.act", "c.act"]
+        assert steps == [0, 1, 2, 3, 4, 5]
+        np.testing.assert_array_equal(values, expected.values[metric.name])
+    names, steps, values = served.grid("/site", run=RUN, site="b.act")
+    assert names == [metric.name for metric in METRICS]
+    np.testing.assert_array_equal(values, expected.site("b.act").values)
+    names, steps, values = served.grid("/histogram", run=RUN, site="a.act")
+    assert (len(names), steps) == (49, [0, 1, 2, 3, 4, 5])
+    np.testing.assert_allclose(values, 1 / 49, rtol=1e-6)
+
+
+def test_heads_of_a_softmax(tmp_path: Path) -> None:
+    given = [
+        Snapshot(step, 1.0 + step, (record("x"), record("s", kind="softmax", heads=tuple(Head(1, step / 10 + k, 0.1, 1.0, 2.0) for k in range(2)))))
+        for step in range(3)
+    ]
+    write(tmp_path / "run", given)
+    names, steps, values = Server(tmp_path).grid("/heads", run=RUN, site="s")
+    assert (names, steps) == (["0", "1"], [0, 1, 2])
+    np.testing.assert_allclose(values, [[0, 1], [0.1, 1.1], [0.2, 1.2]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("path", "query", "reason"),
+    [
+        ("/run", {}, "the argument 'run' is missing"),
+        ("/run", {"run": "../../etc/passwd"}, "run='../../etc/passwd' is not known; the runs are 'run/torchsat'"),
+        ("/values", {"run": RUN}, "the argument 'metric' is missing"),
+        ("/values", {"run": RUN, "metric": "<b>"}, "metric='<b>' is not known; the metrics are 'excess', 'saturated', "),
+        ("/site", {"run": RUN, "site": "x" * 1000}, "is not known; the sites are 'a.act', 'b.act', 'c.act'"),
+        ("/histogram", {"run": RUN, "site": ""}, "site='' is not known"),
+        ("/heads", {"run": "other", "site": "a.act"}, "run='other' is not known"),
+    ],
+)
+def test_a_bad_query_is_answered_with_the_reason(served: Server, path: str, query: dict[str, str], reason: str) -> None:
+    answer = served.get(path, **query)
+    assert answer.status_code == 400
+    assert reason in answer.text
+    assert len(answer.text) < 1000
+    assert answer.content_type.startswith("text/plain")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+
+
+def test_only_the_page_is_served_as_files(served: Server) -> None:
+    folder = Path(module.__file__).parent / "static"
+    assert set(PAGES) == {path.name for path in folder.iterdir()} - {"page.js"}
+    for name, kind in PAGES.items():
+        answer = served.get(f"/{name}")
+        assert answer.status_code == 200
+        assert answer.content_type.startswith(kind)
+        assert answer.data == (folder / name).read_bytes()
+    assert {path for path in served.apps if "." in path} == {f"/{name}" for name in PAGES}
+
+
+def test_an_answer_is_bounded(served: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST_CELLS", 9)
+    _, steps, values = served.grid("/values", run=RUN, metric="z_mean")
+    assert steps == [0, 2, 5]
+    assert values.shape == (3, 3)
+
+
+def test_a_resumed_run_with_other_sites_is_one_run(tmp_path: Path) -> None:
+    write(tmp_path / "run", snapshots(6, sites=2))
+    later = [replace(snapshot, time=2000.0 + snapshot.step) for snapshot in snapshots(8, sites=3)[3:]]
+    write(tmp_path / "run", [replace(snapshot, alerts=()) for snapshot in later])
+    server = Server(tmp_path)
+    names, steps, values = server.grid("/values", run=RUN, metric="saturated")
+    assert names == ["a.act", "b.act", "c.act"]
+    assert steps == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert np.isnan(values[:3, 2]).all()
+    np.testing.assert_allclose(values[3:], [[0, 0.125 / 3, 0.25 / 3]] * 5, rtol=1e-6)
+    assert server.get("/run", run=RUN).json["alerts"] == []
+
+
+def test_newer_data_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "run", snapshots(3))
+    multiplexer = EventMultiplexer(tensor_size_guidance={"torchsat": 1000})
+    multiplexer.AddRunsFromDirectory(str(tmp_path))
+    multiplexer.Reload()
+    server = Server(tmp_path)
+    server.plugin._provider = MultiplexerDataProvider(multiplexer, str(tmp_path))
+    assert server.get("/run", run=RUN).json["observations"] == 3
+    write(tmp_path / "run", [replace(snapshot, time=3000.0 + snapshot.step) for snapshot in snapshots(6)[3:]])
+    multiplexer.Reload()
+    assert server.get("/run", run=RUN).json["observations"] == 6
+
+
+def test_names_are_data(tmp_path: Path) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    write(tmp_path / "run", [Snapshot(0, 1.0, (record(name),), alerts=(replace(ALERT, site=name, step=0, message="</script>"),))])
+    answer = Server(tmp_path).get("/run", run=RUN)
+    assert answer.content_type.startswith("application/json")
+    assert answer.json["sites"][0]["site"] == name
+    assert answer.json["alerts"][0]["message"] == "</script>"
+
+
+def test_a_run_of_another_version_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("torchsat.tensorboard.FORMAT", 99)
+        write(tmp_path / "run", snapshots(1))
+    assert Server(tmp_path).get("/runs").json == []
+
+
+def test_the_tab_asks_for_more_observations_unless_the_user_did() -> None:
+    flags = SimpleNamespace(samples_per_plugin={})
+    Loader().fix_flags(flags)
+    assert flags.samples_per_plugin == {"torchsat": OBSERVATIONS}
+    flags = SimpleNamespace(samples_per_plugin={"torchsat": 7})
+    Loader().fix_flags(flags)
+    assert flags.samples_per_plugin == {"torchsat": 7}
+
+
+def test_the_entry_point_is_found() -> None:
+    from importlib import metadata
+
+    (entry,) = (each for each in metadata.entry_points(group="tensorboard_plugins") if each.name == "torchsat")
+    assert entry.value == "torchsat.tensorboard.loader:Loader"
+    plugin = Loader().load(TBContext())
+    assert plugin.plugin_name == "torchsat"
+    assert not plugin.is_active()
+    assert plugin.frontend_metadata().tab_name == "Saturation"

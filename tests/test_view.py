@@ -1,0 +1,163 @@
+"""Runs as arrays, and colours that mean what they show."""
+
+import json
+import math
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.conftest import record
+from tests.test_tensorboard import ALERT, snapshots
+from torchsat import Snapshot, Weight
+from torchsat.record import RECORD_METRICS, WEIGHT_METRICS
+from torchsat.view import METRICS, Grid, Metric, Ramp, episodes, from_snapshots, heads, histograms, in_order, last_session, shade, shades
+
+RAMPS: tuple[Ramp, ...] = ("heat", "amount", "balance")
+
+
+def oklab(colour: tuple[int, int, int]) -> np.ndarray:
+    """8-bit sRGB to OKLab, by the forward matrices (the code under test uses the inverse ones)."""
+    encoded = np.array(colour) / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    lms = np.array(
+        [[0.4122214708, 0.5363325363, 0.0514459929], [0.2119034982, 0.6806995451, 0.1073969566], [0.0883024619, 0.2817188376, 0.6299787005]]
+    )
+    back = np.array(
+        [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]]
+    )
+    return back @ np.cbrt(lms @ linear)
+
+
+def seen_by_a_deuteranope(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Machado, Oliveira and Fernandes (2009), severity 1, in linear sRGB."""
+    encoded = np.array(colour) / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    seen = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]) @ linear
+    seen = np.clip(seen, 0, 1)
+    red, green, blue = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055) * 255
+    return round(red), round(green), round(blue)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_lightness_changes_by_nearly_equal_steps(ramp: Ramp, dark: bool) -> None:
+    lightness = np.array([oklab(colour)[0] for colour in shades(ramp, dark)])
+    sides = [lightness] if ramp != "balance" else [lightness[:128], lightness[128:]]
+    for side in sides:
+        parts = np.diff(side[:: len(side) // 8])  # eighths: single steps are rounded to 8 bits
+        assert (np.sign(parts) == np.sign(parts[0])).all()
+        assert abs(parts).min() > 0.45 * abs(parts).max()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_too_little_and_too_much_differ_to_colour_blind_eyes(dark: bool) -> None:
+    low, high = (oklab(seen_by_a_deuteranope(shades("balance", dark)[at])) for at in (32, 223))
+    assert math.dist(low, high) > 0.2
+
+
+def test_what_is_well_has_the_colour_of_the_page() -> None:
+    for ramp in ("heat", "amount"):
+        assert oklab(shades(ramp)[0])[0] > 0.95
+        assert oklab(shades(ramp, dark=True)[0])[0] < 0.25
+
+
+def test_numbers_have_their_place_on_the_scale() -> None:
+    values = np.array([-1, 0, 0.25, 1, 2], np.float32)
+    assert shade(METRICS[0], values, 0, 1).tolist() == [0, 0, 64, 255, 255]
+    assert shade(Metric("m", "", "", worst="low"), values, 0, 1).tolist() == [255, 255, 191, 0, 0]
+    log = Metric("g", "", "", scale="log", ramp="amount")
+    assert shade(log, np.array([0, 1e-4, 0.011, 1], np.float32), 1e-4, 1).tolist() == [0, 0, 130, 255]
+
+
+def test_every_metric_is_a_number_of_a_record_or_a_weight() -> None:
+    for metric in METRICS:
+        assert metric.name in {"records": RECORD_METRICS, "weights": WEIGHT_METRICS, "view": ("excess",)}[metric.over]
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+def test_a_series_holds_the_numbers_of_its_snapshots() -> None:
+    given = snapshots(6, sites=3)
+    found = from_snapshots("run", given)
+    assert found.names == ("a.act", "b.act", "c.act")
+    assert found.steps.tolist() == [0, 1, 2, 3, 4, 5]
+    for step, snapshot in enumerate(given):
+        for at, each in enumerate(snapshot.records):
+            for metric in METRICS:
+                if metric.over == "records":
+                    expected = getattr(each, metric.name)
+                    value = found.values[metric.name][step, at]
+                    assert (expected is None and math.isnan(value)) or value == pytest.approx(expected, rel=1e-6), metric.name
+    assert found.values["excess"][0].tolist() == pytest.approx([each.saturated - 0.0294 for each in given[0].records], abs=1e-6)
+
+
+def test_a_layers_numbers_stand_at_the_sites_it_feeds_the_least_of_several() -> None:
+    layers = tuple(
+        Weight(name, feeds, 8, False, 0.1, gain, 1.0, 0.1, ratio, 1.0, 0.5, 10)
+        for name, feeds, gain, ratio in (("q", ("x",), 2.0, 1e-3), ("k", ("x", "y"), 1.0, 1e-2))
+    )
+    found = from_snapshots("run", [Snapshot(0, 0.0, (record("x"), record("y"), record("z")), layers)])
+    assert found.values["update_ratio"][0, :2].tolist() == pytest.approx([1e-3, 1e-2])
+    assert found.values["gain"][0, :2].tolist() == [1.0, 1.0]
+    assert math.isnan(found.values["gain"][0, 2])
+
+
+def test_sites_that_come_and_go_keep_their_place() -> None:
+    assert in_order([("a", "b", "x", "c"), ("a", "b", "c")]) == ("a", "b", "x", "c")
+    assert in_order([("old", "a"), ("a", "new")]) == ("old", "a", "new")
+    assert in_order([]) == ()
+
+
+def test_a_later_session_makes_void_what_it_repeats() -> None:
+    steps, times = np.array([0.0, 1, 2, 3, 2, 3, 4]), np.array([0.0, 1, 2, 3, 10, 11, 12])
+    assert [times[at] for at in last_session(steps, times)] == [0, 1, 10, 11, 12]
+
+
+def test_an_alert_that_comes_again_is_two_episodes() -> None:
+    def at(step: int, firing: bool = True, severity: str = "warning") -> object:
+        return replace(ALERT, step=step, firing=firing, severity=severity)
+
+    given = [at(4), at(6, severity="critical"), at(9, False), at(20), replace(ALERT, site="other", since=0, step=1)]
+    found = [(each.alert.site, each.alert.severity, each.fired, each.cleared, each.last) for each in episodes(given)]
+    assert found == [
+        ("other", "critical", 1, None, 1),
+        ("b.act", "warning", 20, None, 20),
+        ("b.act", "critical", 4, 9, 9),
+    ]
+
+
+def test_an_alert_of_a_layer_stands_at_the_sites_that_the_layer_feeds() -> None:
+    given = snapshots(1)
+    given[0] = replace(given[0], alerts=(replace(ALERT, site="a", rule="frozen_weights"), replace(ALERT, site="nowhere")))
+    described = from_snapshots("run", given).describe()
+    assert [(alert["site"], alert["places"]) for alert in described["alerts"]] == [("a", ["a.act", "b.act"]), ("nowhere", [])]
+    json.dumps(described, allow_nan=False)
+
+
+def test_a_grid_is_packed_as_the_page_reads_it() -> None:
+    grid = Grid(np.array([3.0, 5.0]), np.zeros(2), ("é", "b"), np.array([[1, 2], [3, np.nan]], np.float32))
+    data = grid.pack()
+    (length,) = struct.unpack_from("<I", data)
+    assert (4 + length) % 8 == 0
+    assert json.loads(data[4 : 4 + length]) == {"names": ["é", "b"], "count": 2}
+    assert struct.unpack_from("<2d", data, 4 + length) == (3.0, 5.0)
+    assert struct.unpack_from("<4f", data, 4 + length + 16)[:3] == (1.0, 2.0, 3.0)
+    assert len(data) == 4 + length + 16 + 16
+
+
+def test_thinning_keeps_both_ends() -> None:
+    steps = np.arange(100.0)
+    thin = Grid(steps, steps, ("a",), steps.astype(np.float32)[:, None]).thin(10)
+    assert len(thin.steps) == 10
+    assert (thin.steps[0], thin.steps[-1]) == (0, 99)
+    assert thin.values[:, 0].tolist() == thin.steps.tolist()
+
+
+def test_histograms_and_heads_of_one_site() -> None:
+    given = snapshots(3)
+    found = histograms("a.act", given)
+    assert found.values.shape == (3, 49)
+    assert found.values.sum() == pytest.approx(3, rel=1e-5)
+    assert histograms("b.act", given).values.shape == (0, 49)
+    assert heads("a.act", given).values.shape == (0, 0)

@@ -1,0 +1,18 @@
+// The view in a page of its own, which holds all numbers (torchsat report --format html). The last part of that page's script.
+
+import { start } from "./app.js";
+import { embedded } from "./source.js";
+
+const night = window.matchMedia("(prefers-color-scheme: dark)");
+
+start(document.body, embedded(JSON.parse(document.getElementById("torchsat-data").textContent)), {
+  read: () => new URLSearchParams(window.location.hash.slice(1)),
+  write(view) {
+    const hash = `#${view}`;
+    if (hash !== window.location.hash && hash !== "#") window.history.replaceState(null, "", hash);
+  },
+  dark: () => night.matches,
+  onTheme: (then) => night.addEventListener("change", then),
+  onView: (then) => window.addEventListener("hashchange", then),
+  onReload() {},
+});
