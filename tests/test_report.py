@@ -1,17 +1,20 @@
 """The text report, from event files alone."""
 
 import io
+import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, offsets, snapshots, write
 from torchsat import Snapshot
-from torchsat.report import main, report, sparkline
+from torchsat.report import FORMATS, main, report, sparkline
 
 
 def text(directory: Path) -> str:
@@ -103,6 +106,69 @@ def test_an_encoding_without_bars_gets_plain_ones(tmp_path: Path) -> None:
 def test_the_sparkline_keeps_both_ends() -> None:
     assert sparkline([0.0, 0.5, None, 1.0]) == "▁▅ █"
     assert sparkline([index / 999 for index in range(1000)], width=8) == "▁▂▃▄▅▆▇█"
+
+
+def test_markdown_holds_the_same_cells(tmp_path: Path) -> None:
+    out = io.StringIO()
+    report(run(tmp_path), out, "markdown")
+    lines = out.getvalue().splitlines()
+    assert lines[0] == f"## {tmp_path}: 5 observations, steps 0 to 40, 3 sites, 2 alerts (1 firing at the end)".replace("_", "\\_")
+    table = lines[lines.index("### Sites, worst first, at the last step") + 2 :][:5]
+    assert table[1] == "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | :-- |"
+    assert table[2] == "| bad | tanh | 100.0 % | 100.0 % | 0.0 % | 0.000 | 25 % | 0.68 | 7.00e-04 | ▁▃▅██ |"
+    assert table[0].count(" | ") == table[2].count(" | ")
+
+
+def test_markdown_escapes_names(tmp_path: Path) -> None:
+    write(tmp_path, [Snapshot(0, 0.0, (record("a|b<img src=x>*c*"),))])
+    out = io.StringIO()
+    report(tmp_path, out, "markdown")
+    assert "| a\\|b\\<img src=x\\>\\*c\\* | tanh |" in out.getvalue()
+
+
+def test_json_holds_every_metric_over_time(tmp_path: Path) -> None:
+    out = io.StringIO()
+    report(run(tmp_path), out, "json")
+    (found,) = json.loads(out.getvalue())
+    assert found["steps"] == [0, 10, 20, 30, 40]
+    assert found["over_time"]["saturated"]["bad"] == pytest.approx([0.0, 0.3, 0.6, 0.9, 1.0])
+    assert found["over_time"]["entropy_min"]["bad"] == [None] * 5
+    assert [(alert["site"], alert["fired"], alert["cleared"]) for alert in found["alerts"]] == [("bad", 20, None), ("good", 20, 40)]
+    assert [each["site"] for each in found["last"]["records"]] == ["good", "bad", "zz.out"]
+
+
+def test_the_page_holds_names_as_data(tmp_path: Path) -> None:
+    name = "</script><img src=x>"
+    write(tmp_path, [Snapshot(0, 0.0, (record(name),))])
+    out = io.StringIO()
+    report(tmp_path, out, "html")
+    page = out.getvalue()
+    assert page.count("</script>") == 2
+    assert "<img" not in page
+    assert "src=" not in page.replace("<img src=x>".replace("<", "\\u003c"), "").replace("&lt;img src=x&gt;", "")
+    data = json.loads(page.split('id="torchsat-data">')[1].split("</script>")[0])
+    assert data[f"run?{urlencode({'run': str(tmp_path)})}"]["sites"][0]["site"] == name
+    assert not re.search(r"^(import|export) ", page, re.MULTILINE)
+
+
+def test_a_snapshot_is_reported_in_every_format() -> None:
+    for kind in FORMATS:
+        out = io.StringIO()
+        report(snapshots(1)[0], out, kind)
+        assert "b.act" in out.getvalue()
+    with pytest.raises(ValueError, match="format is 'pdf'; allowed are text, markdown, json, html"):
+        report(snapshots(1)[0], io.StringIO(), "pdf")  # type: ignore[arg-type]
+
+
+def test_a_file_is_written_only_where_there_is_something_to_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "report.html"
+    target.write_text("kept")
+    assert main(["report", str(tmp_path / "nowhere"), "--format", "html", "-o", str(target)]) == 1
+    assert target.read_text() == "kept"
+    assert main(["report", str(run(tmp_path / "run")), "--format", "html", "-o", str(target)]) == 0
+    assert target.read_text().startswith("<!doctype html>")
+    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "no" / "such" / "file")]) == 1
+    assert "torchsat: " in capsys.readouterr().err
 
 
 def test_the_command_prints_and_explains_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,10 @@
 """What is written is what is read back, by our reader and by TensorBoard's; damage is said."""
 
+import io
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -11,8 +13,11 @@ import urllib.request
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -22,7 +27,9 @@ from tests.test_monitor import mlp, train
 from torchsat import Alert, Cause, Snapshot, Weight
 from torchsat.record import HISTOGRAM_BINS
 from torchsat.tensorboard.reader import read_runs
-from torchsat.tensorboard.writer import NETWORK, TensorBoardWriter
+from torchsat.tensorboard.stock import NETWORK, Heatmap
+from torchsat.tensorboard.writer import TensorBoardWriter
+from torchsat.view import shades
 
 ALERT = Alert("b.act", "saturated", "critical", 0.75, 0.5, 1, 4, True, "b.act is saturated", (Cause("init_too_large", 0.5, "gain 8", "Xavier"),))
 
@@ -103,18 +110,20 @@ def test_tensorboards_own_reader_sees_the_scalars_and_the_text(tmp_path: Path) -
     reader.Reload()
     tags = reader.Tags()
     network = [tag for tag in tags["scalars"] if tag.startswith("torchsat/")]
-    assert 0 < len(network) <= 12
-    assert set(network) <= {f"torchsat/{name}" for name in NETWORK}
-    assert [tag for tag in tags["scalars"] if not tag.startswith("torchsat/")] == ["torchsat.saturated/000_a.act", "torchsat.saturated/001_b.act"]
+    assert set(network) == {f"torchsat/{name}" for name in NETWORK} - {"torchsat/entropy_min"}
+    assert sorted(tag for tag in tags["scalars"] if not tag.startswith("torchsat/")) == [
+        *("torchsat.attenuation/000_a.act", "torchsat.derivative/000_a.act", "torchsat.derivative/001_b.act"),
+        *("torchsat.saturated/000_a.act", "torchsat.saturated/001_b.act"),
+    ]
     assert [(event.step, event.value) for event in reader.Scalars("torchsat.saturated/001_b.act")] == [(step, 0.0625) for step in range(6)]
     assert [event.value for event in reader.Scalars("torchsat/alerts")] == [0, 0, 0, 0, 1, 0]
     metadata = reader.SummaryMetadata("torchsat/saturated_max")
     assert metadata.data_class == 1
     assert metadata.summary_description == NETWORK["saturated_max"]
     text = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors("torchsat/alerts/text_summary")]
-    assert text[-1].splitlines() == [
-        "- step 5, cleared: b.act is saturated",
-        "- step 4, **critical**: b.act is saturated, since step 1. Why: init_too_large 50 %. Try: Xavier",
+    assert text[-1].splitlines()[2:] == [
+        "step 5: cleared: b.act is saturated | init_too_large 50 %: gain 8 | Xavier",
+        "step 4: **critical**, since step 1: b.act is saturated | init_too_large 50 %: gain 8 | Xavier",
     ]
     packed = next(tag for tag in tags["tensors"] if tag.startswith("torchsat/records."))
     assert json.loads(reader.SummaryMetadata(packed).plugin_data.content)["kind"] == "records"
@@ -125,6 +134,85 @@ def test_an_observation_of_fifty_sites_is_small(tmp_path: Path) -> None:
     size = write(tmp_path, snapshots(41, sites=50)).stat().st_size
     first = write(tmp_path / "one", snapshots(1, sites=50)).stat().st_size
     assert (size - first) / 40 < 30_000
+
+
+def reader(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+    found.Reload()
+    return found
+
+
+def test_the_spread_over_the_sites_is_that_of_numpy(tmp_path: Path) -> None:
+    shares = [0.05, 0.9, 0.1, 0.4, 0.2, 0.33]
+    records = [record(f"s{k}", saturated=share) for k, share in enumerate(shares)]
+    write(tmp_path, [Snapshot(0, 1.0, (*records, record("out", saturated=1.0, output=True)))])
+    found = reader(tmp_path / "torchsat")
+    values = {name: found.Scalars(f"torchsat/saturated_{name}")[0].value for name in ("p10", "median", "p90", "max")}
+    assert values == pytest.approx(dict(zip(values, np.quantile(shares, [0.1, 0.5, 0.9, 1.0]), strict=True)), rel=1e-6)
+
+
+def test_the_layout_names_tags_that_are_there(tmp_path: Path) -> None:
+    given = [
+        Snapshot(step, 1000.0 + step, tuple(record(f"b.{k}", saturated=k / 40, entropy_min=0.5 if k == 3 else None) for k in range(35)))
+        for step in range(3)
+    ]
+    write(tmp_path, given)
+    found = reader(tmp_path / "torchsat")
+    layout = Layout.FromString(found.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    scalars = found.Tags()["scalars"]
+    charts = {chart.title: chart for category in layout.category for chart in category.chart}
+    (margin,) = [chart.margin.series[0] for chart in charts.values() if chart.HasField("margin")]
+    assert {margin.value, margin.lower, margin.upper} <= set(scalars)
+    matched = {title: [tag for tag in scalars for wanted in chart.multiline.tag if re.match(wanted, tag)] for title, chart in charts.items()}
+    assert matched["Saturated share of the 8 sites furthest beyond normal"] == [f"torchsat.saturated/{k:03d}_b.{k}" for k in range(27, 35)]
+    by_depth = [tags for title, tags in matched.items() if title.startswith("Saturated share, ")]
+    assert [len(tags) for tags in by_depth] == [10, 10, 10, 5]
+    assert matched["Attention entropy, 1 sites from 003_b.3"] == ["torchsat.entropy/003_b.3"]
+    assert all(tags for title, tags in matched.items() if "gradient" not in title.lower() and not charts[title].HasField("margin"))
+
+
+def test_the_picture_shows_the_stored_values(tmp_path: Path) -> None:
+    series = [
+        Snapshot(step, 1000.0 + step, tuple(record(f"net.{name}", saturated=0.0294 + 0.5 * k * (step >= 20)) for k, name in enumerate("abc")))
+        for step in range(0, 40, 5)
+    ]
+    write(tmp_path, series)
+    images = reader(tmp_path / "torchsat").Images("torchsat/heatmap")
+    assert [event.step for event in images] == [35]
+    picture = Image.open(io.BytesIO(images[0].encoded_image_string))
+    assert picture.size == (Heatmap.WIDTH, Heatmap.HEIGHT)
+    right, bottom = Heatmap.WIDTH - Heatmap.RIGHT, Heatmap.HEIGHT - Heatmap.BOTTOM
+    rows = [Heatmap.TOP + (bottom - Heatmap.TOP) * part // 6 for part in (1, 3, 5)]
+    heat = shades("heat")
+    assert [picture.getpixel((Heatmap.LEFT + 10, row)) for row in rows] == [heat[0]] * 3
+    after = [picture.getpixel((right - 10, row)) for row in rows]
+    assert after[0] == heat[0]
+    assert after[1] in heat[127:129]
+    assert after[2] == heat[255]
+
+
+def test_pictures_come_at_a_low_cadence(tmp_path: Path) -> None:
+    write(tmp_path, [Snapshot(step, 1000.0 + step, (record(),)) for step in range(140)])
+    assert [event.step + 1 for event in reader(tmp_path / "torchsat").Images("torchsat/heatmap")] == [8, 16, 32, 64, 128, 140]
+
+
+def test_a_learning_rate_that_changes_makes_no_new_tags(tmp_path: Path) -> None:
+    given = [replace(each, weights=tuple(replace(weight, learning_rate=0.1 / (1 + each.step)) for weight in each.weights)) for each in snapshots()]
+    write(tmp_path, given)
+    tags = reader(tmp_path / "torchsat").Tags()["tensors"]
+    assert len([tag for tag in tags if tag.startswith("torchsat/weights.")]) == 1
+    assert [each.weights[0].learning_rate for each in torchsat.read(tmp_path)] == pytest.approx([0.1 / (1 + step) for step in range(6)])
+
+
+def test_the_users_layout_is_left_alone(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        sink = TensorBoardWriter(writer=writer)
+        for snapshot in snapshots(9):
+            sink(snapshot)
+        sink.close()
+    tags = reader(tmp_path).Tags()
+    assert "torchsat/heatmap" in tags["images"]
+    assert "custom_scalars__config__" not in tags["tensors"]
 
 
 def test_the_users_writer_is_written_through_and_left_open(tmp_path: Path) -> None:
@@ -203,7 +291,10 @@ def offsets(path: Path) -> list[int]:
 @pytest.mark.parametrize("damage", ["cut", "length", "payload", "zeros", "cut_header"])
 def test_a_damaged_file_gives_its_good_part_and_says_where_it_stops(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path, snapshots())
-    data, at = bytearray(path.read_bytes()), offsets(path)[4]  # record 0 is the file's version, 1 to 6 are the steps 0 to 5
+    data, at = (
+        bytearray(path.read_bytes()),
+        offsets(path)[5],
+    )  # records 0 and 1 are the file's version and the session's start, 2 to 7 the steps 0 to 5
     size = len(data)
     if damage == "cut":
         data = data[: at + 200]
@@ -219,7 +310,7 @@ def test_a_damaged_file_gives_its_good_part_and_says_where_it_stops(damage: str,
     (run,) = read_runs(tmp_path)
     assert [snapshot.step for snapshot in run.snapshots] == [0, 1, 2]
     (sentence,) = run.damage
-    assert f"read 4 records, stopped at byte {at} of {len(data)}: {'truncated' if 'cut' in damage else 'corrupt'}" in sentence
+    assert f"read 5 records, stopped at byte {at} of {len(data)}: {'truncated' if 'cut' in damage else 'corrupt'}" in sentence
 
 
 def test_what_cannot_be_read_is_answered_with_the_reason(tmp_path: Path) -> None:
@@ -242,6 +333,16 @@ def test_a_newer_format_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write(tmp_path, snapshots(1))
     with pytest.raises(FileNotFoundError, match="format 99 was written by another version of torchsat"):
         torchsat.read(tmp_path)
+
+
+def test_what_is_wrong_with_many_steps_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("torchsat.tensorboard.FORMAT", 99)
+        write(tmp_path, snapshots(5))
+    with pytest.raises(FileNotFoundError) as caught:
+        torchsat.read(tmp_path)
+    assert str(caught.value).count("could not be understood") == 1
+    assert "5 steps from 0 on could not be understood" in str(caught.value)
 
 
 @pytest.mark.parametrize("load_fast", ["true", "false"])

@@ -406,11 +406,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = io.StringIO()
             report(options.run_dir, text, options.format)
             Path(options.output).write_text(text.getvalue(), encoding="utf-8")
-    except FileNotFoundError as error:
-        print(f"torchsat: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"torchsat: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

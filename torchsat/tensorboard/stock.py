@@ -139,7 +139,7 @@ def layout(tags: Sequence[tuple[Group, Sequence[str]]], worst_tags: Sequence[str
 
 
 def alert_table(alerts: Sequence[Alert]) -> str:
-    """Every alert so far, newest first, as Markdown: one text, since TensorBoard keeps one per step. It would break narrow columns letter by letter."""
+    """Every alert so far, newest first, as Markdown: one text, since TensorBoard keeps one per step. Narrow columns would be broken up."""
     lines = ["what | why | try", "--- | --- | ---"]
     for alert in reversed(alerts):
         state = f"**{alert.severity}**, since step {alert.since}" if alert.firing else "cleared"

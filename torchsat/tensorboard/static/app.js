@@ -7,6 +7,7 @@ const KINDS = { module: "modules", call: "calls", recurrent: "recurrent gates", 
 const ORDERS = { flow: "data flow", worst: "worst first" };
 const CURVES = ["relative_derivative", "attenuation", "grad_z_rms", "update_ratio", "z_std", "entropy_min", "logit_std"];
 const FIRST_RUNS = 2;
+const EMPTY = 3000; // milliseconds until a server without data is asked again
 const FIRST_METRIC = "excess";
 
 const THEMES = {
@@ -110,6 +111,7 @@ class App {
       if (turn !== this.drawing) return;
       this.scales = scales;
       this.runs = runs;
+      if (!runs.length) setTimeout(() => this.reload(), EMPTY);
       this.host.write(encode(this.view));
       const chosen = this.chosen();
       const loaded = await Promise.all(chosen.map((run) => this.source.json("run", { run })));
@@ -154,12 +156,14 @@ class App {
   }
 
   fill() {
+    performance.mark("torchsat.fill.start");
     const focused = document.activeElement?.dataset?.control;
     this.fillControls();
     this.fillMaps();
     this.fillAlerts();
     this.fillDepth();
     if (focused) this.controls.querySelector(`[data-control="${focused}"]`)?.focus();
+    performance.measure("torchsat.fill", "torchsat.fill.start");
   }
 
   fillControls() {
