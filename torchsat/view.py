@@ -119,7 +119,10 @@ def shades(ramp: Ramp, dark: bool = False) -> tuple[tuple[int, int, int], ...]:
     for shade in range(SHADES):
         at = shade / (SHADES - 1) * (len(path) - 1)
         index = min(int(at), len(path) - 2)
-        colours.append(_rgb(*(one + (other - one) * (at - index) for one, other in zip(path[index], path[index + 1], strict=True))))
+        one, other = path[index], path[index + 1]
+        if not (one[1] and other[1]):  # grey has no hue of its own
+            one, other = ((each[0], each[1], max(one[1:], other[1:])[1]) for each in (one, other))
+        colours.append(_rgb(*(start + (end - start) * (at - index) for start, end in zip(one, other, strict=True))))
     return tuple(colours)
 
 
