@@ -1,5 +1,6 @@
 """What is written is what is read back, by our reader and by TensorBoard's; damage is said."""
 
+import contextlib
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from dataclasses import asdict, replace
@@ -28,7 +30,7 @@ from torchsat import Alert, Cause, Snapshot, Weight
 from torchsat.record import HISTOGRAM_BINS
 from torchsat.tensorboard.reader import read_runs
 from torchsat.tensorboard.stock import NETWORK, Heatmap
-from torchsat.tensorboard.writer import TensorBoardWriter
+from torchsat.tensorboard.writer import QUEUED, TensorBoardWriter
 from torchsat.view import shades
 
 ALERT = Alert("b.act", "saturated", "critical", 0.75, 0.5, 1, 4, True, "b.act is saturated", (Cause("init_too_large", 0.5, "gain 8", "Xavier"),))
@@ -194,6 +196,24 @@ def test_the_picture_shows_the_stored_values(tmp_path: Path) -> None:
 def test_pictures_come_at_a_low_cadence(tmp_path: Path) -> None:
     write(tmp_path, [Snapshot(step, 1000.0 + step, (record(),)) for step in range(140)])
     assert [event.step + 1 for event in reader(tmp_path / "torchsat").Images("torchsat/heatmap")] == [8, 16, 32, 64, 128, 140]
+
+
+def test_a_fault_of_the_writing_thread_is_raised_and_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TensorBoardWriter(tmp_path)
+
+    def full(*values: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(writer, "_add", full)
+    writer(snapshots(1)[0])
+    with pytest.raises(OSError, match="no space left"):
+        writer.flush()
+    for snapshot in snapshots(QUEUED + 5):  # more than the queue holds
+        with contextlib.suppress(OSError):
+            writer(snapshot)
+    with pytest.raises(OSError, match="no space left"):
+        writer.close()
+    assert "torchsat-writer" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_learning_rate_that_changes_makes_no_new_tags(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
-"""Snapshots into TensorBoard: one Summary per observation, through a queue of ten. Never torch.
+"""Snapshots into TensorBoard: one Summary per observation, made and written by a thread of its own. Never torch.
+
+The training thread only queues a snapshot: to build the summary takes milliseconds, pictures and checksums more, and torch's kernels leave Python free
+meanwhile.
 
 Scalars are old-style `simple_value` with a metadata of class SCALAR: every reader (TensorBoard's two servers, W&B, MLflow) takes them, and
-the descriptions are shown. A lost process loses at most the queue.
+the descriptions are shown. A lost process loses at most the two queues, ours and that of TensorBoard's event writer.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ import json
 import math
 import operator
 import os
+import queue
+import threading
 from collections import deque
 from collections.abc import Iterable
 from typing import Any
@@ -27,6 +32,8 @@ from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_F
 from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, content, tag
 from torchsat.tensorboard.stock import NETWORK, SITES, Group, Heatmap, alert_table, layout, network
 
+QUEUED = 10
+"""Snapshots that may wait to be written; then training waits."""
 PICTURES = 64
 """A heatmap and a layout are written after 8, 16, 32 and 64 observations, then after every so many more, and at the end."""
 
@@ -60,8 +67,59 @@ class TensorBoardWriter:
         self._heatmap = Heatmap()
         self._layout = b""
         self._count = self._drawn = 0
+        self._queue: queue.Queue[Snapshot | None] = queue.Queue(QUEUED)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
 
     def __call__(self, snapshot: Snapshot) -> None:
+        """Queue a snapshot. Raises what went wrong with an earlier one."""
+        self._raise()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="torchsat-writer", daemon=True)
+            self._thread.start()
+        self._queue.put(snapshot)
+
+    def flush(self) -> None:
+        self._queue.join()
+        writer = self._ours if self._theirs is None else self._theirs
+        if writer is not None:
+            writer.flush()
+        self._raise()
+
+    def close(self) -> None:
+        """Write what is queued, draw the end, close our own file; the user's writer is only flushed."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+        if self._theirs is not None:
+            self._theirs.flush()
+        elif self._ours is not None:
+            self._ours.close()
+        self._raise()
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _work(self) -> None:
+        """The writing thread: one snapshot after the other until None comes. After a fault it goes on to empty the queue, so that nobody waits."""
+        while True:
+            snapshot = self._queue.get()
+            try:
+                if snapshot is not None:
+                    self._write(snapshot)
+                elif self._drawn < self._count:
+                    self._add(self._pictures(), *self._heatmap.end)
+            except Exception as error:
+                self._error = error
+            finally:
+                self._queue.task_done()
+            if snapshot is None:
+                return
+
+    def _write(self, snapshot: Snapshot) -> None:
         for alert in snapshot.alerts:
             self._history.append(alert)
             if alert.firing:
@@ -75,20 +133,6 @@ class TensorBoardWriter:
         self._add(self._values(snapshot), snapshot.step, snapshot.time)
         if self._count % PICTURES == 0 or (8 <= self._count < PICTURES and self._count & (self._count - 1) == 0):
             self._add(self._pictures(), snapshot.step, snapshot.time)
-
-    def flush(self) -> None:
-        writer = self._ours if self._theirs is None else self._theirs
-        if writer is not None:
-            writer.flush()
-
-    def close(self) -> None:
-        """Draw the end; close our own file; the user's writer is only flushed."""
-        if self._drawn < self._count:
-            self._add(self._pictures(), *self._heatmap.end)
-        if self._theirs is not None:
-            self._theirs.flush()
-        elif self._ours is not None:
-            self._ours.close()
 
     def _add(self, values: Iterable[Summary.Value], step: int, time: float) -> None:
         event = Event(wall_time=time, step=step)
