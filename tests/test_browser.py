@@ -227,6 +227,39 @@ def test_the_keyboard_reaches_every_cell(driver: Any, address: str) -> None:
     assert driver.execute_script("return torchsat.view.step") == 10
 
 
+def test_a_reload_takes_neither_the_cursor_nor_the_focus_away(driver: Any, address: str) -> None:
+    open_tab(driver, address)
+    wait(driver, "return document.querySelectorAll('.detail .chart').length > 4")
+    canvas = driver.find_element(By.CSS_SELECTOR, "[data-run='one/torchsat'] canvas.heat")
+    driver.execute_script("arguments[0].focus()", canvas)
+    canvas.send_keys(Keys.HOME, Keys.ARROW_RIGHT)
+    driver.execute_script("document.querySelector('.alerts button').marked = true; document.querySelector('.detail .close').marked = true")
+    driver.execute_async_script("torchsat.reload().then(arguments[0])")
+    assert driver.execute_script("return torchsat.panels.get('one/torchsat').heatmap.cursor.row") == 1
+    assert driver.execute_script("return document.querySelector('.alerts button').marked && document.querySelector('.detail .close').marked")
+
+
+def test_a_link_with_nonsense_says_what_is_not_there(driver: Any, address: str) -> None:
+    nonsense = "&p.torchsat.axis=toString&p.torchsat.order=constructor&p.torchsat.hidden=toString.softmax&p.torchsat.step=x"
+    open_tab(driver, address, f"{nonsense}&p.torchsat.metric=nope&p.torchsat.runs=gone&p.torchsat.runs=two%2Ftorchsat&p.torchsat.site=where")
+    settled(driver)
+    message = driver.find_element(By.CSS_SELECTOR, ".message").text
+    assert "There is no run gone." in message
+    assert "There is no metric nope." in message
+    assert "The runs shown have no site where." in message
+    assert len(driver.execute_script("return torchsat.panels.get('two/torchsat').heatmap.given.sites")) == 4
+
+
+def test_the_depth_profile_shows_no_run_before_its_first_step(driver: Any, tmp_path: Path) -> None:
+    write(tmp_path / "early", snapshots(4, 6))
+    write(tmp_path / "late", [replace(each, step=each.step + 500, alerts=()) for each in snapshots(6, 6)])
+    with serving(tmp_path) as found:
+        open_tab(driver, found, "&p.torchsat.site=&p.torchsat.step=20")
+        assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".depth .legend > span")] == ["early"]
+        driver.execute_async_script("torchsat.change({step: 520}).then(arguments[0])")
+        assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".depth .legend > span")] == ["early, step 50", "late"]
+
+
 def test_dark_pages_have_dark_colours(driver: Any, address: str) -> None:
     open_tab(driver, address, "&p.torchsat.site=&p.torchsat.metric=saturated")
     driver.switch_to.default_content()
@@ -353,4 +386,7 @@ def test_the_page_of_the_report_is_the_same_view(driver: Any, tmp_path: Path) ->
     assert driver.find_element(By.CSS_SELECTOR, ".detail h2").text == "blocks.0.act"
     assert driver.find_elements(By.CSS_SELECTOR, "img") == []
     assert [entry for entry in driver.get_log("browser") if "report.html" in entry["message"]] == []
+    for metric, written in (("low", "#metric=low"), ("excess", "")):
+        driver.execute_async_script("torchsat.change({metric: arguments[0]}).then(arguments[1])", metric)
+        assert driver.execute_script("return location.hash") == written
     assert driver.execute_script("return performance.getEntriesByType('resource').length") == 0

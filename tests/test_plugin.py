@@ -18,7 +18,7 @@ from werkzeug.wrappers import Request
 
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots, write
-from torchsat import Head, Snapshot
+from torchsat import Head, Snapshot, read
 from torchsat.tensorboard import plugin as module
 from torchsat.tensorboard.loader import OBSERVATIONS, Loader
 from torchsat.tensorboard.plugin import PAGES, SaturationPlugin
@@ -144,6 +144,21 @@ def test_a_resumed_run_with_other_sites_is_one_run(tmp_path: Path) -> None:
     assert np.isnan(values[:3, 2]).all()
     np.testing.assert_allclose(values[3:], [[0, 0.125 / 3, 0.25 / 3]] * 5, rtol=1e-6)
     assert server.get("/run", run=RUN).json["alerts"] == []
+
+
+def test_a_resumed_run_leaves_nothing_of_the_lost_session(tmp_path: Path) -> None:
+    given = snapshots(6, sites=2)
+    raised = replace(ALERT, site="a.act", step=1)
+    given[1] = replace(given[1], alerts=(raised,))
+    write(tmp_path / "run", given)
+    other = [Snapshot(step, 2000.0 + step, (record("new"),)) for step in range(3, 8)]
+    write(tmp_path / "run", other)
+    server = Server(tmp_path)
+    _, steps, _ = server.grid("/histogram", run=RUN, site="a.act")
+    assert steps == [0, 1, 2]
+    (alert,) = server.get("/run", run=RUN).json["alerts"]
+    assert (alert["site"], alert["fired"], alert["cleared"], alert["gone"]) == ("a.act", 1, 2, True)
+    assert from_snapshots(RUN, read(tmp_path)).describe()["alerts"] == [alert]
 
 
 def test_newer_data_are_read(tmp_path: Path) -> None:

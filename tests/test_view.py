@@ -119,11 +119,11 @@ def test_an_alert_that_comes_again_is_two_episodes() -> None:
         return replace(ALERT, step=step, firing=firing, severity=severity)
 
     given = [at(4), at(6, severity="critical"), at(9, False), at(20), replace(ALERT, site="other", since=0, step=1)]
-    found = [(each.alert.site, each.alert.severity, each.fired, each.cleared, each.last) for each in episodes(given)]
+    found = [(each.alert.site, each.alert.severity, each.fired, each.cleared, each.gone) for each in episodes(given, {"b.act": 30, "other": 12}, 30)]
     assert found == [
-        ("other", "critical", 1, None, 1),
-        ("b.act", "warning", 20, None, 20),
-        ("b.act", "critical", 4, 9, 9),
+        ("b.act", "warning", 20, None, False),
+        ("other", "critical", 1, 12, True),  # it is not there any more
+        ("b.act", "critical", 4, 9, False),
     ]
 
 

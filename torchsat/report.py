@@ -28,7 +28,7 @@ from torchsat.record import Alert, Record, Snapshot
 from torchsat.rules import percent
 from torchsat.tensorboard import SUBRUN
 from torchsat.tensorboard.reader import Run, read_runs
-from torchsat.view import Episode, Grid, episodes, from_snapshots, heads, histograms, plain, scales
+from torchsat.view import Episode, Grid, episodes_of, from_snapshots, heads, histograms, plain, scales
 
 Format = Literal["text", "markdown", "json", "html"]
 FORMATS: tuple[Format, ...] = ("text", "markdown", "json", "html")
@@ -80,7 +80,7 @@ def _name(run: Run) -> str:
 
 
 def _print_run(out: TextIO, run: Run, markdown: bool) -> None:
-    found, bars = _episodes(run), _PLAIN_BARS if _lacks_bars(out) else _BARS
+    found, bars = episodes_of(run.snapshots), _PLAIN_BARS if _lacks_bars(out) else _BARS
     sheets = [_site_sheet(run.snapshots, bars), _attention_sheet(run.snapshots, bars), _weight_sheet(run.snapshots[-1])]
     asides = [(word, sentence) for word, sentences in (("damaged", run.damage), ("note", run.notes)) for sentence in sentences]
     if markdown:
@@ -115,10 +115,6 @@ def _summary(run: Run, found: list[Episode]) -> str:
         f"{len(run.snapshots)} observations, steps {first.step} to {last.step}, "
         f"{len(last.records)} sites, {len(found)} alert{'' if len(found) == 1 else 's'} ({firing} firing at the end)"
     )
-
-
-def _episodes(run: Run) -> list[Episode]:
-    return episodes(alert for snapshot in run.snapshots for alert in snapshot.alerts)
 
 
 def _rich(sheet: Sheet) -> Table:
@@ -159,7 +155,7 @@ def _alert_sheet(found: list[Episode], end: int) -> Sheet:
 
 
 def _until(episode: Episode, end: int) -> str:
-    return f"{end}, still firing" if episode.cleared is None else str(episode.cleared)
+    return f"{end}, still firing" if episode.cleared is None else f"{episode.cleared}{', then its place is gone' if episode.gone else ''}"
 
 
 def _lines(alert: Alert) -> list[str]:
@@ -338,16 +334,11 @@ def _answers(run: Run) -> Iterator[tuple[str, dict[str, str], Any]]:
     yield "run", {"run": name}, series.describe()
     for metric in series.values:
         yield "values", {"run": name, "metric": metric}, series.grid(metric).thin(most)
-    kept = run.snapshots if len(run.snapshots) <= PAGE_HISTOGRAMS else _evenly(run.snapshots, PAGE_HISTOGRAMS)
     for site in series.sites:
         query = {"run": name, "site": site["site"]}
         yield "site", query, series.site(site["site"]).thin(most)
         softmax = site["kind"] == "softmax"
-        yield ("heads" if softmax else "histogram"), query, (heads if softmax else histograms)(site["site"], kept)
-
-
-def _evenly(snapshots: Sequence[Snapshot], most: int) -> list[Snapshot]:
-    return [snapshots[round(at * (len(snapshots) - 1) / (most - 1))] for at in range(most)]
+        yield ("heads" if softmax else "histogram"), query, (heads if softmax else histograms)(site["site"], run.snapshots).thin(PAGE_HISTOGRAMS)
 
 
 def _bundled(name: str) -> str:

@@ -14,7 +14,7 @@ import functools
 import json
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -161,12 +161,17 @@ class Episode:
     """The step at which it was raised; the condition began at `alert.since`."""
     cleared: int | None
     """The step at which it cleared; None where it fires to the end."""
-    last: int
-    """The last step at which anything was said of it."""
+    gone: bool = False
+    """It did not clear: its place is not there any more, as in a resumed run of another model. `cleared` is when it was last seen."""
 
 
-def episodes(alerts: Iterable[Alert]) -> list[Episode]:
-    """The alerts of a run, given in the order in which they were raised and cleared; what fires still, then the worst, then the earliest first."""
+def episodes(alerts: Iterable[Alert], seen: Mapping[str, int], end: int) -> list[Episode]:
+    """The alerts of a run, given in the order in which they were raised and cleared; what fires still, then the worst, then the earliest first.
+
+    Args:
+        seen: the last step of each site and layer.
+        end: the last step of the run.
+    """
     firing: dict[tuple[str, str], list[Alert]] = {}
     found: list[Episode] = []
     for alert in alerts:
@@ -175,13 +180,22 @@ def episodes(alerts: Iterable[Alert]) -> list[Episode]:
             firing.setdefault(key, []).append(alert)
         elif key in firing:
             found.append(_episode(firing.pop(key), alert.step))
-    found += [_episode(raised, None) for raised in firing.values()]
+    for raised in firing.values():
+        last = seen.get(raised[-1].site, end)
+        found.append(_episode(raised, last if last < end else None, gone=last < end))
     return sorted(found, key=lambda each: (each.cleared is not None, each.alert.severity != "critical", each.alert.since))
 
 
-def _episode(raised: list[Alert], cleared: int | None) -> Episode:
+def _episode(raised: list[Alert], cleared: int | None, gone: bool = False) -> Episode:
     worst = next((alert for alert in reversed(raised) if alert.severity == "critical"), raised[-1])
-    return Episode(worst, raised[0].step, cleared, raised[-1].step if cleared is None else cleared)
+    return Episode(worst, raised[0].step, cleared, gone)
+
+
+def episodes_of(snapshots: Sequence[Snapshot]) -> list[Episode]:
+    """The alerts of a run that has been read."""
+    seen = {record.site: each.step for each in snapshots for record in each.records}
+    seen |= {weight.name: each.step for each in snapshots for weight in each.weights}
+    return episodes((alert for each in snapshots for alert in each.alerts), seen, snapshots[-1].step)
 
 
 @dataclass(frozen=True)
@@ -248,6 +262,14 @@ def last_session(steps: NDArray[np.float64], times: NDArray[np.float64]) -> NDAr
     return np.array(kept[::-1], dtype=np.intp)
 
 
+def not_void(steps: Sequence[float], times: Sequence[float], observed: Grid) -> NDArray[np.bool_]:
+    """Which of the things that happened at these steps and times no later session made void, by beginning at or before them."""
+    order = np.argsort(observed.times)
+    least = np.minimum.accumulate(np.append(observed.steps[order], math.inf)[::-1])[::-1]
+    found: NDArray[np.bool_] = np.asarray(steps, np.float64) < least[np.searchsorted(observed.times[order], times, "right")]
+    return found
+
+
 def join(tables: Sequence[Table], rows: int) -> tuple[tuple[str, ...], NDArray[np.float64], NDArray[np.float64], Values]:
     """Tables of one kind, whose columns may differ, as (names, steps, times, values [steps, rows, names])."""
     tables = sorted((table for table in tables if len(table.steps)), key=lambda table: max(table.times))
@@ -299,7 +321,7 @@ class Series:
         alerts = []
         for each in self.alerts:
             places = [each.alert.site] if each.alert.site in known else [site for site in feeds.get(each.alert.site, ()) if site in known]
-            alerts.append({**each.alert.as_dict(), "fired": each.fired, "cleared": each.cleared, "places": places})
+            alerts.append({**each.alert.as_dict(), "fired": each.fired, "cleared": each.cleared, "gone": each.gone, "places": places})
         found: dict[str, Any] = plain(
             {
                 "name": self.name,
@@ -317,13 +339,13 @@ class Series:
 
 
 def plain(value: Any) -> Any:
-    """The same for JSON, which knows no NaN: None instead."""
+    """The same for JSON, which knows neither NaN, here None, nor infinity, here a string."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(each) for each in value]
     if isinstance(value, (float, np.floating)):
-        return float(value) if math.isfinite(value) else None
+        return None if math.isnan(value) else float(value) if math.isfinite(value) else str(float(value))
     return value
 
 
@@ -361,8 +383,18 @@ def series(
         tuple(facts[each] for each in names),
         tuple(layers[each] for each in layer_names),
         {metric.name: found[metric.name] for metric in METRICS},
-        tuple(episodes(in_steps)),
+        tuple(episodes(in_steps, _latest(records, weights), int(steps[-1]) if len(steps) else 0)),
     )
+
+
+def _latest(*groups: Sequence[tuple[Table, Sequence[dict[str, Any]]]]) -> dict[str, int]:
+    """The last step of each site and layer."""
+    found: dict[str, int] = {}
+    for group in groups:
+        for table, _ in group:
+            for name in table.names if len(table.steps) else ():
+                found[name] = max(found.get(name, 0), int(max(table.steps)))
+    return found
 
 
 def from_snapshots(name: str, snapshots: Sequence[Snapshot]) -> Series:

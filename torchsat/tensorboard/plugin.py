@@ -28,7 +28,7 @@ from werkzeug import wrappers
 
 from torchsat.record import Alert
 from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, PLUGIN, RECORDS, WEIGHTS
-from torchsat.view import Grid, Series, Table, join, rows_of, scales, series
+from torchsat.view import Grid, Series, Table, join, not_void, rows_of, scales, series
 
 STATIC = Path(__file__).parent / "static"
 PAGES = {
@@ -42,8 +42,8 @@ MOST_OBSERVATIONS = 100_000
 MOST_CELLS = 4_000_000
 MOST_HISTOGRAMS = 200
 """Observations of a histogram, of which TensorBoard must send those of all sites."""
-KEPT_RUNS = 8
-"""Runs whose arrays are kept between queries, as long as TensorBoard has nothing newer."""
+KEPT_BYTES = 512 * 2**20
+"""How much is kept of runs between queries, as long as TensorBoard has nothing newer."""
 
 
 class QueryError(ValueError):
@@ -148,7 +148,7 @@ class Query:
                 known, kept = plugin._kept.pop(key, (None, None))
                 self._series = kept if kept is not None and known == state else self._read(run, tags)
                 plugin._kept[key] = state, self._series
-                if len(plugin._kept) > KEPT_RUNS:
+                while len(plugin._kept) > 1 and sum(_size(each) for _, each in plugin._kept.values()) > KEPT_BYTES:
                     plugin._kept.popitem(last=False)
         return self._series
 
@@ -159,18 +159,16 @@ class Query:
                 rows = [known["metrics"].index(name) for name in rows_of(over)]  # type: ignore[arg-type]
                 facts = [dict(zip(known["facts"], each, strict=True)) for each in known[columns]]
                 tables[kind].append((_table([each[known["facts"][0]] for each in facts], data, len(known["metrics"]), rows), facts))
-        observed = [(table.times[at], step) for table, _ in tables[RECORDS] for at, step in enumerate(table.steps)]
-        return series(run, tables[RECORDS], tables[WEIGHTS], self._alerts(run, tags, observed))
+        whole = series(run, tables[RECORDS], tables[WEIGHTS], ())
+        return series(run, tables[RECORDS], tables[WEIGHTS], self._alerts(run, tags, whole.grid("saturated")))
 
-    def _alerts(self, run: str, tags: Mapping[str, Any], observed: list[tuple[float, int]]) -> list[Alert]:
+    def _alerts(self, run: str, tags: Mapping[str, Any], observed: Grid) -> list[Alert]:
         """Those of sessions that no later one made void."""
         if EVENTS not in tags:
             return []
-        found = []
-        for datum in sorted(self._tensors(run, [EVENTS], MOST_OBSERVATIONS)[EVENTS], key=lambda each: each.wall_time):
-            if not any(time > datum.wall_time and step <= datum.step for time, step in observed):
-                found += [Alert.from_dict(each) for each in json.loads(datum.numpy.item(0))]
-        return found
+        data = sorted(self._tensors(run, [EVENTS], MOST_OBSERVATIONS)[EVENTS], key=lambda each: each.wall_time)
+        kept = not_void([datum.step for datum in data], [datum.wall_time for datum in data], observed)
+        return [Alert.from_dict(each) for datum, valid in zip(data, kept, strict=True) if valid for each in json.loads(datum.numpy.item(0))]
 
     def tensor(self, kind: str, site: str) -> Grid:
         """The part of a packed tensor that belongs to one site, over time."""
@@ -188,8 +186,9 @@ class Query:
                 names = tuple(map(str, range(len(parts[0]))))
                 steps, times = [datum.step for datum in data], [datum.wall_time for datum in data]
                 tables.append(Table(names, steps, times, np.stack(parts)[:, None].astype(np.float32)))
-        names, steps_kept, times_kept, values = join(tables, 1)
-        return Grid(steps_kept, times_kept, names, values[:, 0])
+        names, at_steps, at_times, values = join(tables, 1)
+        valid = not_void(at_steps.tolist(), at_times.tolist(), self.series().grid("saturated"))
+        return Grid(at_steps[valid], at_times[valid], names, values[valid, 0])
 
     def _data(self, run: str, tags: Mapping[str, Any], kind: str, most: int) -> Iterator[tuple[dict[str, Any], list[Any]]]:
         """Of each tag of a kind its content and its data."""
@@ -205,6 +204,10 @@ class Query:
         )
         tensors: Mapping[str, list[Any]] = found.get(run, {})
         return {tag: list(tensors.get(tag, ())) for tag in tags}
+
+
+def _size(run: Series) -> int:
+    return sum(values.nbytes for values in run.values.values())
 
 
 def _kind(tag: str) -> str:

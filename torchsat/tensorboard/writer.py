@@ -1,7 +1,7 @@
 """Snapshots into TensorBoard: one Summary per observation, made and written by a thread of its own. Never torch.
 
-The training thread only queues a snapshot: to build the summary takes milliseconds, pictures and checksums more, and torch's kernels leave Python free
-meanwhile.
+The training thread only queues a snapshot: to build the summary takes milliseconds, pictures and checksums more, and torch's kernels leave
+Python free meanwhile.
 
 Scalars are old-style `simple_value` with a metadata of class SCALAR: every reader (TensorBoard's two servers, W&B, MLflow) takes them, and
 the descriptions are shown. A lost process loses at most the two queues, ours and that of TensorBoard's event writer.

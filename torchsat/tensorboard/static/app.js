@@ -23,10 +23,10 @@ function decode(query) {
     run: query.get("run"),
     site: query.get("site"), // null: not said, so that of the first alert; "": none
     step: query.has("step") && Number.isFinite(Number(query.get("step"))) ? Number(query.get("step")) : null,
-    order: query.get("order") in ORDERS ? query.get("order") : "flow",
-    axis: query.get("axis") in AXES ? query.get("axis") : "step",
+    order: Object.hasOwn(ORDERS, query.get("order") ?? "") ? query.get("order") : "flow",
+    axis: Object.hasOwn(AXES, query.get("axis") ?? "") ? query.get("axis") : "step",
     filter: query.get("filter") ?? "",
-    hidden: new Set((query.get("hidden") ?? "").split(".").filter((kind) => kind in KINDS)),
+    hidden: new Set((query.get("hidden") ?? "").split(".").filter((kind) => Object.hasOwn(KINDS, kind))),
   };
 }
 
@@ -64,7 +64,7 @@ export async function start(root, source, host) {
 
 class App {
   constructor(root, source, host) {
-    Object.assign(this, { root, source, host, view: decode(host.read()), panels: new Map(), drawing: 0, width: 0 });
+    Object.assign(this, { root, source, host, view: decode(host.read()), panels: new Map(), drawing: 0, width: 0, states: new Map() });
     this.choices = element("div", { className: "group" });
     this.aside = element("div", { className: "group" });
     // The field stays the same element, so that typing in it is never cut short.
@@ -111,7 +111,8 @@ class App {
       if (turn !== this.drawing) return;
       this.scales = scales;
       this.runs = runs;
-      if (!runs.length) setTimeout(() => this.reload(), EMPTY);
+      clearTimeout(this.waiting);
+      if (!runs.length) this.waiting = setTimeout(() => this.reload(), EMPTY);
       this.host.write(encode(this.view));
       const chosen = this.chosen();
       const loaded = await Promise.all(chosen.map((run) => this.source.json("run", { run })));
@@ -124,9 +125,13 @@ class App {
       this.theme = THEMES[this.host.dark() ? "dark" : "light"];
       this.root.classList.toggle("dark", this.host.dark());
       this.colours = this.scales.ramps[this.metric.ramp][this.host.dark() ? "dark" : "light"];
-      this.message.textContent = chosen.length ? "" : runs.length ? "Choose a run." : "No run here holds torchsat data.";
+      const missing = (this.view.runs ?? []).filter((run) => !runs.some((each) => each.name === run)).map((run) => `There is no run ${run}.`);
+      if (this.metric.name !== this.view.metric) missing.push(`There is no metric ${this.view.metric}.`);
+      if (!chosen.length) missing.push(runs.length ? "Choose a run." : "No run here holds torchsat data.");
+      this.message.textContent = missing.join(" ");
       this.open = this.opened();
-      if (this.view.site && this.open === null && chosen.length) this.message.textContent = `The runs shown have no site ${this.view.site}.`;
+      this.sites = new Map(chosen.map((run) => [run, this.selected(run)]));
+      if (this.view.site && this.open === null && chosen.length) this.message.textContent += ` The runs shown have no site ${this.view.site}.`;
       this.detail.hidden = this.open === null;
       this.fill();
       await this.fillDetail(turn);
@@ -244,8 +249,8 @@ class App {
     })(this.grids.values()));
   }
 
-  // The sites of a run that are shown: those that have this metric and pass the filters.
-  sites(run) {
+  // The sites of a run that have this metric, and of these the ones that pass the filters, in the order wanted.
+  selected(run) {
     const grid = this.grids.get(run);
     const terms = this.view.filter.toLowerCase().split(/\s+/).filter(Boolean);
     const has = new Set(grid.names.filter((_, column) => grid.steps.some((_, row) => !Number.isNaN(grid.at(row, column)))));
@@ -254,6 +259,7 @@ class App {
       return has.has(site) && !this.view.hidden.has(kind) && terms.every((term) => text.includes(term));
     });
     const names = found.map(({ site }) => site);
+    names.measured = has.size;
     if (this.view.order !== "worst") return names;
     const row = this.view.step === null ? grid.steps.length - 1 : grid.row(this.view.step);
     const sign = this.metric.worst === "low" ? 1 : -1;
@@ -274,15 +280,16 @@ class App {
     for (const [run, about] of this.about) {
       const panel = this.panels.get(run) ?? this.panel(run);
       kept.set(run, panel);
-      const sites = this.sites(run);
+      const sites = this.sites.get(run);
       const firing = about.alerts.filter((alert) => alert.cleared === null).length;
-      const without = about.sites.length - sites.length;
+      const [without, hidden] = [about.sites.length - sites.measured, sites.measured - sites.length];
+      const aside = [without ? `${without} have no such number` : "", hidden ? `${hidden} filtered out` : ""].filter(Boolean).join(", ");
       panel.title.textContent = shownName(run);
       panel.key.style.borderTopColor = this.colour(run);
       panel.key.hidden = this.about.size < 2;
       panel.aside.textContent =
         ` ${about.observations} observation${about.observations === 1 ? "" : "s"}, steps ${about.first} to ${about.last}, ` +
-        `${sites.length} of ${about.sites.length} sites${without ? ` (${without} have no ${this.metric.title.toLowerCase()} or are filtered out)` : ""}, ${about.alerts.length} alert${about.alerts.length === 1 ? "" : "s"}` +
+        `${sites.length} of ${about.sites.length} sites${aside ? ` (${aside})` : ""}, ${about.alerts.length} alert${about.alerts.length === 1 ? "" : "s"}` +
         (firing ? `, ${firing} firing` : "");
     }
     this.panels = kept;
@@ -292,7 +299,7 @@ class App {
       const about = this.about.get(run);
       panel.heatmap.show({
         grid: this.grids.get(run),
-        sites: this.sites(run),
+        sites: this.sites.get(run),
         facts: new Map(about.sites.map((site) => [site.site, site])),
         metric: this.metric,
         colours: this.colours,
@@ -319,14 +326,23 @@ class App {
     return { element: made, title, key, aside, heatmap };
   }
 
+  // Whether what a part shows has changed since it was last filled: a reload that brings nothing new must not take the focus away.
+  changed(part, ...given) {
+    const state = JSON.stringify(given);
+    if (this.states.get(part) === state) return false;
+    this.states.set(part, state);
+    return true;
+  }
+
   fillAlerts() {
+    if (!this.changed("alerts", [...this.about].map(([run, about]) => [run, about.alerts]))) return;
     const rows = [...this.about].flatMap(([run, about]) => about.alerts.map((alert) => [run, alert]));
     const several = this.about.size > 1;
     const made = rows.map(([run, alert]) => {
       const site = alert.places[0] ?? null;
       const open = element("button", { type: "button", className: "link", textContent: alert.site, disabled: site === null });
       open.addEventListener("click", () => this.change({ run, site, step: alert.fired }));
-      const until = alert.cleared === null ? "still firing" : `cleared at ${alert.cleared}`;
+      const until = ended(alert, "");
       return element(
         "tr",
         {},
@@ -358,13 +374,14 @@ class App {
     const steps = [...new Set([...this.grids.values()].flatMap((grid) => Array.from(grid.steps)))].sort((one, other) => one - other);
     const step = this.step();
     const [low, high] = this.range();
-    const names = [...this.about.keys()].map((run) => this.sites(run)).sort((one, other) => other.length - one.length)[0] ?? [];
+    const names = merged([...this.about.keys()].map((run) => this.sites.get(run)));
     const place = new Map(names.map((name, index) => [name, index]));
-    const series = [...this.grids].map(([run, grid]) => {
+    const series = [...this.grids].filter(([, grid]) => grid.steps.length && grid.steps[0] <= step).map(([run, grid]) => {
       const row = grid.row(step);
-      const points = this.sites(run).filter((site) => place.has(site)).map((site) => [place.get(site), grid.at(row, grid.column.get(site))]);
+      const points = this.sites.get(run).map((site) => [place.get(site), grid.at(row, grid.column.get(site))]);
       points.sort((one, other) => one[0] - other[0]);
-      return { name: shownName(run), colour: this.colour(run), points };
+      const then = grid.steps[row] === step ? "" : `, step ${grid.steps[row]}`;
+      return { name: shownName(run) + then, colour: this.colour(run), points };
     });
     const slider = element("input", { type: "range", min: 0, max: Math.max(0, steps.length - 1), step: 1 });
     slider.value = String(Math.max(0, steps.findLastIndex((each) => each <= step)));
@@ -398,6 +415,9 @@ class App {
   }
 
   async fillDetail(turn) {
+    const about = [...this.about].map(([key, each]) => [key, each.time, each.observations, each.alerts]);
+    if (!this.changed("detail", this.open, this.view.step, this.host.dark(), about)) return;
+    this.states.delete("detail"); // until it is filled
     if (this.open === null) return this.detail.replaceChildren();
     const { run, site } = this.open;
     const fact = this.about.get(run).sites.find((one) => one.site === site);
@@ -411,9 +431,12 @@ class App {
     const own = grids[having.indexOf(run)];
     const made = [this.facts(run, fact), ...this.told(run, site), this.figures(own, fact)];
     const charts = element("div", { className: "charts" });
-    if (spread.steps.length) charts.append(softmax ? this.heads(spread) : this.histogram(spread));
-    charts.append(...this.curves(fact, having, grids, run));
+    const steps = grids.flatMap((grid) => [grid.steps[0], grid.steps[grid.steps.length - 1]]).filter((step) => step !== undefined);
+    const shared = { xLow: Math.min(...steps), xHigh: Math.max(...steps), at: this.view.step ?? undefined };
+    if (spread.steps.length) charts.append(softmax ? this.heads(spread, shared) : this.histogram(spread, shared));
+    charts.append(...this.curves(fact, having, grids, run, shared));
     this.detail.replaceChildren(...made, charts);
+    this.changed("detail", this.open, this.view.step, this.host.dark(), about);
   }
 
   facts(run, fact) {
@@ -429,7 +452,7 @@ class App {
   told(run, site) {
     const found = this.about.get(run).alerts.filter((alert) => alert.places.includes(site) || alert.also.includes(site));
     return found.map((alert) => {
-      const until = alert.cleared === null ? "still firing" : `cleared at step ${alert.cleared}`;
+      const until = ended(alert, "step ");
       const head = element("p", {}, element("b", { className: alert.severity, textContent: `${alert.severity}: ${alert.rule}` }), ` since step ${alert.since}, raised at step ${alert.fired}, ${until}`);
       const causes = alert.causes.map((cause) => {
         const share = element("span", { className: "share" });
@@ -458,22 +481,20 @@ class App {
     return element("div", { className: "figures" }, element("p", { textContent: `At step ${grid.steps[row]}.${normal}` }), element("div", { className: "cells" }, ...cells));
   }
 
-  histogram(grid) {
+  histogram(grid, shared) {
     const label = (step, bin, value) => `step ${step}, |f'| / peak from ${number(edge(bin))} to ${number(edge(bin + 1))}: ${Number.isNaN(value) ? "not measured" : percent(value)}`;
     const dark = this.host.dark() ? "dark" : "light";
-    return bands({ title: "|f'| / peak over time: share of elements, log scales", grid, colours: this.scales.ramps.amount[dark], label, ends: ["1", "0"], scale: "log", low: 1e-4 });
+    return bands({ title: "|f'| / peak over time: share of elements, log scales", grid, colours: this.scales.ramps.amount[dark], label, ends: ["1", "0"], scale: "log", low: 1e-4, ink: this.theme.accent, ...shared });
   }
 
-  heads(grid) {
+  heads(grid, shared) {
     const label = (step, head, value) => `step ${step}, head ${head}: ${Number.isNaN(value) ? "not measured" : number(value)}`;
     const dark = this.host.dark() ? "dark" : "light";
     const colours = [...this.scales.ramps.heat[dark]].reverse();
-    return bands({ title: "Entropy of each head over time: 1 even, 0 one key", grid, colours, label, ends: [`head ${grid.names.length - 1}`, "head 0"], scale: "linear", low: 0 });
+    return bands({ title: "Entropy of each head over time: 1 even, 0 one key", grid, colours, label, ends: [`head ${grid.names.length - 1}`, "head 0"], scale: "linear", low: 0, ink: this.theme.accent, ...shared });
   }
 
-  curves(fact, having, grids, run) {
-    const all = grids.flatMap((grid) => [grid.steps[0], grid.steps[grid.steps.length - 1]]).filter((step) => step !== undefined);
-    const shared = { xLow: Math.min(...all), xHigh: Math.max(...all), at: this.view.step ?? undefined };
+  curves(fact, having, grids, run, shared) {
     const several = having.length > 1;
     const made = [];
     const own = grids[having.indexOf(run)];
@@ -496,6 +517,29 @@ class App {
     }
     return made;
   }
+}
+
+function ended(alert, word) {
+  if (alert.cleared === null) return "still firing";
+  return alert.gone ? `its place is gone after ${word}${alert.cleared}` : `cleared at ${word}${alert.cleared}`;
+}
+
+// Names of several lists in one order: what a shorter list alone has stands after its neighbour there.
+function merged(lists) {
+  const [first = [], ...others] = [...lists].sort((one, other) => other.length - one.length);
+  const names = [...first];
+  const known = new Set(names);
+  for (const list of others) {
+    let after = 0;
+    for (const name of list) {
+      if (known.has(name)) after = names.indexOf(name) + 1;
+      else {
+        names.splice(after++, 0, name);
+        known.add(name);
+      }
+    }
+  }
+  return names;
 }
 
 // Edges of the histogram's bins: 0, then each octave from 2^-24 to 1 in two, as HISTOGRAM_EDGES in record.py.

@@ -24,6 +24,7 @@ function drawn(tag, attributes = {}, text) {
 
 export function percent(share) {
   const points = 100 * share;
+  if (points < 0) return `−${percent(-share)}`.replace("−< ", "> −");
   if (points > 0 && points < 0.1) return "< 0.1 %";
   if (points < 100 && points > 99.9) return "> 99.9 %";
   return `${points < 10 || points > 90 ? points.toFixed(1) : points.toFixed(0)} %`;
@@ -69,24 +70,25 @@ export function ticks(scale, low, high, most = 5) {
 
 export function short(value) {
   const size = Math.abs(value);
+  if (size >= 1e9) return value.toExponential(0).replace("e+", "e");
   if (size >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
   if (size >= 1e4) return `${Number((value / 1e3).toPrecision(3))}k`;
   if (size !== 0 && size < 1e-3) return value.toExponential(0).replace("e-", "e−");
   return String(Number(value.toPrecision(4)));
 }
 
-// The ends of a scale: those of the metric, or the least and largest number there is.
+// The ends of a scale: those of the metric, or those between which all but the last half per cent of the numbers lie on either side, so that one
+// outlier does not make the rest one colour.
 export function range(metric, values) {
-  let [low, high] = [metric.low, metric.high];
-  if (low !== null && high !== null) return [low, high];
-  [low, high] = [Infinity, -Infinity];
-  for (const value of values) {
-    if (!Number.isFinite(value) || (metric.scale === "log" && value <= 0)) continue;
-    if (value < low) low = value;
-    if (value > high) high = value;
+  if (metric.low !== null && metric.high !== null) return [metric.low, metric.high];
+  const known = Float64Array.from(values).filter((value) => Number.isFinite(value) && (metric.scale !== "log" || value > 0)).sort();
+  if (!known.length) return metric.scale === "log" ? [1e-6, 1] : [0, 1];
+  const spared = Math.floor(known.length / 200);
+  const [low, high] = [known[spared], known[known.length - 1 - spared]];
+  if (metric.scale === "log") {
+    const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high) + 1e-9)];
+    return [10 ** first, 10 ** Math.max(first + 1, last)];
   }
-  if (low > high) return metric.scale === "log" ? [1e-6, 1] : [0, 1];
-  if (metric.scale === "log") return [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high) + 1e-9)];
   return low === high ? [low - 0.5, high + 0.5] : [low, high];
 }
 
@@ -150,31 +152,40 @@ export function lines({ title, series, scale, low, high, xLow, xHigh, at, form, 
   return element("figure", { className: "chart" }, element("figcaption", { textContent: title }), svg, legend);
 }
 
-// Shares over time as a picture: rows are bins from the bottom, columns are steps. Colours are those of the scale from `low` to 1.
-export function bands({ title, grid, colours, label, ends, scale, low }) {
-  const [count, bins] = [grid.steps.length, grid.names.length];
-  const canvas = element("canvas", { width: Math.max(1, count), height: Math.max(1, bins), className: "bands" });
+// Shares over time as a picture: rows are bins from the bottom, the x axis is that of the curves. Colours are those of the scale from `low` to 1.
+export function bands({ title, grid, colours, label, ends, scale, low, xLow, xHigh, at, ink }) {
+  const [count, bins, width] = [grid.steps.length, grid.names.length, 600];
+  const end = count > 1 ? 2 * grid.steps[count - 1] - grid.steps[count - 2] : grid.steps[0] + 1;
+  const last = Math.max(xHigh, end);
+  const x = (step) => Math.round((width * (step - xLow)) / Math.max(1e-9, last - xLow));
+  const canvas = element("canvas", { width, height: Math.max(1, 2 * bins), className: "bands" });
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", title);
   const pen = canvas.getContext("2d");
   for (let row = 0; row < count; row++) {
+    const [from, to] = [x(grid.steps[row]), x(row + 1 < count ? grid.steps[row + 1] : end)];
     for (let bin = 0; bin < bins; bin++) {
       const value = grid.at(row, bin);
       if (Number.isNaN(value)) continue;
       pen.fillStyle = colours[Math.round(255 * Math.min(1, Math.max(0, along(scale, value, low, 1))))];
-      pen.fillRect(row, bins - 1 - bin, 1, 1);
+      pen.fillRect(from, 2 * (bins - 1 - bin), Math.max(1, to - from), 2);
     }
+  }
+  if (at !== undefined) {
+    pen.fillStyle = ink;
+    for (let y = 0; y < 2 * bins; y += 8) pen.fillRect(x(at), y, 2, 4);
   }
   const readout = element("output", { className: "readout" });
   canvas.addEventListener("pointermove", (event) => {
     const box = canvas.getBoundingClientRect();
-    const row = Math.min(count - 1, Math.max(0, Math.floor(((event.clientX - box.left) / box.width) * count)));
+    const step = xLow + ((event.clientX - box.left) / box.width) * (last - xLow);
     const bin = Math.min(bins - 1, Math.max(0, bins - 1 - Math.floor(((event.clientY - box.top) / box.height) * bins)));
-    readout.textContent = label(grid.steps[row], bin, grid.at(row, bin));
+    const row = grid.row(step);
+    readout.textContent = step >= grid.steps[0] && step < end ? label(grid.steps[row], bin, grid.at(row, bin)) : "";
   });
   canvas.addEventListener("pointerleave", () => (readout.textContent = ""));
   const axis = element("div", { className: "ends" }, ...ends.map((text) => element("span", { textContent: text })));
-  const steps = [grid.steps[0], grid.steps[count - 1]].map((step) => element("span", { textContent: `step ${step}` }));
+  const steps = [xLow, last].map((step) => element("span", { textContent: `step ${step}` }));
   return element(
     "figure",
     { className: "chart" },

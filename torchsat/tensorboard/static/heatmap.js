@@ -51,9 +51,10 @@ export class Heatmap {
   // given: {grid, sites (names in order), facts (by name), metric, colours (css), low, high, axis, domain, alerts, chosen, step, theme, label}
   show(given) {
     performance.mark("torchsat.draw.start");
+    const held = this.cursor && { site: this.given.sites[this.cursor.place], step: this.given.grid.steps[this.cursor.row] };
     this.given = given;
     this.cursor = null;
-    this.leave();
+    this.tip.hidden = true;
     const { grid, sites, axis, domain } = given;
     this.edges = AXES[axis].edges(grid.steps);
     this.scale = window.devicePixelRatio || 1;
@@ -78,6 +79,7 @@ export class Heatmap {
     this.labels(pen);
     this.bottom(pen);
     this.alerts(pen);
+    if (held && sites.includes(held.site) && grid.steps.includes(held.step)) this.move({ place: sites.indexOf(held.site), row: grid.steps.indexOf(held.step) });
     this.outline();
     performance.measure("torchsat.draw", "torchsat.draw.start");
   }
@@ -219,18 +221,21 @@ export class Heatmap {
           pen.fillStyle = colour;
           pen.fillRect(from, bottom - 1, to - from, 2);
         }
-        pen.lineWidth = 1.5;
-        pen.strokeStyle = theme.page;
-        pen.fillStyle = colour;
+        // Filled with the colour of the page and drawn round with that of the alert, so that it is seen on every colour of the ramp.
+        const size = Math.min(5.5, Math.max(3, this.row / 2 + 1));
+        pen.lineWidth = 2;
+        pen.strokeStyle = colour;
+        pen.fillStyle = theme.page;
         pen.beginPath();
-        pen.moveTo(from - 1, y - 5.5);
-        pen.lineTo(from + 8, y);
-        pen.lineTo(from - 1, y + 5.5);
+        pen.moveTo(from, y - size);
+        pen.lineTo(from + 1.6 * size, y);
+        pen.lineTo(from, y + size);
         pen.closePath();
-        pen.fill();
         pen.stroke();
+        pen.fill();
         pen.beginPath();
         if (alert.cleared === null) {
+          pen.fillStyle = colour;
           pen.arc(this.left + this.plot + 9, y, 4, 0, 7);
           pen.fill();
         } else {
@@ -322,7 +327,7 @@ export class Heatmap {
     for (const alert of alerts) {
       const here = alert.places.includes(cell.site);
       const then = cell.step === null || (cell.step >= alert.since && (alert.cleared === null || cell.step <= alert.cleared));
-      if (here && then) rows.push(element("div", { className: alert.severity, textContent: `${alert.rule}, since step ${alert.since}${alert.cleared === null ? "" : `, cleared at ${alert.cleared}`}` }));
+      if (here && then) rows.push(element("div", { className: alert.severity, textContent: `${alert.rule}, since step ${alert.since}${alert.cleared === null ? "" : `, ${alert.gone ? "gone after" : "cleared at"} ${alert.cleared}`}` }));
     }
     this.tip.replaceChildren(...rows);
     this.tip.hidden = false;
@@ -356,8 +361,12 @@ export class Heatmap {
       };
     } else return;
     event.preventDefault();
-    if (!this.cursor) return;
-    const cell = this.reading(this.cursor.place, this.cursor.row);
+    if (this.cursor) this.move(this.cursor);
+  }
+
+  move(cursor) {
+    this.cursor = cursor;
+    const cell = this.reading(cursor.place, cursor.row);
     const box = this.box(cell.place, cell.row);
     this.tell(cell, box.x + box.width / 2, box.y + box.height);
     this.said.textContent = `${cell.site}, step ${cell.step}, ${this.given.metric.title} ${printed(this.given.metric, cell.value)}`;

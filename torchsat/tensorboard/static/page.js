@@ -8,8 +8,7 @@ const night = window.matchMedia("(prefers-color-scheme: dark)");
 start(document.body, embedded(JSON.parse(document.getElementById("torchsat-data").textContent)), {
   read: () => new URLSearchParams(window.location.hash.slice(1)),
   write(view) {
-    const hash = `#${view}`;
-    if (hash !== window.location.hash && hash !== "#") window.history.replaceState(null, "", hash);
+    if (view.toString() !== window.location.hash.slice(1)) window.history.replaceState(null, "", `#${view}`);
   },
   dark: () => night.matches,
   onTheme: (then) => night.addEventListener("change", then),

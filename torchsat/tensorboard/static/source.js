@@ -52,7 +52,8 @@ function remembering(load) {
     const key = path(name, query ?? {});
     if (!known.has(key)) {
       const promise = load(key, read);
-      promise.catch(() => known.delete(key));
+      const own = known;
+      promise.catch(() => own.delete(key));
       known.set(key, promise);
     }
     return known.get(key);
@@ -75,7 +76,7 @@ export function fetching(base) {
 // `table` maps each path to JSON, or to {gzip: base64} of a packed grid.
 export function embedded(table) {
   return remembering(async (key, read) => {
-    if (!(key in table)) throw new Error(`${key} is not in this page`);
+    if (!Object.hasOwn(table, key)) throw new Error(`${key} is not in this page`);
     const kept = table[key];
     if (!kept || typeof kept.gzip !== "string") return read(new Response(JSON.stringify(kept)));
     const bytes = Uint8Array.from(atob(kept.gzip), (letter) => letter.charCodeAt(0));
