@@ -236,6 +236,13 @@ class Table:
     values: Values
     """[steps, rows, columns]."""
 
+    @staticmethod
+    def of(names: Sequence[str], step: int, time: float, rows: Sequence[Sequence[float]]) -> Table:
+        """One observation; what is beyond the range of float32 is infinite."""
+        with np.errstate(over="ignore"):
+            values = np.array([rows], np.float64).reshape(1, len(rows), len(names)).astype(np.float32)
+        return Table(tuple(names), [step], [time], values)
+
 
 def in_order(orders: Iterable[Sequence[str]]) -> tuple[str, ...]:
     """Names of several lists as one, the order of the last of them kept; what only an earlier one has stands after its neighbour there."""
@@ -403,17 +410,11 @@ def from_snapshots(name: str, snapshots: Sequence[Snapshot]) -> Series:
     for each in snapshots:
         facts = [{fact: getattr(record, fact) for fact in SITE_FACTS} for record in each.records]
         table = [[to_float(getattr(record, metric)) for record in each.records] for metric in rows_of("records")]
-        records.append((_table([fact["site"] for fact in facts], each, table), facts))
+        records.append((Table.of([fact["site"] for fact in facts], each.step, each.time, table), facts))
         facts = [{fact: getattr(weight, fact) for fact in WEIGHT_FACTS} for weight in each.weights]
         table = [[to_float(getattr(weight, metric)) for weight in each.weights] for metric in rows_of("weights")]
-        weights.append((_table([fact["name"] for fact in facts], each, table), facts))
+        weights.append((Table.of([fact["name"] for fact in facts], each.step, each.time, table), facts))
     return series(name, records, weights, (alert for each in snapshots for alert in each.alerts))
-
-
-def _table(names: Sequence[str], snapshot: Snapshot, rows: list[list[float]]) -> Table:
-    with np.errstate(over="ignore"):
-        values = np.array([rows], np.float64).reshape(1, len(rows), len(names)).astype(np.float32)
-    return Table(tuple(names), [snapshot.step], [snapshot.time], values)
 
 
 def histograms(site: str, snapshots: Sequence[Snapshot]) -> Grid:

@@ -180,7 +180,9 @@ class Heatmap:
 
     def png(self) -> bytes | None:
         """The picture; None where nothing saturates."""
-        names, steps, times, values = join([_table(*each) for each in self._observed], 1)
+        names, steps, times, values = join(
+            [Table.of([site for site, _ in row], step, time, [[value for _, value in row]]) for step, time, row in self._observed], 1
+        )
         if not names:
             return None
         grid = Grid(steps, times, names, values[:, 0])
@@ -226,10 +228,6 @@ class Heatmap:
             pen.line((self.LEFT + at * 140 // 256 + 40, below + 18, self.LEFT + at * 140 // 256 + 40, below + 28), fill=colour)
         pen.text((self.LEFT + 34, below + 23), "0 %", faint, font, anchor="rm")
         pen.text((self.LEFT + 186, below + 23), "100 %", faint, font, anchor="lm")
-
-
-def _table(step: int, time: float, values: list[tuple[str, float]]) -> Table:
-    return Table(tuple(site for site, _ in values), [step], [time], np.array([[[value for _, value in values]]], np.float32))
 
 
 def _font(size: int) -> Any:
