@@ -11,8 +11,24 @@ import pytest
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots
 from torchsat import Snapshot, Weight
-from torchsat.record import RECORD_METRICS, WEIGHT_METRICS
-from torchsat.view import METRICS, Grid, Metric, Ramp, episodes, from_snapshots, heads, histograms, in_order, last_session, shade, shades
+from torchsat.record import RECORD_METRICS, SITE_FACTS, WEIGHT_METRICS
+from torchsat.view import (
+    METRICS,
+    Grid,
+    Metric,
+    Ramp,
+    Table,
+    episodes,
+    from_snapshots,
+    heads,
+    histograms,
+    in_order,
+    last_session,
+    rows_of,
+    series,
+    shade,
+    shades,
+)
 
 RAMPS: tuple[Ramp, ...] = ("heat", "amount", "balance")
 
@@ -112,6 +128,17 @@ def test_sites_that_come_and_go_keep_their_place() -> None:
 def test_a_later_session_makes_void_what_it_repeats() -> None:
     steps, times = np.array([0.0, 1, 2, 3, 2, 3, 4]), np.array([0.0, 1, 2, 3, 10, 11, 12])
     assert [times[at] for at in last_session(steps, times)] == [0, 1, 10, 11, 12]
+
+
+def test_an_alert_of_a_site_that_a_resumed_run_lacks_ends_where_the_site_does() -> None:
+    def table(name: str, steps: list[int], time: float) -> tuple[Table, list[dict[str, object]]]:
+        facts = {fact: getattr(record(name), fact) for fact in SITE_FACTS}
+        return Table((name,), steps, [time + step for step in steps], np.ones((len(steps), len(rows_of("records")), 1), np.float32)), [facts]
+
+    found = series("run", [table("old", list(range(0, 100, 10)), 0.0), table("new", list(range(60, 160, 10)), 1000.0)], [])
+    assert found.steps.tolist() == list(range(0, 160, 10))
+    (episode,) = found.told([replace(ALERT, site="old", step=20)]).alerts
+    assert (episode.cleared, episode.gone) == (50, True)  # what the lost session saw from step 60 on is void
 
 
 def test_an_alert_that_comes_again_is_two_episodes() -> None:

@@ -15,7 +15,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -306,7 +306,14 @@ class Series:
     """WEIGHT_FACTS of each layer that feeds a site."""
     values: dict[str, Values]
     """[steps, sites] for every metric of METRICS."""
-    alerts: tuple[Episode, ...]
+    seen: dict[str, int]
+    """The last step of each site and layer."""
+    alerts: tuple[Episode, ...] = ()
+
+    def told(self, alerts: Iterable[Alert]) -> Series:
+        """The same with its alerts."""
+        end = int(self.steps[-1]) if len(self.steps) else 0
+        return replace(self, alerts=tuple(episodes(sorted(alerts, key=lambda alert: alert.step), self.seen, end)))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -365,7 +372,6 @@ def series(
     name: str,
     records: Sequence[tuple[Table, Sequence[dict[str, Any]]]],
     weights: Sequence[tuple[Table, Sequence[dict[str, Any]]]],
-    alerts: Iterable[Alert],
 ) -> Series:
     """A run from its tables of records and of weights, whose rows are `rows_of` each, with the facts of their columns."""
     names, steps, times, values = join([table for table, _ in records], len(rows_of("records")))
@@ -382,7 +388,6 @@ def series(
     found |= {metric: fed[:, row] for row, metric in enumerate(rows_of("weights"))}
     normal = np.array([(facts[each]["normal_low"] or 0.0) + (facts[each]["normal_high"] or 0.0) for each in names], np.float32)
     found["excess"] = found["saturated"] - normal
-    in_steps = sorted(alerts, key=lambda alert: alert.step)
     return Series(
         name,
         steps,
@@ -390,18 +395,14 @@ def series(
         tuple(facts[each] for each in names),
         tuple(layers[each] for each in layer_names),
         {metric.name: found[metric.name] for metric in METRICS},
-        tuple(episodes(in_steps, _latest(records, weights), int(steps[-1]) if len(steps) else 0)),
+        _last_seen(names, steps, values) | _last_seen(layer_names, layer_steps, layer_values),
     )
 
 
-def _latest(*groups: Sequence[tuple[Table, Sequence[dict[str, Any]]]]) -> dict[str, int]:
-    """The last step of each site and layer."""
-    found: dict[str, int] = {}
-    for group in groups:
-        for table, _ in group:
-            for name in table.names if len(table.steps) else ():
-                found[name] = max(found.get(name, 0), int(max(table.steps)))
-    return found
+def _last_seen(names: Sequence[str], steps: NDArray[np.float64], values: Values) -> dict[str, int]:
+    """The last step at which each column of [steps, rows, columns] has a number."""
+    there: NDArray[np.bool_] = np.any(~np.isnan(values), axis=1)
+    return {name: int(steps[there[:, at]].max()) for at, name in enumerate(names) if there[:, at].any()}
 
 
 def from_snapshots(name: str, snapshots: Sequence[Snapshot]) -> Series:
@@ -414,7 +415,7 @@ def from_snapshots(name: str, snapshots: Sequence[Snapshot]) -> Series:
         facts = [{fact: getattr(weight, fact) for fact in WEIGHT_FACTS} for weight in each.weights]
         table = [[to_float(getattr(weight, metric)) for weight in each.weights] for metric in rows_of("weights")]
         weights.append((Table.of([fact["name"] for fact in facts], each.step, each.time, table), facts))
-    return series(name, records, weights, (alert for each in snapshots for alert in each.alerts))
+    return series(name, records, weights).told(alert for each in snapshots for alert in each.alerts)
 
 
 def histograms(site: str, snapshots: Sequence[Snapshot]) -> Grid:

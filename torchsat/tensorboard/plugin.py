@@ -159,8 +159,8 @@ class Query:
                 rows = [known["metrics"].index(name) for name in rows_of(over)]  # type: ignore[arg-type]
                 facts = [dict(zip(known["facts"], each, strict=True)) for each in known[columns]]
                 tables[kind].append((_table([each[known["facts"][0]] for each in facts], data, len(known["metrics"]), rows), facts))
-        whole = series(run, tables[RECORDS], tables[WEIGHTS], ())
-        return series(run, tables[RECORDS], tables[WEIGHTS], self._alerts(run, tags, whole.grid("saturated")))
+        found = series(run, tables[RECORDS], tables[WEIGHTS])
+        return found.told(self._alerts(run, tags, found.grid("saturated")))
 
     def _alerts(self, run: str, tags: Mapping[str, Any], observed: Grid) -> list[Alert]:
         """Those of sessions that no later one made void."""
