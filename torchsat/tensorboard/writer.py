@@ -58,7 +58,6 @@ class TensorBoardWriter:
         self._ours = None if log_dir is None or writer is not None else EventFileWriter(os.path.join(os.fspath(log_dir), SUBRUN))
         self._described: set[str] = set()
         self._scalars: dict[str, Summary.Value] = {}
-        self._tensors: dict[str, Summary.Value] = {}
         self._tags: dict[Group, dict[str, str]] = {}
         self._depth: dict[str, int] = {}
         self._contents: dict[str, tuple[Any, str, str]] = {}
@@ -221,15 +220,10 @@ class TensorBoardWriter:
         return SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR)
 
     def _tensor(self, name: str, described: str, values: NDArray[np.float32]) -> Summary.Value:
-        content = values.astype("<f4", copy=False).tobytes()
-        if name in self._tensors:
-            self._tensors[name].tensor.tensor_content = content
-            return self._tensors[name]
+        """Made anew each time: a protocol buffer that is kept and filled again keeps every string it ever held."""
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in values.shape])
-        tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=content)
-        first = Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, PLUGIN, described))
-        self._tensors[name] = Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, PLUGIN, described))
-        return first
+        tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=values.astype("<f4", copy=False).tobytes())
+        return Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, PLUGIN, described))
 
     def _string(self, name: str, text: bytes, plugin: str, described: str) -> Summary.Value:
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
