@@ -283,7 +283,7 @@ def _as_json(run: Run) -> dict[str, Any]:
             "observations": len(run.snapshots),
             "damage": run.damage,
             "notes": run.notes,
-            "alerts": [{**each.alert.as_dict(), "fired": each.fired, "cleared": each.cleared} for each in series.alerts],
+            "alerts": series.describe()["alerts"],
             "last": asdict(bare),
             "steps": series.steps.tolist(),
             "over_time": {name: dict(zip(series.names, values.T.tolist(), strict=True)) for name, values in series.values.items()},

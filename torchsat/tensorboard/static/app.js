@@ -122,6 +122,7 @@ class App {
       const grids = await Promise.all(chosen.map((run) => this.source.grid("values", { run, metric: this.metric.name })));
       if (turn !== this.drawing) return;
       this.grids = new Map(chosen.map((run, index) => [run, grids[index]]));
+      this.ends = range(this.metric, everything(grids));
       this.theme = THEMES[this.host.dark() ? "dark" : "light"];
       this.root.classList.toggle("dark", this.host.dark());
       this.colours = this.scales.ramps[this.metric.ramp][this.host.dark() ? "dark" : "light"];
@@ -221,7 +222,7 @@ class App {
   }
 
   legend() {
-    const [low, high] = this.range();
+    const [low, high] = this.ends;
     const bar = element("canvas", { width: 256, height: 1, className: "ramp" });
     const pen = bar.getContext("2d");
     const turned = this.metric.ramp === "heat" && this.metric.worst === "low";
@@ -241,12 +242,6 @@ class App {
 
   colour(run) {
     return LINES[[...this.about.keys()].indexOf(run) % LINES.length];
-  }
-
-  range() {
-    return range(this.metric, (function* (grids) {
-      for (const grid of grids) yield* grid.values;
-    })(this.grids.values()));
   }
 
   // The sites of a run that have this metric, and of these the ones that pass the filters, in the order wanted.
@@ -275,7 +270,7 @@ class App {
     const axis = AXES[this.view.axis];
     const ends = [...this.grids.values()].filter((grid) => grid.steps.length).map((grid) => axis.edges(grid.steps));
     const domain = [Math.min(...ends.map((each) => each[0])), Math.max(...ends.map((each) => each[each.length - 1]))];
-    const [low, high] = this.range();
+    const [low, high] = this.ends;
     const kept = new Map();
     for (const [run, about] of this.about) {
       const panel = this.panels.get(run) ?? this.panel(run);
@@ -373,7 +368,7 @@ class App {
   fillDepth() {
     const steps = [...new Set([...this.grids.values()].flatMap((grid) => Array.from(grid.steps)))].sort((one, other) => one - other);
     const step = this.step();
-    const [low, high] = this.range();
+    const [low, high] = this.ends;
     const names = merged([...this.about.keys()].map((run) => this.sites.get(run)));
     const place = new Map(names.map((name, index) => [name, index]));
     const series = [...this.grids].filter(([, grid]) => grid.steps.length && grid.steps[0] <= step).map(([run, grid]) => {
@@ -517,6 +512,10 @@ class App {
     }
     return made;
   }
+}
+
+function* everything(grids) {
+  for (const grid of grids) yield* grid.values;
 }
 
 function ended(alert, word) {

@@ -160,12 +160,12 @@ export class Heatmap {
 
   labels(pen) {
     const { sites, facts, chosen, theme } = this.given;
-    const every = Math.ceil(13 / this.row);
+    const [every, own] = [Math.ceil(13 / this.row), sites.indexOf(chosen)];
     pen.textAlign = "right";
     pen.textBaseline = "middle";
     sites.forEach((site, place) => {
       if (place % every && site !== chosen) return;
-      if (site !== chosen && Math.abs(place - sites.indexOf(chosen)) < every && sites.includes(chosen)) return;
+      if (site !== chosen && own >= 0 && Math.abs(place - own) < every) return;
       const after = aside(facts.get(site));
       pen.fillStyle = site === chosen ? theme.accent : after ? theme.faint : theme.ink;
       pen.font = site === chosen ? `bold ${FONT}` : FONT;
