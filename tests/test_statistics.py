@@ -11,11 +11,12 @@ from torch import nn
 
 from tests.test_activations import MODULES, row
 from torchsat.activations import bind
+from torchsat.kernels import cpu
 from torchsat.record import HISTOGRAM_EDGES, Record
 from torchsat.statistics import (
     SUMS,
     Sample,
-    count_units,
+    Units,
     empty_row,
     merge_,
     observe,
@@ -25,6 +26,17 @@ from torchsat.statistics import (
     to_record,
     upcast,
 )
+
+
+@pytest.fixture(params=["kernels", "plain"], autouse=True)
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test here holds for the compiled kernels as for plain torch."""
+    if request.param == "plain":
+        monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
+    elif not cpu.reads():
+        pytest.skip("no C compiler")
+    return str(request.param)
+
 
 FACTS = {
     "site": "act",
@@ -120,15 +132,16 @@ def test_any_split_of_the_data_merges_to_the_same_record(module: nn.Module) -> N
     module = module.double()
     z[0, 0], z[17, 3] = math.nan, math.inf
     grad_a, grad_z = torch.randn(60, 40), torch.randn(60, 40)
-    units = Sample.of(z, None, 0).units(1, z.device)
 
     def part(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         flat = z[rows].reshape(-1)
         bound = bind(row(module), module, 0.05)
         learned = {name: value.reshape(()) for name, value in bound.learned.items()}
-        forward, finite, saturated = observe(flat, module(flat).detach(), *_evaluated(bound, flat, module, learned), flat.numel())
+        units = Units(Sample.of(z[rows], None, 0), 1)
+        forward, block = observe(flat, module(flat).detach(), *_evaluated(bound, flat, module, learned), flat.numel(), units=units)
+        assert block is not None
         backward = observe_gradient(grad_a[rows].reshape(-1), grad_z[rows].reshape(-1))
-        return merge_(forward, backward), count_units(finite, saturated, units[: flat.numel()], 40)
+        return merge_(forward, backward), block
 
     whole = to_host(*part(slice(0, 60)))
     for cuts in ([0, 1, 60], [0, 13, 14, 40, 60], list(range(61))):
@@ -194,12 +207,13 @@ def test_attenuation_and_gradient_rms_by_hand() -> None:
 
 def test_a_unit_is_stuck_only_after_a_thousand_samples_and_windows_start_over() -> None:
     block = torch.zeros(2, 3, dtype=torch.float64)
-    units = torch.arange(3).repeat(400)
-    saturated = units == 1
+    z = torch.tensor([0.5, -0.5, 0.5]).repeat(400, 1)
     values = []
     for _ in range(4):
         start_over_if_full_(block)
-        block += count_units(torch.ones(1200, dtype=torch.bool), saturated, units, 3)
+        found = observe(z.flatten(), z.flatten(), (z > 0).float().flatten(), 1.0, (0.0, None), z.numel(), units=Units(Sample.of(z, None, 0), 1))[1]
+        assert found is not None
+        block += found
         values.append(summarise_units(block, block.device).tolist())
     # units, measured, stuck, least samples: 400, 800, then 1200 is a full window, then 400 of the next.
     assert values == [[3, 0, 0, 400], [3, 0, 0, 800], [3, 3, 1, 1200], [3, 0, 0, 400]]
@@ -219,7 +233,7 @@ def test_a_sample_visits_all_units_evenly(shape: tuple[int, ...], limit: int | N
         taken = sample.take(z)
         assert taken.numel() == z.numel() if limit is None else 0 < taken.numel() <= max(limit, 1)
         axis = 1
-        counts = torch.bincount(sample.units(axis, z.device), minlength=shape[axis])
+        counts = torch.bincount(Units(sample, axis).index(z.device), minlength=shape[axis])
         # At least as even as independent draws, whose counts have a variance equal to their mean.
         assert counts.double().var(correction=0) <= counts.double().mean()
 
@@ -230,7 +244,7 @@ def test_the_unit_of_each_element_taken_is_right_in_any_memory_order() -> None:
         axis = next(axis for axis in range(4) if z.shape[axis] == 5)
         for limit in (None, 50):
             sample = Sample.of(z, limit, 3)
-            assert torch.equal(sample.take(z), sample.units(axis, z.device).float())
+            assert torch.equal(sample.take(z), Units(sample, axis).index(z.device).float())
 
 
 def test_the_same_elements_are_taken_from_tensors_of_another_layout() -> None:
@@ -238,8 +252,8 @@ def test_the_same_elements_are_taken_from_tensors_of_another_layout() -> None:
     sample = Sample.of(z, 100, 1)
     assert torch.equal(sample.take(z), sample.take(z.to(memory_format=torch.channels_last)))
     learned = torch.arange(5.0)
-    assert torch.equal(sample.spread(learned), sample.units(1, z.device).float())
-    assert torch.equal(sample.spread(learned.reshape(1, 5, 1, 1)), sample.units(1, z.device).float())
+    assert torch.equal(sample.spread(learned), Units(sample, 1).index(z.device).float())
+    assert torch.equal(sample.spread(learned.reshape(1, 5, 1, 1)), Units(sample, 1).index(z.device).float())
     assert sample.spread(torch.tensor([2.0])).shape == ()
 
 

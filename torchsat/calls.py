@@ -51,6 +51,8 @@ class Frame:
     path: str
     module: nn.Module
     hears: bool
+    open: bool = False
+    """The mode stays open though nothing is heard: opening it again would cost more than letting a call or two pass."""
     calls: dict[str, int] = field(default_factory=dict)
 
     def place(self, name: str) -> str:
@@ -88,7 +90,7 @@ class Listener(TorchFunctionMode):
 
     def enter(self, frame: Frame) -> None:
         self._frames.append(frame)
-        self._set(frame.hears)
+        self._set(frame.hears or frame.open)
 
     def leave(self, module: nn.Module) -> Frame | None:
         """Leave a module, and those inside it whose end was not heard."""
@@ -98,7 +100,7 @@ class Listener(TorchFunctionMode):
             return None
         frame = frames[found]
         del frames[found:]
-        self._set(bool(frames) and frames[-1].hears)
+        self._set(bool(frames) and (frames[-1].hears or frames[-1].open))
         return frame
 
     def reset(self) -> None:

@@ -455,7 +455,7 @@ class Monitor:
         divisor = getattr(optimizer, "grad_scale", None)
         self._rates.update((id(p), float(group["lr"])) for group in optimizer.param_groups if _is_number(group.get("lr")) for p in group["params"])
         for layer, weight in self._weights_of(optimizer):
-            layer.before_step(weight, self._taps.limit, self._taps.turn)
+            layer.before_step(weight)
             if not closure:
                 layer.observe_grad(weight, divisor)
 
@@ -517,6 +517,7 @@ class Monitor:
                             "name": layer.name,
                             "feeds": feeds[layer.name],
                             "fan_in": layer.fan_in,
+                            "numel": weight.numel(),
                             "data": layer.name in taps.fed_by_data,
                             "learning_rate": rate,
                         },

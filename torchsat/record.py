@@ -141,6 +141,8 @@ class Weight:
     learning_rate: float | None
     """Of the optimizer's group that owns it."""
 
+    n: int
+    """Elements of W that were read, of which the next four are made."""
     gain: float | None
     """rms(W) * sqrt(fan_in), which is ||W||_F / sqrt(fan_out) of a linear layer: 1 under Xavier (square), sqrt(2) under He, 0.577 by default."""
     norm: float | None

@@ -10,21 +10,24 @@ Nothing here waits for the device: no `.item()`, no branch on a device tensor. N
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from torchsat.activations import Edges
+from torchsat.kernels import cpu
 from torchsat.record import HISTOGRAM_BINS, OCTAVES, Head, Record
 
 UNIT_SAMPLES = 1000
 """Samples of a unit before anything is said of it: at 50 % saturation, 128 samples all alike happen by chance once in 10^38, but the
 samples of one batch are not independent."""
 STUCK_SHARE = 0.99
+_PART = 65536
 
 SUMS = (
     *("n", "elements", "nonfinite", "low", "high", "derivative", "derivative_sq", "z", "z_sq", "a", "a_sq", "zeros", "gate_left", "gate_right"),
@@ -37,6 +40,7 @@ HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "logit_max
 UNITS = ("units", "units_measured", "units_stuck", "unit_samples")
 """Derived from a merged unit block, behind the row on its way to the host."""
 _AT = {name: index for index, name in enumerate((*SUMS, *MAXES, *UNITS))}
+_BINS = slice(_AT["bin0"], _AT["bin0"] + HISTOGRAM_BINS)
 _GRADIENT = slice(_AT["grad_a_n"], _AT["grad_nonfinite"] + 1)
 
 
@@ -61,27 +65,28 @@ class Sample:
     @staticmethod
     def of(tensor: Tensor, limit: int | None, turn: int) -> Sample:
         """At most `limit` elements of a tensor (None: all) at the turn-th observation."""
-        strides = tensor.stride()
-        order = tuple(sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis)))
-        step = 1 if limit is None else -(-tensor.numel() // limit) or 1
-        if step > 1:
-            while any(math.gcd(step, size) != 1 for size in tensor.shape):
-                step += 1
-        return Sample(tuple(tensor.shape), order, turn * 7919 % min(step, max(tensor.numel(), 1)), step)
+        return _sample(tuple(tensor.shape), tensor.stride(), limit, turn)
 
     def take(self, tensor: Tensor) -> Tensor:
         """The elements of this tensor, or of one that broadcasts to the same shape, as a vector; a view where that is possible."""
-        if tuple(tensor.shape) != self.shape:
-            tensor = tensor.expand(self.shape)
-        flat = tensor.permute(self.order).reshape(-1)
+        if tensor.stride() == self.strides and tuple(tensor.shape) == self.shape:
+            return tensor.as_strided((self.n,), (self.step,), tensor.storage_offset() + self.start)
+        flat = tensor.expand(self.shape).permute(self.order).reshape(-1)
         return flat if self.step == 1 else flat[self.start :: self.step]
 
-    def units(self, axis: int, device: torch.device) -> Tensor:
-        """The index along `axis` of each element taken."""
-        place = self.order.index(axis)
-        inner = math.prod(self.shape[dim] for dim in self.order[place + 1 :])
-        taken = torch.arange(self.start, math.prod(self.shape), self.step, device=device)
-        return taken.div(inner, rounding_mode="floor").remainder(self.shape[axis])
+    @functools.cached_property
+    def n(self) -> int:
+        """How many are taken."""
+        return max(0, -(-(math.prod(self.shape) - self.start) // self.step))
+
+    @functools.cached_property
+    def strides(self) -> tuple[int, ...]:
+        """Of a dense tensor with this order."""
+        strides, inner = [0] * len(self.shape), 1
+        for axis in reversed(self.order):
+            strides[axis] = inner
+            inner *= self.shape[axis]
+        return tuple(strides)
 
     def spread(self, parameter: Tensor) -> Tensor:
         """A learned parameter at each element taken: one value, one per channel (dimension 1, as PReLU), or broadcast."""
@@ -92,8 +97,52 @@ class Sample:
         return self.take(parameter)
 
 
+@functools.lru_cache(maxsize=4096)
+def _sample(shape: tuple[int, ...], strides: tuple[int, ...], limit: int | None, turn: int) -> Sample:
+    order = tuple(sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis)))
+    step = 1 if limit is None else -(-math.prod(shape) // limit) or 1
+    if step > 1:
+        while any(math.gcd(step, size) != 1 for size in shape):
+            step += 1
+    return Sample(shape, order, turn * 7919 % min(step, max(math.prod(shape), 1)), step)
+
+
+@dataclass(eq=False)
+class Units:
+    """Which unit each element of a sample belongs to: the index along `axis`."""
+
+    sample: Sample
+    axis: int
+
+    @property
+    def size(self) -> int:
+        return self.sample.shape[self.axis]
+
+    @property
+    def place(self) -> tuple[int, int, int, int]:
+        """Element i of the sample is element start + i * step of the tensor, whose units lie `inner` elements apart: (start, step, inner, size)."""
+        sample = self.sample
+        after = sample.order[sample.order.index(self.axis) + 1 :]
+        return sample.start, sample.step, math.prod(sample.shape[dim] for dim in after), self.size
+
+    def index(self, device: torch.device) -> Tensor:
+        """The unit of each element."""
+        if self._index is None or self._index.device != device:
+            start, step, inner, size = self.place
+            taken = torch.arange(start, math.prod(self.sample.shape), step, device=device)
+            self._index = taken.div(inner, rounding_mode="floor").remainder(size)
+        return self._index
+
+    _index: Tensor | None = None
+
+
 def empty_row(device: torch.device) -> Tensor:
     """The row of no element: what every merge starts from."""
+    return _empty_row(device).clone()
+
+
+@functools.lru_cache(maxsize=64)
+def _empty_row(device: torch.device) -> Tensor:
     dtype = accumulator(device)
     return torch.cat([torch.zeros(len(SUMS), dtype=dtype, device=device), torch.full((len(MAXES),), -math.inf, dtype=dtype, device=device)])
 
@@ -112,45 +161,66 @@ def upcast(tensor: Tensor) -> Tensor:
 
 
 def observe(
-    z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, edges: Edges, elements: int, sigmoid: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The row of one forward call.
+    z: Tensor,
+    a: Tensor,
+    slope: Tensor | cpu.Formula,
+    peak: float | Tensor | None,
+    edges: Edges,
+    elements: int,
+    sigmoid: bool = False,
+    units: Units | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The row and the unit block of one forward call.
 
     Args:
-        z, a: the elements taken, vectors of equal length, float32 or float64.
-        slope: |f'(z)|.
+        z, a: the elements taken, vectors of equal length.
+        slope: |f'(z)|, or its formula, where the kernels read z and a.
         peak: sup|f'|; None: no relative derivative.
         edges: (z_L, z_R), tails inclusive; None: no tail on that side.
         elements: how many the tensor has.
         sigmoid: count the activations below 0.1 and above 0.9.
-
-    Returns:
-        The row, and two vectors of booleans: which elements are finite, and which of these are saturated.
+        units: which unit each element belongs to; None: no unit block.
     """
+    formula = isinstance(slope, cpu.Formula)
+    constant = not isinstance(peak, Tensor) and not any(isinstance(edge, Tensor) for edge in edges)
+    if formula or (constant and cpu.reads(z, a, cast(Tensor, slope))):
+        parts = cpu.parts(z.shape[0])
+        rows = torch.empty(parts, len(SUMS) + len(MAXES), dtype=torch.float64)
+        rows[0] = _empty_row(z.device)
+        blocks = None if units is None else torch.zeros(parts, 2, units.size, dtype=torch.float64)
+        place = None if units is None else units.place
+        cpu.observe(z, a, slope, cast("float | None", peak), cast(Any, edges), elements, sigmoid, rows, place, blocks)
+        return rows[0], None if blocks is None else blocks[0]
+    return _observe(z, a, cast(Tensor, slope), peak, edges, elements, sigmoid, units)
+
+
+def _observe(
+    z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, edges: Edges, elements: int, sigmoid: bool, units: Units | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same in plain torch, on any device: what the kernels are held against."""
     dtype = accumulator(z.device)
-    finite = torch.isfinite(z) & torch.isfinite(a) & torch.isfinite(slope)
-    zero = torch.zeros((), dtype=dtype, device=z.device)
-    z, a, slope = (torch.where(finite, t.to(dtype), zero) for t in (z, a, slope))
+    given = torch.stack([each.to(dtype) for each in (z, a, slope)])
+    finite = torch.isfinite(given).all(0)
+    kept = torch.where(finite, given, torch.zeros((), dtype=dtype, device=z.device))
+    z, a, slope = kept
     n = finite.sum()
     low, high = edges
-    in_low = (z <= low) & finite if low is not None else torch.zeros_like(finite)
-    in_high = (z >= high) & finite if high is not None else torch.zeros_like(finite)
+    nothing = torch.zeros_like(finite)
+    in_low = (z <= low) & finite if low is not None else nothing
+    in_high = (z >= high) & finite if high is not None else nothing
+    totals, squares = kept.sum(1), torch.linalg.vecdot(kept, kept)
+    zero = torch.zeros_like(n)
     sums = [
         n,
         torch.full_like(n, elements),
         finite.numel() - n,
         in_low.sum(),
         in_high.sum(),
-        slope.sum(),
-        slope.dot(slope),
-        z.sum(),
-        z.dot(z),
-        a.sum(),
-        a.dot(a),
+        *(totals[2], squares[2], totals[0], squares[0], totals[1], squares[1]),
         n - (a != 0).sum(),
-        ((a < 0.1) & finite).sum() if sigmoid else torch.zeros_like(n),
-        ((a > 0.9) & finite).sum() if sigmoid else torch.zeros_like(n),
-        *[torch.zeros_like(n)] * 5,
+        ((a < 0.1) & finite).sum() if sigmoid else zero,
+        ((a > 0.9) & finite).sum() if sigmoid else zero,
+        *[zero] * 5,
     ]
     bins = torch.zeros(HISTOGRAM_BINS, dtype=dtype, device=z.device)
     if peak is None:
@@ -159,16 +229,16 @@ def observe(
         # torch.full, not torch.tensor: a number copied to a GPU would wait for it.
         peak_column = peak.to(dtype) if isinstance(peak, Tensor) else torch.full((), peak, dtype=dtype, device=z.device)
         bins.index_add_(0, _bin(slope / peak_column), finite.to(dtype))
-    nothing = torch.full_like(zero, -math.inf)
-    maxes = [
-        peak_column,
-        torch.where(finite, z, nothing).amax(),
-        torch.where(finite, -z, nothing).amax(),
-        torch.where(finite, a, nothing).amax(),
-        torch.where(finite, -a, nothing).amax(),
-    ]
+    far = torch.full((), math.inf, dtype=dtype, device=z.device)
+    tops, bottoms = (
+        (torch.where(finite, given[:2], -far).amax(1), torch.where(finite, given[:2], far).amin(1)) if len(z) else (-far.expand(2), far.expand(2))
+    )
+    maxes = [peak_column, tops[0], -bottoms[0], tops[1], -bottoms[1]]
     row = torch.cat([torch.stack([value.to(dtype) for value in sums]), bins, torch.stack(maxes)])
-    return row, finite, in_low | in_high
+    if units is None:
+        return row, None
+    block = torch.zeros(2, units.size, dtype=dtype, device=z.device)
+    return row, block.index_add_(1, units.index(z.device), torch.stack([finite, in_low | in_high]).to(dtype))
 
 
 def _bin(relative: Tensor) -> Tensor:
@@ -180,7 +250,11 @@ def _bin(relative: Tensor) -> Tensor:
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None) -> Tensor:
     """The row of one backward call. Where both gradients are given, an element counts only if both are finite."""
     given = [grad for grad in (grad_a, grad_z) if grad is not None]
-    dtype = accumulator(given[0].device)
+    row = empty_row(given[0].device)
+    if cpu.reads(grad_a, grad_z):
+        cpu.observe_gradient(grad_a, grad_z, len(given[0]), row)
+        return row
+    dtype = row.dtype
     finite = torch.isfinite(given[0])
     for other in given[1:]:
         finite = finite & torch.isfinite(other)
@@ -193,9 +267,54 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None) -> Tensor:
         else:
             kept = torch.where(finite, grad.to(dtype), nothing)
             columns += [n, kept.dot(kept)]
-    row = empty_row(given[0].device)
     row[_GRADIENT] = torch.stack([*columns, finite.numel() - n])
     return row
+
+
+def observe_features(x: Tensor, units: Units) -> Tensor:
+    """[samples, sum x, sum x^2] of each unit, of the elements x that were taken: [3, units]."""
+    dtype = accumulator(x.device)
+    sums = torch.zeros(3, units.size, dtype=dtype, device=x.device)
+    if cpu.reads(x):
+        cpu.add_features(x, units.place, sums)
+        return sums
+    finite = torch.isfinite(x)
+    values = torch.where(finite, x.to(dtype), torch.zeros((), dtype=dtype, device=x.device))
+    return sums.index_add_(1, units.index(x.device), torch.stack([finite.to(dtype), values, values * values]))
+
+
+def summarise_features(sums: Tensor) -> Tensor:
+    """Of `observe_features`: all samples, the mean square, and the mean over features of the squared mean."""
+    if cpu.reads(sums):
+        out = torch.empty(3, dtype=sums.dtype)
+        cpu.summarise_features(sums, out)
+        return out
+    n, first, second = sums
+    # Without the 1/n bias of a squared sample mean: pairs of distinct samples only, over the features that have any.
+    pairs = n * (n - 1)
+    squares = torch.where(pairs > 0, (first * first - second) / pairs.clamp(min=1), torch.zeros_like(pairs))
+    return torch.stack([n.sum(), second.sum() / n.sum(), squares.sum() / (pairs > 0).sum()])
+
+
+def square_sum(tensor: Tensor, other: Tensor | None = None) -> Tensor:
+    """[sum x^2, sum (y - x)^2] over all elements (the second 0 without another tensor): never in float32, where squares of a gradient that
+    still carries a GradScaler's factor overflow, and those of a vanishing one are 0."""
+    dtype = accumulator(tensor.device)
+    whole = Sample.of(tensor, None, 0)
+    x = whole.take(tensor.detach())
+    y = None if other is None else whole.take(other.detach())
+    out = torch.zeros(2, dtype=dtype, device=tensor.device)
+    if cpu.reads(x, y):
+        cpu.squares(x, y, out)
+        return out
+    # On the CPU in parts: there a norm in float64 makes a copy of the whole.
+    size = _PART if x.device.type == "cpu" else max(1, len(x))
+    for first in range(0, len(x), size):
+        part = x[first : first + size]
+        out[0] += torch.linalg.vector_norm(part, dtype=dtype).square()
+        if y is not None:
+            out[1] += torch.linalg.vector_norm(y[first : first + size].to(dtype) - part.to(dtype)).square()
+    return out
 
 
 def observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:
@@ -247,18 +366,15 @@ def merge_heads_(into: Tensor, heads: Tensor) -> Tensor:
     return into
 
 
-def count_units(finite: Tensor, saturated: Tensor, units: Tensor, size: int) -> Tensor:
-    """The unit block [2, size] of one call: samples, and saturated samples, of each unit."""
-    dtype = accumulator(finite.device)
-    block = torch.zeros(2, size, dtype=dtype, device=finite.device)
-    return block.index_add_(1, units, torch.stack([finite.to(dtype), saturated.to(dtype)]))
-
-
 def summarise_units(block: Tensor | None, device: torch.device) -> Tensor:
     """UNITS of a unit block; all NaN where the site has none."""
     dtype = accumulator(device)
     if block is None:
         return torch.full((len(UNITS),), math.nan, dtype=dtype, device=device)
+    if cpu.reads(block):
+        out = torch.empty(len(UNITS), dtype=dtype)
+        cpu.summarise_units(block, UNIT_SAMPLES, STUCK_SHARE, out)
+        return out
     samples, saturated = block
     measured = samples >= UNIT_SAMPLES
     stuck = measured & (saturated >= STUCK_SHARE * samples)
@@ -267,7 +383,10 @@ def summarise_units(block: Tensor | None, device: torch.device) -> Tensor:
 
 def start_over_if_full_(block: Tensor) -> None:
     """Begin a new window once every unit of the block has its samples, without asking the device."""
-    block.mul_((block[0].amin() < UNIT_SAMPLES).to(block.dtype))
+    if cpu.reads(block):
+        cpu.start_over_if_full(block, UNIT_SAMPLES)
+    else:
+        block.mul_((block[0].amin() < UNIT_SAMPLES).to(block.dtype))
 
 
 def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: tuple[float, int] | None) -> tuple[Record, tuple[float, int] | None]:
@@ -283,9 +402,8 @@ def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: 
         The record, and share and samples of the last full window now.
     """
 
-    def get(name: str) -> float:
-        return float(row[_AT[name]])
-
+    values = dict(zip(_AT, row, strict=False))
+    get = values.__getitem__
     n = get("n")
 
     def mean(name: str, per: float = n) -> float | None:
@@ -351,7 +469,7 @@ def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: 
         log_keys=over_rows("log_keys"),
         entropy_min=min((heads["entropy"][at] / n for at, n in enumerate(heads["rows"]) if n), default=None),
         heads=tuple(_head(*values) for values in zip(*heads.values(), strict=True)) if softmax else None,
-        histogram=tuple(get(f"bin{k}") / n for k in range(HISTOGRAM_BINS)) if n and peak else None,
+        histogram=tuple(count / n for count in row[_BINS]) if n and peak else None,
     )
     return record, stuck
 

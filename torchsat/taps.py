@@ -35,14 +35,15 @@ from torch.autograd.graph import Node
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_call, bind_plain, differentiated, fits, is_function, recognise
+from torchsat.activations import ACTIVATIONS, Activation, Bound, Edges, bind, bind_call, bind_plain, differentiated, fits, is_function, recognise
 from torchsat.calls import ROLES, UNSEEN, Frame, Listener, Role, takes_fused_path
 from torchsat.graph import MOST_NODES, Survey, derivative, ends, has_weight, saving_is_hooked
+from torchsat.kernels import cpu
 from torchsat.record import Kind
 from torchsat.replay import Gate, Logits, NotRebuiltError, SoftmaxRows, attention_logits, cell_gates, rnn_gates
 from torchsat.statistics import (
     Sample,
-    count_units,
+    Units,
     empty_row,
     merge_,
     merge_heads_,
@@ -356,7 +357,7 @@ class Taps:
         self._shapes: dict[str, tuple[int, int]] = {}
         self._weights: dict[int, str] = {}
         self._nodes: dict[Node, Site] = {}
-        self._indices: dict[Any, Tensor] = {}
+        self._indices: dict[tuple[Sample, int], Units] = {}
         self._own: weakref.WeakKeyDictionary[nn.Module, Bound | None] = weakref.WeakKeyDictionary()
         """What modules of the user's turned out to compute; None: no activation. Missing: not yet known."""
         self._tries: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -423,10 +424,11 @@ class Taps:
                 self.unseen.append((name, reason))
             if reason is not None or name in self.failed or not (self._deciding or name in feeders):
                 continue
-            layer = self.layers[name] = Layer(name, module)
+            layer = self.layers[name] = Layer(name, module, limit=self.limit, turn=self.turn)
             self._weights[id(module.weight)] = name
             self._hook(module, self._guarded(name, self._before_layer, layer), pre=True, with_kwargs=True)
-            self._hook(module, self._guarded(name, self._after_layer, layer))
+            if self._deciding:
+                self._hook(module, self._guarded(name, self._after_layer, layer))
         for name, module in found.recurrent:
             self._recurrent_layers(name, module, feeders)
         for _, module, accounted in found.places if self.hears_calls else ():
@@ -438,7 +440,7 @@ class Taps:
         for parameter, weight in module.named_parameters(recurse=False):
             place = f"{name}.{parameter}"
             if parameter.startswith(("weight_ih", "weight_hh")) and (self._deciding or place in feeders) and name not in self.failed:
-                self.layers[place] = Layer(place, module, parameter)
+                self.layers[place] = Layer(place, module, parameter, self.limit, self.turn)
                 self._weights[id(weight)] = place
 
     def close(self) -> None:
@@ -550,7 +552,7 @@ class Taps:
                     self.notes.setdefault(name, _NOT_DIFFERENTIATED)
                     return
             self._ran(site, [call.node], last_layer=True)
-            self._count(site, sample, call.taken, upcast(taken), slope=None if slope is None else upcast(sample.take(slope)))
+            self._count(site, sample, call.taken, taken, slope=None if slope is None else upcast(sample.take(slope)))
         if a.requires_grad and a.grad_fn is not None:
             self._met(site, a.grad_fn)
             self._tap_gradient(site, call, a)
@@ -568,7 +570,7 @@ class Taps:
             weights = 1.5 + torch.cos(torch.arange(a.numel(), device=a.device, dtype=torch.float32)).reshape(a.shape).to(a.dtype)
             mixed = self._slope(call, a, weights)
             scale = 64 * torch.finfo(a.dtype).eps * slope.abs().amax()
-            grouped = [None, *(sample.units(axis, a.device) for axis in {min(1, a.ndim - 1), a.ndim - 1} if a.ndim > 1)]
+            grouped = [None, *(Units(sample, axis).index(a.device) for axis in {min(1, a.ndim - 1), a.ndim - 1} if a.ndim > 1)]
             alone = mixed is not None and bool(((mixed - slope * weights).abs() <= scale).all())
             if alone and is_function(call.taken, upcast(sample.take(slope)), grouped):
                 bound = differentiated(re.sub(r"[^A-Za-z0-9_.-]", "_", type(module).__name__), self.epsilon)
@@ -630,21 +632,23 @@ class Taps:
         def run(*args: Any) -> Any:
             if not self.is_open or place in self.failed:
                 return None
-            # Whether autograd is on where the hook was called: inside, it is off.
-            self._local.grad_enabled = torch.is_grad_enabled()
-            try:
-                with contextlib.ExitStack() as stack:
-                    # Other monitors and modes of the user's must not take our arithmetic for the model's.
-                    stack.enter_context(torch._C.DisableTorchFunction())
-                    if torch._C._len_torch_dispatch_stack():
-                        stack.enter_context(_disable_current_modes())
-                    if torch.is_inference_mode_enabled():
-                        stack.enter_context(torch.inference_mode(False))
-                    stack.enter_context(torch.no_grad())
+            # Other monitors and modes of the user's must not take our arithmetic for the model's.
+            with torch._C.DisableTorchFunction():
+                # Whether autograd is on where the hook was called: inside, it is off.
+                self._local.grad_enabled = enabled = torch.is_grad_enabled()
+                torch._C._set_grad_enabled(False)
+                try:
+                    if torch._C._len_torch_dispatch_stack() or torch.is_inference_mode_enabled():
+                        with _disable_current_modes(), torch.inference_mode(False):
+                            # Which has switched gradients on again.
+                            torch._C._set_grad_enabled(False)
+                            return call(*first, *args)
                     return call(*first, *args)
-            except Exception as error:
-                self._fail(place, error)
-                return None
+                except Exception as error:
+                    self._fail(place, error)
+                    return None
+                finally:
+                    torch._C._set_grad_enabled(enabled)
 
         return run
 
@@ -749,7 +753,7 @@ class Taps:
         if fused:
             self._unseen_call(path or type(module).__name__, "it is frozen and in evaluation mode, where torch runs it as one kernel")
         hears = counts and not (accounted or fused or self._own.get(module) is not None)
-        self._listener.enter(Frame(path, module, hears))
+        self._listener.enter(Frame(path, module, hears, accounted and counts))
 
     def _end_module(self, accounted: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame = self._listener.leave(module)
@@ -840,7 +844,7 @@ class Taps:
         assert isinstance(sample, Sample)
         if call.counts:
             self._ran(site, [call.node])
-            self._count(site, sample, call.taken, torch.sigmoid(call.taken), axis)
+            self._count(site, sample, call.taken, torch.sigmoid(upcast(call.taken)), axis)
         if own is not None:
             add = self._adder(site, sample)
             own.register_hook(
@@ -969,7 +973,9 @@ class Taps:
             if site.bound.learned:
                 learned = {name: getattr(module, name).detach().reshape(value.shape) for name, value in site.bound.learned.items()}
                 site.bound = dataclasses.replace(site.bound, learned=learned)
-        call = self._begin(site, z, module, getattr(module, "inplace", True))
+        # A module of the user's may overwrite its input without saying so.
+        in_place = getattr(module, "inplace", not type(module).__module__.startswith("torch.nn."))
+        call = self._begin(site, z, module, in_place)
         if call is not None:
             site.calls[thread] = call
 
@@ -986,7 +992,7 @@ class Taps:
         _check_plain(z)
         self.saw_pass = True
         sample = Sample.of(z, self.limit, self.turn)
-        taken = upcast(sample.take(z.detach()))
+        taken = sample.take(z.detach())
         if in_place and taken.untyped_storage().data_ptr() == z.untyped_storage().data_ptr():
             taken = taken.clone()
         return Call(z, sample, taken, z.grad_fn, z.output_nr, counts)
@@ -999,20 +1005,33 @@ class Taps:
         if call.counts:
             self._ran(site, [call.node], last_layer=True)
             if a.numel():
-                self._count(site, sample, call.taken, upcast(sample.take(a.detach())))
+                self._count(site, sample, call.taken, sample.take(a.detach()))
         if a.requires_grad and a.grad_fn is not None:
             self._met(site, a.grad_fn)
             self._tap_gradient(site, call, a)
 
-    def _count(self, site: Site, sample: Sample, z: Tensor, a: Tensor, axis: int | None = None, slope: Tensor | None = None) -> None:
+    def _count(self, site: Site, sample: Sample, z: Tensor, a: Tensor, axis: int | None = None, slope: Tensor | cpu.Formula | None = None) -> None:
         bound, current = site.bound, self._current()
-        learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
-        if slope is None:
-            slope, peak, edges = bound.evaluate(torch.where(torch.isfinite(z), z, torch.zeros_like(z)), a, learned)
+        edges: Edges
+        peak: float | Tensor | None
+        formula = cpu.formula(bound) if slope is None and cpu.reads(z, a) else None
+        if formula is not None and bound.constants is not None:
+            slope, peak, edges = formula, bound.constants.peak, (bound.constants.low, bound.constants.high)
+        elif slope is None:
+            z = upcast(z).contiguous()
+            learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
+            slope, peak, edges = bound.evaluate(z, upcast(a) if bound.activation.from_output else a, learned)
         else:
+            assert isinstance(slope, Tensor)
             slope, peak, edges = slope.abs(), None, (None, None)
-        row, finite, saturated = observe(z, a, slope, peak, edges, math.prod(sample.shape), bound.activation.name == "sigmoid")
+        units = self._units(site, sample, axis)
+        row, block = observe(z, a, slope, peak, edges, math.prod(sample.shape), bound.activation.name == "sigmoid", units)
         current.add(current.rows, site.name, row)
+        if block is not None:
+            current.add(current.blocks, site.name, block)
+
+    def _units(self, site: Site, sample: Sample, axis: int | None) -> Units | None:
+        """The units of a site; None where it has none, or not always as many."""
         axis = self._unit_axis(site, sample.shape) if axis is None else axis
         size = None if axis is None or site.units_vary else sample.shape[axis]
         if site.units is not None and size != site.units:
@@ -1022,11 +1041,8 @@ class Taps:
             site.block = None
             for each in self._passes:
                 each.blocks.pop(site.name, None)
-            return
-        key = (sample, axis, z.device)
-        if key not in self._indices:
-            self._indices[key] = sample.units(axis, z.device)
-        current.add(current.blocks, site.name, count_units(finite, saturated, self._indices[key], size))
+            return None
+        return self._indices.setdefault((sample, axis), Units(sample, axis))
 
     def _unit_axis(self, site: Site, shape: tuple[int, ...]) -> int | None:
         """The axis of channels or features: that of the layer which feeds the site, where the sizes agree; else by rank."""
@@ -1043,7 +1059,7 @@ class Taps:
         assert own is not None
 
         def add_both(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
-            add(*(None if grad is None else upcast(sample.take(grad.detach().reshape(sample.shape))) for grad in (grad_a, grad_z)))
+            add(*(None if grad is None else sample.take(grad.detach().reshape(sample.shape)) for grad in (grad_a, grad_z)))
 
         entering = [at for at, (before, _) in enumerate(own.next_functions) if before is not None]
         if node is not None and len(entering) == 1 and own.next_functions[entering[0]][0] is node:
@@ -1098,7 +1114,7 @@ class Taps:
         for layer in self.layers.values():
             if layer.module() is module and layer.parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
                 current = self._current()
-                current.add(current.inputs, layer.name, input_sums(plain, plain.ndim - 1, Sample.of(plain, self.limit, self.turn)))
+                current.add(current.inputs, layer.name, input_sums(plain, plain.ndim - 1, self.limit, self.turn))
                 if self._deciding and plain.grad_fn is None and not plain.requires_grad:
                     self.fed_by_data.add(layer.name)
         gates = cell_gates(module, x, state) if isinstance(module, nn.RNNCellBase) else rnn_gates(cast(nn.RNNBase, module), x, state, random)
@@ -1133,7 +1149,7 @@ class Taps:
         if not _is_real(x) or not x.is_floating_point() or not x.numel() or x.layout != torch.strided or type(x) not in (Tensor, nn.Parameter):
             return
         current = self._current()
-        current.add(current.inputs, layer.name, input_sums(x, feature_axis(module, x.ndim), Sample.of(x, self.limit, self.turn)))
+        current.add(current.inputs, layer.name, input_sums(x, feature_axis(module, x.ndim), self.limit, self.turn))
         if self._deciding:
             (self.fed_by_data.add if x.grad_fn is None and not x.requires_grad else self.fed_by_data.discard)(layer.name)
         if self._deciding and self._nodes:

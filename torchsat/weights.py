@@ -1,12 +1,14 @@
 """The layers that feed a site: gain, gradient norm, update ratio, and what their input looks like.
 
 A layer is an `nn.Linear`, a convolution, or one of the matrices of a recurrent layer. Its input is measured in a forward pre-hook, per feature,
-in three sums that merge (samples, x, x^2); its weight is measured just before the optimizer's step, as it made z. The weight's change is
-taken on a sample, so that no copy of the model is made.
+in three sums that merge (samples, x, x^2); its weight is measured just before the optimizer's step, as it made z. Weight, gradient and change
+are read at the same sample of elements, so that no copy of the model is made: short runs that lie next to each other in memory, since single
+elements far apart would cost as much as all of them.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -19,10 +21,15 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from torchsat.record import Weight
-from torchsat.statistics import Sample, accumulator
+from torchsat.statistics import Sample, Units, observe_features, square_sum, summarise_features
 
-COLUMNS = ("numel", "weight_sq", "grad_sq", "change_sq", "before_sq", "input_n", "input_sq", "input_offset_sq")
+COLUMNS = ("n", "weight_sq", "grad_sq", "change_sq", "input_n", "input_sq", "input_offset_sq")
 _AT = {name: index for index, name in enumerate(COLUMNS)}
+
+_RUN = 16
+"""Elements that lie in one line of a processor's cache, in float32."""
+_LESS = 4
+"""By this much fewer elements are read of a weight or an input than of a site: what is asked of them are means, not shares of units."""
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -59,55 +66,74 @@ def feature_axis(module: nn.Module, ndim: int) -> int:
     return ndim - 1 if isinstance(module, nn.Linear) else ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
 
 
-def input_sums(x: Tensor, axis: int, sample: Sample) -> Tensor:
+def input_sums(x: Tensor, axis: int, limit: int | None, turn: int) -> Tensor:
     """[samples, sum x, sum x^2] of each feature of one input, features along `axis`: [3, features]."""
-    taken = sample.take(x.detach())
-    dtype = accumulator(x.device)
-    finite = torch.isfinite(taken)
-    values = torch.where(finite, taken.to(dtype), torch.zeros((), dtype=dtype, device=x.device))
-    sums = torch.zeros(3, x.shape[axis], dtype=dtype, device=x.device)
-    return sums.index_add_(1, sample.units(axis, x.device), torch.stack([finite.to(dtype), values, values * values]))
+    sample = Sample.of(x, None if limit is None else max(1, limit // _LESS), turn)
+    return observe_features(sample.take(x.detach()), Units(sample, axis))
+
+
+def elements(weight: Tensor, limit: int | None, turn: int) -> Tensor:
+    """A vector of about `limit` / 4 elements of a weight (None: all), in runs spread evenly over it; the same ones for the same turn."""
+    start, step, runs = _runs(tuple(weight.shape), limit, turn)
+    flat = Sample.of(weight, None, 0).take(weight.detach())
+    return flat if step == 1 else flat.as_strided((runs, _RUN), (_RUN * step, 1), flat.storage_offset() + _RUN * start).reshape(-1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _runs(shape: tuple[int, ...], limit: int | None, turn: int) -> tuple[int, int, int]:
+    """The first run, every how manieth is taken, and how many these are."""
+    whole = math.prod(shape) // _RUN
+    wanted = max(1, (limit or 0) // _LESS // _RUN)
+    if limit is None or math.prod(shape) <= max(limit // _LESS, 2 * _RUN):
+        return 0, 1, 0
+    step = -(-whole // wanted)
+    while step > 1 and any(math.gcd(step, size) != 1 for size in (whole, *shape)):
+        step += 1
+    start = turn * 7919 % step
+    return start, step, -(-(whole - start) // step)
 
 
 class Layer:
-    """What one layer shows during one observation, on its device."""
+    """What one layer shows during one observation, on its device.
 
-    def __init__(self, name: str, module: nn.Module, parameter: str = "weight") -> None:
+    Args:
+        limit: the most elements read of a site; None: all.
+        turn: which observation this is.
+    """
+
+    def __init__(self, name: str, module: nn.Module, parameter: str = "weight", limit: int | None = None, turn: int = 0) -> None:
         self.name = name
         self.module = weakref.ref(module)
         self.parameter = parameter
         self.fan_in = fan_in(module) if parameter == "weight" else int(getattr(module, parameter).shape[1])
-        self.sample: Sample | None = None
+        self.limit, self.turn = limit, turn
         self.inputs: Tensor | None = None
         """`input_sums` over the passes of the observation."""
-        self.weight: Tensor | None = None
+        self.before: Tensor | None = None
+        """The elements of the weight before the step."""
+        self.n = 0
         self.columns: dict[str, Tensor] = {}
 
-    def before_step(self, weight: Tensor, limit: int | None, turn: int) -> None:
-        """Keep a sample of the weight."""
-        self._measure(weight)
-        self.sample = Sample.of(weight, limit, turn)
-        self.weight = self.sample.take(weight.detach()).clone()
+    def before_step(self, weight: Tensor) -> None:
+        """Keep the elements of the weight."""
+        taken = elements(weight, self.limit, self.turn)
+        self.before = taken.clone() if taken.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() else taken
 
     def observe_grad(self, weight: Tensor, divisor: Tensor | None) -> None:
         """Measure the gradient; `divisor` is the loss scale it still carries."""
         if weight.is_leaf and weight.grad is not None and not weight.grad.is_sparse:
-            square = _square_sum(weight.grad)
+            square = square_sum(elements(weight.grad, self.limit, self.turn))[0]
             self.columns["grad_sq"] = square if divisor is None else square / divisor.to(square) ** 2
 
-    def _measure(self, weight: Tensor) -> None:
-        self.columns["weight_sq"] = _square_sum(weight)
-        self.columns["numel"] = torch.full_like(self.columns["weight_sq"], weight.numel())
-
     def after_step(self, weight: Tensor) -> None:
-        if "weight_sq" not in self.columns:
-            self._measure(weight)
-        if self.weight is None or self.sample is None or not weight.requires_grad:
+        if "weight_sq" in self.columns:
             return
-        dtype = accumulator(weight.device)
-        before = self.weight.to(dtype)
-        change = self.sample.take(weight.detach()).to(dtype) - before
-        self.columns["change_sq"], self.columns["before_sq"] = change.dot(change), before.dot(before)
+        now = elements(weight, self.limit, self.turn)
+        self.n = len(now)
+        if self.before is None or not weight.requires_grad:
+            self.columns["weight_sq"] = square_sum(now)[0]
+        else:
+            self.columns["weight_sq"], self.columns["change_sq"] = square_sum(self.before, now)
 
     def row(self) -> Tensor | None:
         """COLUMNS as one vector, NaN where unknown; None where nothing was measured."""
@@ -115,25 +141,16 @@ class Layer:
             return None
         like = self.columns["weight_sq"]
         if self.inputs is not None:
-            n, first, second = self.inputs.to(like.device)
-            self.columns["input_n"] = n.sum()
-            self.columns["input_sq"] = second.sum() / n.sum()
-            # E_j[mean_j]^2 without the 1/n bias of a squared sample mean: pairs of distinct samples only, over the features that have any.
-            pairs = n * (n - 1)
-            squares = torch.where(pairs > 0, (first * first - second) / pairs.clamp(min=1), torch.zeros_like(pairs))
-            self.columns["input_offset_sq"] = squares.sum() / (pairs > 0).sum()
+            found = summarise_features(self.inputs.to(like.device))
+            self.columns["input_n"], self.columns["input_sq"], self.columns["input_offset_sq"] = found
         unknown = torch.full_like(like, math.nan)
+        self.columns["n"] = torch.full_like(like, self.n)
         return torch.stack([self.columns.get(name, unknown).to(like) for name in COLUMNS])
 
 
-def _square_sum(tensor: Tensor) -> Tensor:
-    # In float64: the square of a gradient that still carries a GradScaler's factor overflows float32.
-    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=accumulator(tensor.device))
-    return norm.square()
-
-
 def to_weight(facts: dict[str, Any], row: Sequence[float]) -> Weight:
-    """The value of one row, on the host. `facts` are the WEIGHT_FACTS."""
+    """The value of one row, on the host. `facts` are the WEIGHT_FACTS, and how many elements the weight has (numel)."""
+    facts = dict(facts)
 
     def get(name: str) -> float | None:
         value = float(row[_AT[name]])
@@ -147,13 +164,19 @@ def to_weight(facts: dict[str, Any], row: Sequence[float]) -> Weight:
         return None if value is None else math.sqrt(max(0.0, value))
 
     offset = ratio("input_offset_sq", "input_sq")
-    mean_square = ratio("weight_sq", "numel")
+    mean_square, numel, n = ratio("weight_sq", "n"), facts.pop("numel"), get("n")
+
+    def norm(name: str) -> float | None:
+        square = get(name)
+        return None if square is None or not n else math.sqrt(square * numel / n)
+
     return Weight(
         **facts,
         gain=root(None if mean_square is None else mean_square * facts["fan_in"]),
-        norm=root(get("weight_sq")),
-        grad_norm=root(get("grad_sq")),
-        update_ratio=root(ratio("change_sq", "before_sq")),
+        n=round(n or 0),
+        norm=norm("weight_sq"),
+        grad_norm=norm("grad_sq"),
+        update_ratio=root(ratio("change_sq", "weight_sq")),
         input_rms=root(get("input_sq")),
         input_centred_share=None if offset is None else max(0.0, 1 - offset),
         input_n=round(get("input_n") or 0),

@@ -1,0 +1,269 @@
+"""The models that the benchmarks train, and how two trainings are compared: step by step, interleaved in one process.
+
+Machines are noisy, so every figure is a ratio: two equal models take their steps in turn (ABBA), a pair of steps gives one ratio, and their
+median is reported with its quartiles. The same training against itself says how much of that is noise.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training: how to make the model, its batches, and its optimizer."""
+
+    name: str
+    about: str
+    model: Callable[[], nn.Module]
+    batch: Callable[[], Batch]
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    autocast: torch.dtype | None = None
+    sequence: bool = False
+
+    def loss(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+
+
+class Mlp(nn.Sequential):
+    """Ten tanh layers of one width."""
+
+    def __init__(self, width: int = 1024, depth: int = 10, classes: int = 10) -> None:
+        hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())]
+        super().__init__(*hidden, nn.Linear(width, classes))
+
+
+class Block(nn.Module):
+    """The basic block of a ResNet."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.act1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.act2 = nn.ReLU()
+        same = stride == 1 and inputs == outputs
+        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        out: Tensor = self.act2(inner + self.shortcut(x))
+        return out
+
+
+class ResNet18(nn.Sequential):
+    """ResNet-18 as it is used on images of 32 x 32: 17 ReLUs."""
+
+    def __init__(self, width: int, classes: int = 10) -> None:
+        widths = [width, width, 2 * width, 4 * width, 8 * width]
+        blocks = [
+            Block(widths[stage] if first else widths[stage + 1], widths[stage + 1], 2 if first and stage else 1)
+            for stage in range(4)
+            for first in (True, False)
+        ]
+        stem = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes))
+
+
+class Lstm(nn.Module):
+    """A language model of two LSTM layers."""
+
+    def __init__(self, width: int, vocabulary: int = 256) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.lstm = nn.LSTM(width, width, 2, batch_first=True)
+        self.head = nn.Linear(width, vocabulary)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(self.embed(tokens))[0])
+        return out
+
+
+class Attention(nn.Module):
+    """Causal self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        mixed: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return mixed
+
+
+class Layer(nn.Module):
+    """One layer of a transformer, normalised first."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class Gpt(nn.Module):
+    """A GPT."""
+
+    def __init__(self, width: int, layers: int, heads: int, length: int, vocabulary: int) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.layers = nn.Sequential(*(Layer(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.places.weight[: tokens.shape[1]]
+        out: Tensor = self.head(self.norm(self.layers(x)))
+        return out
+
+
+def _tokens(rows: int, length: int, vocabulary: int, device: torch.device) -> Callable[[], Batch]:
+    def batch() -> Batch:
+        drawn = torch.randint(vocabulary, (rows, length + 1), device=device)
+        return drawn[:, :-1], drawn[:, 1:]
+
+    return batch
+
+
+def workloads(device: torch.device) -> dict[str, Workload]:
+    """By name; larger ones where there is a GPU."""
+    cuda = device.type == "cuda"
+
+    def sgd(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def adamw(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def drawn(*shape: int) -> Callable[[], Batch]:
+        return lambda: (torch.randn(*shape, device=device), torch.randint(10, shape[:1], device=device))
+
+    width, images = (64, 512) if cuda else (16, 64)
+    low = torch.bfloat16 if cuda else None
+    gpt = (
+        ("12 layers of width 768, 12 heads, 8 x 1024 tokens, vocabulary 50304 (124M parameters), bf16 autocast", (768, 12, 12, 1024, 50304), 8)
+        if cuda
+        else ("4 layers of width 256, 4 heads, 16 x 128 tokens, vocabulary 256", (256, 4, 4, 128, 256), 16)
+    )
+    cells = 1024 if cuda else 256
+    every = [
+        Workload("MLP", "10 x (Linear 1024, Tanh), batch 256, SGD", Mlp, drawn(256, 1024), sgd),
+        Workload("ResNet-18", f"width {width}, batch {images} of 3 x 32 x 32, SGD", lambda: ResNet18(width), drawn(images, 3, 32, 32), sgd, low),
+        Workload("LSTM", f"2 layers of {cells}, 32 x 64 tokens, SGD", lambda: Lstm(cells), _tokens(32, 64, 256, device), sgd, None, True),
+        Workload("GPT", f"{gpt[0]}, AdamW", lambda: Gpt(*gpt[1]), _tokens(gpt[2], gpt[1][3], gpt[1][4], device), adamw, low, True),
+    ]
+    return {each.name: each for each in every}
+
+
+class Training:
+    """One of two equal trainings: `step` trains once, and returns seconds of wall and of processor time."""
+
+    def __init__(
+        self,
+        work: Workload,
+        model: nn.Module,
+        device: torch.device,
+        compiled: str | None = None,
+        around: AbstractContextManager[object] | None = None,
+    ) -> None:
+        self.work, self.model, self.device = work, model, device
+        self.run: Callable[[Tensor], Tensor] = model if compiled is None else torch.compile(model, mode=None if compiled == "default" else compiled)
+        self.optimizer = work.optimizer(model)
+        self.around = around or nullcontext()
+
+    def step(self, batch: Batch) -> tuple[float, float]:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, self.work.autocast or torch.bfloat16, enabled=self.work.autocast is not None):
+            loss = self.work.loss(self.run, batch)
+        loss.backward()
+        self.optimizer.step()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """What B's step costs over A's."""
+
+    median: float
+    low: float
+    high: float
+    """Quartiles of the ratio of a pair of steps."""
+    total: float
+    """Of the sums of all steps: what a whole training costs."""
+    milliseconds: float
+    """Of A's step, the median."""
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def compare(a: Training, b: Training, pairs: int, warm: int = 3, processor: bool = False) -> Ratio:
+    """B's steps over A's, interleaved."""
+    for _ in range(warm):
+        batch = a.work.batch()
+        a.step(batch)
+        b.step(batch)
+    first, second = [], []
+    for turn in range(pairs):
+        batch = a.work.batch()
+        order = (a, b) if turn % 2 else (b, a)
+        times = {each: each.step(batch)[processor] for each in order}
+        first.append(times[a])
+        second.append(times[b])
+    ratios = [after / before for before, after in zip(first, second, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4) if pairs > 1 else [ratios[0]] * 3
+    return Ratio(median, low, high, sum(second) / sum(first), 1e3 * statistics.median(first), pairs)
+
+
+def twins(work: Workload, device: torch.device, seed: int = 0) -> Iterator[nn.Module]:
+    """Equal models, as many as are asked for."""
+    torch.manual_seed(seed)
+    model = work.model().to(device)
+    while True:
+        yield copy.deepcopy(model)
+
+
+def machine(device: torch.device) -> str:
+    """What a figure was measured on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{torch.get_num_threads()} threads of {name}, torch {torch.__version__}"
+
+
+def geometric(values: list[float]) -> float:
+    return math.exp(statistics.fmean(math.log(value) for value in values))

@@ -1,0 +1,398 @@
+/* The rows of statistics.py in one pass over memory; compiled on the user's machine, where there is a C compiler (cpu.py).
+
+   Elements are taken `stride` apart and read in blocks that stay in the first-level cache: converted to double once, then reduced by loops
+   that the compiler vectorises. All sums are double. An element counts only if all that is read of it is finite.
+
+   BINS, FIRST (the first histogram bin, counted in half octaves of float32) and the order of the columns are those of statistics.py;
+   tests/test_kernels.py compares every column with the plain implementation there. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 256
+#define BANKS 8
+
+enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+
+enum { N, ELEMENTS, NONFINITE, LOW, HIGH, SLOPE, SLOPE_SQ, Z, Z_SQ, A, A_SQ, ZEROS, GATE_LEFT, GATE_RIGHT,
+       GRAD_A_N, GRAD_A_SQ, GRAD_Z_N, GRAD_Z_SQ, GRAD_NONFINITE, HISTOGRAM,
+       PEAK = HISTOGRAM + BINS, Z_MAX, Z_MIN_NEGATED, A_MAX, A_MIN_NEGATED, WIDTH };
+
+/* A vector in memory: one of the four kinds, its elements `stride` apart. */
+typedef struct { const void *data; int64_t kind, stride; } vector;
+
+/* |f'| as a formula of z, or GIVEN as a vector:
+   LOGISTIC  c s(b z) s(-b z) with s the logistic function
+   BETWEEN   c where b < z < d, else 0
+   SILU      s(z) (1 + z s(-z))
+   GELU      of the approximation by tanh: s(u) + z s(u) s(-u) u', with u = 2 sqrt(2 / pi) (z + 0.044715 z^3) */
+enum { GIVEN, LOGISTIC, BETWEEN, SILU, GELU };
+typedef struct { int64_t kind; double b, c, d; vector given; } derivative;
+
+/* Which unit each element belongs to: the one at `start` + i * `step` of a dense tensor whose unit axis has `size` entries, `inner` elements
+   apart. */
+typedef struct { int64_t start, step, inner, size; } axis;
+
+static float from_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static float half(uint16_t bits)
+{
+    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = (uint32_t)(bits & 0x7fff) << 13;
+    if (rest >= 0x7c00u << 13)
+        return from_bits(sign | 0x7f800000u | rest);
+    /* The exponent moves from bias 15 to 127 by a product, which is exact and sets subnormal numbers right as well. */
+    float magnitude = from_bits(rest) * 0x1p112f;
+    return sign ? -magnitude : magnitude;
+}
+
+static void load(const vector *from, int64_t first, int count, double *to)
+{
+    int64_t stride = from->stride;
+    if (from->kind == FLOAT32) {
+        const float *data = (const float *)from->data + first * stride;
+        for (int i = 0; i < count; i++) to[i] = data[i * stride];
+    } else if (from->kind == FLOAT64) {
+        const double *data = (const double *)from->data + first * stride;
+        for (int i = 0; i < count; i++) to[i] = data[i * stride];
+    } else if (from->kind == BFLOAT16) {
+        const uint16_t *data = (const uint16_t *)from->data + first * stride;
+        for (int i = 0; i < count; i++) to[i] = from_bits((uint32_t)data[i * stride] << 16);
+    } else {
+        const uint16_t *data = (const uint16_t *)from->data + first * stride;
+        for (int i = 0; i < count; i++) to[i] = half(data[i * stride]);
+    }
+}
+
+/* e^x for x <= 0: x = k ln 2 + r with |r| <= ln 2 / 2, the series of e^r to r^11 (the next term is below 1e-14), and k added to the exponent.
+   Below -700 it is e^-700, which no sum of float64 can see. */
+static inline double exp_negative(double x)
+{
+    x = x > -700 ? x : -700;
+    /* 1.5 * 2^52 as a double ends in the integer that was added to it. */
+    double shifted = x * 1.4426950408889634 + 0x1.8p52, k = shifted - 0x1.8p52;
+    double r = (x - k * 0x1.62e42fefa39efp-1) - k * 0x1.abc9e3b39803fp-56, sum;
+    int64_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    sum = 1 + r * (1 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 + r * (1.0 / 5040 + r * (1.0 / 40320 +
+          r * (1.0 / 362880 + r * (1.0 / 3628800 + r * (1.0 / 39916800)))))))))));
+    bits = (int64_t)((uint64_t)bits << 52);
+    {
+        int64_t value;
+        memcpy(&value, &sum, sizeof value);
+        value += bits;
+        memcpy(&sum, &value, sizeof sum);
+    }
+    return sum;
+}
+
+static void differentiate(const derivative *of, int64_t first, int m, const double *restrict z, double *restrict slope)
+{
+    double b = of->b, c = of->c, d = of->d;
+    switch (of->kind) {
+    case GIVEN:
+        load(&of->given, first, m, slope);
+        break;
+    case LOGISTIC:
+#pragma omp simd
+        for (int i = 0; i < m; i++) {
+            double e = exp_negative(-fabs(b * z[i]));
+            slope[i] = c * e / ((1 + e) * (1 + e));
+        }
+        break;
+    case BETWEEN:
+#pragma omp simd
+        for (int i = 0; i < m; i++) slope[i] = (z[i] > b ? c : 0) * (z[i] < d ? 1.0 : 0.0);
+        break;
+    case SILU:
+#pragma omp simd
+        for (int i = 0; i < m; i++) {
+            double v = z[i], e = exp_negative(-fabs(v)), whole = 1 / (1 + e), up = v > 0 ? whole : e * whole;
+            slope[i] = fabs(up * (1 + v * (1 - up)));
+        }
+        break;
+    case GELU:
+#pragma omp simd
+        for (int i = 0; i < m; i++) {
+            /* Beyond 30 the second term is 0. */
+            double v = z[i] > 30 ? 30 : z[i] < -30 ? -30 : z[i];
+            double u = 1.5957691216057308 * (v + 0.044715 * v * v * v), e = exp_negative(-fabs(u)), whole = 1 / (1 + e);
+            double up = u > 0 ? whole : e * whole;
+            slope[i] = fabs(up + v * e * whole * whole * 1.5957691216057308 * (1 + 0.134145 * v * v));
+        }
+    }
+}
+
+/* Units of successive elements, without a division for each. */
+typedef struct { int64_t unit, rest, unit_step, rest_step, inner, size; } walk;
+
+static walk begin(const axis *of)
+{
+    walk at = { of->start / of->inner % of->size, of->start % of->inner, of->step / of->inner % of->size, of->step % of->inner,
+                of->inner, of->size };
+    return at;
+}
+
+static int64_t next(walk *at)
+{
+    int64_t unit = at->unit;
+    at->rest += at->rest_step;
+    at->unit += at->unit_step;
+    if (at->rest >= at->inner) {
+        at->rest -= at->inner;
+        at->unit++;
+    }
+    if (at->unit >= at->size) at->unit -= at->size;
+    return unit;
+}
+
+typedef struct {
+    const vector *z, *a;
+    const derivative *of;
+    double low, high, peak;
+} call;
+
+/* The columns of a forward pass over some of the elements, and their samples and saturated samples by unit, added to block [2, size]. */
+static void observe(const call *in, int64_t begin_at, int64_t end_at, double *row, const axis *units, double *block)
+{
+    double z[BLOCK], a[BLOCK], slope[BLOCK], ok[BLOCK], out[BLOCK];
+    int32_t bin[BLOCK];
+    int64_t counted[BANKS][BINS];
+    double n = 0, lows = 0, highs = 0, s1 = 0, s2 = 0, z1 = 0, z2 = 0, a1 = 0, a2 = 0, nonzero = 0, left = 0, right = 0;
+    double z_max = -INFINITY, z_min = INFINITY, a_max = -INFINITY, a_min = INFINITY;
+    double low = in->low == in->low ? in->low : -INFINITY, high = in->high == in->high ? in->high : INFINITY, per_peak = 1 / in->peak;
+    int measured = in->peak == in->peak;
+    walk at = { 0 };
+    memset(counted, 0, sizeof counted);
+    if (block) {
+        axis here = *units;
+        here.start += begin_at * here.step;
+        at = begin(&here);
+    }
+    for (int64_t first = begin_at; first < end_at; first += BLOCK) {
+        int m = end_at - first < BLOCK ? (int)(end_at - first) : BLOCK;
+        load(in->z, first, m, z);
+        load(in->a, first, m, a);
+        differentiate(in->of, first, m, z, slope);
+#pragma omp simd reduction(+ : n)
+        for (int i = 0; i < m; i++) {
+            double good = z[i] * 0 + a[i] * 0 + slope[i] * 0 == 0 ? 1.0 : 0.0;
+            ok[i] = good;
+            n += good;
+        }
+#pragma omp simd
+        for (int i = 0; i < m; i++) {
+            z[i] = ok[i] != 0 ? z[i] : 0.0;
+            a[i] = ok[i] != 0 ? a[i] : 0.0;
+            slope[i] = ok[i] != 0 ? slope[i] : 0.0;
+        }
+#pragma omp simd reduction(+ : lows, highs, z1, z2) reduction(max : z_max) reduction(min : z_min)
+        for (int i = 0; i < m; i++) {
+            double v = z[i], is_low = v <= low ? ok[i] : 0.0, is_high = v >= high ? ok[i] : 0.0;
+            double top = ok[i] != 0 ? v : -INFINITY, bottom = ok[i] != 0 ? v : INFINITY;
+            out[i] = is_low + is_high;
+            lows += is_low;
+            highs += is_high;
+            z1 += v;
+            z2 += v * v;
+            z_max = top > z_max ? top : z_max;
+            z_min = bottom < z_min ? bottom : z_min;
+        }
+#pragma omp simd reduction(+ : a1, a2, nonzero, left, right) reduction(max : a_max) reduction(min : a_min)
+        for (int i = 0; i < m; i++) {
+            double v = a[i], top = ok[i] != 0 ? v : -INFINITY, bottom = ok[i] != 0 ? v : INFINITY;
+            a1 += v;
+            a2 += v * v;
+            nonzero += v != 0 ? 1.0 : 0.0;
+            left += v < 0.1 ? ok[i] : 0.0;
+            right += v > 0.9 ? ok[i] : 0.0;
+            a_max = top > a_max ? top : a_max;
+            a_min = bottom < a_min ? bottom : a_min;
+        }
+#pragma omp simd reduction(+ : s1, s2)
+        for (int i = 0; i < m; i++) {
+            s1 += slope[i];
+            s2 += slope[i] * slope[i];
+        }
+        if (measured) {
+#pragma omp simd
+            for (int i = 0; i < m; i++) {
+                float relative = (float)(slope[i] * per_peak);
+                int32_t bits, index;
+                memcpy(&bits, &relative, sizeof bits);
+                index = (bits >> 22) - FIRST;
+                index = index < 0 ? 0 : index;
+                bin[i] = index > BINS - 1 ? BINS - 1 : index;
+            }
+            /* Several tables, since neighbours often fall into one bin and would wait for each other. */
+            for (int i = 0; i < m; i++) counted[i % BANKS][bin[i]] += ok[i] != 0;
+        }
+        if (block)
+            for (int i = 0; i < m; i++) {
+                int64_t unit = next(&at);
+                block[unit] += ok[i];
+                block[at.size + unit] += out[i];
+            }
+    }
+    row[N] = n;
+    row[NONFINITE] = (double)(end_at - begin_at) - n;
+    row[LOW] = lows;
+    row[HIGH] = highs;
+    row[SLOPE] = s1;
+    row[SLOPE_SQ] = s2;
+    row[Z] = z1;
+    row[Z_SQ] = z2;
+    row[A] = a1;
+    row[A_SQ] = a2;
+    row[ZEROS] = n - nonzero;
+    row[GATE_LEFT] = left;
+    row[GATE_RIGHT] = right;
+    for (int i = 0; i < BINS; i++) {
+        int64_t sum = 0;
+        for (int bank = 0; bank < BANKS; bank++) sum += counted[bank][i];
+        row[HISTOGRAM + i] = (double)sum;
+    }
+    row[PEAK] = measured ? in->peak : -INFINITY;
+    row[Z_MAX] = z_max;
+    row[Z_MIN_NEGATED] = -z_min;
+    row[A_MAX] = a_max;
+    row[A_MIN_NEGATED] = -a_min;
+}
+
+/* The row of one forward call. low, high, peak: NaN where there is none. The elements are shared out to `parts` threads; rows [parts, WIDTH] and
+   blocks [parts, 2, size] (or NULL) hold the row and the block in their first part at the end. Columns of gradients are not written. */
+void torchsat_observe(const vector *z, const vector *a, const derivative *of, int64_t count, double elements, double low, double high,
+                      double peak, int64_t sigmoid, int64_t parts, double *rows, const axis *units, double *blocks)
+{
+    call in = { z, a, of, low, high, peak };
+    int64_t block = blocks ? 2 * units->size : 0;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static, 1) if (parts > 1)
+#endif
+    for (int64_t part = 0; part < parts; part++)
+        observe(&in, count * part / parts, count * (part + 1) / parts, rows + part * WIDTH, units, blocks ? blocks + part * block : 0);
+    for (int64_t part = 1; part < parts; part++) {
+        const double *other = rows + part * WIDTH;
+        for (int i = 0; i < PEAK; i++)
+            if (i < GRAD_A_N || i >= HISTOGRAM) rows[i] += other[i];
+        for (int i = PEAK; i < WIDTH; i++) rows[i] = other[i] > rows[i] ? other[i] : rows[i];
+        for (int64_t i = 0; i < block; i++) blocks[i] += blocks[part * block + i];
+    }
+    rows[ELEMENTS] = elements;
+    if (!sigmoid) rows[GATE_LEFT] = rows[GATE_RIGHT] = 0;
+}
+
+/* The gradient's columns of a row; either vector may be missing (data NULL). */
+void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count, double *row)
+{
+    double a[BLOCK] = { 0 }, z[BLOCK] = { 0 };
+    double n = 0, a2 = 0, z2 = 0;
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
+        if (grad_a->data) load(grad_a, first, m, a);
+        if (grad_z->data) load(grad_z, first, m, z);
+#pragma omp simd reduction(+ : n, a2, z2)
+        for (int i = 0; i < m; i++) {
+            double good = a[i] * 0 + z[i] * 0 == 0 ? 1.0 : 0.0;
+            double u = good != 0 ? a[i] : 0.0, v = good != 0 ? z[i] : 0.0;
+            n += good;
+            a2 += u * u;
+            z2 += v * v;
+        }
+    }
+    row[GRAD_A_N] = grad_a->data ? n : 0;
+    row[GRAD_A_SQ] = a2;
+    row[GRAD_Z_N] = grad_z->data ? n : 0;
+    row[GRAD_Z_SQ] = z2;
+    row[GRAD_NONFINITE] = (double)count - n;
+}
+
+/* [samples, sum x, sum x^2] of each unit: added to sums [3, size]. */
+void torchsat_features(const vector *x_in, int64_t count, const axis *units, double *sums)
+{
+    double x[BLOCK];
+    walk at = begin(units);
+    double *samples = sums, *first_power = sums + units->size, *second_power = sums + 2 * units->size;
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
+        load(x_in, first, m, x);
+        for (int i = 0; i < m; i++) {
+            int64_t unit = next(&at);
+            double good = x[i] * 0 == 0 ? 1.0 : 0.0, v = good != 0 ? x[i] : 0.0;
+            samples[unit] += good;
+            first_power[unit] += v;
+            second_power[unit] += v * v;
+        }
+    }
+}
+
+/* The sum of squares, and where `other` has data, also that of the differences (out[1]). */
+void torchsat_squares(const vector *x_in, const vector *other, int64_t count, double *out)
+{
+    double total = 0, change = 0;
+#ifdef _OPENMP
+#pragma omp parallel for reduction(+ : total, change) if (count > (1 << 17))
+#endif
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        double x[BLOCK], y[BLOCK], sum = 0, difference = 0;
+        int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
+        load(x_in, first, m, x);
+#pragma omp simd reduction(+ : sum)
+        for (int i = 0; i < m; i++) sum += x[i] * x[i];
+        if (other->data) {
+            load(other, first, m, y);
+#pragma omp simd reduction(+ : difference)
+            for (int i = 0; i < m; i++) difference += (y[i] - x[i]) * (y[i] - x[i]);
+        }
+        total += sum;
+        change += difference;
+    }
+    out[0] = total;
+    out[1] = change;
+}
+
+/* UNITS of a unit block [2, size]: units, those with `enough` samples, those of them saturated in `share` of these, the least samples. */
+void torchsat_units(const double *block, int64_t size, double enough, double share, double *out)
+{
+    double measured = 0, stuck = 0, least = INFINITY;
+    for (int64_t unit = 0; unit < size; unit++) {
+        double samples = block[unit], full = samples >= enough ? 1.0 : 0.0;
+        measured += full;
+        stuck += block[size + unit] >= share * samples ? full : 0;
+        least = samples < least ? samples : least;
+    }
+    out[0] = (double)size;
+    out[1] = measured;
+    out[2] = stuck;
+    out[3] = least;
+}
+
+/* Set a unit block to 0 if every unit has `enough` samples. */
+void torchsat_restart(double *block, int64_t size, double enough)
+{
+    for (int64_t unit = 0; unit < size; unit++)
+        if (!(block[unit] >= enough)) return;
+    memset(block, 0, (size_t)(2 * size) * sizeof *block);
+}
+
+/* Of [3, size] as torchsat_features fills it: all samples, the mean square, and the mean over features of the squared mean, without the 1/n
+   bias of a squared sample mean: of pairs of distinct samples only. */
+void torchsat_inputs(const double *sums, int64_t size, double *out)
+{
+    double samples = 0, square = 0, offset = 0, features = 0;
+    for (int64_t at = 0; at < size; at++) {
+        double n = sums[at], first = sums[size + at], second = sums[2 * size + at], pairs = n * (n - 1);
+        samples += n;
+        square += second;
+        offset += pairs > 0 ? (first * first - second) / pairs : 0;
+        features += pairs > 0 ? 1 : 0;
+    }
+    out[0] = samples;
+    out[1] = square / samples;
+    out[2] = offset / features;
+}

@@ -1,0 +1,257 @@
+"""The kernels of cpu.c: compiled where there is a C compiler, kept in the user's cache, called through ctypes.
+
+Plain C and ctypes rather than torch.compile: it builds in a second and not in ten, needs no headers of torch, and leaves the compiler state of
+the user's process (recompile limits, stance, caches of Dynamo) alone. A library is built for the very processor it will run on, so the name
+under which it is kept holds what that processor can do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from torchsat.activations import ACTIVATIONS, Bound
+from torchsat.record import HISTOGRAM_BINS, OCTAVES
+
+_SOURCE = Path(__file__).with_name("cpu.c")
+_KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_BASE = ["-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", f"-DBINS={HISTOGRAM_BINS}", f"-DFIRST={(127 - OCTAVES) * 2 - 1}"]
+_ATTEMPTS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], [])
+"""Best first. OpenMP is compiled in but not linked: its functions are those of the library that torch has loaded, with torch's threads."""
+_SECONDS = 60
+_PART = 16384
+"""Elements that are worth a thread of their own."""
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("kind", ctypes.c_int64), ("stride", ctypes.c_int64))
+
+
+class _Axis(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_int64), ("step", ctypes.c_int64), ("inner", ctypes.c_int64), ("size", ctypes.c_int64))
+
+
+class _Derivative(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int64), ("b", ctypes.c_double), ("c", ctypes.c_double), ("d", ctypes.c_double), ("given", _Vector))
+
+
+_NOTHING = _Vector(None, 0, 0)
+
+
+def reads(*tensors: Tensor | None) -> bool:
+    """Whether the kernels are there and can read these vectors."""
+    for each in tensors:
+        if each is not None and (not each.is_cpu or each.dtype not in _KINDS):
+            return False
+    return _library() is not None
+
+
+@dataclass(frozen=True)
+class Formula:
+    """|f'(z)| as the kernels compute it; see cpu.c."""
+
+    kind: int
+    b: float = 0.0
+    c: float = 1.0
+    d: float = math.inf
+
+
+_FORMULAS: dict[str, Callable[..., Formula | None]] = {
+    "sigmoid": lambda: Formula(1, 1.0, 1.0),
+    "tanh": lambda: Formula(1, 2.0, 4.0),
+    "relu": lambda: Formula(2),
+    "relu6": lambda: Formula(2, 0.0, 1.0, 6.0),
+    "hardtanh": lambda min_val, max_val: Formula(2, float(min_val), 1.0, float(max_val)),
+    "hardsigmoid": lambda: Formula(2, -3.0, 1 / 6, 3.0),
+    "threshold": lambda threshold, value: Formula(2, float(threshold)),
+    "silu": lambda: Formula(3),
+    "gelu": lambda approximate: Formula(4) if approximate == "tanh" else None,
+}
+"""Of the rows of ACTIVATIONS with these names."""
+_DERIVATIVES = {row.name: row.derivative for row in ACTIVATIONS}
+
+
+def formula(bound: Bound) -> Formula | None:
+    """The formula of a function, if it is one of torchsat's own that the kernels know."""
+    name = bound.activation.name
+    if name not in _FORMULAS or bound.learned or bound.derivative is not _DERIVATIVES[name]:
+        return None
+    return _FORMULAS[name](**bound.plain)
+
+
+def parts(count: int) -> int:
+    """How many threads are worth their while for so many elements."""
+    return max(1, min(torch.get_num_threads(), count // _PART))
+
+
+def observe(
+    z: Tensor,
+    a: Tensor,
+    slope: Tensor | Formula,
+    peak: float | None,
+    edges: tuple[float | None, float | None],
+    elements: int,
+    sigmoid: bool,
+    rows: Tensor,
+    place: tuple[int, int, int, int] | None = None,
+    blocks: Tensor | None = None,
+) -> None:
+    """Write the columns of a forward call into the first of `rows`, and add samples and saturated samples of each unit to the first of `blocks`.
+
+    Both have as many entries as threads are to be used (see `parts`), the other ones being where these work.
+    """
+    low, high = (float("nan") if edge is None else edge for edge in edges)
+    if isinstance(slope, Formula):
+        derivative = _Derivative(slope.kind, slope.b, slope.c, slope.d, _NOTHING)
+    else:
+        derivative = _Derivative(0, 0.0, 0.0, 0.0, _Vector(slope.data_ptr(), _KINDS[slope.dtype], slope.stride(0)))
+    _loaded().torchsat_observe(
+        _vector(z),
+        _vector(a),
+        ctypes.byref(derivative),
+        z.shape[0],
+        elements,
+        low,
+        high,
+        float("nan") if peak is None else peak,
+        sigmoid,
+        len(rows),
+        rows.data_ptr(),
+        None if place is None else ctypes.byref(_Axis(*place)),
+        None if blocks is None else blocks.data_ptr(),
+    )
+
+
+def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, row: Tensor) -> None:
+    """Write the gradient's columns into a row."""
+    _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, row.data_ptr())
+
+
+def add_features(x: Tensor, place: tuple[int, int, int, int], sums: Tensor) -> None:
+    """Add [samples, sum x, sum x^2] of each unit to [3, size]."""
+    _loaded().torchsat_features(_vector(x), x.shape[0], ctypes.byref(_Axis(*place)), sums.data_ptr())
+
+
+def squares(x: Tensor, other: Tensor | None, out: Tensor) -> None:
+    """Write the sum of squares of a vector, and of its difference to another, into two numbers."""
+    _loaded().torchsat_squares(_vector(x), _vector(other), x.shape[0], out.data_ptr())
+
+
+def summarise_units(block: Tensor, enough: float, share: float, out: Tensor) -> None:
+    """Write UNITS of a unit block."""
+    _loaded().torchsat_units(block.data_ptr(), block.shape[1], enough, share, out.data_ptr())
+
+
+def start_over_if_full(block: Tensor, enough: float) -> None:
+    """Set a unit block to 0 if every unit has enough samples."""
+    _loaded().torchsat_restart(block.data_ptr(), block.shape[1], enough)
+
+
+def summarise_features(sums: Tensor, out: Tensor) -> None:
+    """Write samples, mean square and squared mean (see cpu.c) of what `add_features` made."""
+    _loaded().torchsat_inputs(sums.data_ptr(), sums.shape[1], out.data_ptr())
+
+
+def _vector(tensor: Tensor | None) -> object:
+    if tensor is None:
+        return ctypes.byref(_NOTHING)
+    return ctypes.byref(_Vector(tensor.data_ptr(), _KINDS[tensor.dtype], tensor.stride(0)))
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they cannot be had."""
+    compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    if os.environ.get("TORCHSAT_KERNELS") == "0" or compiler is None or os.name != "posix":
+        return None
+    for flags in _ATTEMPTS:
+        try:
+            return _load(_built([*shlex.split(compiler), *_BASE, *flags]))
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return None
+
+
+def _built(command: list[str]) -> Path:
+    """The library that this command makes: from the cache, or made now."""
+    source = _SOURCE.read_bytes()
+    name = hashlib.sha256(b"\0".join([source, *(part.encode() for part in command), _processor()])).hexdigest()[:32] + ".so"
+    for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchsat", _private()):
+        try:
+            kept = folder / name
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_uid != os.getuid():
+                continue
+            if not kept.exists():
+                with tempfile.TemporaryDirectory(dir=folder) as work:
+                    part, whole = str(Path(work) / "cpu.o"), Path(work) / name
+                    _run([*command, "-c", str(_SOURCE), "-o", part])
+                    _run([command[0], "-shared", part, "-o", str(whole), "-lm"])
+                    # At once, so that a process beside this one never loads half a library.
+                    whole.replace(kept)
+        except (PermissionError, FileNotFoundError, NotADirectoryError):
+            continue
+        return kept
+    raise OSError("no folder to build in")
+
+
+def _private() -> Path:
+    return Path(tempfile.gettempdir()) / f"torchsat-{os.getuid()}"
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, timeout=_SECONDS)
+
+
+def _processor() -> bytes:
+    """What this processor can do: a folder of a user may be shared by many machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return b"".join(next((line for line in lines if line.startswith(key)), b"") for key in (b"model name", b"flags", b"Features"))
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    """Load the kernels; OSError if a function is missing or the sum of squares of 3 and 4 is not 25."""
+    library = ctypes.CDLL(str(path))
+    pointer, number, integer = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
+    signatures = {
+        "torchsat_observe": [pointer, pointer, pointer, integer, number, number, number, number, integer, integer, pointer, pointer, pointer],
+        "torchsat_gradient": [pointer, pointer, integer, pointer],
+        "torchsat_features": [pointer, integer, pointer, pointer],
+        "torchsat_squares": [pointer, pointer, integer, pointer],
+        "torchsat_units": [pointer, integer, number, number, pointer],
+        "torchsat_restart": [pointer, integer, number],
+        "torchsat_inputs": [pointer, integer, pointer],
+    }
+    for name, signature in signatures.items():
+        function = getattr(library, name, None)
+        if function is None:
+            raise OSError(f"{path} lacks {name}")
+        function.argtypes, function.restype = signature, None
+    two, out = (ctypes.c_double * 2)(3.0, 4.0), (ctypes.c_double * 2)()
+    library.torchsat_squares(ctypes.byref(_Vector(ctypes.addressof(two), 1, 1)), ctypes.byref(_NOTHING), 2, out)
+    if out[0] != 25:
+        raise OSError(f"{path} computes wrongly")
+    return library
