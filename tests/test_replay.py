@@ -61,6 +61,8 @@ def test_the_gates_imply_the_modules_own_output(kind: type[nn.RNNBase], options:
     after = torch.get_rng_state()
     with torch.no_grad():
         gates = by_name(list(rnn_gates(module, x, state, random)))
+        known = by_name(list(rnn_gates(module, x, state, random, output)))
+    assert all((known[name] - z).abs().max() < 1e-12 for name, z in gates.items())
     assert torch.equal(after, torch.get_rng_state())
     output = output.transpose(0, 1) if module.batch_first else output
     last = module.num_layers - 1
@@ -76,6 +78,33 @@ def test_the_gates_imply_the_modules_own_output(kind: type[nn.RNNBase], options:
         assert (implied - mine.flatten(0, 1)).abs().max() < 1e-12
     # 5 gates of an LSTM (the hidden tanh is one), 3 of a GRU, 1 of an RNN.
     assert len(gates) == {nn.LSTM: 5, nn.GRU: 3, nn.RNN: 1}[kind] * module.num_layers * directions
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("packs", [False, True])
+def test_some_sequences_have_the_gates_that_they_have_among_all(kind: type[nn.RNNBase], packs: bool) -> None:
+    module = kind(5, 7, num_layers=2, bidirectional=True).double()
+    steps, batch = 6, 30
+    x = torch.randn(steps, batch, 5, dtype=torch.float64)
+    lengths = torch.randint(1, steps + 1, (batch,)) if packs else torch.full((batch,), steps)
+    lengths[0] = steps
+    given = pack_padded_sequence(x, lengths, enforce_sorted=False) if packs else x
+    states = torch.randn(2, 4, batch, 7, dtype=torch.float64)
+    state = (states[0], states[1]) if kind is nn.LSTM else states[0]
+    output, _ = module(given, state)
+    whole, chosen = list(rnn_gates(module, given, state)), set()
+    for turn in range(11):
+        some = list(rnn_gates(module, given, state, None, output, 7 * steps * 3, turn))
+        for every, few in zip(whole, some, strict=True):
+            assert (
+                (few.layer, few.name, few.elements) == (every.layer, every.name, 7 * int(lengths.sum())) == (every.layer, every.name, every.elements)
+            )
+            near = torch.cdist(few.z, every.z, p=math.inf)
+            assert near.amin(1).max() < 1e-12
+            assert len(few.z) < len(every.z) / 3
+            chosen.update((every.layer, every.name, index) for index in near.argmin(1).tolist())
+    # Over the observations every sequence has its turn.
+    assert len(chosen) == sum(len(every.z) for every in whole)
 
 
 def test_a_relu_rnn_and_a_projected_lstm() -> None:

@@ -1,7 +1,8 @@
 """What fused kernels hide, rebuilt: the gates of recurrent layers and the logits of attention. Pure functions of what was called.
 
-nn.LSTM, nn.GRU, nn.RNN and their cells compute their gates inside one kernel, where no hook fires. Their pre-activations follow from inputs
-and weights alone, by the recurrences that the torch documentation states, run here step by step without gradients.
+nn.LSTM, nn.GRU, nn.RNN and their cells compute their gates inside one kernel, where no hook fires. Their pre-activations follow from inputs,
+hidden states and weights, by the equations that the torch documentation states. The hidden states of a layer come out of the same kernel, run
+again on some sequences of the batch without gradients; then the gates of all time steps are one product, and no step waits for the one before.
 
 The masks of the dropout between layers are drawn again from the state that the generator had before the call. That gives the same masks on a
 CPU; cuDNN keeps a state of its own, so that on a GPU the layers above a dropout cannot be rebuilt, and are not: they are named as unseen.
@@ -35,6 +36,11 @@ class Gate:
     name: str
     function: str
     z: Tensor
+    elements: int
+    """How many z the whole batch has."""
+
+
+_LEAST_SEQUENCES = 4
 
 
 class NotRebuiltError(ValueError):
@@ -54,38 +60,63 @@ def cell_gates(module: nn.RNNCellBase, x: Tensor, state: State = None) -> Iterat
         zero = x.new_zeros(len(x), module.hidden_size)
         state = (zero, zero) if kind == "LSTM" else zero
     weights = [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh] if module.bias else [module.weight_ih, module.weight_hh]
-    found, _ = _scan(kind, x.unsqueeze(0), state, weights, None)
-    for name, function, z in found:
-        yield Gate("", name, function, z.flatten(0, 1))
+    h, c = state if isinstance(state, tuple) else (state, state)
+    for name, function, z in _gates(kind, x.unsqueeze(0), h.unsqueeze(0), c, weights):
+        yield Gate("", name, function, z.flatten(0, 1), z.numel())
 
 
-def rnn_gates(module: nn.RNNBase, x: Tensor | PackedSequence, state: State = None, random: Tensor | None = None) -> Iterator[Gate]:
+def rnn_gates(
+    module: nn.RNNBase,
+    x: Tensor | PackedSequence,
+    state: State = None,
+    random: Tensor | None = None,
+    output: Tensor | PackedSequence | None = None,
+    limit: int | None = None,
+    turn: int = 0,
+) -> Iterator[Gate]:
     """The gates of an nn.LSTM, nn.GRU or nn.RNN, layer by layer, forward direction first.
 
     Args:
         module: any number of layers and directions, `batch_first`, `proj_size`, `dropout`.
         x, state: what the module was called with.
         random: the state of the CPU generator before the call, for the dropout between layers.
+        output: what the module made of it: the hidden states of the last layer, which then need not be computed again.
+        limit: sequences of about so many z per gate are rebuilt, and at least 4 (None: all); all of them where there is a dropout, whose masks
+            are drawn for the whole batch.
+        turn: which observation this is: the sequences change from one to the next.
 
     Raises:
         NotRebuiltError: for a layer above a dropout whose masks cannot be drawn again; the layers below it have been yielded by then.
     """
     lengths: Tensor | None = None
+
+    def ordered(sequences: Tensor | PackedSequence) -> Tensor:
+        """[steps, batch, features]"""
+        if isinstance(sequences, PackedSequence):
+            return pad_packed_sequence(sequences)[0]
+        return sequences.unsqueeze(1) if sequences.ndim == 2 else sequences.transpose(0, 1) if module.batch_first else sequences
+
+    inputs, last = ordered(x), None if output is None else ordered(output)
     if isinstance(x, PackedSequence):
-        inputs, lengths = pad_packed_sequence(x)
-    else:
-        inputs = x.unsqueeze(1) if x.ndim == 2 else x.transpose(0, 1) if module.batch_first else x
+        lengths = pad_packed_sequence(x)[1]
     steps, batch = inputs.shape[:2]
     directions = 2 if module.bidirectional else 1
-    hidden = module.proj_size or module.hidden_size
+    size = module.proj_size or module.hidden_size
+    samples = steps * batch if lengths is None else int(lengths.sum())
     states: list[Tensor] | None = None
     if state is not None:
         states = [part.reshape(module.num_layers * directions, batch, -1) for part in (state if isinstance(state, tuple) else (state,))]
+    drops = module.training and module.dropout > 0 and module.num_layers > 1
+    if limit is not None and not drops:
+        chosen = _spaced(batch, max(_LEAST_SEQUENCES, limit // max(1, steps * module.hidden_size)), turn)
+        last = None if last is None else last[:, chosen]
+        inputs, lengths = inputs[:, chosen], None if lengths is None else lengths[chosen]
+        states = None if states is None else [part[:, chosen].contiguous() for part in states]
+        batch = inputs.shape[1]
     # Positions of real elements in the padded [steps, batch]; the lengths are on the host, so nothing waits for the device.
     kept = (
         None if lengths is None else (torch.arange(steps).unsqueeze(1) < lengths).flatten().nonzero().squeeze(1).to(x.data.device, non_blocking=True)
     )
-    drops = module.training and module.dropout > 0
     saved = torch.get_rng_state() if drops else None
     try:
         if drops and random is not None:
@@ -105,65 +136,63 @@ def rnn_gates(module: nn.RNNBase, x: Tensor | PackedSequence, state: State = Non
                 if states is not None:
                     first: Tensor | tuple[Tensor, Tensor] = (states[0][at], states[1][at]) if len(states) == 2 else states[0][at]
                 else:
-                    zero = inputs.new_zeros(batch, hidden)
+                    zero = inputs.new_zeros(batch, size)
                     first = (zero, inputs.new_zeros(batch, module.hidden_size)) if module.mode == "LSTM" else zero
-                ordered = _reversed(inputs, lengths) if direction else inputs
-                found, output = _scan(module.mode, ordered, first, weights, projection)
-                outputs.append(_reversed(output, lengths) if direction else output)
-                for name, function, z in found:
+                given = _reversed(inputs, lengths) if direction else inputs
+                h, c = first if isinstance(first, tuple) else (first, first)
+                if last is not None and layer == module.num_layers - 1:
+                    hidden = last.chunk(directions, -1)[direction]
+                    hidden = _reversed(hidden, lengths) if direction else hidden
+                else:
+                    hidden = _run(module.mode, given, h, c, weights, projection, module.bias)
+                outputs.append(_reversed(hidden, lengths) if direction else hidden)
+                before = torch.cat([h.unsqueeze(0).to(hidden.dtype), hidden[:-1]])
+                for name, function, z in _gates(module.mode, given, before, c, weights):
                     # A reversed direction fills the same positions: each sequence is turned within its own length.
                     flat = z.flatten(0, 1)
-                    yield Gate(suffix, name, function, flat if kept is None else flat.index_select(0, kept))
+                    yield Gate(suffix, name, function, flat if kept is None else flat.index_select(0, kept), samples * z.shape[-1])
             inputs = torch.cat(outputs, -1)
     finally:
         if saved is not None:
             torch.set_rng_state(saved)
 
 
-def _scan(
-    kind: str, inputs: Tensor, state: Tensor | tuple[Tensor, Tensor], weights: list[Tensor], projection: Tensor | None
-) -> tuple[list[tuple[str, str, Tensor]], Tensor]:
-    """One layer in one direction over [steps, batch, features]: (gate, function, z) each [steps, batch, units], and the output."""
+def _run(kind: str, inputs: Tensor, h: Tensor, c: Tensor, weights: list[Tensor], projection: Tensor | None, bias: bool) -> Tensor:
+    """The hidden states [steps, batch, units] of one layer in one direction, by torch's own kernel."""
+    given = [*weights, *([] if projection is None else [projection])]
+    h, c = h.unsqueeze(0).to(inputs.dtype), c.unsqueeze(0).to(inputs.dtype)
+    # cuDNN wants the weights of a whole module in one piece of memory, and warns where they are not.
+    with torch.backends.cudnn.flags(enabled=False):
+        if kind == "LSTM":
+            return torch.lstm(inputs, (h, c), given, bias, 1, 0.0, False, False, False)[0]
+        run = torch.gru if kind == "GRU" else torch.rnn_tanh if kind == "RNN_TANH" else torch.rnn_relu
+        return run(inputs, h, given, bias, 1, 0.0, False, False, False)[0]
+
+
+def _gates(kind: str, inputs: Tensor, before: Tensor, c: Tensor, weights: list[Tensor]) -> list[tuple[str, str, Tensor]]:
+    """(gate, function, z) of one layer in one direction, z being [steps, batch, units].
+
+    Args:
+        inputs: [steps, batch, features].
+        before: the hidden state that each step begins with, [steps, batch, units].
+        c: the cell state that the first step begins with.
+    """
     weight_ih, weight_hh, *biases = weights
     bias_ih, bias_hh = biases or (None, None)
-    projected = F.linear(inputs, weight_ih, bias_ih)
-    gates, cells, outputs = [], [], []
-    h, c = state if isinstance(state, tuple) else (state, state)
-    for step in projected:
-        recurrent = F.linear(h, weight_hh, bias_hh)
-        if kind == "GRU":
-            reset, update, new = step.chunk(3, -1)
-            reset_h, update_h, new_h = recurrent.chunk(3, -1)
-            reset, update = reset + reset_h, update + update_h
-            new = new + torch.sigmoid(reset) * new_h
-            gates.append(torch.cat([reset, update, new], -1))
-            kept = torch.sigmoid(update)
-            h = (1 - kept) * torch.tanh(new) + kept * h
-        elif kind == "LSTM":
-            z = step + recurrent
-            i, f, g, o = z.chunk(4, -1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(c)
-            if projection is not None:
-                h = F.linear(h, projection)
-            gates.append(z)
-            cells.append(c)
-        else:
-            z = step + recurrent
-            h = torch.tanh(z) if kind == "RNN_TANH" else torch.relu(z)
-            gates.append(z)
-        outputs.append(h)
-    z = torch.stack(gates)
-    if kind == "LSTM":
-        i, f, g, o = z.chunk(4, -1)
-        found = [("input", "sigmoid", i), ("forget", "sigmoid", f), ("cell", "tanh", g), ("output", "sigmoid", o)]
-        found.append(("hidden", "tanh", torch.stack(cells)))
-    elif kind == "GRU":
-        reset, update, new = z.chunk(3, -1)
-        found = [("reset", "sigmoid", reset), ("update", "sigmoid", update), ("new", "tanh", new)]
-    else:
-        found = [("hidden", kind.removeprefix("RNN_").lower(), z)]
-    return found, torch.stack(outputs)
+    projected, recurrent = F.linear(inputs, weight_ih, bias_ih), F.linear(before, weight_hh, bias_hh)
+    if kind == "GRU":
+        (reset, update, new), (reset_h, update_h, new_h) = projected.chunk(3, -1), recurrent.chunk(3, -1)
+        reset = reset + reset_h
+        return [("reset", "sigmoid", reset), ("update", "sigmoid", update + update_h), ("new", "tanh", new + torch.sigmoid(reset) * new_h)]
+    z = projected + recurrent
+    if kind != "LSTM":
+        return [("hidden", kind.removeprefix("RNN_").lower(), z)]
+    i, f, g, o = z.chunk(4, -1)
+    kept, added, cells = torch.sigmoid(f), torch.sigmoid(i) * torch.tanh(g), []
+    for share, new in zip(kept, added, strict=True):
+        c = torch.addcmul(new, share, c.to(new.dtype))
+        cells.append(c)
+    return [("input", "sigmoid", i), ("forget", "sigmoid", f), ("cell", "tanh", g), ("output", "sigmoid", o), ("hidden", "tanh", torch.stack(cells))]
 
 
 def _reversed(sequences: Tensor, lengths: Tensor | None) -> Tensor:

@@ -1010,7 +1010,16 @@ class Taps:
             self._met(site, a.grad_fn)
             self._tap_gradient(site, call, a)
 
-    def _count(self, site: Site, sample: Sample, z: Tensor, a: Tensor, axis: int | None = None, slope: Tensor | cpu.Formula | None = None) -> None:
+    def _count(
+        self,
+        site: Site,
+        sample: Sample,
+        z: Tensor,
+        a: Tensor,
+        axis: int | None = None,
+        slope: Tensor | cpu.Formula | None = None,
+        elements: int | None = None,
+    ) -> None:
         bound, current = site.bound, self._current()
         edges: Edges
         peak: float | Tensor | None
@@ -1025,7 +1034,8 @@ class Taps:
             assert isinstance(slope, Tensor)
             slope, peak, edges = slope.abs(), None, (None, None)
         units = self._units(site, sample, axis)
-        row, block = observe(z, a, slope, peak, edges, math.prod(sample.shape), bound.activation.name == "sigmoid", units)
+        elements = math.prod(sample.shape) if elements is None else elements
+        row, block = observe(z, a, slope, peak, edges, elements, bound.activation.name == "sigmoid", units)
         current.add(current.rows, site.name, row)
         if block is not None:
             current.add(current.blocks, site.name, block)
@@ -1117,7 +1127,11 @@ class Taps:
                 current.add(current.inputs, layer.name, input_sums(plain, plain.ndim - 1, self.limit, self.turn))
                 if self._deciding and plain.grad_fn is None and not plain.requires_grad:
                     self.fed_by_data.add(layer.name)
-        gates = cell_gates(module, x, state) if isinstance(module, nn.RNNCellBase) else rnn_gates(cast(nn.RNNBase, module), x, state, random)
+        gates = (
+            cell_gates(module, x, state)
+            if isinstance(module, nn.RNNCellBase)
+            else rnn_gates(cast(nn.RNNBase, module), x, state, random, output[0], self.limit, self.turn)
+        )
         try:
             for gate in gates:
                 place = f"{name}.{gate.layer}/{gate.name}" if gate.layer else f"{name}/{gate.name}"
@@ -1140,7 +1154,7 @@ class Taps:
             site.feeds_on = dict.fromkeys(name for name in feeders if name in self.layers)
         sample = Sample.of(gate.z, self.limit, self.turn)
         z = upcast(sample.take(gate.z))
-        self._count(site, sample, z, getattr(torch, gate.function)(z))
+        self._count(site, sample, z, getattr(torch, gate.function)(z), elements=gate.elements)
 
     def _before_layer(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._counts(module):
