@@ -1,17 +1,18 @@
 """The kernels give the rows of the plain implementation, column by column, whatever they are handed."""
 
 import math
-import os
-import subprocess
-import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from tests.test_activations import row as row_of
+from torchsat.activations import Activation, bind
 from torchsat.kernels import cpu
-from torchsat.statistics import MAXES, SUMS, Sample, Units, observe, observe_features, observe_gradient, square_sum
+from torchsat.statistics import MAXES, SUMS, Sample, Units, observe, observe_features, observe_gradient, observe_softmax, square_sum
 
 compiled = pytest.mark.skipif(not cpu.reads(), reason="no C compiler")
 COLUMNS = (*SUMS, *MAXES)
@@ -69,6 +70,50 @@ def test_forward_rows_and_units(
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("keys", [1, 2, 3, 300, 1000])
+def test_softmaxes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, keys: int) -> None:
+    generator = torch.Generator().manual_seed(keys)
+    logits = (torch.randn(3, 4, 5, keys, generator=generator) * 10.0 ** torch.randint(-2, 3, (3, 4, 5, 1), generator=generator)).to(dtype)
+    logits[0, 0, 0, 0], logits[1, 1, 1, -1], logits[2, 2, 2, 0] = math.inf, math.nan, -1000.0
+    some = torch.rand(3, 1, 5, keys, generator=generator) < 0.7
+    causal = torch.ones(5, keys, dtype=torch.bool).tril()
+    for visible in (torch.ones((), dtype=torch.bool), some, causal, torch.zeros(1, 1, 1, 1, dtype=torch.bool)):
+        for z in (logits, logits.transpose(0, 2).contiguous().transpose(0, 2), logits.transpose(1, 2).contiguous().transpose(1, 2)):
+            row, heads = observe_softmax(z, visible, 77)
+            with monkeypatch.context() as patch:
+                plain(patch)
+                other, other_heads = observe_softmax(z, visible, 77)
+            assert torch.allclose(row, other, rtol=1e-11, atol=1e-11), [name for name, a, b in zip(COLUMNS, row, other, strict=True) if a != b]
+            assert torch.allclose(heads, other_heads, rtol=1e-11, atol=1e-11)
+
+
+@compiled
+@pytest.mark.parametrize(
+    "module",
+    [nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 2.0), nn.Hardsigmoid(), nn.Threshold(0.3, 1.0), nn.SiLU(), nn.GELU("tanh")],
+    ids=repr,
+)
+def test_the_formulas_of_the_kernels_are_the_derivatives_of_the_table(module: nn.Module) -> None:
+    bound = bind(row_of(module), module, 0.05)
+    formula = cpu.formula(bound)
+    assert formula is not None
+    z = torch.cat(
+        [torch.linspace(-40, 40, 4001, dtype=torch.float64), torch.tensor([0.0, -0.0, 0.3, 3.0, 6.0, -0.5, 2.0, 1e4, -1e4, 700, -700, 1e-300])]
+    )
+    # One element a row: what comes back is its derivative.
+    found = torch.stack([observe(each.reshape(1), each.reshape(1), formula, 1.0, (None, None), 1)[0] for each in z])[:, SUMS.index("derivative")]
+    expected = bound.evaluate(z, z, {})[0]
+    assert torch.allclose(found, expected, rtol=1e-11, atol=1e-15)
+
+
+def test_a_derivative_of_the_users_own_is_never_replaced() -> None:
+    own = Activation("tanh", (nn.Tanh,), (), lambda z: torch.ones_like(z))
+    assert cpu.formula(bind(own, nn.Tanh(), 0.05)) is None
+    assert cpu.formula(bind(row_of(nn.GELU()), nn.GELU(), 0.05)) is None
+
+
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_features_and_squares(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     whole, other = hostile((40, 50), dtype), hostile((40, 50), dtype).flip(0)
@@ -108,29 +153,38 @@ def test_every_float16_is_read_as_it_is() -> None:
             assert square_sum(value.reshape(1))[0].item() == value.double().item() ** 2
 
 
-def child(code: str, **environment: str) -> str:
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **environment})
-    return run.stdout.strip()
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., bool]]:
+    """Whether the kernels are there under this environment, looked for anew; None takes a variable away."""
+
+    def look(**environment: str | None) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", str(tmp_path))
+            for name, value in {"TORCHSAT_KERNELS": None, "XDG_CACHE_HOME": str(tmp_path), **environment}.items():
+                patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
+            cpu._library.cache_clear()
+            return cpu.reads()
+
+    yield look
+    cpu._library.cache_clear()
 
 
-def test_without_a_compiler_or_when_told_so_all_is_plain(tmp_path: Path) -> None:
-    code = "from torchsat.kernels import cpu; print(cpu.reads())"
-    assert child(code, TORCHSAT_KERNELS="0") == "False"
-    assert child(code, CC="false", XDG_CACHE_HOME=str(tmp_path)) == "False"
-    assert child(code, CC="/no/such/compiler", XDG_CACHE_HOME=str(tmp_path)) == "False"
-    assert child(code, PATH=str(tmp_path), CC="") == "False"
+def test_without_a_compiler_or_when_told_so_all_is_plain(fresh: Callable[..., bool], tmp_path: Path) -> None:
+    assert not fresh(TORCHSAT_KERNELS="0")
+    assert not fresh(CC="false")
+    assert not fresh(CC="/no/such/compiler")
+    assert not fresh(PATH=str(tmp_path), CC=None)
 
 
 @compiled
-def test_the_library_is_built_once_and_where_it_may_be(tmp_path: Path) -> None:
-    code = "from torchsat.kernels import cpu; print(cpu.reads())"
-    environment = {"XDG_CACHE_HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
-    assert child(code, **environment) == "True"
+def test_the_library_is_built_once_and_where_it_may_be(fresh: Callable[..., bool], tmp_path: Path) -> None:
+    assert fresh()
     (built,) = (tmp_path / "torchsat").iterdir()
     stamp = built.stat().st_mtime_ns
-    assert child(code, **environment) == "True"
+    assert fresh()
     assert [each.stat().st_mtime_ns for each in (tmp_path / "torchsat").iterdir()] == [stamp]
     (tmp_path / "file").touch()
-    assert child(code, XDG_CACHE_HOME=str(tmp_path / "file"), TMPDIR=str(tmp_path)) == "True"
+    assert fresh(XDG_CACHE_HOME=str(tmp_path / "file"))
+    built.unlink()
     built.write_bytes(b"not a library")
-    assert child(code, **environment) == "True"
+    assert fresh()

@@ -321,13 +321,19 @@ def observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Ten
     """The row and the block of heads of one softmax.
 
     Args:
-        logits: [batch, heads, queries, keys], float32 or float64, what masks add included.
+        logits: [batch, heads, queries, keys], what masks add included.
         visible: booleans that broadcast to the same shape: which keys a query sees. A row that sees fewer than two has no entropy and does
             not count, nor does one with a logit that is inf or nan.
         elements: how many logits the whole softmax has.
     """
     dtype = accumulator(logits.device)
-    z, visible = logits.to(dtype), visible.expand(logits.shape)
+    visible = visible.expand(logits.shape)
+    if cpu.reads(logits):
+        row, heads = empty_row(logits.device), torch.zeros(len(HEADS), logits.shape[1], dtype=dtype)
+        heads[-1] = -math.inf
+        cpu.observe_softmax(logits, visible, elements, row, heads)
+        return row, heads
+    z = logits.to(dtype)
     keys = visible.sum(-1)
     finite = (torch.isfinite(z) | ~visible).all(-1)
     counts = finite & (keys > 1)

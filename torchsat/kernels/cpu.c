@@ -287,6 +287,79 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
     if (!sigmoid) rows[GATE_LEFT] = rows[GATE_RIGHT] = 0;
 }
 
+/* The row and the block of heads [6, heads] of a softmax, as observe_softmax of statistics.py states them.
+   z: [batch, heads, queries, keys] with these sizes and strides; visible: bytes, with strides of its own (0 where it is broadcast). */
+void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t *sizes, const int64_t *z_strides, const int64_t *visible_strides,
+                      double elements, double *row, double *heads)
+{
+    int64_t size = sizes[1], keys = sizes[3];
+    double z[BLOCK], seen[BLOCK];
+    int64_t width = z_in->kind == FLOAT64 ? 8 : z_in->kind == FLOAT32 ? 4 : 2;
+    row[ELEMENTS] = elements;
+    for (int64_t query = 0; query < sizes[0] * sizes[1] * sizes[2]; query++) {
+        int64_t at[3] = { query / (sizes[1] * sizes[2]), query / sizes[2] % sizes[1], query % sizes[2] };
+        int64_t z_at = at[0] * z_strides[0] + at[1] * z_strides[1] + at[2] * z_strides[2];
+        const uint8_t *see = visible + at[0] * visible_strides[0] + at[1] * visible_strides[1] + at[2] * visible_strides[2];
+        vector here = { (const char *)z_in->data + z_at * width, z_in->kind, z_strides[3] };
+        double n = 0, bad = 0, top = -INFINITY, bottom = INFINITY, sum = 0, square = 0;
+        double total = 0, weighted = 0, total_square = 0, nonzero = 0, least = INFINITY, deviation = 0, mean, log_total, log_keys;
+        for (int64_t first = 0; first < keys; first += BLOCK) {
+            int m = keys - first < BLOCK ? (int)(keys - first) : BLOCK;
+            load(&here, first, m, z);
+            for (int i = 0; i < m; i++) seen[i] = see[(first + i) * visible_strides[3]] ? 1.0 : 0.0;
+#pragma omp simd reduction(+ : n, bad, sum, square) reduction(max : top) reduction(min : bottom)
+            for (int i = 0; i < m; i++) {
+                double good = z[i] * 0 == 0 ? seen[i] : 0.0, v = good != 0 ? z[i] : 0.0;
+                double high = good != 0 ? v : -INFINITY, low = good != 0 ? v : INFINITY;
+                n += seen[i];
+                bad += seen[i] - good;
+                sum += v;
+                square += v * v;
+                top = high > top ? high : top;
+                bottom = low < bottom ? low : bottom;
+            }
+        }
+        if (bad > 0) row[NONFINITE] += n;
+        if (bad > 0 || n < 2) continue;
+        mean = sum / n;
+        for (int64_t first = 0; first < keys; first += BLOCK) {
+            int m = keys - first < BLOCK ? (int)(keys - first) : BLOCK;
+            load(&here, first, m, z);
+            for (int i = 0; i < m; i++) seen[i] = see[(first + i) * visible_strides[3]] ? 1.0 : 0.0;
+#pragma omp simd reduction(+ : total, weighted, total_square, nonzero, deviation) reduction(min : least)
+            for (int i = 0; i < m; i++) {
+                double shifted = seen[i] != 0 ? z[i] - top : 0, off = seen[i] != 0 ? z[i] - mean : 0;
+                /* e^-745 is the least number above 0 in float64. */
+                double e = shifted < -745 ? 0 : exp_negative(shifted) * seen[i], low = seen[i] != 0 ? e : INFINITY;
+                total += e;
+                weighted += e * shifted;
+                total_square += e * e;
+                nonzero += e > 0 ? 1.0 : 0.0;
+                deviation += off * off;
+                least = low < least ? low : least;
+            }
+        }
+        log_total = log(total);
+        log_keys = log(n);
+        heads[at[1]] += 1;
+        heads[size + at[1]] += (log_total - weighted / total) / log_keys;
+        heads[2 * size + at[1]] += 1 - total_square / (total * total);
+        heads[3 * size + at[1]] += deviation / n;
+        heads[4 * size + at[1]] += log_keys;
+        if (top > heads[5 * size + at[1]]) heads[5 * size + at[1]] = top;
+        row[N] += n;
+        row[Z] += sum;
+        row[Z_SQ] += square;
+        row[A] += 1;
+        row[A_SQ] += total_square / (total * total);
+        row[ZEROS] += n - nonzero;
+        if (top > row[Z_MAX]) row[Z_MAX] = top;
+        if (-bottom > row[Z_MIN_NEGATED]) row[Z_MIN_NEGATED] = -bottom;
+        if (1 / total > row[A_MAX]) row[A_MAX] = 1 / total;
+        if (-least / total > row[A_MIN_NEGATED]) row[A_MIN_NEGATED] = -least / total;
+    }
+}
+
 /* The gradient's columns of a row; either vector may be missing (data NULL). */
 void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count, double *row)
 {

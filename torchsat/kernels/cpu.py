@@ -136,6 +136,21 @@ def observe(
     )
 
 
+def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor, heads: Tensor) -> None:
+    """Write the columns of a softmax into an empty row and an empty block of heads; `visible` has the shape of the logits."""
+    four = ctypes.c_int64 * 4
+    _loaded().torchsat_softmax(
+        ctypes.byref(_Vector(logits.data_ptr(), _KINDS[logits.dtype], 1)),
+        visible.data_ptr(),
+        four(*logits.shape),
+        four(*logits.stride()),
+        four(*visible.stride()),
+        elements,
+        row.data_ptr(),
+        heads.data_ptr(),
+    )
+
+
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, row: Tensor) -> None:
     """Write the gradient's columns into a row."""
     _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, row.data_ptr())
@@ -238,6 +253,7 @@ def _load(path: Path) -> ctypes.CDLL:
     pointer, number, integer = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
     signatures = {
         "torchsat_observe": [pointer, pointer, pointer, integer, number, number, number, number, integer, integer, pointer, pointer, pointer],
+        "torchsat_softmax": [pointer, pointer, pointer, pointer, pointer, number, pointer, pointer],
         "torchsat_gradient": [pointer, pointer, integer, pointer],
         "torchsat_features": [pointer, integer, pointer, pointer],
         "torchsat_squares": [pointer, pointer, integer, pointer],
