@@ -34,11 +34,13 @@ from torchsat import process
 from torchsat.activations import ACTIVATIONS, Activation
 from torchsat.calls import uses_flex_attention
 from torchsat.diagnosis import Diagnosis, verdict
+from torchsat.ingraph import Wires, why_not
 from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record
 from torchsat.taps import MODEL, Pass, Site, Taps, clean, is_compiled
 from torchsat.weights import COLUMNS, Layer, to_weight
+from torchsat.weights import why_not as layer_why_not
 
 log = logging.getLogger("torchsat")
 
@@ -60,6 +62,7 @@ def watch(
     include: Patterns = None,
     exclude: Patterns = None,
     calls: bool = True,
+    compiled: Literal["eager", "in_graph"] = "eager",
     activations: Sequence[Activation] = ACTIVATIONS,
     rules: Sequence[Rule] = RULES,
     sinks: Iterable[Sink] | None = None,
@@ -77,6 +80,8 @@ def watch(
         sample: the most elements read per call of a site, spread evenly over it; None: all.
         include, exclude: patterns of site names (as in a shell), one or several.
         calls: hear function calls too (`F.relu(x)`, `x.tanh()`, softmax, attention), not only modules and recurrent layers.
+        compiled: how a compiled model is observed: "eager" runs observed steps without the compiler; "in_graph" compiles the measurement of its
+            modules into the graph (to be called before the first compiled step; that first step still runs eager).
         activations: the table that says which module or function computes which activation.
         rules: when to alert.
         sinks: functions of a Snapshot, called after TensorBoard's; `flush` and `close` are called too where they exist.
@@ -97,6 +102,7 @@ def watch(
         include=include,
         exclude=exclude,
         calls=calls,
+        compiled=compiled,
         activations=activations,
         rules=rules,
         sinks=sinks,
@@ -148,6 +154,7 @@ class Monitor:
         include: Patterns,
         exclude: Patterns,
         calls: bool,
+        compiled: Literal["eager", "in_graph"],
         activations: Sequence[Activation],
         rules: Sequence[Rule],
         sinks: Iterable[Sink] | None,
@@ -172,6 +179,8 @@ class Monitor:
             raise TypeError(f'log_dir is {log_dir!r}; allowed is a directory such as "runs/exp1"')
         if not isinstance(calls, bool):
             raise TypeError(f"calls is {calls!r}; allowed are True (hear function calls too) and False (modules and recurrent layers only)")
+        if compiled not in ("eager", "in_graph"):
+            raise ValueError(f'compiled is {compiled!r}; allowed are "eager" and "in_graph"')
         self._taps = Taps(activations, _selector(include, exclude), epsilon, sample, self._entered, self._left, self._gradients, self._fault, calls)
         self._judge = Judge(rules, self._fault)
         self._diagnosis = Diagnosis()
@@ -204,6 +213,12 @@ class Monitor:
         self._skipped: Tensor | None = None
         self._flex: bool | None = None
         """Whether the model uses flex_attention; None: not looked for yet."""
+        self._wires: Wires | None = None
+        """The hooks that are compiled with the model."""
+        self._laid: tuple[Any, ...] = ()
+        """What they were laid for."""
+        self._silent = 0
+        """Observations in a row in which the compiled graph said nothing."""
         self._compiled: bool | None = None
         """Whether the model is called from compiled code; None until it was entered."""
         if log_dir is not None or writer is not None:
@@ -213,6 +228,8 @@ class Monitor:
         self._watcher = process.Watcher(self._before_step, self._after_step, self.close, functools.partial(self._fault, MODEL), self._forget)
         process.join(self._watcher)
         try:
+            if compiled == "in_graph":
+                self._wire()
             self._open()
         except Exception:
             self.close()
@@ -274,6 +291,7 @@ class Monitor:
         self._owned.clear()
         process.leave(self._watcher)
         self._taps.close()
+        self._unwire()
         self.flush()
         for sink in list(self._sinks):
             self._to_sink(sink, getattr(sink, "close", None))
@@ -283,6 +301,7 @@ class Monitor:
         """Stop watching without touching files or threads."""
         self._closed = True
         self._taps.close()
+        self._unwire()
         process.release(self._watcher)
 
     def __enter__(self) -> Monitor:
@@ -389,10 +408,43 @@ class Monitor:
             self._again = False
             self._rates.clear()
             self._scale = self._skipped = None
+            self._lay(model)
+            # What feeds what is seen in eager; a model that cannot run eager does without.
+            if self._wires is not None and self._compiled is not None and (self._flex or self._taps.knows(model)):
+                self._taps.open(model, in_graph=True)
+                return
             self._taps.open(model)
             # Before the first pass nobody knows whether the model will be compiled. One that was never entered is idle, and left alone.
             if self._compiled or (self._compiled is None and self._step == 0):
                 self._force_eager(model)
+
+    def _wire(self) -> None:
+        """Get ready to measure inside the compiled graph, or say why not."""
+        reason = why_not()
+        if reason is not None:
+            log.warning('torchsat: compiled="in_graph" is not possible, observed steps run eager: %s.', reason)
+            return
+        process.heed_hooks(self._watcher)
+        self._wires = Wires(self._taps)
+
+    def _lay(self, model: nn.Module) -> None:
+        """Hook the modules of the model as it is now, for the compiler."""
+        if self._wires is None:
+            return
+        found = self._taps.places(model)
+        laid = tuple(id(module) for _, module, *_ in (*found.sites, *found.layers))
+        if laid != self._laid:
+            self._laid = laid
+            self._wires.cut()
+            # The slope of RReLU is drawn: it is not known where the output has overwritten z.
+            sites = [(name, module) for name, module, row in found.sites if not (row.from_output and getattr(module, "inplace", False))]
+            self._wires.lay(sites, [(name, module) for name, module in found.layers if layer_why_not(module) is None])
+
+    def _unwire(self) -> None:
+        if self._wires is not None:
+            self._wires.cut()
+            self._wires = None
+            process.ignore_hooks(self._watcher)
 
     def _entered(self, training: bool) -> None:
         """The model was entered during an observation: torch has decided between graph and eager, so the stance has done its work."""
@@ -484,7 +536,7 @@ class Monitor:
         if not taps.saw_pass:
             self._miss(self._model())
             return
-        self._misses = 0
+        self._misses = self._silent = 0
         stopped = [name for name in taps.stopped if name not in self._said_stopped]
         self._said_stopped.update(stopped)
         if stopped:
@@ -542,6 +594,17 @@ class Monitor:
 
     def _miss(self, model: nn.Module | None) -> None:
         """An observed step without a training pass is not a silent gap."""
+        if self._wires is not None and self._compiled is not None and self._silent < 2:
+            self._silent += 1
+            self._again = True
+            if self._silent == 2 and model is not None:
+                self._unwire()
+                log.warning(
+                    'torchsat: no compiled graph of %s was heard: it was compiled before torchsat.watch(compiled="in_graph"), or it does not run '
+                    "compiled. Observed steps run eager.",
+                    type(model).__name__,
+                )
+            return
         self._misses += 1
         if self._misses == 3 and model is not None:
             why = (

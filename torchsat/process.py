@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import Tensor
 from torch._dynamo import eval_frame
 from torch.optim import Optimizer
@@ -46,6 +47,9 @@ _hooks_running = 0
 _forcing: dict[Watcher, None] = {}
 _stance: tuple[Any, Any] | None = None
 """torch's guard of the stance that we set, and that stance."""
+_heeding: dict[Watcher, None] = {}
+_skipped_hooks = True
+"""What torch's setting was before the first watcher with compiled hooks."""
 _previous_handler: Any = None
 _handles_sigterm = False
 
@@ -67,6 +71,7 @@ def leave(watcher: Watcher) -> None:
     global _handles_sigterm
     _watchers.pop(watcher, None)
     release(watcher)
+    ignore_hooks(watcher)
     take_down()
     if _handles_sigterm and not _watchers and threading.current_thread() is threading.main_thread():
         if signal.getsignal(signal.SIGTERM) is _on_sigterm:
@@ -102,6 +107,22 @@ def _tell(hooks: list[tuple[Watcher, StepHook]], optimizer: Optimizer, args: tup
                 watcher.fault(error)
     finally:
         _hooks_running -= 1
+
+
+def heed_hooks(watcher: Watcher) -> None:
+    """Let torch.compile look at the hooks of modules before it runs a graph: by default one model's graph serves every other of its class, and a
+    model whose hooks have changed."""
+    global _skipped_hooks
+    if not _heeding:
+        _skipped_hooks = torch._dynamo.config.skip_nnmodule_hook_guards
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+    _heeding[watcher] = None
+
+
+def ignore_hooks(watcher: Watcher) -> None:
+    """This watcher has no compiled hooks (any more)."""
+    if _heeding.pop(watcher, _heeding) is None and not _heeding:
+        torch._dynamo.config.skip_nnmodule_hook_guards = _skipped_hooks
 
 
 def force_eager(watcher: Watcher) -> None:

@@ -67,22 +67,14 @@ _UNKNOWN: Any = object()
 _NOT_DIFFERENTIATED = "it may be an activation, but its derivative cannot be had inside a checkpoint: name it in activations="
 _TRIES = 20
 """Calls in which a module was linear before it is taken to be so."""
+_NOT_IN_GRAPH = "measured in eager steps only: in a compiled graph the activations of modules are heard, not function calls, gates or attention"
 _STOPPED = f"it ran before, but not in the last {_MISSES} observations"
 _SOFTMAX = Bound(Activation("softmax"), lambda z: z, {}, {}, 0.0, None)
 """What a softmax has instead of a function of one element."""
 
 
-class Hook:
+class Inert:
     """A hook whose copies and pickles do nothing: they are a function of the standard library, so a saved model never needs torchsat."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self.call = call
-
-    def __call__(self, *args: Any) -> None:
-        if not torch.compiler.is_compiling() and not torch._C._is_tracing():
-            self.call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -92,6 +84,17 @@ class Hook:
 
     def __copy__(self) -> Callable[..., None]:
         return contextlib.nullcontext().__exit__
+
+
+class Hook(Inert):
+    """A hook of eager execution."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self.call = call
+
+    def __call__(self, *args: Any) -> None:
+        if not torch.compiler.is_compiling() and not torch._C._is_tracing():
+            self.call(*args)
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,12 @@ def find(
     return found
 
 
+def _structure(found: Found) -> tuple[tuple[str, int, str | None], ...]:
+    """What two models of the same sites and layers have in common."""
+    sites = ((name, id(module), None) for name, module, _ in found.sites)
+    return (*sites, *((name, id(module), why_not(module)) for name, module in found.layers))
+
+
 _CALLERS = (
     (nn.GLU, "glu"),
     ((nn.Softmax, nn.Softmin, nn.Softmax2d, nn.MultiheadAttention), "softmax"),
@@ -339,7 +348,11 @@ class Taps:
         """The layers whose input nothing computed that learns."""
         self.turn = 0
         self.is_open = False
+        self.in_graph = False
+        """This observation listens to the hooks of a compiled graph."""
         self.saw_pass = False
+        self._samples: dict[str, Sample] = {}
+        """Of the last call of each site in a compiled graph."""
         self._rows: dict[type[nn.Module], Activation | None] = {}
         self._known: dict[str, Site] = {}
         self._structure: tuple[tuple[str, int, str | None], ...] = ()
@@ -372,17 +385,22 @@ class Taps:
         self._owner: int | None = None
         """The thread whose passes this observation is of: a model may be used by another one meanwhile."""
 
-    def open(self, model: nn.Module) -> None:
-        """Hook the model as it is now."""
-        found = find(model, self._activation_of, self._may_be_own, self.selects)
+    def places(self, model: nn.Module) -> Found:
+        """What there is to hook."""
+        return find(model, self._activation_of, self._may_be_own, self.selects)
+
+    def knows(self, model: nn.Module) -> bool:
+        """Whether the model is as it was when its sites and what feeds them were last found out."""
+        return not self._deciding and self._structure == _structure(self.places(model))
+
+    def open(self, model: nn.Module, in_graph: bool = False) -> None:
+        """Hook the model as it is now; `in_graph`: only listen to the hooks that were compiled with it (ingraph.py)."""
+        found = self.places(model)
         self.names = [name for name, _, _ in found.sites]
         self.expected = [name for name in found.calls if self.selects(name)]
         self.recurrent = {name: self.recurrent.get(name, False) for name, _ in found.recurrent}
         self.unseen = list(found.unseen)
-        structure = (
-            *((name, id(module), None) for name, module, _ in found.sites),
-            *((name, id(module), why_not(module)) for name, module in found.layers),
-        )
+        structure = _structure(found)
         if structure != self._structure:
             self._structure, self._deciding = structure, True
             for site in self._known.values():
@@ -394,6 +412,13 @@ class Taps:
             site.row, site.heads, site.recompute_only = None, None, False
             if site.block is not None:
                 start_over_if_full_(site.block)
+        self.in_graph = in_graph
+        if in_graph:
+            self._make_layers(found)
+            for name, module, activation in found.sites:
+                self._site(name, module, activation)
+            self.notes.update((name, _NOT_IN_GRAPH) for name in self.sites if name not in self.names)
+            return
         self._hook(model, self._guarded(MODEL, self._enter), pre=True)
         for name, module, accounted in found.places if self.hears_calls else ():
             self._hook(module, self._guarded(MODEL, self._begin_module, name, accounted), pre=True, with_kwargs=True)
@@ -416,25 +441,74 @@ class Taps:
             calls: list[Any] = []
             self._hook(module, self._guarded(name, self._before_recurrent, calls), pre=True, with_kwargs=True)
             self._hook(module, self._guarded(name, self._after_recurrent, name, calls))
+        self._make_layers(found)
+        for name, module in found.layers:
+            layer = self.layers.get(name)
+            if layer is not None:
+                self._hook(module, self._guarded(name, self._before_layer, layer), pre=True, with_kwargs=True)
+                if self._deciding:
+                    self._hook(module, self._guarded(name, self._after_layer, layer))
+        for _, module, accounted in found.places if self.hears_calls else ():
+            self._hook(module, self._guarded(MODEL, self._end_module, accounted), always_call=True)
+        # Last of all, so that a model that is itself an activation is still in its pass when its own hook runs.
+        self._hook(model, self._guarded(MODEL, self._leave), always_call=True)
+
+    def _make_layers(self, found: Found) -> None:
+        """What is measured of weights: every layer while the structure is new, then those that feed a site."""
         feeders = self.feeders()
         self._weights, self.layers = {}, {}
         for name, module in found.layers:
             reason = why_not(module)
             if reason is not None:
                 self.unseen.append((name, reason))
-            if reason is not None or name in self.failed or not (self._deciding or name in feeders):
-                continue
-            layer = self.layers[name] = Layer(name, module, limit=self.limit, turn=self.turn)
-            self._weights[id(module.weight)] = name
-            self._hook(module, self._guarded(name, self._before_layer, layer), pre=True, with_kwargs=True)
-            if self._deciding:
-                self._hook(module, self._guarded(name, self._after_layer, layer))
+            if reason is None and name not in self.failed and (self._deciding or name in feeders):
+                self.layers[name] = Layer(name, module, limit=self.limit, turn=self.turn)
+                self._weights[id(module.weight)] = name
         for name, module in found.recurrent:
             self._recurrent_layers(name, module, feeders)
-        for _, module, accounted in found.places if self.hears_calls else ():
-            self._hook(module, self._guarded(MODEL, self._end_module, accounted), always_call=True)
-        # Last of all, so that a model that is itself an activation is still in its pass when its own hook runs.
-        self._hook(model, self._guarded(MODEL, self._leave), always_call=True)
+
+    def heard_site(self, name: str, z: Tensor, a: Tensor | None) -> None:
+        """A compiled graph computes a site: z, and a where z was not overwritten with it."""
+        if self.in_graph:
+            self._guarded(name, self._count_in_graph, name)(z, a)
+
+    def _count_in_graph(self, name: str, z: Tensor, a: Tensor | None) -> None:
+        site = self._known.get(name)
+        if site is None:
+            return
+        sample = Sample.of(z, self.limit, self.turn)
+        taken = sample.take(z)
+        if a is None:
+            function = site.bound.activation.function or site.bound.activation.calls[0]
+            made = function(taken.clone(), **site.bound.plain, **{name: sample.spread(value) for name, value in site.bound.learned.items()})
+        else:
+            made = sample.take(a)
+        self._samples[name] = sample
+        self._ran(site, ())
+        self._count(site, sample, taken, made)
+
+    def heard_gradient(self, name: str, grad: Tensor, of_output: bool) -> None:
+        """The backward of a compiled graph computes dL/da (of the output) or dL/dz of a site."""
+        if self.in_graph:
+            self._guarded(name, self._add_in_graph, name)(grad, of_output)
+
+    def _add_in_graph(self, name: str, grad: Tensor, of_output: bool) -> None:
+        sample = self._samples.get(name)
+        if sample is None or sample.shape != tuple(grad.shape):
+            sample = Sample.of(grad, self.limit, self.turn)
+        taken = sample.take(grad)
+        self._passes[0].add(self._passes[0].rows, name, observe_gradient(taken if of_output else None, None if of_output else taken))
+
+    def heard_layer(self, name: str, x: Tensor) -> None:
+        """A compiled graph runs a layer on x."""
+        layer = self.layers.get(name) if self.in_graph else None
+        module = layer.module() if layer is not None else None
+        if module is not None:
+            self._guarded(name, self._add_inputs, name, module)(x)
+
+    def _add_inputs(self, name: str, module: nn.Module, x: Tensor) -> None:
+        current = self._current()
+        current.add(current.inputs, name, input_sums(x, feature_axis(module, x.ndim), self.limit, self.turn))
 
     def _recurrent_layers(self, name: str, module: nn.Module, feeders: dict[str, tuple[str, ...]]) -> None:
         for parameter, weight in module.named_parameters(recurse=False):
@@ -469,11 +543,12 @@ class Taps:
                 site.output = site.traced and not site.hidden and (site.reaches_output or not self.saw_model)
         # What ran for the first time after the structure had been looked at is looked at in the next observation.
         self._deciding = self._deciding or any(site.row is not None and not site.decided for site in self.sites.values())
-        if self.saw_pass:
+        if self.saw_pass and not self.in_graph:
             self._count_misses()
         self._passes, self._nodes, self._indices, self.layers, self._pass_survey = [], {}, {}, {}, None
         self._passing = None
-        self.is_open = False
+        self._samples.clear()
+        self.is_open = self.in_graph = False
         self.turn += 1
 
     def _count_misses(self) -> None:
@@ -1162,8 +1237,7 @@ class Taps:
         x = _first_tensor(args, kwargs)
         if not _is_real(x) or not x.is_floating_point() or not x.numel() or x.layout != torch.strided or type(x) not in (Tensor, nn.Parameter):
             return
-        current = self._current()
-        current.add(current.inputs, layer.name, input_sums(x, feature_axis(module, x.ndim), self.limit, self.turn))
+        self._add_inputs(layer.name, module, x)
         if self._deciding:
             (self.fed_by_data.add if x.grad_fn is None and not x.requires_grad else self.fed_by_data.discard)(layer.name)
         if self._deciding and self._nodes:
