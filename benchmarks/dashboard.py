@@ -44,7 +44,7 @@ def measure(sites: int) -> dict[str, float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     with tempfile.TemporaryDirectory() as folder:
         timed = Timed(folder)
-        with torchsat.watch(model, every=1, sinks=(timed,)):
+        with torchsat.watch(model, every=1, budget=None, sinks=(timed,)):
             for _ in range(STEPS):
                 optimizer.zero_grad()
                 model(torch.randn(64, 32)).square().mean().backward()

@@ -348,7 +348,7 @@ def run(case: Case) -> Result:
     others = Others(model, rate)
     steps = STEPS if case.fault else HEALTHY_STEPS
     correct: list[float] = []
-    with torchsat.watch(model, every=EVERY, sinks=[result.snapshots.append], rules=()), warnings.catch_warnings():
+    with torchsat.watch(model, every=EVERY, budget=None, sinks=[result.snapshots.append], rules=()), warnings.catch_warnings():
         for step, (x, y) in enumerate(batches(case, steps)):
             observed = due(step, EVERY)
             handles = others.watch() if observed else []

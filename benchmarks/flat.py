@@ -38,7 +38,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {os.cpu_count()} CPU cores, every=1\n")
     print("   step  resident MB  threads  open files  seconds")
     with tempfile.TemporaryDirectory() as folder:
-        monitor = torchsat.watch(model, folder, every=1)
+        monitor = torchsat.watch(model, folder, every=1, budget=None)
         start = time.perf_counter()
         for step in range(steps + 1):
             if step % (steps // 10) == 0:

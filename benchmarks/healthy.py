@@ -33,7 +33,7 @@ def main() -> None:
             snapshots: list[torchsat.Snapshot] = []
             alerts: list[torchsat.Alert] = []
             optimizer = make(model.parameters())
-            with torchsat.watch(model, sinks=(snapshots.append,), on_alert=alerts.append):
+            with torchsat.watch(model, budget=None, sinks=(snapshots.append,), on_alert=alerts.append):
                 for _ in range(1500):
                     batch = torch.randint(1500, (64,))
                     loss = nn.functional.cross_entropy(model(pixels[batch]), labels[batch])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo import eval_frame
 
-from torchsat import process
+from torchsat import process, schedule
 from torchsat.record import Record
 
 hooks = sys.modules["torch.optim.optimizer"]
@@ -26,6 +26,13 @@ def _clean() -> Iterator[None]:
     assert eval_frame._stance.stance == "default"
     assert not hooks._global_optimizer_pre_hooks
     assert not hooks._global_optimizer_post_hooks
+
+
+@pytest.fixture(autouse=True)
+def _no_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on how long a step takes, but those marked `clock`: the interval is not stretched."""
+    if "clock" not in request.keywords:
+        monkeypatch.setattr(schedule.Schedule, "adjust", lambda self, step: None)
 
 
 def record(site: str = "act", **given: object) -> Record:

@@ -59,7 +59,7 @@ def snapshots(sites: int, count: int, every: int = 10) -> list[Snapshot]:
             alerts = (replace(raised, site="blocks.0.act"), replace(raised, site=NAME, message=f"{NAME} is saturated", severity="warning"))
         elif index == 5:
             alerts = (replace(ALERT, site=NAME, step=index * every, firing=False, message="no longer"),)
-        weights = (Weight("fc", ("blocks.0.act",), 8, False, 0.1, 1.5, 1.0, 0.25, 1e-3, 1.0, 0.5, 128),)
+        weights = (Weight("fc", ("blocks.0.act",), 8, False, 0.1, 64, 1.5, 1.0, 0.25, 1e-3, 1.0, 0.5, 128),)
         made.append(Snapshot(index * every, 1000.0 + index, tuple(records), weights, alerts))
     return made
 

@@ -20,6 +20,7 @@ def weight(name: str = "fc", feeds: str = "act", **given: object) -> Weight:
         "fan_in": 64,
         "data": False,
         "learning_rate": 0.1,
+        "n": 4096,
         "gain": 1.0,
         "norm": 8.0,
         "grad_norm": 1.0,

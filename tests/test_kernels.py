@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.test_activations import row as row_of
 from torchsat.activations import Activation, bind
 from torchsat.kernels import cpu
-from torchsat.statistics import MAXES, SUMS, Sample, Units, observe, observe_features, observe_gradient, observe_softmax, square_sum
+from torchsat.statistics import MAXES, SUMS, Sample, Units, observe, observe_features, observe_gradient, observe_softmax, put_squares
 
 compiled = pytest.mark.skipif(not cpu.reads(), reason="no C compiler")
 COLUMNS = (*SUMS, *MAXES)
@@ -30,6 +30,14 @@ def hostile(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     for at, value in enumerate((0.0, -0.0, math.inf, -math.inf, math.nan, 0.1, 0.9, 1e-7, 6e-8, -1e-45, 65504.0, 2.0)):
         flat[(at * 37 + 5) % len(flat)] = value
     return z.to(dtype)
+
+
+def squares(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """[sum x^2, sum (y - x)^2]"""
+    out = torch.zeros(2, dtype=torch.float64)
+    whole = Sample.of(x, None, 0)
+    put_squares(whole.take(x), None if y is None else whole.take(y), out, 0)
+    return out
 
 
 def close(found: Tensor, expected: Tensor, names: tuple[str, ...]) -> None:
@@ -124,7 +132,7 @@ def test_gradients_features_and_squares(monkeypatch: pytest.MonkeyPatch, dtype: 
     def measure() -> list[Tensor]:
         rows = [observe_gradient(*given) for given in ((first, second), (first, None), (None, second))]
         finite = [torch.where(torch.isfinite(each), each, torch.zeros_like(each)) for each in (whole.t(), other.t())]
-        return [*rows, observe_features(first, units).flatten(), square_sum(finite[0]), square_sum(finite[0], finite[1]), square_sum(whole)]
+        return [*rows, observe_features(first, units).flatten(), squares(finite[0]), squares(finite[0], finite[1]), squares(whole)]
 
     found = measure()
     plain(monkeypatch)
@@ -135,9 +143,9 @@ def test_gradients_features_and_squares(monkeypatch: pytest.MonkeyPatch, dtype: 
 def test_squares_of_what_float32_cannot_square(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, huge = torch.full((1000,), 1e-30), torch.full((300_000,), 1e30)
     for _ in range(2):
-        assert square_sum(tiny)[0].item() == pytest.approx(1e-57, rel=1e-6)
-        assert square_sum(huge)[0].item() == pytest.approx(3e65, rel=1e-6)
-        assert square_sum(huge, 2 * huge)[1].item() == pytest.approx(3e65, rel=1e-6)
+        assert squares(tiny)[0].item() == pytest.approx(1e-57, rel=1e-6)
+        assert squares(huge)[0].item() == pytest.approx(3e65, rel=1e-6)
+        assert squares(huge, 2 * huge)[1].item() == pytest.approx(3e65, rel=1e-6)
         plain(monkeypatch)
 
 
@@ -147,10 +155,10 @@ def test_every_float16_is_read_as_it_is() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         values = bits.view(dtype)
         values = values[torch.isfinite(values)]
-        out = square_sum(values, values.double().float().to(dtype))
+        out = squares(values, values.double().float().to(dtype))
         assert out[1].item() == 0
         for value in values[::997]:
-            assert square_sum(value.reshape(1))[0].item() == value.double().item() ** 2
+            assert squares(value.reshape(1))[0].item() == value.double().item() ** 2
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 import torchsat
 from torchsat import activations
-from torchsat.monitor import due
 from torchsat.weights import fan_in
 
 
@@ -201,11 +200,6 @@ def test_a_model_is_not_kept_alive() -> None:
     other = mlp()
     train(other, 1)
     assert "closed" in repr(monitor)
-
-
-def test_the_schedule_is_dense_at_first() -> None:
-    assert [step for step in range(160) if due(step, 50)] == [0, 1, 2, 4, 8, 16, 32, 50, 100, 150]
-    assert [step for step in range(5) if due(step, 1)] == [0, 1, 2, 3, 4]
 
 
 def test_unobserved_steps_run_none_of_our_code_on_the_model() -> None:

@@ -151,7 +151,9 @@ def test_gradient_over_depth_needs_two_hidden_sites_with_gradient() -> None:
 
 
 def weights(*ratios: float | None) -> Snapshot:
-    made = tuple(Weight(f"layer{index}", (f"act{index}",), 8, False, 0.1, 1.0, 1.0, 1.0, ratio, 1.0, 1.0, 100) for index, ratio in enumerate(ratios))
+    made = tuple(
+        Weight(f"layer{index}", (f"act{index}",), 8, False, 0.1, 64, 1.0, 1.0, 1.0, ratio, 1.0, 1.0, 100) for index, ratio in enumerate(ratios)
+    )
     return Snapshot(0, 0.0, (record(),), made)
 
 

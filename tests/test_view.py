@@ -110,7 +110,7 @@ def test_a_series_holds_the_numbers_of_its_snapshots() -> None:
 
 def test_a_layers_numbers_stand_at_the_sites_it_feeds_the_least_of_several() -> None:
     layers = tuple(
-        Weight(name, feeds, 8, False, 0.1, gain, 1.0, 0.1, ratio, 1.0, 0.5, 10)
+        Weight(name, feeds, 8, False, 0.1, 64, gain, 1.0, 0.1, ratio, 1.0, 0.5, 10)
         for name, feeds, gain, ratio in (("q", ("x",), 2.0, 1e-3), ("k", ("x", "y"), 1.0, 1e-2))
     )
     found = from_snapshots("run", [Snapshot(0, 0.0, (record("x"), record("y"), record("z")), layers)])

@@ -22,7 +22,7 @@ import os
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -37,6 +37,7 @@ from torchsat.diagnosis import Diagnosis, verdict
 from torchsat.ingraph import Wires, why_not
 from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
+from torchsat.schedule import Mark, Schedule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record
 from torchsat.taps import MODEL, Pass, Site, Taps, clean, is_compiled
 from torchsat.weights import COLUMNS, Layer, to_weight
@@ -57,6 +58,7 @@ def watch(
     *,
     writer: Any = None,
     every: int = 50,
+    budget: float | None = 0.02,
     epsilon: float = 0.05,
     sample: int | None = 65536,
     include: Patterns = None,
@@ -76,6 +78,8 @@ def watch(
         log_dir: TensorBoard's directory of this run; written is the sub-run `<log_dir>/torchsat`. None: nothing is written.
         writer: instead of `log_dir`, a torch.utils.tensorboard.SummaryWriter to write through.
         every: observe step 0, the powers of two below this, and its multiples.
+        budget: the share of training time that observing may take from step `every` on: where it would take more, the interval is stretched, which
+            is logged. None: any.
         epsilon: an element is saturated where |f'| stays below this share of its peak.
         sample: the most elements read per call of a site, spread evenly over it; None: all.
         include, exclude: patterns of site names (as in a shell), one or several.
@@ -97,6 +101,7 @@ def watch(
         log_dir,
         writer=writer,
         every=every,
+        budget=budget,
         epsilon=epsilon,
         sample=sample,
         include=include,
@@ -109,11 +114,6 @@ def watch(
         on_alert=on_alert,
         errors=errors,
     )
-
-
-def due(step: int, every: int) -> bool:
-    """Whether this step is observed: 0, the powers of two below `every`, and its multiples."""
-    return step % every == 0 or (step < every and step & (step - 1) == 0)
 
 
 @dataclass
@@ -149,6 +149,7 @@ class Monitor:
         *,
         writer: Any,
         every: int,
+        budget: float | None,
         epsilon: float,
         sample: int | None,
         include: Patterns,
@@ -162,9 +163,13 @@ class Monitor:
         errors: Literal["warn", "raise"],
     ) -> None:
         model = _plain(model)
-        _check(every, epsilon, sample, activations, rules, errors)
+        _check(every, budget, epsilon, sample, activations, rules, errors)
         self._model = weakref.ref(model)
-        self._every = every
+        self._schedule = Schedule(every, budget)
+        self._since = 0.0
+        """Since when our own code runs, on the host's clock."""
+        self._device: torch.device | None = None
+        """Whose clock tells what an observation costs."""
         self._errors = errors
         self._on_alert = on_alert
         if sinks is not None and not isinstance(sinks, Iterable):
@@ -181,7 +186,18 @@ class Monitor:
             raise TypeError(f"calls is {calls!r}; allowed are True (hear function calls too) and False (modules and recurrent layers only)")
         if compiled not in ("eager", "in_graph"):
             raise ValueError(f'compiled is {compiled!r}; allowed are "eager" and "in_graph"')
-        self._taps = Taps(activations, _selector(include, exclude), epsilon, sample, self._entered, self._left, self._gradients, self._fault, calls)
+        self._taps = Taps(
+            activations,
+            _selector(include, exclude),
+            epsilon,
+            sample,
+            self._entered,
+            self._left,
+            self._gradients,
+            self._fault,
+            calls,
+            self._schedule.spend,
+        )
         self._judge = Judge(rules, self._fault)
         self._diagnosis = Diagnosis()
         self._latest: Snapshot | None = None
@@ -249,6 +265,11 @@ class Monitor:
         return self._diagnosis.firing
 
     @property
+    def overhead(self) -> float | None:
+        """The measured share of training time that observing took lately, from step `every` on; None before it is known."""
+        return self._schedule.overhead
+
+    @property
     def coverage(self) -> Coverage:
         """What is seen and what is not, as of the last observation."""
         taps = self._taps
@@ -271,7 +292,7 @@ class Monitor:
         if self._closed:
             return
         self._manual = True
-        with self._never_raising():
+        with self._never_raising(), self._timed():
             if self._taps.is_open:
                 self._after_weights(None)
             self._finish_round()
@@ -340,7 +361,7 @@ class Monitor:
         self._stepping.append(optimizer)
         if len(self._stepping) > 1 or not (self._taps.is_open or optimizer in self._round):
             return
-        with torch.no_grad():
+        with torch.no_grad(), self._timed():
             if optimizer in self._round:
                 self._taps.drop_after(self._mark)
                 self._finish_round()
@@ -357,10 +378,10 @@ class Monitor:
             return
         self._passes = 0
         idle = not self._taps.is_open and not self._in_flight and not self._again
-        if idle and self._alone() is optimizer and not due(self._step + 1, self._every):
+        if idle and self._alone() is optimizer and not self._schedule.due(self._step + 1):
             self._step += 1
             return
-        with torch.no_grad():
+        with torch.no_grad(), self._timed():
             self._round.add(optimizer)
             if self._taps.is_open:
                 self._after_weights(optimizer, _has_closure(args, kwargs))
@@ -389,15 +410,34 @@ class Monitor:
         stepped = {id(parameter) for optimizer in self._round for group in optimizer.param_groups for parameter in group["params"]}
         return all(parameter.grad is None or id(parameter) in stepped for parameter in model.parameters())
 
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """What runs inside is time of our own, of the observation that is open at its end."""
+        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spend()
+
+    def _spend(self) -> None:
+        now = time.perf_counter()
+        self._schedule.spend(now - self._since)
+        self._since = now
+
     def _finish_round(self) -> None:
         self._drain()
         if self._taps.is_open:
             self._finish_observation()
+            self._spend()
+            self._schedule.end(Mark.now(self._device))
+            changed = self._schedule.adjust(self._step)
+            if changed is not None:
+                log.warning("torchsat: step %d: %s", self._step, changed)
         self._step += 1
         self._members, self._round, self._mark = self._round, weakref.WeakSet(), None
         members = list(self._members)
         self._alone = weakref.ref(members[0]) if len(members) == 1 else _nobody
-        if due(self._step, self._every) or self._again:
+        if self._schedule.due(self._step) or self._again:
             self._open()
 
     def _open(self) -> None:
@@ -406,6 +446,9 @@ class Monitor:
             return
         with self._never_raising():
             self._again = False
+            first = next(model.parameters(), None)
+            self._device = None if first is None else first.device
+            self._schedule.begin(self._step, Mark.now(self._device))
             self._rates.clear()
             self._scale = self._skipped = None
             self._lay(model)
@@ -425,6 +468,9 @@ class Monitor:
             log.warning('torchsat: compiled="in_graph" is not possible, observed steps run eager: %s.', reason)
             return
         process.heed_hooks(self._watcher)
+        model = self._model()
+        if model is not None:
+            process.forget_graphs(model)
         self._wires = Wires(self._taps)
 
     def _lay(self, model: nn.Module) -> None:
@@ -556,7 +602,7 @@ class Monitor:
         for layer, weight in layers:
             if layer.name not in feeds:
                 continue
-            if "weight_sq" not in layer.columns and layer.inputs is not None:
+            if not layer.n and layer.inputs is not None:
                 # A layer that no optimizer owns (a frozen part) has a gain and an input too.
                 layer.after_step(weight)
             row = layer.row()
@@ -570,6 +616,7 @@ class Monitor:
                             "feeds": feeds[layer.name],
                             "fan_in": layer.fan_in,
                             "numel": weight.numel(),
+                            "n": layer.n,
                             "data": layer.name in taps.fed_by_data,
                             "learning_rate": rate,
                         },
@@ -651,7 +698,7 @@ class Monitor:
             if record.n or record.nonfinite:
                 records.append(record)
         weights = [to_weight(facts, cut(device, len(COLUMNS))) for device, facts in flight.weight_facts]
-        snapshot = Snapshot(flight.step, flight.time, tuple(records), tuple(weights))
+        snapshot = Snapshot(flight.step, flight.time, tuple(records), tuple(weights), overhead=self._schedule.overhead)
         snapshot = replace(snapshot, alerts=self._verdict(snapshot))
         self._latest = snapshot
         self._announce(snapshot)
@@ -756,9 +803,11 @@ def _plain(model: Any) -> nn.Module:
     return model
 
 
-def _check(every: Any, epsilon: Any, sample: Any, activations: Any, rules: Any, errors: Any) -> None:
+def _check(every: Any, budget: Any, epsilon: Any, sample: Any, activations: Any, rules: Any, errors: Any) -> None:
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every is {every!r}; allowed are whole numbers from 1 up (steps between observations)")
+    if budget is not None and (not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 0 < budget <= 1):
+        raise ValueError(f"budget is {budget!r}; allowed are numbers above 0 up to 1 (a share of training time; 0.02 by default), or None for any")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise ValueError(f"epsilon is {epsilon!r}; allowed are numbers between 0 and 1 (a share of the peak derivative; 0.05 by default)")
     if sample is not None and (not isinstance(sample, int) or isinstance(sample, bool) or sample < 1):

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 import torch._dynamo.config
-from torch import Tensor
-from torch._dynamo import eval_frame
+from torch import Tensor, nn
+from torch._dynamo import eval_frame, external_utils
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -117,6 +117,14 @@ def heed_hooks(watcher: Watcher) -> None:
         _skipped_hooks = torch._dynamo.config.skip_nnmodule_hook_guards
         torch._dynamo.config.skip_nnmodule_hook_guards = False
     _heeding[watcher] = None
+
+
+def forget_graphs(model: nn.Module) -> None:
+    """Compile anew what is made of the code of this model's modules: a graph that was made while hooks were not looked at would serve it too."""
+    # Where forward is torch's own, as in a Sequential, what is compiled is a wrapper around the call.
+    around = (external_utils.wrap_inline(model.forward), nn.Module._call_impl, nn.Module._wrapped_call_impl)
+    for code in {function.__code__ for function in (*around, *(type(each).forward for each in model.modules())) if hasattr(function, "__code__")}:
+        eval_frame.remove_from_cache(code)
 
 
 def ignore_hooks(watcher: Watcher) -> None:

@@ -210,6 +210,8 @@ class Snapshot:
     weights: tuple[Weight, ...] = ()
     alerts: tuple[Alert, ...] = ()
     """The alerts that fired or cleared at this observation."""
+    overhead: float | None = None
+    """The measured share of training time that the observations before this one took; None before it is known."""
 
     def __getitem__(self, site: str) -> Record:
         for record in self.records:

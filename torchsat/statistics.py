@@ -169,8 +169,10 @@ def observe(
     elements: int,
     sigmoid: bool = False,
     units: Units | None = None,
+    row: Tensor | None = None,
+    block: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The row and the unit block of one forward call.
+    """The row and the unit block of one forward call, merged in place into those given.
 
     Args:
         z, a: the elements taken, vectors of equal length.
@@ -184,14 +186,16 @@ def observe(
     formula = isinstance(slope, cpu.Formula)
     constant = not isinstance(peak, Tensor) and not any(isinstance(edge, Tensor) for edge in edges)
     if formula or (constant and cpu.reads(z, a, cast(Tensor, slope))):
-        parts = cpu.parts(z.shape[0])
-        rows = torch.empty(parts, len(SUMS) + len(MAXES), dtype=torch.float64)
-        rows[0] = _empty_row(z.device)
-        blocks = None if units is None else torch.zeros(parts, 2, units.size, dtype=torch.float64)
-        place = None if units is None else units.place
-        cpu.observe(z, a, slope, cast("float | None", peak), cast(Any, edges), elements, sigmoid, rows, place, blocks)
-        return rows[0], None if blocks is None else blocks[0]
-    return _observe(z, a, cast(Tensor, slope), peak, edges, elements, sigmoid, units)
+        row = empty_row(z.device) if row is None else row
+        if units is None:
+            cpu.observe(z, a, slope, cast("float | None", peak), cast(Any, edges), elements, sigmoid, row)
+            return row, None
+        block = torch.zeros(2, units.size, dtype=torch.float64) if block is None else block
+        cpu.observe(z, a, slope, cast("float | None", peak), cast(Any, edges), elements, sigmoid, row, units.place, block)
+        return row, block
+    found, counts = _observe(z, a, cast(Tensor, slope), peak, edges, elements, sigmoid, units)
+    row = found if row is None else merge_(row, found)
+    return row, counts if block is None or counts is None else block.add_(counts)
 
 
 def _observe(
@@ -247,12 +251,12 @@ def _bin(relative: Tensor) -> Tensor:
     return (relative.float().contiguous().view(torch.int32).bitwise_right_shift(22) - first).clamp(0, HISTOGRAM_BINS - 1)
 
 
-def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None) -> Tensor:
-    """The row of one backward call. Where both gradients are given, an element counts only if both are finite."""
+def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, row: Tensor | None = None) -> Tensor:
+    """The row of one backward call, merged in place into the one given. An element counts only if every gradient given is finite there."""
     given = [grad for grad in (grad_a, grad_z) if grad is not None]
-    row = empty_row(given[0].device)
+    row = empty_row(given[0].device) if row is None else row
     if cpu.reads(grad_a, grad_z):
-        cpu.observe_gradient(grad_a, grad_z, len(given[0]), row)
+        cpu.observe_gradient(grad_a, grad_z, given[0].shape[0], row)
         return row
     dtype = row.dtype
     finite = torch.isfinite(given[0])
@@ -267,14 +271,14 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None) -> Tensor:
         else:
             kept = torch.where(finite, grad.to(dtype), nothing)
             columns += [n, kept.dot(kept)]
-    row[_GRADIENT] = torch.stack([*columns, finite.numel() - n])
+    row[_GRADIENT] += torch.stack([*columns, finite.numel() - n]).to(row.device)
     return row
 
 
-def observe_features(x: Tensor, units: Units) -> Tensor:
-    """[samples, sum x, sum x^2] of each unit, of the elements x that were taken: [3, units]."""
+def observe_features(x: Tensor, units: Units, sums: Tensor | None = None) -> Tensor:
+    """[samples, sum x, sum x^2] of each unit, of the elements x that were taken: [3, units], added in place to the sums given."""
     dtype = accumulator(x.device)
-    sums = torch.zeros(3, units.size, dtype=dtype, device=x.device)
+    sums = torch.zeros(3, units.size, dtype=dtype, device=x.device) if sums is None else sums
     if cpu.reads(x):
         cpu.add_features(x, units.place, sums)
         return sums
@@ -296,25 +300,22 @@ def summarise_features(sums: Tensor) -> Tensor:
     return torch.stack([n.sum(), second.sum() / n.sum(), squares.sum() / (pairs > 0).sum()])
 
 
-def square_sum(tensor: Tensor, other: Tensor | None = None) -> Tensor:
-    """[sum x^2, sum (y - x)^2] over all elements (the second 0 without another tensor): never in float32, where squares of a gradient that
-    still carries a GradScaler's factor overflow, and those of a vanishing one are 0."""
-    dtype = accumulator(tensor.device)
-    whole = Sample.of(tensor, None, 0)
-    x = whole.take(tensor.detach())
-    y = None if other is None else whole.take(other.detach())
-    out = torch.zeros(2, dtype=dtype, device=tensor.device)
+def put_squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:
+    """Write sum x^2 of a vector to out[at], and sum (y - x)^2, if there is another vector, behind it: never in float32, where squares of a
+    gradient that still carries a GradScaler's factor overflow, and those of a vanishing one are 0."""
     if cpu.reads(x, y):
-        cpu.squares(x, y, out)
-        return out
+        cpu.squares(x, y, out, at)
+        return
+    dtype = out.dtype
     # On the CPU in parts: there a norm in float64 makes a copy of the whole.
     size = _PART if x.device.type == "cpu" else max(1, len(x))
+    for column in range(1 if y is None else 2):
+        out[at + column] = 0
     for first in range(0, len(x), size):
         part = x[first : first + size]
-        out[0] += torch.linalg.vector_norm(part, dtype=dtype).square()
+        out[at] += torch.linalg.vector_norm(part, dtype=dtype).square()
         if y is not None:
-            out[1] += torch.linalg.vector_norm(y[first : first + size].to(dtype) - part.to(dtype)).square()
-    return out
+            out[at + 1] += torch.linalg.vector_norm(y[first : first + size].to(dtype) - part.to(dtype)).square()
 
 
 def observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ import math
 import re
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,21 @@ class Pass:
             merge_heads_(old, value.to(old.device))
         else:
             old += value.to(old.device)
+
+    def place(self, kind: dict[str, Tensor], name: str, device: torch.device) -> Tensor | None:
+        """What is there to merge into in place, on this device."""
+        there = kind.get(name)
+        return there if there is not None and there.device == device else None
+
+    def put(self, kind: dict[str, Tensor], name: str, value: Tensor) -> None:
+        """What `place` gave, merged in place, or something new."""
+        if value is not kind.get(name):
+            self.add(kind, name, value)
+
+    def merge_inputs(self, name: str, x: Tensor, axis: int, limit: int | None, turn: int) -> None:
+        """Merge the sums of an input x of a layer."""
+        sums = self.place(self.inputs, name, x.device)
+        self.put(self.inputs, name, input_sums(x, axis, limit, turn, sums if sums is not None and sums.shape[1] == x.shape[axis] else None))
 
     def drop(self) -> None:
         self.dropped = True
@@ -306,6 +322,7 @@ class Taps:
             earlier one added is still there; a tensor where only the device knows).
         fault: called with a place and an exception when something went wrong there; that place is then no longer watched.
         calls: hear function calls too.
+        spend: told how many seconds each hook took.
     """
 
     def __init__(
@@ -319,6 +336,7 @@ class Taps:
         gradients: Callable[[bool], tuple[bool, bool | Tensor]],
         fault: Callable[[str, Exception], None],
         calls: bool = True,
+        spend: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self.activations = activations
         self.hears_calls = calls
@@ -329,6 +347,7 @@ class Taps:
         self.on_leave = on_leave
         self.gradients = gradients
         self.fault = fault
+        self.spend = spend
         self.sites: dict[str, Site] = {}
         """Those that ran, by name, in the order in which they first did."""
         self.layers: dict[str, Layer] = {}
@@ -497,7 +516,9 @@ class Taps:
         if sample is None or sample.shape != tuple(grad.shape):
             sample = Sample.of(grad, self.limit, self.turn)
         taken = sample.take(grad)
-        self._passes[0].add(self._passes[0].rows, name, observe_gradient(taken if of_output else None, None if of_output else taken))
+        current = self._passes[0]
+        row = current.place(current.rows, name, grad.device)
+        current.put(current.rows, name, observe_gradient(taken if of_output else None, None if of_output else taken, row))
 
     def heard_layer(self, name: str, x: Tensor) -> None:
         """A compiled graph runs a layer on x."""
@@ -507,8 +528,7 @@ class Taps:
             self._guarded(name, self._add_inputs, name, module)(x)
 
     def _add_inputs(self, name: str, module: nn.Module, x: Tensor) -> None:
-        current = self._current()
-        current.add(current.inputs, name, input_sums(x, feature_axis(module, x.ndim), self.limit, self.turn))
+        self._current().merge_inputs(name, x, feature_axis(module, x.ndim), self.limit, self.turn)
 
     def _recurrent_layers(self, name: str, module: nn.Module, feeders: dict[str, tuple[str, ...]]) -> None:
         for parameter, weight in module.named_parameters(recurse=False):
@@ -707,6 +727,7 @@ class Taps:
         def run(*args: Any) -> Any:
             if not self.is_open or place in self.failed:
                 return None
+            begun = time.perf_counter()
             # Other monitors and modes of the user's must not take our arithmetic for the model's.
             with torch._C.DisableTorchFunction():
                 # Whether autograd is on where the hook was called: inside, it is off.
@@ -724,6 +745,7 @@ class Taps:
                     return None
                 finally:
                     torch._C._set_grad_enabled(enabled)
+                    self.spend(time.perf_counter() - begun)
 
         return run
 
@@ -1110,10 +1132,13 @@ class Taps:
             slope, peak, edges = slope.abs(), None, (None, None)
         units = self._units(site, sample, axis)
         elements = math.prod(sample.shape) if elements is None else elements
-        row, block = observe(z, a, slope, peak, edges, elements, bound.activation.name == "sigmoid", units)
-        current.add(current.rows, site.name, row)
+        row, block = current.place(current.rows, site.name, z.device), current.place(current.blocks, site.name, z.device)
+        if units is None or (block is not None and block.shape[1] != units.size):
+            block = None
+        row, block = observe(z, a, slope, peak, edges, elements, bound.activation.name == "sigmoid", units, row, block)
+        current.put(current.rows, site.name, row)
         if block is not None:
-            current.add(current.blocks, site.name, block)
+            current.put(current.blocks, site.name, block)
 
     def _units(self, site: Site, sample: Sample, axis: int | None) -> Units | None:
         """The units of a site; None where it has none, or not always as many."""
@@ -1175,7 +1200,7 @@ class Taps:
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
             given = [grad for grad in (grad_a, grad_z) if grad is not None]
             if turn == self.turn and not self._differentiating and given and given[0].numel():
-                current.add(current.rows, site.name, observe_gradient(grad_a, grad_z))
+                current.put(current.rows, site.name, observe_gradient(grad_a, grad_z, current.place(current.rows, site.name, given[0].device)))
 
         return self._guarded(site.name, add)
 
@@ -1198,8 +1223,7 @@ class Taps:
         self.saw_pass = self.recurrent[name] = True
         for layer in self.layers.values():
             if layer.module() is module and layer.parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
-                current = self._current()
-                current.add(current.inputs, layer.name, input_sums(plain, plain.ndim - 1, self.limit, self.turn))
+                self._current().merge_inputs(layer.name, plain, plain.ndim - 1, self.limit, self.turn)
                 if self._deciding and plain.grad_fn is None and not plain.requires_grad:
                     self.fed_by_data.add(layer.name)
         gates = (

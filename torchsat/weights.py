@@ -21,15 +21,18 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from torchsat.record import Weight
-from torchsat.statistics import Sample, Units, observe_features, square_sum, summarise_features
+from torchsat.statistics import Sample, Units, accumulator, observe_features, put_squares, summarise_features
 
-COLUMNS = ("n", "weight_sq", "grad_sq", "change_sq", "input_n", "input_sq", "input_offset_sq")
+COLUMNS = ("weight_sq", "change_sq", "grad_sq", "input_n", "input_sq", "input_offset_sq")
 _AT = {name: index for index, name in enumerate(COLUMNS)}
 
 _RUN = 16
 """Elements that lie in one line of a processor's cache, in float32."""
 _LESS = 4
 """By this much fewer elements are read of a weight or an input than of a site: what is asked of them are means, not shares of units."""
+
+_PER_FEATURE = 8
+"""Elements of an input that are read of each feature, at least, as far as the limit of a site allows."""
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -66,17 +69,19 @@ def feature_axis(module: nn.Module, ndim: int) -> int:
     return ndim - 1 if isinstance(module, nn.Linear) else ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
 
 
-def input_sums(x: Tensor, axis: int, limit: int | None, turn: int) -> Tensor:
-    """[samples, sum x, sum x^2] of each feature of one input, features along `axis`: [3, features]."""
-    sample = Sample.of(x, None if limit is None else max(1, limit // _LESS), turn)
-    return observe_features(sample.take(x.detach()), Units(sample, axis))
+def input_sums(x: Tensor, axis: int, limit: int | None, turn: int, sums: Tensor | None = None) -> Tensor:
+    """[samples, sum x, sum x^2] of each feature of one input, features along `axis`: [3, features], added in place to the sums given."""
+    sample = Sample.of(x, None if limit is None else min(limit, max(1, limit // _LESS, _PER_FEATURE * x.shape[axis])), turn)
+    return observe_features(sample.take(x.detach()), Units(sample, axis), sums)
 
 
 def elements(weight: Tensor, limit: int | None, turn: int) -> Tensor:
     """A vector of about `limit` / 4 elements of a weight (None: all), in runs spread evenly over it; the same ones for the same turn."""
     start, step, runs = _runs(tuple(weight.shape), limit, turn)
-    flat = Sample.of(weight, None, 0).take(weight.detach())
-    return flat if step == 1 else flat.as_strided((runs, _RUN), (_RUN * step, 1), flat.storage_offset() + _RUN * start).reshape(-1)
+    flat = weight.detach() if weight.is_contiguous() else Sample.of(weight, None, 0).take(weight.detach())
+    if step == 1:
+        return flat.reshape(-1)
+    return flat.as_strided((runs, _RUN), (_RUN * step, 1), flat.storage_offset() + _RUN * start).reshape(-1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -112,7 +117,9 @@ class Layer:
         self.before: Tensor | None = None
         """The elements of the weight before the step."""
         self.n = 0
-        self.columns: dict[str, Tensor] = {}
+        """Elements of the weight that were read."""
+        self.numbers: Tensor | None = None
+        """COLUMNS, NaN where unknown."""
 
     def before_step(self, weight: Tensor) -> None:
         """Keep the elements of the weight."""
@@ -122,34 +129,34 @@ class Layer:
     def observe_grad(self, weight: Tensor, divisor: Tensor | None) -> None:
         """Measure the gradient; `divisor` is the loss scale it still carries."""
         if weight.is_leaf and weight.grad is not None and not weight.grad.is_sparse:
-            square = square_sum(elements(weight.grad, self.limit, self.turn))[0]
-            self.columns["grad_sq"] = square if divisor is None else square / divisor.to(square) ** 2
+            numbers = self._on(weight)
+            put_squares(elements(weight.grad, self.limit, self.turn), None, numbers, _AT["grad_sq"])
+            if divisor is not None:
+                numbers[_AT["grad_sq"]] /= divisor.to(numbers) ** 2
 
     def after_step(self, weight: Tensor) -> None:
-        if "weight_sq" in self.columns:
+        if self.n:
             return
         now = elements(weight, self.limit, self.turn)
-        self.n = len(now)
-        if self.before is None or not weight.requires_grad:
-            self.columns["weight_sq"] = square_sum(now)[0]
-        else:
-            self.columns["weight_sq"], self.columns["change_sq"] = square_sum(self.before, now)
+        self.n = now.shape[0]
+        known = self.before is not None and weight.requires_grad
+        first, second = (self.before, now) if self.before is not None and known else (now, None)
+        put_squares(first, second, self._on(weight), _AT["weight_sq"])
 
     def row(self) -> Tensor | None:
         """COLUMNS as one vector, NaN where unknown; None where nothing was measured."""
-        if "weight_sq" not in self.columns:
-            return None
-        like = self.columns["weight_sq"]
-        if self.inputs is not None:
-            found = summarise_features(self.inputs.to(like.device))
-            self.columns["input_n"], self.columns["input_sq"], self.columns["input_offset_sq"] = found
-        unknown = torch.full_like(like, math.nan)
-        self.columns["n"] = torch.full_like(like, self.n)
-        return torch.stack([self.columns.get(name, unknown).to(like) for name in COLUMNS])
+        if self.numbers is not None and self.inputs is not None:
+            self.numbers[_AT["input_n"] :] = summarise_features(self.inputs.to(self.numbers.device))
+        return self.numbers if self.n else None
+
+    def _on(self, weight: Tensor) -> Tensor:
+        if self.numbers is None:
+            self.numbers = torch.full((len(COLUMNS),), math.nan, dtype=accumulator(weight.device), device=weight.device)
+        return self.numbers
 
 
 def to_weight(facts: dict[str, Any], row: Sequence[float]) -> Weight:
-    """The value of one row, on the host. `facts` are the WEIGHT_FACTS, and how many elements the weight has (numel)."""
+    """The value of one row, on the host. `facts` are the WEIGHT_FACTS, and how many elements the weight has (numel) and were read (n)."""
     facts = dict(facts)
 
     def get(name: str) -> float | None:
@@ -164,17 +171,16 @@ def to_weight(facts: dict[str, Any], row: Sequence[float]) -> Weight:
         return None if value is None else math.sqrt(max(0.0, value))
 
     offset = ratio("input_offset_sq", "input_sq")
-    mean_square, numel, n = ratio("weight_sq", "n"), facts.pop("numel"), get("n")
+    numel, n = facts.pop("numel"), facts["n"]
 
     def norm(name: str) -> float | None:
         square = get(name)
-        return None if square is None or not n else math.sqrt(square * numel / n)
+        return None if square is None or not n else math.sqrt(square / n * numel)
 
     return Weight(
         **facts,
-        gain=root(None if mean_square is None else mean_square * facts["fan_in"]),
-        n=round(n or 0),
-        norm=norm("weight_sq"),
+        gain=None if (whole := norm("weight_sq")) is None else whole * math.sqrt(facts["fan_in"] / numel),
+        norm=whole,
         grad_norm=norm("grad_sq"),
         update_ratio=root(ratio("change_sq", "weight_sq")),
         input_rms=root(get("input_sq")),

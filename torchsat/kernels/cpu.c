@@ -8,10 +8,12 @@
 
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define BLOCK 256
 #define BANKS 8
+#define PARTS 64
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
@@ -264,27 +266,32 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double *ro
     row[A_MIN_NEGATED] = -a_min;
 }
 
-/* The row of one forward call. low, high, peak: NaN where there is none. The elements are shared out to `parts` threads; rows [parts, WIDTH] and
-   blocks [parts, 2, size] (or NULL) hold the row and the block in their first part at the end. Columns of gradients are not written. */
+/* Merge the columns of one forward call into a row. low, high, peak: NaN where there is none. The elements are shared out to `parts` threads.
+   block: samples and saturated samples of each unit are added to it, unless it is NULL. */
 void torchsat_observe(const vector *z, const vector *a, const derivative *of, int64_t count, double elements, double low, double high,
-                      double peak, int64_t sigmoid, int64_t parts, double *rows, const axis *units, double *blocks)
+                      double peak, int64_t sigmoid, int64_t parts, double *row, const axis *units, double *block)
 {
     call in = { z, a, of, low, high, peak };
-    int64_t block = blocks ? 2 * units->size : 0;
+    double rows[PARTS][WIDTH], *others = 0;
+    int64_t size = block ? 2 * units->size : 0;
+    if (parts > PARTS) parts = PARTS;
+    if (block && parts > 1) others = calloc((size_t)(size * (parts - 1)), sizeof *others);
+    if (block && !others) parts = 1;
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static, 1) if (parts > 1)
 #endif
     for (int64_t part = 0; part < parts; part++)
-        observe(&in, count * part / parts, count * (part + 1) / parts, rows + part * WIDTH, units, blocks ? blocks + part * block : 0);
-    for (int64_t part = 1; part < parts; part++) {
-        const double *other = rows + part * WIDTH;
+        observe(&in, count * part / parts, count * (part + 1) / parts, rows[part], units, part ? others ? others + (part - 1) * size : 0 : block);
+    for (int64_t part = 0; part < parts; part++) {
+        const double *found = rows[part];
         for (int i = 0; i < PEAK; i++)
-            if (i < GRAD_A_N || i >= HISTOGRAM) rows[i] += other[i];
-        for (int i = PEAK; i < WIDTH; i++) rows[i] = other[i] > rows[i] ? other[i] : rows[i];
-        for (int64_t i = 0; i < block; i++) blocks[i] += blocks[part * block + i];
+            if (i != ELEMENTS && (i < GRAD_A_N || i >= HISTOGRAM) && (sigmoid || (i != GATE_LEFT && i != GATE_RIGHT))) row[i] += found[i];
+        for (int i = PEAK; i < WIDTH; i++) row[i] = found[i] > row[i] ? found[i] : row[i];
     }
-    rows[ELEMENTS] = elements;
-    if (!sigmoid) rows[GATE_LEFT] = rows[GATE_RIGHT] = 0;
+    for (int64_t part = 1; others && part < parts; part++)
+        for (int64_t i = 0; i < size; i++) block[i] += others[(part - 1) * size + i];
+    free(others);
+    row[ELEMENTS] += elements;
 }
 
 /* The row and the block of heads [6, heads] of a softmax, as observe_softmax of statistics.py states them.
@@ -360,7 +367,7 @@ void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t 
     }
 }
 
-/* The gradient's columns of a row; either vector may be missing (data NULL). */
+/* Merge the gradient's columns into a row; either vector may be missing (data NULL). */
 void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count, double *row)
 {
     double a[BLOCK] = { 0 }, z[BLOCK] = { 0 };
@@ -378,11 +385,11 @@ void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count
             z2 += v * v;
         }
     }
-    row[GRAD_A_N] = grad_a->data ? n : 0;
-    row[GRAD_A_SQ] = a2;
-    row[GRAD_Z_N] = grad_z->data ? n : 0;
-    row[GRAD_Z_SQ] = z2;
-    row[GRAD_NONFINITE] = (double)count - n;
+    row[GRAD_A_N] += grad_a->data ? n : 0;
+    row[GRAD_A_SQ] += a2;
+    row[GRAD_Z_N] += grad_z->data ? n : 0;
+    row[GRAD_Z_SQ] += z2;
+    row[GRAD_NONFINITE] += (double)count - n;
 }
 
 /* [samples, sum x, sum x^2] of each unit: added to sums [3, size]. */
@@ -426,7 +433,7 @@ void torchsat_squares(const vector *x_in, const vector *other, int64_t count, do
         change += difference;
     }
     out[0] = total;
-    out[1] = change;
+    if (other->data) out[1] = change;
 }
 
 /* UNITS of a unit block [2, size]: units, those with `enough` samples, those of them saturated in `share` of these, the least samples. */

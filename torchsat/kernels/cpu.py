@@ -93,11 +93,6 @@ def formula(bound: Bound) -> Formula | None:
     return _FORMULAS[name](**bound.plain)
 
 
-def parts(count: int) -> int:
-    """How many threads are worth their while for so many elements."""
-    return max(1, min(torch.get_num_threads(), count // _PART))
-
-
 def observe(
     z: Tensor,
     a: Tensor,
@@ -106,14 +101,11 @@ def observe(
     edges: tuple[float | None, float | None],
     elements: int,
     sigmoid: bool,
-    rows: Tensor,
+    row: Tensor,
     place: tuple[int, int, int, int] | None = None,
-    blocks: Tensor | None = None,
+    block: Tensor | None = None,
 ) -> None:
-    """Write the columns of a forward call into the first of `rows`, and add samples and saturated samples of each unit to the first of `blocks`.
-
-    Both have as many entries as threads are to be used (see `parts`), the other ones being where these work.
-    """
+    """Merge the columns of a forward call into a row, and add samples and saturated samples of each unit to a block, if there is one."""
     low, high = (float("nan") if edge is None else edge for edge in edges)
     if isinstance(slope, Formula):
         derivative = _Derivative(slope.kind, slope.b, slope.c, slope.d, _NOTHING)
@@ -129,10 +121,10 @@ def observe(
         high,
         float("nan") if peak is None else peak,
         sigmoid,
-        len(rows),
-        rows.data_ptr(),
+        max(1, min(torch.get_num_threads(), z.shape[0] // _PART)),
+        row.data_ptr(),
         None if place is None else ctypes.byref(_Axis(*place)),
-        None if blocks is None else blocks.data_ptr(),
+        None if block is None else block.data_ptr(),
     )
 
 
@@ -152,7 +144,7 @@ def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor,
 
 
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, row: Tensor) -> None:
-    """Write the gradient's columns into a row."""
+    """Merge the gradient's columns into a row."""
     _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, row.data_ptr())
 
 
@@ -161,9 +153,9 @@ def add_features(x: Tensor, place: tuple[int, int, int, int], sums: Tensor) -> N
     _loaded().torchsat_features(_vector(x), x.shape[0], ctypes.byref(_Axis(*place)), sums.data_ptr())
 
 
-def squares(x: Tensor, other: Tensor | None, out: Tensor) -> None:
-    """Write the sum of squares of a vector, and of its difference to another, into two numbers."""
-    _loaded().torchsat_squares(_vector(x), _vector(other), x.shape[0], out.data_ptr())
+def squares(x: Tensor, other: Tensor | None, out: Tensor, at: int) -> None:
+    """Write the sum of squares of a vector to out[at], and that of its difference to another, if given, behind it."""
+    _loaded().torchsat_squares(_vector(x), _vector(other), x.shape[0], out.data_ptr() + 8 * at)
 
 
 def summarise_units(block: Tensor, enough: float, share: float, out: Tensor) -> None:

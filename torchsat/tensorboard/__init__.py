@@ -18,12 +18,14 @@ import json
 from typing import Any
 
 PLUGIN = "torchsat"
-FORMAT = 3
+FORMAT = 4
 SUBRUN = "torchsat"
 """Where the event file goes below the user's directory: a second live file beside the user's own can stop the user's curves."""
 
 RECORDS, HISTOGRAM, WEIGHTS = "torchsat/records", "torchsat/histogram", "torchsat/weights"
 HEADS, EVENTS = "torchsat/heads", "torchsat/events"
+OVERHEAD = "torchsat/overhead"
+"""A scalar; read back as it is."""
 
 
 def content(kind: str, **names: Any) -> str:

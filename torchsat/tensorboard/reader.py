@@ -22,7 +22,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from torchsat.record import HISTOGRAM_BINS, Alert, Head, Record, Snapshot, Weight, from_float
-from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, PLUGIN, RECORDS, WEIGHTS
+from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, OVERHEAD, PLUGIN, RECORDS, WEIGHTS
 
 
 @dataclass
@@ -153,7 +153,10 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
     heads: dict[str, list[Head]] = {}
     weights: tuple[Weight, ...] = ()
     alerts: tuple[Alert, ...] = ()
+    overhead: float | None = None
     for value in event.summary.value:
+        if value.tag == OVERHEAD:
+            overhead = value.simple_value
         if value.metadata.plugin_data.plugin_name != PLUGIN:
             continue
         if value.metadata.plugin_data.content:
@@ -184,7 +187,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
         replace(record, histogram=histograms.get(record.site), heads=tuple(heads[record.site]) if record.site in heads else None)
         for record in records
     )
-    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts)
+    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead)
 
 
 def _columns(tensor: Any, known: dict[str, Any], items: list[list[Any]]) -> Iterator[dict[str, Any]]:

@@ -36,6 +36,7 @@ NETWORK = {
     "update_ratio_max": "The same of the layer that moves most.",
     "entropy_min": "H / ln T of the attention head that looks at fewest keys: 1 is even attention, 0 is one key alone.",
     "nonfinite": "Measured elements that are inf or nan, in the forward and in the backward pass, over all sites.",
+    "overhead": "Share of the training time that the last observations took.",
     "alerts": "Alerts that fire now. See the Text tab, or `torchsat report`.",
 }
 """The scalars of the whole network under torchsat/, with their descriptions."""
@@ -91,6 +92,7 @@ def network(snapshot: Snapshot, firing: int) -> dict[str, float | None]:
         "update_ratio_max": max(updates, default=None),
         "entropy_min": min(entropies, default=None),
         "nonfinite": float(sum(record.nonfinite + record.grad_nonfinite for record in snapshot.records)),
+        "overhead": snapshot.overhead,
         "alerts": float(firing),
     }
 
