@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
@@ -738,9 +739,9 @@ def test_a_compiled_validation_mostly_runs_its_graph() -> None:
             with torch.no_grad():
                 call(torch.randn(8, 64))
         model.train()
-    # The observation that a validation made us miss is made up for by the next one, which holds on through it.
-    assert eager == [*(True, False, False), *(True, True, True)] * 2
-    assert [snapshot.step for snapshot in snapshots] == [0, 2]
+    # A validation that has a graph runs it; only the call that our stance met on its way runs eager. No observation is missed.
+    assert eager == [True, False, False] * 4
+    assert [snapshot.step for snapshot in snapshots] == [0, 1, 2, 3]
 
 
 def test_the_users_own_stance_is_left_alone() -> None:
@@ -921,3 +922,30 @@ def test_the_first_observation_is_announced(caplog: pytest.LogCaptureFixture) ->
     model(torch.randn(4, 64))[0, 0].backward()
     optimizer.step()
     assert caplog.messages[0] == "torchsat: watching 3 sites (2 modules, 1 softmax) and 3 layers; not seen: 1 (1.spare), see monitor.coverage"
+
+
+@pytest.mark.parametrize("mode", ["eager", "in_graph"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_validation_before_training_keeps_fullgraph_content(mode: str, grad: bool) -> None:
+    """fullgraph=True raises where no graph ran and the stance is the default at the end of the call: that of the first observation is given back
+    in its midst."""
+    torch._dynamo.reset()
+    model = mlp()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchsat.watch(model, every=2, compiled=mode, errors="raise") as monitor:  # type: ignore[arg-type]
+        for _ in range(4):
+            model.eval()
+            for _ in range(3):
+                with torch.set_grad_enabled(grad):
+                    run(torch.randn(4, 64))
+            model.train()
+            run(torch.randn(4, 64)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert monitor.latest is not None
+        assert monitor.latest.step == 2
+    # Without dropout or hooks of ours in it, one graph serves both modes where gradients are on.
+    assert counter.frame_count == (1 if grad and mode == "eager" else 2)
+    torch._dynamo.reset()

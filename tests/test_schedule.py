@@ -144,7 +144,7 @@ def test_a_real_training_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixtu
     now = [0.0]
     monkeypatch.setattr(schedule.time, "perf_counter", lambda: now[0])
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     steps: list[torchsat.Snapshot] = []
 
     def slow(snapshot: torchsat.Snapshot) -> None:

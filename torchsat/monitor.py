@@ -518,6 +518,8 @@ class Monitor:
         model = self._model()
         if (training or self._misses) and self._compiled and self._taps.is_open and model is not None:
             self._force_eager(model)
+        elif self._compiled:
+            process.linger(self._watcher)
 
     def _force_eager(self, model: nn.Module) -> None:
         """Run the model eager, unless that would build the T x T matrices which flex_attention is there to avoid."""

@@ -136,6 +136,8 @@ def ignore_hooks(watcher: Watcher) -> None:
 def force_eager(watcher: Watcher) -> None:
     """Run compiled code eager until this watcher, and every other one that asked, releases it."""
     global _stance
+    if not _forcing:
+        _give_back_stance()
     _forcing[watcher] = None
     if _stance is None:
         _stance = torch.compiler.set_stance("force_eager"), eval_frame._stance
@@ -145,6 +147,14 @@ def release(watcher: Watcher) -> None:
     """This watcher no longer needs eager execution."""
     _forcing.pop(watcher, None)
     _give_back_stance()
+
+
+def linger(watcher: Watcher) -> None:
+    """Run graphs that there are, until this watcher releases it, but let the call that is under way end as one that was run eager: a function
+    compiled with fullgraph=True raises if it finds no graph and the stance to be the default at its end."""
+    global _stance
+    if _stance is None and not _forcing:
+        _stance = torch.compiler.set_stance("eager_on_recompile"), eval_frame._stance
 
 
 def _give_back_stance() -> None:

@@ -488,7 +488,7 @@ class Taps:
 
     def heard_site(self, name: str, z: Tensor, a: Tensor | None) -> None:
         """A compiled graph computes a site: z, and a where z was not overwritten with it."""
-        if self.in_graph:
+        if self.is_open:
             self._guarded(name, self._count_in_graph, name)(z, a)
 
     def _count_in_graph(self, name: str, z: Tensor, a: Tensor | None) -> None:
@@ -503,12 +503,14 @@ class Taps:
         else:
             made = sample.take(a)
         self._samples[name] = sample
+        # Its place in the model cannot be seen from inside a graph.
+        self.in_graph = True
         self._ran(site, ())
         self._count(site, sample, taken, made)
 
     def heard_gradient(self, name: str, grad: Tensor, of_output: bool) -> None:
         """The backward of a compiled graph computes dL/da (of the output) or dL/dz of a site."""
-        if self.in_graph:
+        if self.is_open:
             self._guarded(name, self._add_in_graph, name)(grad, of_output)
 
     def _add_in_graph(self, name: str, grad: Tensor, of_output: bool) -> None:
@@ -522,7 +524,7 @@ class Taps:
 
     def heard_layer(self, name: str, x: Tensor) -> None:
         """A compiled graph runs a layer on x."""
-        layer = self.layers.get(name) if self.in_graph else None
+        layer = self.layers.get(name) if self.is_open else None
         module = layer.module() if layer is not None else None
         if module is not None:
             self._guarded(name, self._add_inputs, name, module)(x)
@@ -554,7 +556,7 @@ class Taps:
             site.calls.clear()
         for name, layer in self.layers.items():
             layer.inputs = whole.inputs.get(name)
-        if self._deciding and self.saw_pass:
+        if self._deciding and self.saw_pass and not self.in_graph:
             self._mark_gates()
             self._deciding = False
             for name, site in self._known.items():
