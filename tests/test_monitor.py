@@ -1,5 +1,6 @@
 """Steps, schedule, compile, and the promises to the user (design, section 5)."""
 
+import contextlib
 import copy
 import functools
 import gc
@@ -14,16 +15,21 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
-from torchsat import activations
+from torchsat import activations, taps
+from torchsat.kernels import cpu
 from torchsat.weights import fan_in
 
 
@@ -767,7 +773,7 @@ def test_a_forked_child_is_not_watched(tmp_path: Path) -> None:
     import os, signal, sys, torch, torchsat
     torch.set_num_threads(1)
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
-    monitor = torchsat.watch(model, sys.argv[1], every=1)
+    monitor = torchsat.watch(model, sys.argv[1], every=1, budget=None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     def train():
         for step in range(40):
@@ -866,7 +872,7 @@ def test_a_default_device_does_not_reach_into_the_table() -> None:
 SCRIPT = """
 import os, signal, sys, torch, torchsat
 model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
-monitor = torchsat.watch(model, sys.argv[1], every=1)
+monitor = torchsat.watch(model, sys.argv[1], every=1, budget=None)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 for step in range(40):
     model(torch.randn(8, 4)).sum().backward()
@@ -949,3 +955,98 @@ def test_a_validation_before_training_keeps_fullgraph_content(mode: str, grad: b
     # Without dropout or hooks of ours in it, one graph serves both modes where gradients are on.
     assert counter.frame_count == (1 if grad and mode == "eager" else 2)
     torch._dynamo.reset()
+
+
+def test_between_observations_nothing_of_ours_runs_but_the_hook_on_the_optimizer() -> None:
+    """Every Python call into a file of torchsat's is counted, in forward, backward and step."""
+    model = Wrapped()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torchsat.watch(model, every=50, errors="raise")
+    house = str(Path(torchsat.__file__).parent)
+    ours: list[str] = []
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(house):
+            ours.append(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}")
+
+    calls = []
+    for _ in range(12):
+        ours.clear()
+        sys.setprofile(count)
+        model(torch.randn(8, 64)).sum().backward()
+        passes = len(ours)
+        optimizer.step()
+        sys.setprofile(None)
+        calls.append((passes, len(ours), sorted(set(ours))))
+    assert all(calls[step][0] > 20 for step in (0, 1, 2, 4, 8))
+    hook = [
+        "monitor._after_step",
+        "monitor._before_step",
+        "process._after_step",
+        "process._before_step",
+        "process._give_back_stance",
+        "process._tell",
+    ]
+    for step in (5, 6, 9, 10, 11):
+        passes, total, names = calls[step]
+        assert passes == 0
+        assert total <= 12
+        assert set(names) <= {*hook, "monitor._alone", "process.<listcomp>", "schedule.due"}
+
+
+class Everything(nn.Module):
+    """A site of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.prelu = nn.Linear(64, 32), nn.ReLU(inplace=True), nn.PReLU(8)
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.lstm = nn.LSTM(8, 8, bidirectional=True)
+        self.cell = nn.GRUCell(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.prelu(self.conv(self.relu(self.first(x)).unflatten(1, (4, 8))))
+        x, _ = self.lstm(x.transpose(1, 2))
+        heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        x = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+        x = F.glu(torch.cat([x, F.gelu(x)], -1))
+        return self.cell(x.softmax(-1).sum(1)).tanh()
+
+
+class ToHost(TorchDispatchMode):
+    """Fails on what waits for a device: a number read by Python, a shape that depends on data, a copy to the host."""
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default):
+            raise AssertionError(f"{function} waits for the device")
+        if function is torch.ops.aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
+            raise AssertionError("a mask as an index waits for the device")
+        target = (kwargs or {}).get("device")
+        if function is torch.ops.aten._to_copy.default and target is not None and torch.device(target) != args[0].device:
+            raise AssertionError(f"{function} copies to {target}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled_kernels", [False, True])
+@pytest.mark.parametrize("model", [Wrapped, Everything], ids=lambda kind: kind.__name__)
+def test_no_hook_waits_for_a_device(model: type[nn.Module], compiled_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, by what is dispatched; on a GPU by set_sync_debug_mode (tests/test_gpu.py)."""
+    monkeypatch.setattr(taps, "_disable_current_modes", contextlib.nullcontext)
+    if not compiled_kernels:
+        monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
+    watched = model()
+    optimizer = torch.optim.SGD(watched.parameters(), lr=0.01)
+    monitor = torchsat.watch(watched, every=1, errors="raise")
+    for step in range(4):
+        # What a module of the user's computes is found out in the first step, by looking.
+        with ToHost() if step else contextlib.nullcontext():
+            watched(torch.randn(8, 64)).square().mean().backward()
+            optimizer.step()
+    assert monitor.latest is not None
+    assert monitor.latest.step == 3
+
+
+def test_the_test_above_can_fail() -> None:
+    for call in (lambda x: x.sum().item(), torch.nonzero, lambda x: x[x > 0], lambda x: bool(x.sum() > 0)):
+        with ToHost(), pytest.raises(AssertionError, match="waits for the device"):
+            call(torch.ones(3))

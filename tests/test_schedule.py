@@ -56,7 +56,7 @@ def test_the_interval_is_stretched_until_the_budget_holds(own: float | None) -> 
     assert observed == [0, 1, 2, 4, 8, 16, 32, *range(2500, 20_001, 2500)]
     assert said == [
         "an observation costs 1e+04 ms, a step 1e+03 ms: 17 % of the training time at every=50, and the budget is 0.5 %. One in 2500 steps is "
-        "observed from here on."
+        "observed from here on; budget=None keeps every=50."
     ]
     assert plan.overhead is not None
     assert plan.overhead == pytest.approx(10 / 2510)
@@ -71,7 +71,7 @@ def test_it_comes_back_only_when_it_stays_well_within() -> None:
     # 1 step's worth at 10 %: 9 steps suffice, 12.9 with the slack, hence 20 and not 10.
     assert plan.interval == 20
     assert len(said) == 1
-    assert train(plan, 5001, cost=0.1, step=1.0)[1][-1].endswith("One in 10 steps is observed from here on.")
+    assert train(plan, 5001, cost=0.1, step=1.0)[1][-1].endswith("One in 10 steps is observed from here on; budget=None keeps every=10.")
     assert plan.interval == 10
 
 
@@ -163,7 +163,7 @@ def test_a_real_training_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixtu
     assert [each.step for each in steps] == [0, 1, 2, *range(40, 400, 40)]
     assert [record.message for record in caplog.records] == [
         "torchsat: step 2: an observation costs 4e+03 ms, a step 1e+03 ms: 50 % of the training time at every=4, and the budget is 10 %. One in 40 "
-        "steps is observed from here on."
+        "steps is observed from here on; budget=None keeps every=4."
     ]
     assert [each.overhead for each in steps[:4]] == [None] * 4
     assert [each.overhead for each in torchsat.read(tmp_path)][-1] == pytest.approx(4 / 44, rel=1e-6)

@@ -148,7 +148,7 @@ class Schedule:
         share = cost / (cost + self.every * step)
         return (
             f"an observation costs {1e3 * cost:.3g} ms, a step {1e3 * step:.3g} ms: {100 * share:.2g} % of the training time at every={self.every}, "
-            f"and the budget is {100 * self.budget:.3g} %. One in {wanted} steps is observed from here on."
+            f"and the budget is {100 * self.budget:.3g} %. One in {wanted} steps is observed from here on; budget=None keeps every={self.every}."
         )
 
     def _measure(self) -> None:
