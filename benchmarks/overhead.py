@@ -1,0 +1,132 @@
+"""What watching costs: `python benchmarks/overhead.py [--device cuda] [--only MLP,GPT] [--pairs 30] [--write]`.
+
+Per training, eager and compiled: the ratio of the watched to the bare step for a step that is observed, one that is not, and for a whole training at
+the default settings; beside it the same training against itself, which is the noise. Memory is the highest sum of live bytes of torch's allocator
+within a step; bytes are those of the event file. `--write` puts the table into docs/cost.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from workloads import Training, Workload, compare, machine, twins, workloads
+
+import torchsat
+
+DOCS = Path(__file__).parent.parent / "docs" / "cost.md"
+TITLES = ("training", "", "bare step", "noise", "observed step", "other steps", "default", "memory", "kB")
+MODES = {"eager": None, "compiled, observed in eager": "default", "compiled, in the graph": "default"}
+
+
+def peak(training: Training) -> float:
+    """The highest sum of live bytes that torch's allocator saw within a step, less that before it, in MB."""
+    batch = training.work.batch()
+    if training.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        training.step(batch)
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        training.step(batch)
+    results = seen.profiler
+    assert results is not None
+    events = sorted((event.start_ns(), event.nbytes()) for event in results.kineto_results.events() if event.name() == "[memory]")
+    live = most = 0
+    for _, size in events:
+        live += size
+        most = max(most, live)
+    return most / 1e6
+
+
+def after(training: Training, monitor: torchsat.Monitor, step: int) -> None:
+    """Go on as if this were the step."""
+    for _ in range(3):
+        training.step(training.work.batch())
+    monitor._step = step
+
+
+def measure(work: Workload, mode: str, device: torch.device, pairs: int) -> tuple[str, ...]:
+    models = twins(work, device)
+
+    def make() -> Training:
+        return Training(work, next(models), device, MODES[mode])
+
+    inside = "in_graph" if mode.endswith("graph") else "eager"
+    # Before anything is compiled: a graph that is made while hooks are not looked at would have to be made again.
+    watched = make()
+    bare = make()
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = torchsat.watch(watched.model, folder, every=1, budget=None, compiled=inside)  # type: ignore[arg-type]
+        observed = compare(bare, watched, pairs)
+        extra = peak(watched) - peak(bare)
+        monitor.close()
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*tfevents*")) / len(torchsat.read(folder)) / 1e3
+    watched = make()
+    with torchsat.watch(watched.model, every=10**6, budget=None, compiled=inside) as monitor:  # type: ignore[arg-type]
+        after(watched, monitor, 10**6 + 5)
+        other = compare(bare, watched, pairs)
+    watched = make()
+    with torchsat.watch(watched.model, compiled=inside) as monitor:  # type: ignore[arg-type]
+        after(watched, monitor, 75)
+        whole = compare(bare, watched, max(pairs, 100), warm=0)
+    noise = compare(bare, make(), pairs)
+    return (
+        work.name,
+        mode,
+        f"{observed.milliseconds:.1f} ms",
+        str(noise),
+        str(observed),
+        str(other),
+        f"{whole.total:.3f}",
+        f"{extra:+.1f} MB",
+        f"{size:.0f}",
+    )
+
+
+def rows(device: torch.device, only: list[str], modes: list[str], pairs: int) -> Iterator[tuple[str, ...]]:
+    for work in workloads(device).values():
+        for mode, how in MODES.items():
+            # Recurrent layers are no part of a graph: torch.compile calls their kernel.
+            if (not only or work.name in only) and (not modes or mode in modes) and not (work.name == "LSTM" and how):
+                torch._dynamo.reset()
+                row = measure(work, mode, device, pairs)
+                print("| " + " | ".join(row) + " |", flush=True)
+                yield row
+
+
+def table(titles: tuple[str, ...], found: list[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ("---",) * len(titles), *found))
+
+
+def put(text: str, name: str) -> None:
+    """Between the marks of that name in docs/cost.md."""
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+    whole = DOCS.read_text()
+    head, rest = whole.split(begin)
+    DOCS.write_text(head + begin + text + end + rest.split(end, 1)[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="names of trainings, separated by commas")
+    parser.add_argument("--modes", default="", help=f"of {'; '.join(MODES)}, separated by semicolons")
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    found = list(rows(device, [name for name in given.only.split(",") if name], [mode for mode in given.modes.split(";") if mode], given.pairs))
+    about = "\n".join(f"- {work.name}: {work.about}." for work in workloads(device).values())
+    text = f"{machine(device)}; {given.pairs} pairs of steps each.\n\n{about}\n\n{table(TITLES, found)}"
+    print("\n" + text)
+    if given.write:
+        put(text, f"overhead-{device.type}")
+
+
+if __name__ == "__main__":
+    main()
