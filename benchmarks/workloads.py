@@ -7,12 +7,10 @@ median is reported with its quartiles. The same training against itself says how
 from __future__ import annotations
 
 import copy
-import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +31,6 @@ class Workload:
     batch: Callable[[], Batch]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     autocast: torch.dtype | None = None
-    sequence: bool = False
 
     def loss(self, model: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
         x, y = batch
@@ -173,33 +170,25 @@ def workloads(device: torch.device) -> dict[str, Workload]:
     every = [
         Workload("MLP", "10 x (Linear 1024, Tanh), batch 256, SGD", Mlp, drawn(256, 1024), sgd),
         Workload("ResNet-18", f"width {width}, batch {images} of 3 x 32 x 32, SGD", lambda: ResNet18(width), drawn(images, 3, 32, 32), sgd, low),
-        Workload("LSTM", f"2 layers of {cells}, 32 x 64 tokens, SGD", lambda: Lstm(cells), _tokens(32, 64, 256, device), sgd, None, True),
-        Workload("GPT", f"{gpt[0]}, AdamW", lambda: Gpt(*gpt[1]), _tokens(gpt[2], gpt[1][3], gpt[1][4], device), adamw, low, True),
+        Workload("LSTM", f"2 layers of {cells}, 32 x 64 tokens, SGD", lambda: Lstm(cells), _tokens(32, 64, 256, device), sgd),
+        Workload("GPT", f"{gpt[0]}, AdamW", lambda: Gpt(*gpt[1]), _tokens(gpt[2], gpt[1][3], gpt[1][4], device), adamw, low),
     ]
     return {each.name: each for each in every}
 
 
 class Training:
-    """One of two equal trainings: `step` trains once, and returns seconds of wall and of processor time."""
+    """One of two equal trainings: `step` trains once, and returns how many seconds it took."""
 
-    def __init__(
-        self,
-        work: Workload,
-        model: nn.Module,
-        device: torch.device,
-        compiled: str | None = None,
-        around: AbstractContextManager[object] | None = None,
-    ) -> None:
+    def __init__(self, work: Workload, model: nn.Module, device: torch.device, compiled: str | None = None) -> None:
         self.work, self.model, self.device = work, model, device
         self.run: Callable[[Tensor], Tensor] = model if compiled is None else torch.compile(model, mode=None if compiled == "default" else compiled)
         self.optimizer = work.optimizer(model)
-        self.around = around or nullcontext()
 
-    def step(self, batch: Batch) -> tuple[float, float]:
+    def step(self, batch: Batch) -> float:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
-        wall, cpu = time.perf_counter(), time.process_time()
+        begun = time.perf_counter()
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, self.work.autocast or torch.bfloat16, enabled=self.work.autocast is not None):
             loss = self.work.loss(self.run, batch)
@@ -207,7 +196,7 @@ class Training:
         self.optimizer.step()
         if cuda:
             torch.cuda.synchronize()
-        return time.perf_counter() - wall, time.process_time() - cpu
+        return time.perf_counter() - begun
 
 
 @dataclass(frozen=True)
@@ -228,7 +217,7 @@ class Ratio:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def compare(a: Training, b: Training, pairs: int, warm: int = 3, processor: bool = False) -> Ratio:
+def compare(a: Training, b: Training, pairs: int, warm: int = 3) -> Ratio:
     """B's steps over A's, interleaved."""
     for _ in range(warm):
         batch = a.work.batch()
@@ -238,7 +227,7 @@ def compare(a: Training, b: Training, pairs: int, warm: int = 3, processor: bool
     for turn in range(pairs):
         batch = a.work.batch()
         order = (a, b) if turn % 2 else (b, a)
-        times = {each: each.step(batch)[processor] for each in order}
+        times = {each: each.step(batch) for each in order}
         first.append(times[a])
         second.append(times[b])
     ratios = [after / before for before, after in zip(first, second, strict=True)]
@@ -264,7 +253,3 @@ def machine(device: torch.device) -> str:
         lines = described.read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
     return f"{torch.get_num_threads()} threads of {name}, torch {torch.__version__}"
-
-
-def geometric(values: list[float]) -> float:
-    return math.exp(statistics.fmean(math.log(value) for value in values))

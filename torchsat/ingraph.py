@@ -105,10 +105,14 @@ def _measures(module: nn.Module, x: Any) -> bool:
     )
 
 
-class _BeforeSite(Inert):
+class _Wire(Inert):
+    """A hook that is compiled with its module."""
+
     def __init__(self, slot: Tensor) -> None:
         self.slot = slot
 
+
+class _BeforeSite(_Wire):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not _measures(module, args[0]):
             return None
@@ -118,10 +122,7 @@ class _BeforeSite(Inert):
         return (_Identity.apply(args[0], self.slot, False), *args[1:])  # type: ignore[no-untyped-call]
 
 
-class _AfterSite(Inert):
-    def __init__(self, slot: Tensor) -> None:
-        self.slot = slot
-
+class _AfterSite(_Wire):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], a: Any) -> Tensor | None:
         if not args or not _measures(module, args[0]) or not isinstance(a, Tensor):
             return None
@@ -131,10 +132,7 @@ class _AfterSite(Inert):
         return identity
 
 
-class _BeforeLayer(Inert):
-    def __init__(self, slot: Tensor) -> None:
-        self.slot = slot
-
+class _BeforeLayer(_Wire):
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and _measures(module, args[0]):
             torch.ops.torchsat.layer(args[0].detach(), self.slot)

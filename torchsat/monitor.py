@@ -39,7 +39,7 @@ from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.schedule import Mark, Schedule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record
-from torchsat.taps import MODEL, Pass, Site, Taps, clean, is_compiled
+from torchsat.taps import MODEL, Found, Pass, Site, Taps, clean, is_compiled
 from torchsat.weights import COLUMNS, Layer, to_weight
 from torchsat.weights import why_not as layer_why_not
 
@@ -451,12 +451,14 @@ class Monitor:
             self._schedule.begin(self._step, Mark.now(self._device))
             self._rates.clear()
             self._scale = self._skipped = None
-            self._lay(model)
-            # What feeds what is seen in eager; a model that cannot run eager does without.
-            if self._wires is not None and self._compiled is not None and (self._flex or self._taps.knows(model)):
-                self._taps.open(model, in_graph=True)
-                return
-            self._taps.open(model)
+            found = self._taps.places(model)
+            if self._wires is not None:
+                self._lay(self._wires, found)
+                # What feeds what is seen in eager; a model that cannot run eager does without.
+                if self._compiled is not None and (self._flex or self._taps.knows(found)):
+                    self._taps.open(model, found, in_graph=True)
+                    return
+            self._taps.open(model, found)
             # Before the first pass nobody knows whether the model will be compiled. One that was never entered is idle, and left alone.
             if self._compiled or (self._compiled is None and self._step == 0):
                 self._force_eager(model)
@@ -473,18 +475,14 @@ class Monitor:
             process.forget_graphs(model)
         self._wires = Wires(self._taps)
 
-    def _lay(self, model: nn.Module) -> None:
-        """Hook the modules of the model as it is now, for the compiler."""
-        if self._wires is None:
-            return
-        found = self._taps.places(model)
-        laid = tuple(id(module) for _, module, *_ in (*found.sites, *found.layers))
-        if laid != self._laid:
-            self._laid = laid
-            self._wires.cut()
+    def _lay(self, wires: Wires, found: Found) -> None:
+        """Hook the modules that were found, for the compiler, if they are not those that are hooked."""
+        if found.structure != self._laid:
+            self._laid = found.structure
+            wires.cut()
             # The slope of RReLU is drawn: it is not known where the output has overwritten z.
             sites = [(name, module) for name, module, row in found.sites if not (row.from_output and getattr(module, "inplace", False))]
-            self._wires.lay(sites, [(name, module) for name, module in found.layers if layer_why_not(module) is None])
+            wires.lay(sites, [(name, module) for name, module in found.layers if layer_why_not(module) is None])
 
     def _unwire(self) -> None:
         if self._wires is not None:

@@ -129,8 +129,10 @@ def forget_graphs(model: nn.Module) -> None:
 
 def ignore_hooks(watcher: Watcher) -> None:
     """This watcher has no compiled hooks (any more)."""
-    if _heeding.pop(watcher, _heeding) is None and not _heeding:
-        torch._dynamo.config.skip_nnmodule_hook_guards = _skipped_hooks
+    if watcher in _heeding:
+        del _heeding[watcher]
+        if not _heeding:
+            torch._dynamo.config.skip_nnmodule_hook_guards = _skipped_hooks
 
 
 def force_eager(watcher: Watcher) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from torchsat.activations import Edges
 from torchsat.kernels import cpu
-from torchsat.record import HISTOGRAM_BINS, OCTAVES, Head, Record
+from torchsat.record import HISTOGRAM_BINS, Head, Record
 
 UNIT_SAMPLES = 1000
 """Samples of a unit before anything is said of it: at 50 % saturation, 128 samples all alike happen by chance once in 10^38, but the
@@ -247,8 +247,7 @@ def _observe(
 
 def _bin(relative: Tensor) -> Tensor:
     """The index in HISTOGRAM_EDGES: exponent and first mantissa bit of the float32 are two bins per octave, with no logarithm taken."""
-    first = (127 - OCTAVES) * 2 - 1
-    return (relative.float().contiguous().view(torch.int32).bitwise_right_shift(22) - first).clamp(0, HISTOGRAM_BINS - 1)
+    return (relative.float().contiguous().view(torch.int32).bitwise_right_shift(22) - cpu.FIRST_BIN).clamp(0, HISTOGRAM_BINS - 1)
 
 
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, row: Tensor | None = None) -> Tensor:

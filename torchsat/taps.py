@@ -245,6 +245,12 @@ class Found:
     places: list[tuple[str, nn.Module, bool]] = field(default_factory=list)
     """Modules in whose forward a function may be called; of those marked true, all that happens inside is accounted for."""
 
+    @property
+    def structure(self) -> tuple[tuple[str, int, str | None], ...]:
+        """What two models of the same sites and layers have in common."""
+        sites = ((name, id(module), None) for name, module, _ in self.sites)
+        return (*sites, *((name, id(module), why_not(module)) for name, module in self.layers))
+
 
 def clean(name: str) -> str:
     """A module path as a site name: wrappers of torch removed, nothing outside [A-Za-z0-9_./-]."""
@@ -297,12 +303,6 @@ def find(
             if may_be_own(module) and selects(name or type(module).__name__):
                 found.own.append((name or type(module).__name__, module))
     return found
-
-
-def _structure(found: Found) -> tuple[tuple[str, int, str | None], ...]:
-    """What two models of the same sites and layers have in common."""
-    sites = ((name, id(module), None) for name, module, _ in found.sites)
-    return (*sites, *((name, id(module), why_not(module)) for name, module in found.layers))
 
 
 _CALLERS = (
@@ -408,18 +408,17 @@ class Taps:
         """What there is to hook."""
         return find(model, self._activation_of, self._may_be_own, self.selects)
 
-    def knows(self, model: nn.Module) -> bool:
+    def knows(self, found: Found) -> bool:
         """Whether the model is as it was when its sites and what feeds them were last found out."""
-        return not self._deciding and self._structure == _structure(self.places(model))
+        return not self._deciding and self._structure == found.structure
 
-    def open(self, model: nn.Module, in_graph: bool = False) -> None:
-        """Hook the model as it is now; `in_graph`: only listen to the hooks that were compiled with it (ingraph.py)."""
-        found = self.places(model)
+    def open(self, model: nn.Module, found: Found, in_graph: bool = False) -> None:
+        """Hook the model as it was found; `in_graph`: only listen to the hooks that were compiled with it (ingraph.py)."""
         self.names = [name for name, _, _ in found.sites]
         self.expected = [name for name in found.calls if self.selects(name)]
         self.recurrent = {name: self.recurrent.get(name, False) for name, _ in found.recurrent}
         self.unseen = list(found.unseen)
-        structure = _structure(found)
+        structure = found.structure
         if structure != self._structure:
             self._structure, self._deciding = structure, True
             for site in self._known.values():

@@ -27,9 +27,11 @@ from torch import Tensor
 from torchsat.activations import ACTIVATIONS, Bound
 from torchsat.record import HISTOGRAM_BINS, OCTAVES
 
+FIRST_BIN = (127 - OCTAVES) * 2 - 1
+"""The exponent and first mantissa bit of the float32 that is the upper edge of the first bin of the histogram."""
 _SOURCE = Path(__file__).with_name("cpu.c")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_BASE = ["-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", f"-DBINS={HISTOGRAM_BINS}", f"-DFIRST={(127 - OCTAVES) * 2 - 1}"]
+_BASE = ["-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", f"-DBINS={HISTOGRAM_BINS}", f"-DFIRST={FIRST_BIN}"]
 _ATTEMPTS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], [])
 """Best first. OpenMP is compiled in but not linked: its functions are those of the library that torch has loaded, with torch's threads."""
 _SECONDS = 60
