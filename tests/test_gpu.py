@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.test_activations import MODULES
 from tests.test_monitor import Cnn
+from torchsat.statistics import trust_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -119,3 +120,39 @@ def test_calls_and_attention_are_those_of_the_cpu() -> None:
         for name in ("n", "derivative", "z_std", "a_std", "attenuation", "entropy", "jacobian", "logit_std", "entropy_min"):
             value = getattr(expected, name)
             assert getattr(there[expected.site], name) == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), (expected.site, name)
+
+
+def test_the_kernels_are_right_here_and_read_everything() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert trust_kernels(torch.device("cuda", 0)) is None
+    model, x = nn.Sequential(nn.Linear(64, 300), nn.GELU(), nn.Linear(300, 300), nn.Tanh()), torch.randn(3000, 64)
+    here, there = one_step(copy.deepcopy(model), x, sample=None), one_step(copy.deepcopy(model).cuda(), x.cuda())
+    for site in ("1", "3"):
+        assert there[site].n == here[site].n == 900_000
+        for name in ("saturated", "derivative", "derivative_rms", "z_std", "a_std", "attenuation", "grad_z_rms"):
+            assert getattr(there[site], name) == pytest.approx(getattr(here[site], name), rel=1e-4, abs=1e-6), (site, name)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_in_the_graph_every_step_is_measured_as_in_eager(mode: str) -> None:
+    def run(compiled: str) -> list[torchsat.Snapshot]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, found = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)).cuda(), []
+        monitor = torchsat.watch(model, every=1, budget=None, compiled=compiled, sinks=[found.append], errors="raise")  # type: ignore[arg-type]
+        step = torch.compile(model, mode=mode, fullgraph=True) if compiled == "in_graph" else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        generator = torch.Generator("cuda").manual_seed(1)
+        for _ in range(8):
+            optimizer.zero_grad()
+            step(torch.randn(128, 32, device="cuda", generator=generator)).square().mean().backward()
+            optimizer.step()
+        monitor.close()
+        return found
+
+    inside, outside = run("in_graph"), run("eager")
+    assert [snapshot.step for snapshot in inside] == [snapshot.step for snapshot in outside] == list(range(8))
+    for one, other in zip(inside, outside, strict=True):
+        for record, expected in zip(one.records, other.records, strict=True):
+            for name in ("n", "derivative", "z_std", "a_std", "grad_a_rms", "grad_z_rms"):
+                assert getattr(record, name) == pytest.approx(getattr(expected, name), rel=1e-3, abs=1e-6), (one.step, record.site, name)

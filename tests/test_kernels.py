@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tests.test_activations import row as row_of
 from torchsat.activations import Activation, bind
 from torchsat.kernels import cpu
-from torchsat.statistics import MAXES, SUMS, Sample, Units, observe, observe_features, observe_gradient, observe_softmax, put_squares
+from torchsat.kernels.formulas import formula
+from torchsat.statistics import MAXES, SUMS, Sample, Units, known_slope, observe, observe_features, observe_gradient, observe_softmax, put_squares
 
 compiled = pytest.mark.skipif(not cpu.reads(), reason="no C compiler")
 COLUMNS = (*SUMS, *MAXES)
@@ -104,21 +105,28 @@ def test_softmaxes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, keys: in
 )
 def test_the_formulas_of_the_kernels_are_the_derivatives_of_the_table(module: nn.Module) -> None:
     bound = bind(row_of(module), module, 0.05)
-    formula = cpu.formula(bound)
-    assert formula is not None
+    of = formula(bound)
+    assert of is not None
+    assert of.kind in cpu.KINDS
     z = torch.cat(
         [torch.linspace(-40, 40, 4001, dtype=torch.float64), torch.tensor([0.0, -0.0, 0.3, 3.0, 6.0, -0.5, 2.0, 1e4, -1e4, 700, -700, 1e-300])]
     )
     # One element a row: what comes back is its derivative.
-    found = torch.stack([observe(each.reshape(1), each.reshape(1), formula, 1.0, (None, None), 1)[0] for each in z])[:, SUMS.index("derivative")]
+    found = torch.stack([observe(each.reshape(1), each.reshape(1), of, 1.0, (None, None), 1)[0] for each in z])[:, SUMS.index("derivative")]
     expected = bound.evaluate(z, z, {})[0]
     assert torch.allclose(found, expected, rtol=1e-11, atol=1e-15)
 
 
 def test_a_derivative_of_the_users_own_is_never_replaced() -> None:
     own = Activation("tanh", (nn.Tanh,), (), lambda z: torch.ones_like(z))
-    assert cpu.formula(bind(own, nn.Tanh(), 0.05)) is None
-    assert cpu.formula(bind(row_of(nn.GELU()), nn.GELU(), 0.05)) is None
+    assert formula(bind(own, nn.Tanh(), 0.05)) is None
+
+
+@compiled
+def test_what_these_kernels_do_not_know_is_computed_by_torch() -> None:
+    z = torch.zeros(1)
+    assert known_slope(bind(row_of(nn.GELU()), nn.GELU(), 0.05), z) is None
+    assert known_slope(bind(row_of(nn.GELU("tanh")), nn.GELU("tanh"), 0.05), z) is not None
 
 
 @compiled

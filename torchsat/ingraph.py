@@ -67,10 +67,12 @@ def why_not() -> str | None:
         return f"torch {torch.__version__} has no ordered effects for operators"
     if not hasattr(torch._dynamo.config, "skip_nnmodule_hook_guards"):
         return f"torch {torch.__version__} cannot be told to compile anew for a model with other hooks"
+    # CUDA graphs replay kernels and no Python: where they are recorded, these operators must run between them.
+    outside = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
     library: Any = torch.library.Library("torchsat", "DEF")  # type: ignore[no-untyped-call]
     for schema, run in _OPERATORS.items():
         name = schema.partition("(")[0]
-        library.define(schema)
+        library.define(schema, tags=outside)
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"torchsat::{name}", lambda *given: None, lib=library)
         _register_effectful_op(getattr(torch.ops.torchsat, name).default, _EffectType.ORDERED)

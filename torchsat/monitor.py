@@ -38,7 +38,7 @@ from torchsat.ingraph import Wires, why_not
 from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.schedule import Mark, Schedule
-from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record
+from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record, trust_kernels
 from torchsat.taps import MODEL, Found, Pass, Site, Taps, clean, is_compiled
 from torchsat.weights import COLUMNS, Layer, to_weight
 from torchsat.weights import why_not as layer_why_not
@@ -60,7 +60,7 @@ def watch(
     every: int = 50,
     budget: float | None = 0.02,
     epsilon: float = 0.05,
-    sample: int | None = 65536,
+    sample: int | Literal["auto"] | None = "auto",
     include: Patterns = None,
     exclude: Patterns = None,
     calls: bool = True,
@@ -81,7 +81,8 @@ def watch(
         budget: the share of training time that observing may take from step `every` on: where it would take more, the interval is stretched, which
             is logged. None: any.
         epsilon: an element is saturated where |f'| stays below this share of its peak.
-        sample: the most elements read per call of a site, spread evenly over it; None: all.
+        sample: the most elements read per call of a site, spread evenly over it; None: all. "auto": 65536, and all where a kernel on the GPU reads
+            them anyway.
         include, exclude: patterns of site names (as in a shell), one or several.
         calls: hear function calls too (`F.relu(x)`, `x.tanh()`, softmax, attention), not only modules and recurrent layers.
         compiled: how a compiled model is observed: "eager" runs observed steps without the compiler; "in_graph" compiles the measurement of its
@@ -151,7 +152,7 @@ class Monitor:
         every: int,
         budget: float | None,
         epsilon: float,
-        sample: int | None,
+        sample: int | Literal["auto"] | None,
         include: Patterns,
         exclude: Patterns,
         calls: bool,
@@ -244,6 +245,7 @@ class Monitor:
         self._watcher = process.Watcher(self._before_step, self._after_step, self.close, functools.partial(self._fault, MODEL), self._forget)
         process.join(self._watcher)
         try:
+            _trust_kernels(model)
             if compiled == "in_graph":
                 self._wire()
             self._open()
@@ -803,6 +805,14 @@ def _plain(model: Any) -> nn.Module:
     return model
 
 
+def _trust_kernels(model: nn.Module) -> None:
+    """Before training, since it waits for the devices; on one that a model moves to later, plain torch measures."""
+    for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
+        why_not = trust_kernels(device)
+        if why_not is not None:
+            log.warning("torchsat: its kernels are not used on %s, where plain torch measures samples: %s", device, why_not)
+
+
 def _check(every: Any, budget: Any, epsilon: Any, sample: Any, activations: Any, rules: Any, errors: Any) -> None:
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every is {every!r}; allowed are whole numbers from 1 up (steps between observations)")
@@ -810,8 +820,8 @@ def _check(every: Any, budget: Any, epsilon: Any, sample: Any, activations: Any,
         raise ValueError(f"budget is {budget!r}; allowed are numbers above 0 up to 1 (a share of training time; 0.02 by default), or None for any")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
         raise ValueError(f"epsilon is {epsilon!r}; allowed are numbers between 0 and 1 (a share of the peak derivative; 0.05 by default)")
-    if sample is not None and (not isinstance(sample, int) or isinstance(sample, bool) or sample < 1):
-        raise ValueError(f"sample is {sample!r}; allowed are whole numbers from 1 up, or None for all elements")
+    if sample not in (None, "auto") and (not isinstance(sample, int) or isinstance(sample, bool) or sample < 1):
+        raise ValueError(f'sample is {sample!r}; allowed are whole numbers from 1 up, None for all elements, and "auto"')
     for kind, values in ((Activation, activations), (Rule, rules)):
         name = f"{kind.__name__.lower()}s"
         if not isinstance(values, Sequence) or not all(isinstance(value, kind) for value in values):

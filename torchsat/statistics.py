@@ -19,8 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from torchsat.activations import Edges
-from torchsat.kernels import cpu
+from torchsat.activations import Bound, Edges
+from torchsat.kernels import cpu, engine, gpu
+from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, LOGISTIC, Formula, formula
 from torchsat.record import HISTOGRAM_BINS, Head, Record
 
 UNIT_SAMPLES = 1000
@@ -163,7 +164,7 @@ def upcast(tensor: Tensor) -> Tensor:
 def observe(
     z: Tensor,
     a: Tensor,
-    slope: Tensor | cpu.Formula,
+    slope: Tensor | Formula,
     peak: float | Tensor | None,
     edges: Edges,
     elements: int,
@@ -183,19 +184,68 @@ def observe(
         sigmoid: count the activations below 0.1 and above 0.9.
         units: which unit each element belongs to; None: no unit block.
     """
-    formula = isinstance(slope, cpu.Formula)
     constant = not isinstance(peak, Tensor) and not any(isinstance(edge, Tensor) for edge in edges)
-    if formula or (constant and cpu.reads(z, a, cast(Tensor, slope))):
+    kernels = engine(z, a, None if isinstance(slope, Formula) else slope) if constant else None
+    if kernels is not None:
         row = empty_row(z.device) if row is None else row
         if units is None:
-            cpu.observe(z, a, slope, cast("float | None", peak), cast(Any, edges), elements, sigmoid, row)
+            kernels.observe(z, a, slope, peak, edges, elements, sigmoid, row)
             return row, None
-        block = torch.zeros(2, units.size, dtype=torch.float64) if block is None else block
-        cpu.observe(z, a, slope, cast("float | None", peak), cast(Any, edges), elements, sigmoid, row, units.place, block)
+        block = torch.zeros(2, units.size, dtype=torch.float64, device=z.device) if block is None else block
+        kernels.observe(z, a, slope, peak, edges, elements, sigmoid, row, units.place, block)
         return row, block
     found, counts = _observe(z, a, cast(Tensor, slope), peak, edges, elements, sigmoid, units)
     row = found if row is None else merge_(row, found)
     return row, counts if block is None or counts is None else block.add_(counts)
+
+
+def known_slope(bound: Bound, *tensors: Tensor) -> Formula | None:
+    """The derivative as the kernels that read these tensors compute it, if they do."""
+    found = formula(bound)
+    kernels = None if found is None else engine(*tensors)
+    return found if kernels is not None and found is not None and found.kind in kernels.KINDS else None
+
+
+@functools.cache
+def trust_kernels(device: torch.device) -> str | None:
+    """Use the kernels on this GPU from now on, if they compute there what plain torch computes; why not, if not.
+
+    Waits for the device, and may compile for some seconds: not for a training step.
+    """
+    kernels = gpu()
+    if kernels is None:
+        return "Triton is not installed"
+    try:
+        wrong = disagreement(kernels, device)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    if wrong is None:
+        kernels.trust(device)
+    return wrong
+
+
+def disagreement(kernels: Any, device: torch.device) -> str | None:
+    """Where kernels on a device and plain torch on the host differ by more than rounding."""
+    z = torch.linspace(-9, 9, 20_000).roll(7777)
+    z[77], z[7777] = math.nan, math.inf
+    sample = Sample.of(z.reshape(-1, 5), None, 0)
+    units = Units(sample, 1)
+    for dtype in (torch.float32, torch.bfloat16):
+        there = z.to(device, dtype)
+        here = there.cpu().float()
+        for given in (Formula(LOGISTIC, 2.0, 4.0), Formula(BETWEEN), None):
+            slope = 4 * torch.sigmoid(2 * here) * torch.sigmoid(-2 * here) if given is None or given.kind == LOGISTIC else (here > 0).float()
+            row, block = empty_row(device), torch.zeros(2, 5, dtype=torch.float64, device=device)
+            kernels.observe(there, there, slope.to(device) if given is None else given, 1.0, (-2.0, 2.0), len(z), True, row, units.place, block)
+            kernels.observe_gradient(there, there, len(z), row)
+            expected, counts = _observe(here, here, slope, 1.0, (-2.0, 2.0), len(z), True, units)
+            merge_(expected, observe_gradient(here, here))
+            assert counts is not None
+            for name, one, other in zip((*SUMS, *MAXES, "units"), (*row.cpu(), block.cpu()), (*expected, counts), strict=True):
+                # An element may lie in the next bin: the derivative is float32.
+                if not torch.allclose(one, other, rtol=1e-5, atol=2.0 if name.startswith("bin") else 1e-3):
+                    return f"{name} is {one.tolist()} and should be {other.tolist()}"
+    return None
 
 
 def _observe(
@@ -247,15 +297,16 @@ def _observe(
 
 def _bin(relative: Tensor) -> Tensor:
     """The index in HISTOGRAM_EDGES: exponent and first mantissa bit of the float32 are two bins per octave, with no logarithm taken."""
-    return (relative.float().contiguous().view(torch.int32).bitwise_right_shift(22) - cpu.FIRST_BIN).clamp(0, HISTOGRAM_BINS - 1)
+    return (relative.float().contiguous().view(torch.int32).bitwise_right_shift(22) - FIRST_BIN).clamp(0, HISTOGRAM_BINS - 1)
 
 
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, row: Tensor | None = None) -> Tensor:
     """The row of one backward call, merged in place into the one given. An element counts only if every gradient given is finite there."""
     given = [grad for grad in (grad_a, grad_z) if grad is not None]
     row = empty_row(given[0].device) if row is None else row
-    if cpu.reads(grad_a, grad_z):
-        cpu.observe_gradient(grad_a, grad_z, given[0].shape[0], row)
+    kernels = engine(grad_a, grad_z)
+    if kernels is not None:
+        kernels.observe_gradient(grad_a, grad_z, given[0].shape[0], row)
         return row
     dtype = row.dtype
     finite = torch.isfinite(given[0])

@@ -27,7 +27,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +39,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torchsat.activations import ACTIVATIONS, Activation, Bound, Edges, bind, bind_call, bind_plain, differentiated, fits, is_function, recognise
 from torchsat.calls import ROLES, UNSEEN, Frame, Listener, Role, takes_fused_path
 from torchsat.graph import MOST_NODES, Survey, derivative, ends, has_weight, saving_is_hooked
-from torchsat.kernels import cpu
+from torchsat.kernels import reads_whole
+from torchsat.kernels.formulas import Formula
 from torchsat.record import Kind
 from torchsat.replay import Gate, Logits, NotRebuiltError, SoftmaxRows, attention_logits, cell_gates, rnn_gates
 from torchsat.statistics import (
     Sample,
     Units,
     empty_row,
+    known_slope,
     merge_,
     merge_heads_,
     observe,
@@ -61,6 +63,8 @@ MODEL = "(model)"
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 _MISSES = 5
+_AUTO = 65536
+"""The most elements read of a call where the user has not said how many."""
 """Observations without a site before that is said: layers dropped at random and idle experts come back."""
 _PRODUCT = re.compile(r"Bmm|Baddbmm|Matmul")
 _GATES = ("sigmoid", "hardsigmoid")
@@ -330,7 +334,7 @@ class Taps:
         activations: Sequence[Activation],
         selects: Callable[[str], bool],
         epsilon: float,
-        sample: int | None,
+        sample: int | Literal["auto"] | None,
         on_enter: Callable[[bool], None],
         on_leave: Callable[[bool], None],
         gradients: Callable[[bool], tuple[bool, bool | Tensor]],
@@ -342,7 +346,8 @@ class Taps:
         self.hears_calls = calls
         self.selects = selects
         self.epsilon = epsilon
-        self.limit = sample
+        self.limit = _AUTO if sample == "auto" else sample
+        self.whole = sample == "auto"
         self.on_enter = on_enter
         self.on_leave = on_leave
         self.gradients = gradients
@@ -494,7 +499,7 @@ class Taps:
         site = self._known.get(name)
         if site is None:
             return
-        sample = Sample.of(z, self.limit, self.turn)
+        sample = self._sample(site, z, a is None)
         taken = sample.take(z)
         if a is None:
             function = site.bound.activation.function or site.bound.activation.calls[0]
@@ -1089,11 +1094,19 @@ class Taps:
             return None
         _check_plain(z)
         self.saw_pass = True
-        sample = Sample.of(z, self.limit, self.turn)
+        sample = self._sample(site, z, in_place)
         taken = sample.take(z.detach())
         if in_place and taken.untyped_storage().data_ptr() == z.untyped_storage().data_ptr():
             taken = taken.clone()
         return Call(z, sample, taken, z.grad_fn, z.output_nr, counts)
+
+    def _sample(self, site: Site, z: Tensor, in_place: bool) -> Sample:
+        """What is read of a call: all of it where that costs neither time nor memory, and the user has not set a limit."""
+        if self.whole and not in_place and reads_whole(z) and known_slope(site.bound, z) is not None:
+            sample = Sample.of(z, None, self.turn)
+            if sample.strides == z.stride():
+                return sample
+        return Sample.of(z, self.limit, self.turn)
 
     def _end(self, site: Site, call: Call, a: Any) -> None:
         sample = call.sample
@@ -1115,13 +1128,13 @@ class Taps:
         z: Tensor,
         a: Tensor,
         axis: int | None = None,
-        slope: Tensor | cpu.Formula | None = None,
+        slope: Tensor | Formula | None = None,
         elements: int | None = None,
     ) -> None:
         bound, current = site.bound, self._current()
         edges: Edges
         peak: float | Tensor | None
-        formula = cpu.formula(bound) if slope is None and cpu.reads(z, a) else None
+        formula = known_slope(bound, z, a) if slope is None else None
         if formula is not None and bound.constants is not None:
             slope, peak, edges = formula, bound.constants.peak, (bound.constants.low, bound.constants.high)
         elif slope is None:

@@ -10,30 +10,27 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from torchsat.activations import ACTIVATIONS, Bound
-from torchsat.record import HISTOGRAM_BINS, OCTAVES
+from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, GELU, GIVEN, LOGISTIC, SILU, Formula
+from torchsat.record import HISTOGRAM_BINS
 
-FIRST_BIN = (127 - OCTAVES) * 2 - 1
-"""The exponent and first mantissa bit of the float32 that is the upper edge of the first bin of the histogram."""
 _SOURCE = Path(__file__).with_name("cpu.c")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _BASE = ["-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", f"-DBINS={HISTOGRAM_BINS}", f"-DFIRST={FIRST_BIN}"]
 _ATTEMPTS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], [])
 """Best first. OpenMP is compiled in but not linked: its functions are those of the library that torch has loaded, with torch's threads."""
+KINDS = frozenset((GIVEN, LOGISTIC, BETWEEN, SILU, GELU))
+"""The formulas in cpu.c."""
 _SECONDS = 60
 _PART = 16384
 """Elements that are worth a thread of their own."""
@@ -62,39 +59,6 @@ def reads(*tensors: Tensor | None) -> bool:
     return _library() is not None
 
 
-@dataclass(frozen=True)
-class Formula:
-    """|f'(z)| as the kernels compute it; see cpu.c."""
-
-    kind: int
-    b: float = 0.0
-    c: float = 1.0
-    d: float = math.inf
-
-
-_FORMULAS: dict[str, Callable[..., Formula | None]] = {
-    "sigmoid": lambda: Formula(1, 1.0, 1.0),
-    "tanh": lambda: Formula(1, 2.0, 4.0),
-    "relu": lambda: Formula(2),
-    "relu6": lambda: Formula(2, 0.0, 1.0, 6.0),
-    "hardtanh": lambda min_val, max_val: Formula(2, float(min_val), 1.0, float(max_val)),
-    "hardsigmoid": lambda: Formula(2, -3.0, 1 / 6, 3.0),
-    "threshold": lambda threshold, value: Formula(2, float(threshold)),
-    "silu": lambda: Formula(3),
-    "gelu": lambda approximate: Formula(4) if approximate == "tanh" else None,
-}
-"""Of the rows of ACTIVATIONS with these names."""
-_DERIVATIVES = {row.name: row.derivative for row in ACTIVATIONS}
-
-
-def formula(bound: Bound) -> Formula | None:
-    """The formula of a function, if it is one of torchsat's own that the kernels know."""
-    name = bound.activation.name
-    if name not in _FORMULAS or bound.learned or bound.derivative is not _DERIVATIVES[name]:
-        return None
-    return _FORMULAS[name](**bound.plain)
-
-
 def observe(
     z: Tensor,
     a: Tensor,
@@ -112,7 +76,7 @@ def observe(
     if isinstance(slope, Formula):
         derivative = _Derivative(slope.kind, slope.b, slope.c, slope.d, _NOTHING)
     else:
-        derivative = _Derivative(0, 0.0, 0.0, 0.0, _Vector(slope.data_ptr(), _KINDS[slope.dtype], slope.stride(0)))
+        derivative = _Derivative(GIVEN, 0.0, 0.0, 0.0, _Vector(slope.data_ptr(), _KINDS[slope.dtype], slope.stride(0)))
     _loaded().torchsat_observe(
         _vector(z),
         _vector(a),

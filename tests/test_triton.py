@@ -1,0 +1,204 @@
+"""The kernels for NVIDIA GPUs give the rows of the plain implementation, run by Triton's interpreter on the CPU, and compile for GPUs. What they do
+and cost there only a GPU can tell (tests/test_gpu.py, benchmarks/bandwidth.py)."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchsat
+from tests.test_activations import row as row_of
+from tests.test_kernels import COLUMNS, hostile
+from torchsat import kernels as package
+from torchsat import statistics, taps
+from torchsat.activations import bind
+from torchsat.kernels.formulas import formula
+from torchsat.statistics import Sample, Units, disagreement, observe, observe_gradient
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
+    # The interpreter computes with NumPy, which tells of overflows that a GPU does not.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def kernels() -> ModuleType:
+    from torchsat.kernels import cuda
+
+    return cuda
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(statistics, "engine", lambda *tensors: None)
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """But for the rounding of float32; an element whose derivative lies within it of an edge may count in the next bin."""
+    for name, one, other in zip(COLUMNS, found.tolist(), expected.tolist(), strict=True):
+        assert one == pytest.approx(other, rel=2e-6, abs=1 if name.startswith("bin") else 1e-30), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "axis", "limit", "edges", "peak"),
+    [
+        ((37, 41), 1, None, (-2.0, 2.0), 1.0),
+        ((5, 7, 9, 11), 1, 1000, (0.0, None), 1.0),
+        ((130, 97), 1, None, (None, 3.0), 0.25),
+        ((3, 700), 0, None, (None, None), None),
+        ((1,), 0, None, (0.0, 1.0), 1.0),
+    ],
+)
+@pytest.mark.usefixtures("plain")
+def test_forward_rows_and_units(
+    kernels: ModuleType,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    axis: int,
+    limit: int | None,
+    edges: tuple[float | None, float | None],
+    peak: float | None,
+) -> None:
+    whole = hostile(shape, dtype)
+    sample = Sample.of(whole, limit, 3)
+    units = Units(sample, axis)
+    z, a = sample.take(whole), sample.take(torch.tanh(whole.float()).to(dtype))
+    slope = 1 / (1 + z.float().abs())
+    for sigmoid in (True, False):
+        row, block = observe(z, a, slope, peak, edges, whole.numel(), sigmoid, units)
+        found, counts = statistics.empty_row(CPU), torch.zeros(2, units.size, dtype=torch.float64)
+        for _ in range(2):
+            kernels.observe(z, a, slope, peak, edges, whole.numel(), sigmoid, found, units.place, counts)
+        close(found, statistics.merge_(row, row.clone()))
+        assert block is not None
+        assert torch.equal(counts, 2 * block)
+
+
+def test_of_many_elements_the_units_are_counted_on_an_even_sample(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_UNIT_SAMPLES", 3000)
+    z = torch.arange(7.0).sub(3).repeat(4000, 1)
+    units, counts = Units(Sample.of(z, None, 0), 1), torch.zeros(2, 7, dtype=torch.float64)
+    row = statistics.empty_row(CPU)
+    kernels.observe(z.flatten(), z.flatten(), torch.ones(z.numel()), 1.0, (-2.5, 1.5), z.numel(), False, row, units.place, counts)
+    assert row[0] == 28000
+    assert counts[0].sum() == pytest.approx(2800, abs=1)
+    assert counts[0].max() - counts[0].min() <= 1
+    assert torch.equal(counts[1], counts[0] * torch.tensor([1.0, 0, 0, 0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *(nn.Sigmoid(), nn.Tanh(), nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-0.5, 2.0), nn.Hardsigmoid(), nn.Threshold(0.3, 1.0), nn.SiLU()),
+        *(nn.GELU("tanh"), nn.GELU()),
+    ],
+    ids=repr,
+)
+def test_the_formulas_are_the_derivatives_of_the_table(kernels: ModuleType, module: nn.Module) -> None:
+    bound = bind(row_of(module), module, 0.05)
+    of = formula(bound)
+    assert of is not None
+    assert of.kind in kernels.KINDS
+    z = torch.cat([torch.linspace(-20, 20, 21), torch.tensor([0.0, -0.0, 3.0, 6.0, -0.5, 2.0, 1e4, -1e4, 700, -700, 1e-30])])
+    for each in z:
+        row = statistics.empty_row(CPU)
+        kernels.observe(each.reshape(1), each.reshape(1), of, 1.0, (None, None), 1, False, row)
+        expected = bound.evaluate(each.double(), each.double(), {})[0].item()
+        assert row[COLUMNS.index("derivative")].item() == pytest.approx(expected, rel=1e-5, abs=3e-8), each
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("plain")
+def test_gradients(kernels: ModuleType, dtype: torch.dtype) -> None:
+    first, second = hostile((130, 97), dtype).flatten(), hostile((130, 97), dtype).flatten().flip(0)
+    for given in ((first, second), (first, None), (None, second), (first[::7], second[::7])):
+        row, count = statistics.empty_row(CPU), next(each for each in given if each is not None).numel()
+        kernels.observe_gradient(*given, count, row)
+        close(row, observe_gradient(*given))
+
+
+def test_the_check_before_training_passes_right_kernels_and_no_others(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert disagreement(kernels, CPU) is None
+    right = kernels.observe_gradient
+
+    def wrong(grad_a: Tensor, grad_z: Tensor, count: int, row: Tensor) -> None:
+        right(grad_a, grad_z, count - 1000, row)
+
+    monkeypatch.setattr(kernels, "observe_gradient", wrong)
+    assert str(disagreement(kernels, CPU)).startswith("grad_a_n is 18998")
+    assert not kernels.reads(torch.zeros(1))
+
+
+def test_a_monitor_reads_all_of_a_call_where_kernels_do(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, as on a GPU: the kernels of the GPU are handed what the hooks see of a model."""
+    monkeypatch.setattr(statistics, "engine", lambda *tensors: kernels)
+    monkeypatch.setattr(taps, "reads_whole", lambda tensor: True)
+    torch.manual_seed(0)
+    modules = (nn.Tanh(), nn.GELU(), nn.ELU(), nn.ReLU(inplace=True))
+    model = nn.Sequential(*(each for act in modules for each in (nn.Linear(300, 300), act)))
+    x, found = torch.randn(300, 300), []
+    for sample in ("auto", 65536, None):
+        monitor = torchsat.watch(model, sample=sample, sinks=[found.append], errors="raise")  # type: ignore[arg-type]
+        model(x).square().mean().backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        monitor.close()
+    auto, some, everything = found
+    assert [record.n for record in everything.records] == [90000] * 4
+    assert all(record.n in (12857, 12858) for record in some.records)
+    # ELU is evaluated by torch, and z of an in-place activation has to be copied: of these a sample.
+    assert [record.n == 90000 for record in auto.records] == [True, True, False, False]
+    for record in auto.records:
+        whole = everything[record.site]
+        for name in ("derivative", "z_std", "a_std", "grad_a_rms", "grad_z_rms", "saturated"):
+            rel = 1e-5 if record.n == 90000 else 0.05
+            assert getattr(record, name) == pytest.approx(getattr(whole, name), rel=rel, abs=1e-9), name
+    assert math.isfinite(auto.records[0].derivative)
+
+
+def test_told_so_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(package, "_gpu", None)
+    monkeypatch.setenv("TORCHSAT_KERNELS", "0")
+    assert package.gpu() is None
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from torchsat.kernels import cuda
+
+def to_ptx(kernel, pointers, floats, **constants):
+    names = kernel.arg_names
+    kinds = {**dict.fromkeys(names, "i32"), **dict.fromkeys(floats, "fp32"), **pointers, **dict.fromkeys(constants, "constexpr")}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+    source = ASTSource(kernel, kinds, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    return compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": cuda._WARPS, "enable_fp_fusion": True}).asm["ptx"]
+
+floats = ("low", "high", "peak", "per_peak", "b", "c", "d")
+rest = dict(out_ptr="*fp64", block_ptr="*fp64", slope_ptr="*fp32")
+sizes = dict(bins=cuda.HISTOGRAM_BINS, room=cuda._ROOM, first_bin=cuda.FIRST_BIN, block=cuda._BLOCK, z_step=1, a_step=1)
+for kind in sorted(cuda.KINDS):
+    dtype = "*bf16" if kind % 2 else "*fp32"
+    for flag in (True, False) if kind < 2 else (True,):
+        ptx = to_ptx(cuda._observe, dict(z_ptr=dtype, a_ptr=dtype, **rest), floats, kind=kind, has_peak=flag, has_units=flag, **sizes)
+        assert "ld.global.v4" in ptx
+to_ptx(cuda._gradient, dict(a_ptr="*fp16", z_ptr="*fp16", out_ptr="*fp64"), (), has_a=True, has_z=True, block=cuda._BLOCK, a_step=1, z_step=1)
+to_ptx(cuda._gradient, dict(a_ptr="*fp64", z_ptr="*fp16", out_ptr="*fp64"), (), has_a=False, has_z=True, block=cuda._BLOCK, a_step=1)
+"""
+
+
+def test_they_compile_for_a_gpu_and_load_four_elements_at_once(tmp_path: Path) -> None:
+    script = tmp_path / "compile_them.py"
+    script.write_text(COMPILE)
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
