@@ -718,17 +718,43 @@ def test_passes_without_any_step_are_said(caplog: pytest.LogCaptureFixture) -> N
     assert "Call monitor.step() at the end of each step." in caplog.messages[0]
 
 
-def test_an_idle_watched_model_forces_nobody_into_eager() -> None:
+def test_an_idle_watched_model_forces_nobody_into_eager_for_long() -> None:
     torch._dynamo.reset()
     frames, teacher, student = Frames(), mlp(), mlp()
     torchsat.watch(teacher, errors="raise")
     call, optimizer = torch.compile(student, backend=frames), torch.optim.SGD(student.parameters(), lr=0.1)
     counts = []
-    for _ in range(4):
+    for _ in range(10):
         call(torch.randn(4, 64)).sum().backward()
         optimizer.step()
         counts.append(frames.count)
-    assert counts == [0, 1, 1, 1]
+    assert counts == [0] * 8 + [1] * 2
+
+
+@pytest.mark.parametrize("compiled", ["eager", "in_graph"])
+@pytest.mark.parametrize("earlier", [1, 20])
+def test_another_model_that_trains_first_costs_no_compilation(earlier: int, compiled: str) -> None:
+    """Hooks of an observation that were compiled with the model would make every later observation compile it anew."""
+    torch._dynamo.reset()
+    frames, found, trained = Frames(), list[torchsat.Snapshot](), []
+    for model in (mlp(), mlp()):
+        call = torch.compile(model, backend=frames if not trained else "eager", fullgraph=True)
+        trained.append((model, call, torch.optim.SGD(model.parameters(), lr=0.1)))
+    torchsat.watch(trained[0][0], every=4, budget=None, compiled=compiled, errors="raise", sinks=[found.append])  # type: ignore[arg-type]
+
+    def step(which: int) -> None:
+        _, call, optimizer = trained[which]
+        call(torch.randn(4, 64)).sum().backward()
+        optimizer.step()
+
+    for _ in range(earlier):
+        step(1)
+    for _ in range(10):
+        step(0)
+        step(1)
+    # After so long a wait the first step was let go.
+    assert [snapshot.step for snapshot in found] == [0, 1, 2, 4, 8][earlier > 8 :]
+    assert frames.count == 1
 
 
 def test_a_compiled_validation_mostly_runs_its_graph() -> None:

@@ -50,6 +50,7 @@ Patterns = str | Iterable[str] | None
 _MOST_IN_FLIGHT = 16
 """Observations on their way before one is waited for: a device that is this far behind would otherwise fill the host's pinned memory."""
 _PASSES_WITHOUT_STEP = 200
+_STEPS_OF_OTHERS = 8
 
 
 def watch(
@@ -234,6 +235,8 @@ class Monitor:
         """The hooks that are compiled with the model."""
         self._laid: tuple[Any, ...] = ()
         """What they were laid for."""
+        self._waited = 0
+        """Steps of other optimizers since an observation began, as long as the model was not entered."""
         self._silent = 0
         """Observations in a row in which the compiled graph said nothing."""
         self._compiled: bool | None = None
@@ -353,9 +356,8 @@ class Monitor:
             self._stepping.append(optimizer)
             return
         if not self._owns(optimizer):
-            if self._compiled is None:
-                # Another model trains and this one waits: nobody is to run eager because of it.
-                process.release(self._watcher)
+            if self._compiled is None and self._taps.is_open:
+                self._wait_for_less()
             return
         if self._stepping:
             # Not what we remember but what is on the stack: a step that raised never reached its end.
@@ -371,6 +373,15 @@ class Monitor:
                 scale, self._skipped = process.gradient_scale(optimizer)
                 self._scale = scale if scale is not None else self._scale
                 self._before_weights(optimizer, _has_closure(args, kwargs))
+
+    def _wait_for_less(self) -> None:
+        """Another model trains while this one waits to be entered: nobody is to run eager for long because of it. Hooks of an observation must be
+        gone by then, or they would be compiled with the model."""
+        self._waited += 1
+        if self._waited == _STEPS_OF_OTHERS:
+            self._taps.close()
+            process.release(self._watcher)
+            self._again = True
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._closed or self._manual or not self._stepping or self._stepping[-1] is not optimizer:
@@ -456,14 +467,15 @@ class Monitor:
             found = self._taps.places(model)
             if self._wires is not None:
                 self._lay(self._wires, found)
-                # What feeds what is seen in eager; a model that cannot run eager does without.
-                if self._compiled is not None and (self._flex or self._taps.knows(found)):
+                # What feeds what is seen in eager; a model that cannot run eager does without. While another monitor makes all run eager, so it is.
+                if self._compiled is not None and not process.forces_eager() and (self._flex or self._taps.knows(found)):
                     self._taps.open(model, found, in_graph=True)
                     return
             self._taps.open(model, found)
             # Before the first pass nobody knows whether the model will be compiled. One that was never entered is idle, and left alone.
-            if self._compiled or (self._compiled is None and self._step == 0):
+            if self._compiled or (self._compiled is None and (self._step == 0 or self._waited)):
                 self._force_eager(model)
+            self._waited = 0
 
     def _wire(self) -> None:
         """Get ready to measure inside the compiled graph, or say why not."""

@@ -145,6 +145,11 @@ def force_eager(watcher: Watcher) -> None:
         _stance = torch.compiler.set_stance("force_eager"), eval_frame._stance
 
 
+def forces_eager() -> bool:
+    """Whether some watcher asked for eager execution."""
+    return bool(_forcing)
+
+
 def release(watcher: Watcher) -> None:
     """This watcher no longer needs eager execution."""
     _forcing.pop(watcher, None)
