@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import itertools
 import logging
 import os
 import pickle
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -1076,3 +1078,37 @@ def test_the_test_above_can_fail() -> None:
     for call in (lambda x: x.sum().item(), torch.nonzero, lambda x: x[x > 0], lambda x: bool(x.sum() > 0)):
         with ToHost(), pytest.raises(AssertionError, match="waits for the device"):
             call(torch.ones(3))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def highest(run: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator held at once, more than before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    assert seen.profiler is not None
+    events = sorted((event.start_ns(), event.nbytes()) for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in events))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_observation_takes_the_memory_of_one_sample_a_site_whatever_the_batch(inplace: bool) -> None:
+    extra = []
+    for batch in (1024, 4096):
+        bare = nn.Sequential(*(each for _ in range(4) for each in (nn.Linear(256, 256), nn.SiLU(inplace))))
+        watched, x = copy.deepcopy(bare), torch.randn(batch, 256)
+        monitor = torchsat.watch(watched, every=1, errors="raise")
+        peaks = []
+        for model in (bare, watched):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            step(model, optimizer, x)
+            peaks.append(highest(functools.partial(step, model, optimizer, x)))
+        monitor.close()
+        assert monitor.latest.step == 1
+        extra.append(peaks[1] - peaks[0])
+    # Of each of four sites a sample, and of one what is computed from it; one tensor of the larger batch has 4 MiB.
+    assert all(each <= 6 * 65536 * 4 for each in extra), extra
