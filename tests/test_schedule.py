@@ -37,6 +37,8 @@ def train(plan: Schedule, steps: int, cost: float, step: float, own: float | Non
             sentence = plan.adjust(at)
             if sentence is not None:
                 said.append(sentence)
+        elif plan.compares:
+            plan.follow(Mark(now, None))
     return observed, said, spent / now
 
 
@@ -102,7 +104,29 @@ def test_the_first_observation_and_one_slow_step_do_not_count() -> None:
         if due:
             plan.end(Mark(now, None))
             assert plan.adjust(at) is None
+        elif plan.compares:
+            plan.follow(Mark(now, None))
     assert plan.interval == 4
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_what_lies_between_two_steps_is_no_cost_of_ours(seen: bool) -> None:
+    """A validation of 500 s before every observed step."""
+    plan, now = Schedule(10, 0.1), 0.0
+    for at in range(400):
+        if plan.due(at):
+            plan.begin(at, Mark(now, None))
+            now += 500.0
+            if seen:
+                plan.enter(Mark(now, None))
+            now += 1.1
+            plan.end(Mark(now, None))
+            plan.adjust(at)
+        else:
+            now += 1.0
+            if plan.compares:
+                plan.follow(Mark(now, None))
+    assert plan.interval == (10 if seen else 5000)
 
 
 class Event:
@@ -131,6 +155,9 @@ def test_a_device_is_never_waited_for() -> None:
         if plan.due(at):
             events.append(Event(now))
             plan.end(Mark(0.0, events[-1]))  # type: ignore[arg-type]
+        else:
+            events.append(Event(now))
+            plan.follow(Mark(0.0, events[-1]))  # type: ignore[arg-type]
         assert plan.adjust(at) is None
     assert plan.overhead is None
     for event in events:

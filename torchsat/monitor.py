@@ -393,6 +393,8 @@ class Monitor:
         idle = not self._taps.is_open and not self._in_flight and not self._again
         if idle and self._alone() is optimizer and not self._schedule.due(self._step + 1):
             self._step += 1
+            if self._schedule.compares:
+                self._schedule.follow(Mark.now(self._device))
             return
         with torch.no_grad(), self._timed():
             self._round.add(optimizer)
@@ -446,6 +448,8 @@ class Monitor:
             changed = self._schedule.adjust(self._step)
             if changed is not None:
                 log.warning("torchsat: step %d: %s", self._step, changed)
+        elif self._schedule.compares:
+            self._schedule.follow(Mark.now(self._device))
         self._step += 1
         self._members, self._round, self._mark = self._round, weakref.WeakSet(), None
         members = list(self._members)
@@ -511,6 +515,7 @@ class Monitor:
         process.release(self._watcher)
         if not training or model is None:
             return
+        self._schedule.enter(Mark.now(self._device))
         if any(is_compiled(module) for module in model.modules()):
             self._force_eager(model)
         if self._stepping:

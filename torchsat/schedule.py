@@ -1,15 +1,19 @@
 """When to observe: step 0, the powers of two below `every`, its multiples; and less often where that would cost more than the budget.
 
 What an observation costs is measured in two ways, and the larger counts: the time that our own code took, and by how much the observed step was
-longer than the steps between it and the next observation (which also sees what our code does to others: caches, a compiled model run eager). On
-a GPU only the second means anything; it is taken from events on the device's own clock, read once they have passed, so that nobody waits. One step
-is not like another, hence the median of several observations; the first one, which finds out the structure of the model, does not count.
+longer than the few steps behind it (which also sees what our code does to others: caches, a compiled model run eager). On a GPU only the second
+means anything; it is taken from events on the device's own clock, read once they have passed, so that nobody waits. One step is not like another,
+hence medians; the first observation, which finds out the structure of the model, does not count.
+
+What lies between two steps (a batch is loaded, a whole validation runs) is no cost of ours: the time before the model is entered counts for at most
+one step.
 
 The handful of observations below `every` is outside the budget: it is what tells early that an initialisation is bad.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections import deque
@@ -19,6 +23,8 @@ import torch
 
 _WINDOWS = 8
 """Observations that the cost is the median of."""
+_FOLLOWERS = 5
+"""Steps behind an observation that it is compared with."""
 _ROUND = (1, 2, 5)
 _SLACK = 0.7
 """An interval becomes shorter only where that would cost this share of the budget at most: it must not swing to and fro."""
@@ -51,16 +57,36 @@ class Mark:
 
 @dataclass
 class Window:
-    """One observation and the steps up to the next: three marks."""
+    """One observation and the steps up to the next."""
 
     step: int
     begin: Mark
+    """The end of the step before."""
+    entry: Mark | None = None
+    """The model was entered for training; None where that was not seen."""
     own: float = 0.0
     """Seconds of our own code."""
     end: Mark | None = None
+    followers: list[Mark] = field(default_factory=list)
+    """The ends of the next steps."""
     following: Mark | None = None
-    steps: int = 0
-    """Unobserved ones."""
+    """The begin of the next window."""
+
+    def passed(self) -> bool:
+        """Whether all its marks have."""
+        return self.end is not None and self.following is not None and self.following.passed()
+
+    def costs(self) -> tuple[float, float]:
+        """Seconds of the observation and of a step without."""
+        assert self.end is not None
+        idle = 0.0 if self.entry is None else self.begin.until(self.entry)
+        busy = self.begin.until(self.end) - idle
+        ends = [self.end, *self.followers]
+        if not self.followers:
+            # Nothing to compare with but our own time.
+            return (self.own, busy + idle - self.own) if self.end.event is None else (0.0, busy + idle)
+        step = statistics.median(one.until(other) for one, other in itertools.pairwise(ends))
+        return max(busy + min(idle, step) - step, self.own if self.end.event is None else 0.0), step
 
 
 @dataclass
@@ -76,6 +102,8 @@ class Schedule:
     budget: float | None
     interval: int = 0
     """The interval now: `every`, or a multiple of it."""
+    compares: bool = False
+    """The ends of the steps are asked for."""
     _open: list[Window] = field(default_factory=list)
     """Those whose marks have not all passed."""
     _costs: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_WINDOWS))
@@ -104,9 +132,20 @@ class Schedule:
         """An observation begins."""
         if self._open and self._open[-1].following is None:
             self._open[-1].following = mark
-            self._open[-1].steps = step - self._open[-1].step - 1
         self._open.append(Window(step, mark))
+        self.compares = False
         del self._open[: -4 * _WINDOWS]
+
+    def enter(self, mark: Mark) -> None:
+        """The model is entered for training."""
+        if self._open and self._open[-1].entry is None:
+            self._open[-1].entry = mark
+
+    def follow(self, mark: Mark) -> None:
+        """A step without an observation is over, while `compares`."""
+        if self._open:
+            self._open[-1].followers.append(mark)
+            self.compares = len(self._open[-1].followers) < _FOLLOWERS
 
     def spend(self, seconds: float) -> None:
         """Our own code ran."""
@@ -117,6 +156,7 @@ class Schedule:
         """The observation is over."""
         if self._open:
             self._open[-1].end = mark
+            self.compares = True
 
     def adjust(self, step: int) -> str | None:
         """Set the interval by what is known after the observation of this step; in words, if it has changed. Below `every` it does not matter yet."""
@@ -153,20 +193,13 @@ class Schedule:
 
     def _measure(self) -> None:
         """Take in the windows whose marks have passed, in order."""
-        while self._open:
-            window = self._open[0]
-            if window.end is None or window.following is None or not window.following.passed():
-                break
-            self._open.pop(0)
-            whole, observed = window.begin.until(window.following), window.begin.until(window.end)
-            on_host = window.end.event is None
-            # Without a step between two observations there is nothing to compare with but our own time.
-            step = (whole - observed) / window.steps if window.steps else observed - window.own
-            cost = max(observed - step, window.own if on_host else 0.0)
+        while self._open and self._open[0].passed():
+            window = self._open.pop(0)
+            cost, step = window.costs()
             if window.step:
                 self._costs.append((cost, step))
-            if window.step >= self.every:
-                self._shares.append((cost, whole))
+            if window.step >= self.every and window.following is not None:
+                self._shares.append((cost, window.begin.until(window.following)))
 
 
 def _rounded_up(multiple: float) -> int:

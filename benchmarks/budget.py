@@ -1,0 +1,76 @@
+"""Whether the budget holds: `python benchmarks/budget.py [--budgets 0.005,0.02] [--steps 8000] [--write]`.
+
+A network so small that an observation costs several steps, trained as it is and watched, in turn, 50 steps of each. Counted are the steps from 500 on:
+by then the interval has been stretched. "Measured" is by how much the watched training took longer, "monitor.overhead" what the monitor says of itself.
+`--write` puts the table into docs/cost.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+
+import torch
+from overhead import put, table
+from torch import nn
+from workloads import machine
+
+import torchsat
+
+FIRST, TURN = 500, 50
+
+
+def trained(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-3)
+
+
+def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> float:
+    x = torch.randn(32, 32)
+    begun = time.perf_counter()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return time.perf_counter() - begun
+
+
+def row(budget: float, steps: int) -> tuple[str, ...]:
+    torch.manual_seed(0)
+    bare = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
+    watched = copy.deepcopy(bare)
+    pair = [(model, trained(model)) for model in (bare, watched)]
+    monitor = torchsat.watch(watched, budget=budget)
+    totals = [0.0, 0.0]
+    for turn in range(steps // TURN):
+        for which in (0, 1) if turn % 2 else (1, 0):
+            took = seconds(*pair[which], TURN)
+            totals[which] += took if turn * TURN >= FIRST else 0.0
+    monitor.close()
+    said = monitor.overhead
+    counted = len(range(FIRST, steps))
+    return (
+        f"{budget}",
+        f"{1e3 * totals[0] / counted:.3f} ms",
+        f"{totals[1] / totals[0] - 1:+.4f}",
+        "unknown" if said is None else f"{said:.4f}",
+        str(monitor._schedule.interval),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budgets", default="0.005,0.02,0.1")
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--write", action="store_true")
+    given = parser.parse_args()
+    rows = [row(float(budget), given.steps) for budget in given.budgets.split(",")]
+    found = table(("budget", "bare step", "measured", "monitor.overhead", "one step in"), rows)
+    text = f"{machine(torch.device('cpu'))}; {given.steps} steps, counted from {FIRST} on.\n\n{found}"
+    print(text)
+    if given.write:
+        put(text, "budget")
+
+
+if __name__ == "__main__":
+    main()
