@@ -1,7 +1,8 @@
 """Whether the budget holds: `python benchmarks/budget.py [--budgets 0.005,0.02] [--steps 8000] [--write]`.
 
-A network so small that an observation costs several steps, trained as it is and watched, in turn, 50 steps of each. Counted are the steps from 500 on:
-by then the interval has been stretched. "Measured" is by how much the watched training took longer, "monitor.overhead" what the monitor says of itself.
+A network so small that an observation costs several steps, trained as it is and watched, in turn, 50 steps of each. Counted are the steps from 500
+on: by then the interval has been stretched. "Measured" is by how much the watched training took longer, "monitor.overhead" what the monitor says of
+itself.
 `--write` puts the table into docs/cost.md.
 """
 
