@@ -21,6 +21,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torchsat.record import Alert, Cause, Record, Snapshot, Weight
 from torchsat.rules import percent
@@ -461,6 +462,20 @@ class Diagnosis:
         self._before: Snapshot | None = None
         self._raw: dict[tuple[str, str], Alert] = {}
         self._told: dict[tuple[str, str], Alert] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, in plain types."""
+        first, before = (None if each is None else each.as_dict() for each in (self._first, self._before))
+        return {"first": first, "before": before, "told": [alert.as_dict() for alert in self._told.values()]}
+
+    def load_state_dict(self, kept: dict[str, Any]) -> None:
+        first, before = (None if kept[each] is None else Snapshot.from_dict(kept[each]) for each in ("first", "before"))
+        self.resume([Alert.from_dict(alert) for alert in kept["told"]], first, before)
+
+    def resume(self, told: Iterable[Alert], first: Snapshot | None, before: Snapshot | None) -> None:
+        """Go on as after these verdicts: `first` and `before` are what a `Scene` has."""
+        self._first, self._before = first, before
+        self._told = {(alert.site, alert.rule): alert for alert in told}
 
     @property
     def firing(self) -> tuple[Alert, ...]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -35,12 +36,14 @@ from torchsat.activations import ACTIVATIONS, Activation
 from torchsat.calls import uses_flex_attention
 from torchsat.diagnosis import Diagnosis, verdict
 from torchsat.ingraph import Wires, why_not
+from torchsat.ranks import CLOSING, LayerPart, Ranks, Round, SitePart, averaged_over, default_group
 from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.schedule import Mark, Schedule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record, trust_kernels
 from torchsat.taps import MODEL, Found, Pass, Site, Taps, clean, is_compiled
-from torchsat.weights import COLUMNS, Layer, to_weight
+from torchsat.tensorboard import SUBRUN
+from torchsat.weights import COLUMNS, Layer, local, placement, to_weight
 from torchsat.weights import why_not as layer_why_not
 
 log = logging.getLogger("torchsat")
@@ -70,6 +73,8 @@ def watch(
     rules: Sequence[Rule] = RULES,
     sinks: Iterable[Sink] | None = None,
     on_alert: Callable[[Alert], Any] | None = None,
+    group: dist.ProcessGroup | Literal["auto"] | None = "auto",
+    start: int | Literal["resume"] = 0,
     errors: Literal["warn", "raise"] = "warn",
 ) -> Monitor:
     """Watch the activations of a model while it trains; the one line.
@@ -92,6 +97,9 @@ def watch(
         rules: when to alert.
         sinks: functions of a Snapshot, called after TensorBoard's; `flush` and `close` are called too where they exist.
         on_alert: function of an Alert, called when one fires, worsens or clears.
+        group: the ranks that observe together: "auto" is all of torch.distributed, if it is in use when training begins; None: each by itself.
+        start: the number of the first step: of a resumed run, the optimizer steps that it has taken. Alerts that fired then in `log_dir` go on with
+            their `since`. "resume": the step after the last one in `log_dir`. A checkpoint can hold more: `monitor.state_dict()`.
         errors: "raise" lets faults of the monitor through, for developers of torchsat.
 
     Raises:
@@ -114,8 +122,22 @@ def watch(
         rules=rules,
         sinks=sinks,
         on_alert=on_alert,
+        group=group,
+        start=start,
         errors=errors,
     )
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """One observation on the host."""
+
+    sites: list[tuple[dict[str, Any], list[float], dict[str, Any]]]
+    """Facts, row, and what is known of single ranks."""
+    layers: list[tuple[dict[str, Any], list[float]]]
+    scale: float
+    skipped: bool
+    """The optimizer itself found an overflow and did nothing: not a step."""
 
 
 @dataclass
@@ -135,10 +157,24 @@ class _InFlight:
     def arrived(self) -> bool:
         return all(event is None or event.query() for _, event in self.parts.values())  # type: ignore[no-untyped-call]
 
-    def wait(self) -> None:
+    def wait(self, seconds: float = math.inf) -> None:
         for _, event in self.parts.values():
             if event is not None:
                 event.synchronize()
+
+    def read(self) -> _Numbers:
+        """The numbers, which have arrived."""
+        hosts = {device: cast("list[float]", part.tolist()) for device, (part, _) in self.parts.items()}
+        places = dict.fromkeys(hosts, 0)
+        scale, skipped = hosts[self.home][-2:]
+
+        def cut(device: torch.device, width: int) -> list[float]:
+            places[device] += width
+            return hosts[device][places[device] - width : places[device]]
+
+        sites = [(facts, cut(device, width), dict[str, Any]()) for device, width, facts in self.facts]
+        layers = [(facts, cut(device, len(COLUMNS))) for device, facts in self.weight_facts]
+        return _Numbers(sites, layers, 1.0 if math.isnan(scale) or scale <= 0 else scale, skipped > 0)
 
 
 class Monitor:
@@ -162,10 +198,12 @@ class Monitor:
         rules: Sequence[Rule],
         sinks: Iterable[Sink] | None,
         on_alert: Callable[[Alert], Any] | None,
+        group: dist.ProcessGroup | Literal["auto"] | None,
+        start: int | Literal["resume"],
         errors: Literal["warn", "raise"],
     ) -> None:
         model = _plain(model)
-        _check(every, budget, epsilon, sample, activations, rules, errors)
+        _check(every, budget, epsilon, sample, activations, rules, group, start, errors)
         self._model = weakref.ref(model)
         self._schedule = Schedule(every, budget)
         self._since = 0.0
@@ -204,7 +242,7 @@ class Monitor:
         self._diagnosis = Diagnosis()
         self._latest: Snapshot | None = None
         self._stuck: dict[str, tuple[float, int]] = {}
-        self._in_flight: list[_InFlight] = []
+        self._in_flight: list[_InFlight | Round] = []
         self._step = 0
         self._passes = 0
         """Training passes since the last step."""
@@ -213,6 +251,14 @@ class Monitor:
         self._said_stopped: set[str] = set()
         self._again = False
         self._closed = False
+        self._group = group
+        self._ranks: Ranks | None = None
+        """The processes that observe with this one, once they have met; None: this one is by itself."""
+        self._reader: Ranks | None = None
+        """Who reads the rounds that are under way, also after the others were lost."""
+        self._has_entered = self._has_met = False
+        self._averaged = 0
+        """Over how many ranks gradients are averaged by the model's wrapper; 0: not known."""
         self._manual = False
         self._owned: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self._stepping: list[Optimizer] = []
@@ -244,7 +290,11 @@ class Monitor:
         if log_dir is not None or writer is not None:
             from torchsat.tensorboard.writer import TensorBoardWriter
 
-            self._sinks.insert(0, TensorBoardWriter(log_dir, writer))
+            files = TensorBoardWriter(log_dir, writer)
+            self._sinks.insert(0, files)
+            if group is None or default_group() is None:
+                files.open()
+        self._step = self._schedule.first = self._resume(log_dir, start)
         self._watcher = process.Watcher(self._before_step, self._after_step, self.close, functools.partial(self._fault, MODEL), self._forget)
         process.join(self._watcher)
         try:
@@ -302,10 +352,68 @@ class Monitor:
                 self._after_weights(None)
             self._finish_round()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint should hold, in plain types: the number of steps taken, and what rules and diagnosis remember."""
+        self._drain()
+        return {
+            "step": self._step,
+            "interval": self._schedule.interval,
+            "turn": self._taps.turn,
+            "stuck": {name: list(known) for name, known in self._stuck.items()},
+            "judge": self._judge.state_dict(),
+            "diagnosis": self._diagnosis.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where another monitor was when it gave its `state_dict`; to be called before training goes on.
+
+        Raises:
+            ValueError: it is no such state.
+        """
+        missing = {"step", "interval", "turn", "stuck", "judge", "diagnosis"} - set(state)
+        if missing:
+            raise ValueError(f"the state lacks {', '.join(sorted(missing))}; allowed is what monitor.state_dict() gave")
+        self._judge.load_state_dict(state["judge"])
+        self._diagnosis.load_state_dict(state["diagnosis"])
+        self._stuck = {name: (float(share), int(n)) for name, (share, n) in state["stuck"].items()}
+        self._taps.turn = state["turn"]
+        if state["interval"] % self._schedule.every == 0 and self._schedule.budget is not None:
+            self._schedule.interval = self._schedule.wanted = state["interval"]
+        self._begin_at(state["step"])
+
+    def _begin_at(self, step: int) -> None:
+        """The next step has this number. It is observed, as every first one is."""
+        self._taps.close()
+        process.release(self._watcher)
+        self._step = self._schedule.first = step
+        self._open()
+
+    def _resume(self, log_dir: str | os.PathLike[str] | None, start: int | Literal["resume"]) -> int:
+        """Take up what the event files of an earlier session say; the number of the first step."""
+        if start == 0 or log_dir is None:
+            return 0 if start == "resume" else start
+        from torchsat.tensorboard.reader import read_runs
+
+        try:
+            history = read_runs(os.path.join(os.fspath(log_dir), SUBRUN))[-1].snapshots
+        except FileNotFoundError:
+            return 0 if start == "resume" else start
+        step = history[-1].step + 1 if start == "resume" else start
+        history = [snapshot for snapshot in history if snapshot.step < step]
+        told: dict[tuple[str, str], Alert] = {}
+        for alert in (alert for snapshot in history for alert in snapshot.alerts):
+            told.pop((alert.site, alert.rule), None)
+            if alert.firing:
+                told[alert.site, alert.rule] = alert
+        if history:
+            self._judge.resume(list(told.values()), len(history))
+            self._diagnosis.resume(told.values(), history[0], history[-1])
+        return step
+
     def flush(self) -> None:
         """Wait for every observation in flight, and for the sinks."""
         with self._never_raising():
-            self._drain(wait=True)
+            self._drain(wait=True, seconds=CLOSING)
         for sink in list(self._sinks):
             self._to_sink(sink, getattr(sink, "flush", None))
 
@@ -319,6 +427,8 @@ class Monitor:
         self._taps.close()
         self._unwire()
         self.flush()
+        if self._ranks is not None:
+            self._ranks.leave()
         for sink in list(self._sinks):
             self._to_sink(sink, getattr(sink, "close", None))
         self._sinks.clear()
@@ -477,7 +587,7 @@ class Monitor:
                     return
             self._taps.open(model, found)
             # Before the first pass nobody knows whether the model will be compiled. One that was never entered is idle, and left alone.
-            if self._compiled or (self._compiled is None and (self._step == 0 or self._waited)):
+            if self._compiled or (self._compiled is None and (self._step == self._schedule.first or self._waited)):
                 self._force_eager(model)
             self._waited = 0
 
@@ -516,6 +626,11 @@ class Monitor:
         if not training or model is None:
             return
         self._schedule.enter(Mark.now(self._device))
+        if not self._has_entered:
+            self._enter_ranks()
+        wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
+        if wrapper is not None:
+            self._averaged = dist.get_world_size(wrapper.process_group)
         if any(is_compiled(module) for module in model.modules()):
             self._force_eager(model)
         if self._stepping:
@@ -595,6 +710,9 @@ class Monitor:
         layers = self._weights_of(None)
         taps.close()
         process.release(self._watcher)
+        if self._meets():
+            self._send(layers)
+            return
         if not taps.saw_pass and taps.saw_model and not (taps.names or taps.recurrent):
             self._warn_of_nothing()
             return
@@ -621,26 +739,11 @@ class Monitor:
         for layer, weight in layers:
             if layer.name not in feeds:
                 continue
-            if not layer.n and layer.inputs is not None:
-                # A layer that no optimizer owns (a frozen part) has a gain and an input too.
-                layer.after_step(weight)
+            _measure_frozen(layer, weight)
             row = layer.row()
             if row is not None:
-                rate = self._rates.get(id(weight))
-                weight_facts.append(
-                    (
-                        row.device,
-                        {
-                            "name": layer.name,
-                            "feeds": feeds[layer.name],
-                            "fan_in": layer.fan_in,
-                            "numel": weight.numel(),
-                            "n": layer.n,
-                            "data": layer.name in taps.fed_by_data,
-                            "learning_rate": rate,
-                        },
-                    )
-                )
+                known = {"numel": weight.numel(), "n": layer.n, "learning_rate": self._rates.get(id(weight))}
+                weight_facts.append((row.device, {**self._layer_facts(layer, feeds), **known}))
                 packed.setdefault(row.device, []).append(row)
         if not facts:
             self._warn_of_nothing()
@@ -651,6 +754,131 @@ class Monitor:
         parts = {device: _to_host(torch.cat(rows)) for device, rows in packed.items()}
         self._in_flight.append(_InFlight(self._step, time.time(), facts, weight_facts, parts, home))
         self._drain()
+
+    def _layer_facts(self, layer: Layer, feeds: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+        """The WEIGHT_FACTS of a layer."""
+        return {"name": layer.name, "feeds": feeds[layer.name], "fan_in": layer.fan_in, "data": layer.name in self._taps.fed_by_data}
+
+    @property
+    def _together(self) -> bool:
+        """Whether other ranks observe with this one."""
+        return self._ranks is not None and self._ranks.together
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank writes, logs and alerts."""
+        return self._ranks is None or not self._ranks.together or self._ranks.rank == 0
+
+    def _enter_ranks(self) -> None:
+        """The first training pass: tell the other ranks that this one watches."""
+        self._has_entered = True
+        group = default_group() if self._group == "auto" else self._group
+        if group is None:
+            return
+        try:
+            self._ranks = self._reader = Ranks(group, self._lose)
+        except Exception as error:
+            log.warning("torchsat: each rank observes by itself: %s: %s", type(error).__name__, error)
+
+    def _meets(self) -> bool:
+        """Whether the observation that ends now is one of several ranks. The end of the first one decides, on all ranks alike."""
+        if not self._has_met:
+            self._has_met = True
+            if not self._has_entered:
+                self._enter_ranks()
+            if self._ranks is not None:
+                try:
+                    why_apart = self._ranks.meet(self._device or torch.device("cpu"))
+                except Exception as error:
+                    why_apart = f"{type(error).__name__}: {error}"
+                if why_apart is not None:
+                    self._lose(why_apart)
+            self._share(self._together)
+        return self._together
+
+    def _share(self, together: bool) -> None:
+        """What adds up over observations does so where all ranks are known; the interval is agreed upon."""
+        self._taps.keeps_windows = not together
+        self._schedule.shared = together
+
+    def _lose(self, why: str) -> None:
+        """From now on this rank observes by itself; others of the same run then write elsewhere."""
+        rank = self._ranks.rank if self._ranks is not None else 0
+        self._ranks = None
+        self._share(False)
+        for sink in self._sinks:
+            if rank and hasattr(sink, "move"):
+                sink.move(f"rank{rank}")
+        log.warning("torchsat: rank %d observes by itself from here on: %s. Training is not affected.", rank, why)
+
+    def _send(self, layers: list[tuple[Layer, Tensor]]) -> None:
+        """Hand what was measured to all ranks; also if it is nothing, since they wait for it."""
+        assert self._ranks is not None
+        taps, ranks, model = self._taps, self._ranks, self._model()
+        feeds = taps.feeders()
+        if not taps.saw_pass:
+            self._compiled = True
+        sites = {}
+        for name, site in taps.sites.items():
+            units, first, counts = taps.share(site)
+            facts = {**_facts(site), "units": units, "heads": site.head_count}
+            sites[name] = SitePart(facts, site.row, site.block, site.heads, first, counts)
+        parts = {}
+        for layer, weight in layers:
+            if layer.name in feeds:
+                _measure_frozen(layer, weight)
+                place = placement(weight)
+                facts = {**self._layer_facts(layer, feeds), "features": layer.features}
+                parts[layer.name] = LayerPart(
+                    facts,
+                    layer.numbers,
+                    layer.inputs,
+                    layer.n,
+                    local(weight).numel(),
+                    self._rates.get(id(weight)),
+                    place is not None,
+                    place is None or place.counts,
+                    layer.input_counts,
+                    layer.first,
+                )
+        divisor: Tensor | float = float(self._averaged or averaged_over(model))
+        if self._scale is not None:
+            divisor = self._scale * divisor
+        sent = ranks.send(
+            self._step,
+            sites,
+            parts,
+            divisor=divisor,
+            interval=self._schedule.wanted,
+            skipped=self._skipped,
+            before=lambda: self._drain(until=ranks.must_know()),
+        )
+        self._again = False
+        if sent is not None:
+            # The ranks agree on the number of the first step: not all need see the files of an earlier session.
+            self._step = sent.step
+            self._in_flight.append(sent)
+            if ranks.interval:
+                self._follow_interval(ranks.interval)
+        self._drain()
+
+    def _read(self, flight: Round) -> _Numbers:
+        assert self._reader is not None
+        merged = self._reader.read(flight)
+        return _Numbers(merged.sites, merged.layers, 1.0, merged.skipped)
+
+    def _follow_interval(self, interval: int) -> None:
+        """All ranks observe as seldom as the one that needs it most."""
+        if interval != self._schedule.interval:
+            self._schedule.interval = interval
+            if self._speaks:
+                log.warning(
+                    "torchsat: step %d: observing takes more than the budget allows on some rank: one in %d steps is observed from here on; "
+                    "budget=None keeps every=%d.",
+                    self._step,
+                    interval,
+                    self._schedule.every,
+                )
 
     def _warn_of_nothing(self) -> None:
         model = self._model()
@@ -684,42 +912,40 @@ class Monitor:
         self._compiled = True
         self._again = self._misses < 3
 
-    def _drain(self, wait: bool = False) -> None:
-        """Judge and hand on what has arrived, in order."""
+    def _drain(self, wait: bool = False, until: int = -1, seconds: float = math.inf) -> None:
+        """Judge and hand on what has arrived, in order; wait for all, or for the round of several ranks that has this number."""
         if len(self._in_flight) > _MOST_IN_FLIGHT:
             wait = True
-        while self._in_flight and (wait or self._in_flight[0].arrived()):
-            flight = self._in_flight.pop(0)
-            flight.wait()
+        while self._in_flight:
+            flight = self._in_flight[0]
+            if not (wait or flight.arrived() or (isinstance(flight, Round) and flight.number <= until)):
+                return
+            flight.wait(seconds)
+            self._in_flight.remove(flight)
             self._deliver(flight)
 
-    def _deliver(self, flight: _InFlight) -> None:
-        hosts = {device: part.tolist() for device, (part, _) in flight.parts.items()}
-        places = dict.fromkeys(hosts, 0)
-        scale, skipped = hosts[flight.home][-2:]
-        if skipped > 0:
-            # The optimizer itself found an overflow and did nothing: not a step.
-            self._again = True
+    def _deliver(self, flight: _InFlight | Round) -> None:
+        numbers = flight.read() if isinstance(flight, _InFlight) else self._read(flight)
+        if numbers.skipped:
+            self._again = self._again or not self._together
             return
-        scale = 1.0 if math.isnan(scale) or scale <= 0 else scale
-
-        def cut(device: torch.device, width: int) -> list[float]:
-            start = places[device]
-            places[device] += width
-            return cast("list[float]", hosts[device][start : start + width])
-
         records: list[Record] = []
-        for device, width, facts in flight.facts:
+        for facts, row, of_ranks in numbers.sites:
             name = facts["site"]
-            record, stuck = to_record(facts, cut(device, width), scale, self._stuck.get(name))
+            record, stuck = to_record(facts, row, numbers.scale, self._stuck.get(name))
             if stuck is not None:
                 self._stuck[name] = stuck
             if record.n or record.nonfinite:
-                records.append(record)
-        weights = [to_weight(facts, cut(device, len(COLUMNS))) for device, facts in flight.weight_facts]
+                records.append(replace(record, **of_ranks) if of_ranks else record)
+        if not records and isinstance(flight, Round):
+            self._warn_of_nothing()
+            return
+        weights = [to_weight(facts, row) for facts, row in numbers.layers]
         snapshot = Snapshot(flight.step, flight.time, tuple(records), tuple(weights), overhead=self._schedule.overhead)
         snapshot = replace(snapshot, alerts=self._verdict(snapshot))
         self._latest = snapshot
+        if not self._speaks:
+            return
         self._announce(snapshot)
         # First to the files: a callback may close the monitor.
         for sink in list(self._sinks):
@@ -794,6 +1020,12 @@ class _NeverRaising:
         return True
 
 
+def _measure_frozen(layer: Layer, weight: Tensor) -> None:
+    """A layer that no optimizer owns (a frozen part) has a gain and an input too."""
+    if not layer.n and layer.inputs is not None:
+        layer.after_step(weight)
+
+
 def _plain(model: Any) -> nn.Module:
     """The module itself, out of its compiled or distributed wrapper; TypeError where it cannot be watched."""
     if isinstance(model, nn.DataParallel):
@@ -830,7 +1062,14 @@ def _trust_kernels(model: nn.Module) -> None:
             log.warning("torchsat: its kernels are not used on %s, where plain torch measures samples: %s", device, why_not)
 
 
-def _check(every: Any, budget: Any, epsilon: Any, sample: Any, activations: Any, rules: Any, errors: Any) -> None:
+def _check(every: Any, budget: Any, epsilon: Any, sample: Any, activations: Any, rules: Any, group: Any, start: Any, errors: Any) -> None:
+    if group not in (None, "auto") and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f'group is {group!r}; allowed are "auto" (all ranks of torch.distributed), a torch.distributed.ProcessGroup of which this rank is '
+            "a member, and None (each rank by itself)"
+        )
+    if start != "resume" and (not isinstance(start, int) or isinstance(start, bool) or start < 0):
+        raise ValueError(f'start is {start!r}; allowed are whole numbers from 0 up (optimizer steps already taken) and "resume"')
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every is {every!r}; allowed are whole numbers from 1 up (steps between observations)")
     if budget is not None and (not isinstance(budget, (int, float)) or isinstance(budget, bool) or not 0 < budget <= 1):

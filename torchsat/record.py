@@ -118,6 +118,11 @@ class Record:
     """Mean of ln T."""
     entropy_min: float | None = None
     """The lowest entropy of a head: the mean over heads hides a collapsed one."""
+    worst: float | None = None
+    """Of several ranks that observe together: the highest `saturated` of one rank alone, and that rank."""
+    worst_rank: int | None = None
+    nonfinite_rank: int | None = None
+    """The rank on which most elements were inf or nan, if any were."""
     histogram: tuple[float, ...] | None = None
     """Share of elements per bin of HISTOGRAM_EDGES, of |f'| / peak."""
     heads: tuple[Head, ...] | None = None
@@ -188,6 +193,8 @@ class Alert:
     """Ranked; their shares add up to 1."""
     also: tuple[str, ...] = ()
     """Other sites and layers that suffer from the same, in the order of data flow."""
+    rank: int | None = None
+    """Of several ranks that observe together: the one where the site is worst, if one stands out."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -212,6 +219,15 @@ class Snapshot:
     """The alerts that fired or cleared at this observation."""
     overhead: float | None = None
     """The measured share of training time that the observations before this one took; None before it is known."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Snapshot:
+        records = tuple(Record(**{**each, "heads": each["heads"] and tuple(Head(**head) for head in each["heads"])}) for each in values["records"])
+        weights = tuple(Weight(**each) for each in values["weights"])
+        return Snapshot(**{**values, "records": records, "weights": weights, "alerts": tuple(map(Alert.from_dict, values["alerts"]))})
 
     def __getitem__(self, site: str) -> Record:
         for record in self.records:
@@ -251,7 +267,7 @@ RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not 
 HEAD_METRICS = tuple(field.name for field in fields(Head))
 WEIGHT_FACTS = ("name", "feeds", "fan_in", "data")
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
-COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "input_n", "rows")
+COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "worst_rank", "nonfinite_rank", "input_n", "rows")
 
 
 def to_float(value: float | None) -> float:

@@ -25,6 +25,8 @@ from typing import Any, Literal
 from torchsat.record import Alert, Record, Severity, Snapshot, Weight
 
 HYSTERESIS = 0.8
+STANDS_OUT = 0.1
+"""By this much more than that of all ranks is the share of a rank that is named."""
 
 
 @dataclass(frozen=True)
@@ -324,6 +326,29 @@ class Judge:
         alerts = [state.alert for state in self._states.values() if state.alert is not None]
         return tuple(sorted(alerts, key=lambda alert: (alert.severity != "critical", alert.since)))
 
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, in plain types."""
+        states = [
+            {**vars(state), "streak": dict(state.streak), "place": place, "rule": rule, "alert": state.alert and state.alert.as_dict()}
+            for (place, rule), state in self._states.items()
+        ]
+        return {"observations": self._observations, "states": states}
+
+    def load_state_dict(self, kept: dict[str, Any]) -> None:
+        self._observations = kept["observations"]
+        self._states = {}
+        for values in kept["states"]:
+            alert = values["alert"] and Alert.from_dict(values["alert"])
+            self._states[values["place"], values["rule"]] = _State(dict(values["streak"]), values["since"], values["calm"], alert)
+
+    def resume(self, firing: Sequence[Alert], observations: int) -> None:
+        """Go on as after so many observations that ended with these alerts firing."""
+        self._observations = observations
+        for alert in firing:
+            patience = max((rule.patience for rule in self._groups.get(alert.rule, ())), default=1)
+            streak: dict[Severity, int] = {"warning": patience, "critical": patience if alert.severity == "critical" else 0}
+            self._states[alert.site, alert.rule] = _State(streak, alert.since, 0, alert)
+
     def judge(self, snapshot: Snapshot) -> tuple[Alert, ...]:
         """The alerts that fire, worsen or clear at this observation."""
         events = []
@@ -387,7 +412,9 @@ class Judge:
             limit = rule.limit(severity, item)
             if limit is None or not rule.beyond(value, limit):
                 rule, value, _, limit = worst
-            alert = Alert(place, name, severity, value, limit, state.since, snapshot.step, True, rule.says(item, value, limit))
+            rank, where = _worst_rank(name, item)
+            says = rule.says(item, value, limit) + where
+            alert = Alert(place, name, severity, value, limit, state.since, snapshot.step, True, says, rank=rank)
             before = state.alert
             if before is not None and (before.severity == severity or before.severity == "critical"):
                 state.alert = replace(alert, severity=before.severity)
@@ -411,6 +438,15 @@ class Judge:
         last, state.alert, state.since, state.calm = state.alert, None, None, 0
         value = next((value for rule, value, limit in lowest if limit == last.threshold), lowest[0][1])
         return replace(last, value=value, step=snapshot.step, firing=False, message=f"{place}: no longer {_ADJECTIVE.get(name, name)}")
+
+
+def _worst_rank(rule: str, item: Record | Weight) -> tuple[int | None, str]:
+    """Of several ranks the one that stands out, and how to say so."""
+    if isinstance(item, Record) and rule == "nonfinite" and item.nonfinite_rank is not None:
+        return item.nonfinite_rank, f"; most of them on rank {item.nonfinite_rank}"
+    if isinstance(item, Record) and rule == "saturated" and item.worst is not None and item.worst - (item.saturated or 0.0) >= STANDS_OUT:
+        return item.worst_rank, f"; worst on rank {item.worst_rank}: {percent(item.worst)} on a plateau"
+    return None, ""
 
 
 _ADJECTIVE = {

@@ -115,8 +115,15 @@ class Schedule:
     """The interval that the user knows of."""
     _unsaid: str | None = None
 
+    first: int = 0
+    """The number of the first step, which finds out the structure of the model."""
+    wanted: int = 0
+    """The interval that the budget asks for."""
+    shared: bool = False
+    """Several ranks agree on the interval: here it is only wanted."""
+
     def __post_init__(self) -> None:
-        self.interval = self._said = self.every
+        self.interval = self.wanted = self._said = self.every
 
     def due(self, step: int) -> bool:
         """Whether this step is observed."""
@@ -161,6 +168,9 @@ class Schedule:
     def adjust(self, step: int) -> str | None:
         """Set the interval by what is known after the observation of this step; in words, if it has changed. Below `every` it does not matter yet."""
         sentence = self._stretch()
+        if self.shared:
+            return None
+        self.interval = self.wanted
         if 2 * step < self.every:
             self._unsaid = sentence or self._unsaid
             return None
@@ -180,11 +190,11 @@ class Schedule:
             return None
         least = cost * (1 - self.budget) / self.budget / step
         wanted = self.every * _rounded_up(least / self.every)
-        if wanted < self.interval:
-            wanted = min(self.interval, self.every * _rounded_up(least / _SLACK / self.every))
-        if wanted == self.interval:
+        if wanted < self.wanted:
+            wanted = min(self.wanted, self.every * _rounded_up(least / _SLACK / self.every))
+        if wanted == self.wanted:
             return None
-        self.interval = wanted
+        self.wanted = wanted
         share = cost / (cost + self.every * step)
         return (
             f"an observation costs {1e3 * cost:.3g} ms, a step {1e3 * step:.3g} ms: {100 * share:.2g} % of the training time at every={self.every}, "
@@ -196,7 +206,7 @@ class Schedule:
         while self._open and self._open[0].passed():
             window = self._open.pop(0)
             cost, step = window.costs()
-            if window.step:
+            if window.step != self.first:
                 self._costs.append((cost, step))
             if window.step >= self.every and window.following is not None:
                 self._shares.append((cost, window.begin.until(window.following)))

@@ -212,8 +212,10 @@ class Site:
     """Its output multiplies another signal."""
     units: int | None = None
     units_vary: bool = False
+    head_count: int | None = None
+    """Of a softmax; None: it is no softmax, or its heads are not always as many."""
     block: Tensor | None = None
-    """The unit block of the window so far."""
+    """The unit block of the window so far; of the last observation alone where `Taps.keeps_windows` is off."""
     row: Tensor | None = None
     """What the observation gave, once it is over."""
     heads: Tensor | None = None
@@ -371,6 +373,8 @@ class Taps:
         self.fed_by_data: set[str] = set()
         """The layers whose input nothing computed that learns."""
         self.turn = 0
+        self.keeps_windows = True
+        """Unit blocks add up over observations here; off where they do so elsewhere."""
         self.is_open = False
         self.in_graph = False
         """This observation listens to the hooks of a compiled graph."""
@@ -433,7 +437,9 @@ class Taps:
         self._passing = self._last_layer = self._running = self._owner = None
         for site in self._known.values():
             site.row, site.heads, site.recompute_only = None, None, False
-            if site.block is not None:
+            if not self.keeps_windows:
+                site.block = None
+            elif site.block is not None:
                 start_over_if_full_(site.block)
         self.in_graph = in_graph
         if in_graph:
@@ -554,6 +560,8 @@ class Taps:
             each.settle(whole)
         for name, site in self._known.items():
             site.row, site.heads = whole.rows.get(name), whole.heads.get(name)
+            if site.heads is not None:
+                site.head_count = site.heads.shape[1]
             block = whole.blocks.get(name)
             if block is not None:
                 site.block = block if site.block is None or site.block.shape != block.shape else block.add_(site.block.to(block))
@@ -597,6 +605,10 @@ class Taps:
         if mark in self._passes:
             for each in self._passes[self._passes.index(mark) + 1 :]:
                 each.drop()
+
+    def share(self, site: Site) -> tuple[int | None, int, bool]:
+        """Of the units, or heads, of a site over all ranks: how many they are, where ours begin, and whether this rank is to count them."""
+        return site.units, 0, True
 
     def feeders(self) -> dict[str, tuple[str, ...]]:
         """The sites that each layer feeds."""

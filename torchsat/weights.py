@@ -12,10 +12,13 @@ import functools
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
@@ -35,6 +38,33 @@ _PER_FEATURE = 8
 """Elements of an input that are read of each feature, at least, as far as the limit of a site allows."""
 
 
+@dataclass(frozen=True)
+class Placement:
+    """How the ranks hold one tensor of which each has a part."""
+
+    counts: bool
+    """False where another rank holds the very same part."""
+    first: tuple[int, ...]
+    """Where this rank's part begins, along each axis."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is spread over ranks; any other one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placement(tensor: Tensor) -> Placement | None:
+    """Of a tensor that is spread over ranks; None: it is not, or it is a sum that has not been taken."""
+    if not isinstance(tensor, DTensor):
+        return None
+    at = tensor.device_mesh.get_coordinate()
+    if at is None or any(each.is_partial() for each in tensor.placements):
+        return None
+    counts = all(where == 0 for where, each in zip(at, tensor.placements, strict=True) if each.is_replicate())
+    _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Placement(counts, tuple(first))
+
+
 def is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, _ConvNd))
 
@@ -46,7 +76,7 @@ def why_not(module: nn.Module) -> str | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or is_lazy(weight):
         return "its weight does not exist yet"
-    if type(weight) not in (Tensor, nn.Parameter):
+    if type(weight) not in (Tensor, nn.Parameter) and not isinstance(weight, DTensor):
         return f"its weight is a {type(weight).__name__}"
     return None
 
@@ -114,6 +144,8 @@ class Layer:
         self.limit, self.turn = limit, turn
         self.inputs: Tensor | None = None
         """`input_sums` over the passes of the observation."""
+        self.input_counts, self.first = True, 0
+        """Whether this rank is to count its input where others hold the same one, and where its features begin among those of all ranks."""
         self.before: Tensor | None = None
         """The elements of the weight before the step."""
         self.n = 0
@@ -123,6 +155,7 @@ class Layer:
 
     def before_step(self, weight: Tensor) -> None:
         """Keep the elements of the weight."""
+        weight = local(weight)
         taken = elements(weight, self.limit, self.turn)
         self.before = taken.clone() if taken.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() else taken
 
@@ -130,18 +163,29 @@ class Layer:
         """Measure the gradient; `divisor` is the loss scale it still carries."""
         if weight.is_leaf and weight.grad is not None and not weight.grad.is_sparse:
             numbers = self._on(weight)
-            put_squares(elements(weight.grad, self.limit, self.turn), None, numbers, _AT["grad_sq"])
+            put_squares(elements(local(weight.grad), self.limit, self.turn), None, numbers, _AT["grad_sq"])
             if divisor is not None:
                 numbers[_AT["grad_sq"]] /= divisor.to(numbers) ** 2
 
     def after_step(self, weight: Tensor) -> None:
         if self.n:
             return
-        now = elements(weight, self.limit, self.turn)
+        now = elements(local(weight), self.limit, self.turn)
         self.n = now.shape[0]
         known = self.before is not None and weight.requires_grad
         first, second = (self.before, now) if self.before is not None and known else (now, None)
         put_squares(first, second, self._on(weight), _AT["weight_sq"])
+
+    @property
+    def features(self) -> int:
+        """Of its input; 0 where that is not measured."""
+        module = self.module()
+        if isinstance(module, nn.Linear):
+            return module.in_features
+        if isinstance(module, _ConvNd):
+            return module.in_channels
+        measured = self.parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+        return self.fan_in if measured else 0
 
     def row(self) -> Tensor | None:
         """COLUMNS as one vector, NaN where unknown; None where nothing was measured."""

@@ -1,0 +1,557 @@
+"""The processes that observe together: one merged record per site, whatever number of ranks ran it.
+
+An observation costs one SUM and one MAX all-reduce of two packed vectors of a fixed layout, and no collective else. Every column of a row
+adds or maxes (statistics.py), so the merged row is the row of one process that was given the concatenated batch; per-rank gradients are divided by
+what data parallelism averages over. The layout is agreed upon at the first observation: sites and layers of all ranks, in order; a rank
+that has not run a site contributes nothing to it. When the sites of some rank have changed it says so in a column of the MAX vector, and two
+rounds later, when every rank has read that, all agree anew.
+
+Nobody waits for another rank. The collectives run asynchronously in a group of our own (made from the store of the user's, so that
+they can never be mistaken for collectives of the user's), and their result is read at a later step. What never arrives, because a rank has
+died or left, is replaced by this rank's own numbers, and from then on it goes by itself.
+
+Whether all ranks watch cannot be taken for granted (`if rank == 0: watch(...)`): each announces itself in the store, and at the end of the first
+observed step the first one to see all, or to have waited long enough, writes the decision that binds everyone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule
+
+from torchsat.statistics import HEADS, MAXES, SUMS, UNIT_SAMPLES, UNITS, accumulator, empty_row, summarise_features, summarise_units
+from torchsat.weights import COLUMNS as LAYER_COLUMNS
+
+GRACE = 5.0
+"""Seconds that a rank waits, once, for those that have not even begun to train a watched model."""
+PATIENCE = 60.0
+"""The same for those that have begun, and are still in their first observed step."""
+LAG = 2
+"""Rounds after which a result is acted upon: by then it has arrived without anybody having waited."""
+CLOSING = 10.0
+"""Seconds that `flush` waits for other ranks."""
+
+WORST = ("worst", "nonfinite")
+"""Max columns of a site: a number and the rank that it was found on, in one float64."""
+LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "numel")
+LAYER_MAXES = ("learning_rate",)
+ENDS = ("step", "step_negated", "interval", "changed", "skipped")
+"""Max columns of the whole round."""
+_FINE = 2**20
+"""Steps of a share, and the most ranks, that fit beside each other into the 53 bits of a float64."""
+
+_met: dict[str, int] = {}
+"""How many monitors of this process have announced themselves to each group."""
+
+
+@dataclass
+class SitePart:
+    """What one rank has of a site."""
+
+    facts: dict[str, Any]
+    row: Tensor | None
+    """None where it did not run."""
+    block: Tensor | None
+    """Of this observation alone."""
+    heads: Tensor | None
+    first: int = 0
+    """Where its units, or heads, lie among those of all ranks."""
+    counts: bool = True
+    """False where another rank holds the very same elements."""
+
+
+@dataclass
+class LayerPart:
+    """What one rank has of a layer."""
+
+    facts: dict[str, Any]
+    numbers: Tensor | None
+    """COLUMNS of weights.py; None where nothing was measured."""
+    inputs: Tensor | None
+    """[3, features]."""
+    n: int
+    numel: int
+    """Of this rank's part of the weight."""
+    rate: float | None
+    sharded: bool = False
+    """Every rank holds another part; otherwise all hold the same."""
+    counts: bool = True
+    """False where another rank holds the same part, or the same input."""
+    input_counts: bool = True
+    first: int = 0
+    """Where its features lie among those of all ranks."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all ranks have agreed upon: facts of sites and layers, in order, and the rank that speaks for each layer that is not sharded."""
+
+    sites: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    owners: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def sums(self) -> int:
+        """The length of the SUM vector."""
+        return sum(_site_sums(facts) for facts in self.sites.values()) + sum(
+            len(LAYER_SUMS) + 3 * facts["features"] for facts in self.layers.values()
+        )
+
+    @property
+    def maxes(self) -> int:
+        """The length of the MAX vector."""
+        sites = sum(len(MAXES) + len(WORST) + (facts["heads"] or 0) for facts in self.sites.values())
+        return sites + len(LAYER_MAXES) * len(self.layers) + len(ENDS)
+
+    @property
+    def bytes(self) -> int:
+        """What a rank hands to the two all-reduces of one observation."""
+        return 8 * (self.sums + self.maxes)
+
+
+def _site_sums(facts: Mapping[str, Any]) -> int:
+    return len(SUMS) + 2 * (facts["units"] or 0) + (len(HEADS) - 1) * (facts["heads"] or 0)
+
+
+@dataclass
+class Round:
+    """One observation on its way around the ranks."""
+
+    number: int
+    step: int
+    time: float
+    layout: Layout
+    vectors: list[Tensor]
+    """SUM and MAX."""
+    own: list[Tensor]
+    """The same of this rank alone."""
+    works: list[Any]
+    event: torch.cuda.Event | None
+    give_up: Callable[[str], None]
+    failed: bool = False
+
+    def arrived(self) -> bool:
+        """Whether the numbers are on the host, those of all ranks or, where that has failed, our own."""
+        if self.failed:
+            return True
+        try:
+            if not all(work.is_completed() for work in self.works):
+                return False
+            for work in self.works if self.event is None else ():
+                # Over already: raises what went wrong.
+                work.wait()
+        except Exception as error:
+            self.fail(str(error).partition("\n")[0] or type(error).__name__)
+            return True
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self, seconds: float = math.inf) -> None:
+        """Until `arrived`, or until the other ranks are given up."""
+        until = time.monotonic() + seconds
+        while not self.arrived():
+            if time.monotonic() > until:
+                self.fail(f"nothing was heard of them for {seconds:g} s")
+                return
+            time.sleep(1e-4)
+
+    def fail(self, why: str) -> None:
+        self.failed = True
+        self.give_up(why)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A round on the host: facts and numbers as `to_record` and `to_weight` want them."""
+
+    sites: list[tuple[dict[str, Any], list[float], dict[str, Any]]]
+    """Facts, row, and what ranks add to a record."""
+    layers: list[tuple[dict[str, Any], list[float]]]
+    skipped: bool
+
+
+class Ranks:
+    """One monitor's view of the processes that observe with it.
+
+    Args:
+        group: the process group.
+        give_up: told once why the others are no longer heard.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, give_up: Callable[[str], None]) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.together = False
+        self.layout = Layout()
+        self._group = group
+        self._give_up = give_up
+        members = dist.get_process_group_ranks(group)
+        name = hashlib.sha256(json.dumps(members).encode()).hexdigest()[:12]
+        number = _met.setdefault(name, 0)
+        _met[name] += 1
+        # The store of the whole job: the only one that every rank of any group can reach.
+        self._store = PrefixStore(f"torchsat/{name}/{number}", dist.distributed_c10d._get_default_store())
+        self._own: Any = None
+        self._device = torch.device("cpu")
+        self._said = b""
+        """The facts that this rank has told the others."""
+        self._rounds = 0
+        self._told: dict[int, tuple[bool, int]] = {}
+        """By round: whether some rank wants to agree anew, and the longest interval that one wants."""
+        self.interval = 0
+        """What the ranks have agreed upon; 0: nothing yet."""
+        self._windows: dict[str, Tensor] = {}
+        """Of each site [2, units] since the last full window, on the host."""
+        self._store.add("entered", 1)
+
+    def meet(self, device: torch.device) -> str | None:
+        """At the end of the first observed step, on every rank: decide whether all observe together; why not, if not."""
+        self._store.add("arrived", 1)
+        begun, pause = time.monotonic(), 1e-3
+        why = ""
+        while not self._store.check(["decision"]):
+            entered, arrived = self._store.add("entered", 0), self._store.add("arrived", 0)
+            if arrived == self.size:
+                self._store.compare_set("decision", "", "together")
+                break
+            if time.monotonic() - begun > (PATIENCE if entered == self.size else GRACE):
+                if entered < self.size:
+                    why = f"{entered} of {self.size} ranks watch a model that trains"
+                else:
+                    why = f"only {arrived} of {self.size} ranks ended a step within {PATIENCE:g} s"
+                self._store.compare_set("decision", "", f"apart: {why}")
+                break
+            time.sleep(pause)
+            pause = min(0.1, 2 * pause)
+        decision = self._store.get("decision").decode()
+        if decision != "together":
+            return decision.partition(": ")[2]
+        self._own, self._device = self._make_group(device)
+        self.together = True
+        return None
+
+    def _make_group(self, device: torch.device) -> tuple[Any, torch.device]:
+        """A group of our own with the same members and backend, and the device that it works on."""
+        for kind in dict.fromkeys((device.type, "cuda" if torch.cuda.is_available() else "cpu", "cpu")):
+            where = device if kind == device.type else torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+            try:
+                backend = self._group._get_backend(torch.device(kind))
+            except RuntimeError:
+                continue
+            name = backend.name()
+            limit = getattr(getattr(backend, "options", None), "_timeout", dist.distributed_c10d.default_pg_timeout)
+            store = PrefixStore("group", self._store)
+            if name == "gloo":
+                return dist.ProcessGroupGloo(store, self.rank, self.size, limit), where
+            if name == "nccl":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = limit
+                return dist.ProcessGroupNCCL(store, self.rank, self.size, options), where
+            # Another backend: the user's own group, whose collectives all ranks call in the same order.
+            return backend, where
+        raise RuntimeError(f"its process group has no backend for {device.type}")
+
+    def leave(self) -> None:
+        """Observe with nobody any more."""
+        self.together = False
+        own, self._own = self._own, None
+        if own is not None and hasattr(own, "shutdown") and self._device.type == "cpu":
+            # On a GPU its end may wait for the other ranks; there it is left to the end of the process.
+            own.shutdown()
+
+    def send(
+        self,
+        step: int,
+        sites: Mapping[str, SitePart],
+        layers: Mapping[str, LayerPart],
+        *,
+        divisor: Tensor | float = 1.0,
+        interval: int = 1,
+        skipped: Tensor | None = None,
+        before: Callable[[], None] = lambda: None,
+    ) -> Round | None:
+        """Hand this rank's numbers to the others. Every rank calls it at the end of the same observed steps, whether or not it has any.
+
+        Args:
+            divisor: what gradients are to be divided by: a GradScaler's factor, and what data parallelism averages over.
+            interval: the interval between observations that this rank wants.
+            skipped: the flag of an overflow, by which the optimizer has skipped this step.
+            before: reads the rounds up to `must_know`, waiting for them if need be.
+
+        Returns:
+            The round; None where the others were lost just now.
+        """
+        facts = _encode(sites, layers)
+        if not self._rounds:
+            step = self._agree(facts, step)
+        elif self._rounds >= LAG:
+            before()
+            changed, self.interval = self._told.pop(self._rounds - LAG, (False, self.interval))
+            if changed:
+                self._agree(facts, step)
+        if not self.together:
+            return None
+        vectors = self._pack(step, sites, layers, divisor, interval, facts != self._said, skipped)
+        self._rounds += 1
+        own = [vector.clone() for vector in vectors]
+        works = [self._own.allreduce([vector], op) for vector, op in zip(vectors, (dist.ReduceOp.SUM, dist.ReduceOp.MAX), strict=True)]
+        event = None
+        if self._device.type == "cuda":
+            vectors, own, event = _follow(works, vectors, own)
+        return Round(self._rounds - 1, step, time.time(), self.layout, vectors, own, works, event, self._lost)
+
+    def must_know(self) -> int:
+        """The newest round whose result is acted upon at the next one."""
+        return self._rounds - LAG
+
+    def _lost(self, why: str) -> None:
+        if self.together:
+            self.leave()
+            self._give_up(why)
+
+    def _agree(self, facts: bytes, step: int) -> int:
+        """All ranks tell each other their sites and layers; equal lists travel once. Returns the furthest step of a rank."""
+        digest = int.from_bytes(hashlib.sha256(facts).digest()[:7], "big")
+        mine = torch.tensor([digest, len(facts), step], dtype=torch.int64, device=self._device)
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        self._own.allgather([gathered], [mine]).wait()
+        told_steps = torch.stack(gathered).cpu()
+        table = [(int(each[0]), int(each[1])) for each in told_steps]
+        sites: dict[str, dict[str, Any]] = {}
+        layers: dict[str, dict[str, Any]] = {}
+        owners: dict[str, int] = {}
+        for root in sorted({table.index(each) for each in set(table)}):
+            text = facts
+            if len(set(table)) > 1:
+                sent = torch.empty(table[root][1], dtype=torch.uint8)
+                if self.rank == root:
+                    sent = torch.frombuffer(bytearray(facts), dtype=torch.uint8)
+                sent = sent.to(self._device)
+                self._broadcast(sent, root)
+                text = sent.cpu().numpy().tobytes()
+            told = json.loads(text)
+            for known, new in ((sites, told["sites"]), (layers, told["layers"])):
+                for name, each in new.items():
+                    _take(known, name, each)
+            for name in told["layers"]:
+                owners.setdefault(name, root)
+        self.layout, self._said = Layout(sites, layers, owners), facts
+        self._windows = {name: window for name, window in self._windows.items() if window.shape[1] == (sites.get(name, {}).get("units") or 0)}
+        return int(told_steps[:, 2].max())
+
+    def _broadcast(self, tensor: Tensor, root: int) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = root, 0
+        self._own.broadcast([tensor], options).wait()
+
+    def _pack(
+        self,
+        step: int,
+        sites: Mapping[str, SitePart],
+        layers: Mapping[str, LayerPart],
+        divisor: Tensor | float,
+        interval: int,
+        changed: bool,
+        skipped: Tensor | None,
+    ) -> list[Tensor]:
+        device, dtype = self._device, accumulator(self._device)
+        nothing = empty_row(device)
+        parts = {name: part for name, part in sites.items() if name in self.layout.sites and part.counts}
+        given = {name: part.row for name, part in parts.items() if part.row is not None}
+        rows = [given[name].to(device) if name in given else nothing for name in self.layout.sites]
+        table = torch.stack(rows) if rows else nothing.new_empty(0, len(nothing))
+        by = divisor.detach().reshape(()).to(device, dtype) if isinstance(divisor, Tensor) else torch.full((), divisor, dtype=dtype, device=device)
+        for column in _SQUARES:
+            table[:, column] /= by * by
+        sums, maxes = [table[:, : len(SUMS)].flatten()], [table[:, len(SUMS) :].flatten(), _worst(table, self.rank).flatten()]
+        for name, facts in self.layout.sites.items():
+            part = parts.get(name)
+            if facts["units"]:
+                sums.append(_spread(None if part is None else part.block, 2, facts["units"], part.first if part else 0, 0.0, device))
+            if facts["heads"]:
+                heads = None if part is None else part.heads
+                first = part.first if part else 0
+                sums.append(_spread(None if heads is None else heads[:-1], len(HEADS) - 1, facts["heads"], first, 0.0, device))
+                maxes.append(_spread(None if heads is None else heads[-1:], 1, facts["heads"], first, -math.inf, device))
+        for name, facts in self.layout.layers.items():
+            layer = layers.get(name)
+            mine = layer is not None and layer.counts and (layer.sharded or self.layout.owners[name] == self.rank)
+            spoken = _layer_sums(layer) if layer is not None and mine else None
+            sums.append(torch.zeros(len(LAYER_SUMS), dtype=dtype, device=device) if spoken is None else spoken.to(device))
+            inputs = layer.inputs if layer is not None and layer.input_counts else None
+            sums.append(_spread(inputs, 3, facts["features"], layer.first if layer else 0, 0.0, device))
+            rate = -math.inf if layer is None or layer.rate is None else layer.rate
+            maxes.append(torch.full((len(LAYER_MAXES),), rate, dtype=dtype, device=device))
+        maxes += [torch.full((1,), value, dtype=dtype, device=device) for value in (step, -step, interval, changed)]
+        maxes.append(torch.zeros(1, dtype=dtype, device=device) if skipped is None else skipped.detach().reshape(1).to(device, dtype))
+        return [torch.cat(sums), torch.cat(maxes)]
+
+    def read(self, round_: Round) -> Merged:
+        """The numbers of a round that has arrived."""
+        sums, maxes = [vector.tolist() for vector in (round_.own if round_.failed else round_.vectors)]
+        layout = round_.layout
+        count, width, tops = len(layout.sites), len(SUMS), len(MAXES)
+        rows = [sums[at * width : (at + 1) * width] + maxes[at * tops : (at + 1) * tops] for at in range(count)]
+        worst = [maxes[count * tops + at * len(WORST) : count * tops + (at + 1) * len(WORST)] for at in range(count)]
+        sum_at, max_at = count * width, count * (tops + len(WORST))
+
+        def cut(length: int) -> list[float]:
+            nonlocal sum_at
+            sum_at += length
+            return sums[sum_at - length : sum_at]
+
+        found: list[tuple[dict[str, Any], list[float], dict[str, Any]]] = []
+        for (name, facts), row, far in zip(layout.sites.items(), rows, worst, strict=True):
+            units = self._window(name, cut(2 * facts["units"]), facts["units"]) if facts["units"] else [math.nan] * len(UNITS)
+            block: list[float] = []
+            if facts["heads"]:
+                block = cut((len(HEADS) - 1) * facts["heads"]) + maxes[max_at : max_at + facts["heads"]]
+                max_at += facts["heads"]
+            plain = {key: tuple(value) if key == "after" else value for key, value in facts.items() if key != "heads"}
+            found.append((plain, row + units + block, {} if round_.failed else _decode(far)))
+        weights: list[tuple[dict[str, Any], list[float]]] = []
+        for facts in layout.layers.values():
+            values = dict(zip(LAYER_SUMS, cut(len(LAYER_SUMS)), strict=True))
+            inputs = torch.tensor(cut(3 * facts["features"]), dtype=torch.float64).reshape(3, -1)
+            rate = maxes[max_at]
+            max_at += len(LAYER_MAXES)
+            if values["n"]:
+                weights.append(_weight(facts, values, inputs, rate))
+        step, negated, interval, changed, skipped = maxes[max_at:]
+        if not round_.failed:
+            self._told[round_.number] = changed > 0, round(interval)
+            if step != -negated:
+                self._lost(f"they are at other steps ({-negated:.0f} to {step:.0f} in one observation)")
+        return Merged(found, weights, skipped > 0)
+
+    def _window(self, name: str, counted: list[float], units: int) -> list[float]:
+        """UNITS of the window of a site after what one observation adds; a full window has ended with the observation before."""
+        block = torch.tensor(counted, dtype=torch.float64).reshape(2, units)
+        known = self._windows.get(name)
+        if known is not None and float(known[0].min()) < UNIT_SAMPLES:
+            block += known
+        self._windows[name] = block
+        summed: list[float] = summarise_units(block, block.device).tolist()
+        return summed
+
+
+_SQUARES = [SUMS.index("grad_a_sq"), SUMS.index("grad_z_sq")]
+
+
+def _encode(sites: Mapping[str, SitePart], layers: Mapping[str, LayerPart]) -> bytes:
+    told = {"sites": {name: part.facts for name, part in sites.items()}, "layers": {name: part.facts for name, part in layers.items()}}
+    return json.dumps(told, separators=(",", ":")).encode()
+
+
+def _take(known: dict[str, dict[str, Any]], name: str, facts: dict[str, Any]) -> None:
+    """Add a site or layer of another rank; where ranks disagree about its units, it has none."""
+    have = known.setdefault(name, facts)
+    for size in ("units", "heads", "features"):
+        if size in have and have[size] != facts[size]:
+            known[name] = have = {**have, size: 0 if size == "features" else None}
+
+
+def _spread(values: Tensor | None, rows: int, width: int, first: int, empty: float, device: torch.device) -> Tensor:
+    """[rows, width] with these values from column `first` on, flattened."""
+    if values is not None and values.shape[1] == width:
+        return values.to(device, accumulator(device)).flatten()
+    whole = torch.full((rows, width), empty, dtype=accumulator(device), device=device)
+    if values is not None and first + values.shape[1] <= width:
+        whole[:, first : first + values.shape[1]] = values
+    return whole.flatten()
+
+
+def _worst(table: Tensor, rank: int) -> Tensor:
+    """WORST of each row: the share in the tails, and the count of what is not finite, each with this rank behind it."""
+    n, low, high, bad, bad_grad = (table[:, SUMS.index(name)] for name in ("n", "low", "high", "nonfinite", "grad_nonfinite"))
+    share = (low + high) / n.clamp(min=1)
+    code = torch.stack([(share * _FINE).round(), (bad + bad_grad).clamp(max=_FINE)], 1) * _FINE + (_FINE - 1 - rank)
+    return torch.where(torch.stack([n > 0, bad + bad_grad > 0], 1), code, torch.full_like(code, -math.inf))
+
+
+def _decode(codes: list[float]) -> dict[str, Any]:
+    """The fields that ranks add to a record."""
+
+    def split(code: float) -> tuple[float | None, int | None]:
+        return (None, None) if code < 0 else (code // _FINE / _FINE, round(_FINE - 1 - code % _FINE))
+
+    (share, rank), (_, nonfinite_rank) = map(split, codes)
+    return {"worst": share, "worst_rank": rank, "nonfinite_rank": nonfinite_rank}
+
+
+def _layer_sums(part: LayerPart) -> Tensor | None:
+    """LAYER_SUMS of this rank's part of a weight: its sample stands for all of the part."""
+    numbers = part.numbers
+    if numbers is None or not part.n:
+        return None
+    weight, change, grad = (numbers[LAYER_COLUMNS.index(name)] for name in ("weight_sq", "change_sq", "grad_sq"))
+    known = [torch.isfinite(each) for each in (change, grad)]
+    scale = part.numel / part.n
+    kept = [torch.where(flag, each * scale, torch.zeros_like(each)) for flag, each in zip(known, (change, grad), strict=True)]
+    counts = [flag.to(numbers) * part.numel for flag in known]
+    both = [kept[0], counts[0], kept[1], counts[1]]
+    sizes = torch.full_like(numbers[:2], part.n)
+    sizes[1] = part.numel
+    return torch.cat([torch.stack([weight * scale, *both]), sizes])
+
+
+def _weight(facts: dict[str, Any], values: dict[str, float], inputs: Tensor, rate: float) -> tuple[dict[str, Any], list[float]]:
+    """Facts and COLUMNS as `to_weight` wants them."""
+    n, numel = values["n"], values["numel"]
+    per = n / numel
+    change = values["change_sq"] * per if values["change_n"] else math.nan
+    grad = values["grad_sq"] * per if values["grad_n"] else math.nan
+    seen = inputs.shape[1] and float(inputs[0].sum())
+    summed = summarise_features(inputs).tolist() if seen else [math.nan] * 3
+    given = {key: tuple(value) if key == "feeds" else value for key, value in facts.items() if key != "features"}
+    rates = {"n": round(n), "numel": round(numel), "learning_rate": rate if math.isfinite(rate) else None}
+    return {**given, **rates}, [values["weight_sq"] * per, change, grad, *summed]
+
+
+def _follow(works: list[Any], vectors: list[Tensor], own: list[Tensor]) -> tuple[list[Tensor], list[Tensor], torch.cuda.Event]:
+    """Copies on the host, made by a stream that waits for the collectives so that the user's does not."""
+    stream: Any = torch.cuda.Stream(vectors[0].device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(vectors[0].device))
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        mine = [_pinned(each) for each in own]
+        for work in works:
+            work.wait()
+        theirs = [_pinned(each) for each in vectors]
+        for each in (*vectors, *own):
+            each.record_stream(stream)
+        event.record(stream)
+    return theirs, mine, event
+
+
+def _pinned(vector: Tensor) -> Tensor:
+    host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+    host.copy_(vector, non_blocking=True)
+    return host
+
+
+def averaged_over(model: nn.Module | None) -> int:
+    """Over how many ranks FSDP2 averages the gradients of a model; 1 where it does not."""
+    for module in model.modules() if model is not None else ():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            mesh = getattr(group, "mesh_info", None)
+            if mesh is not None:
+                return int(getattr(mesh, "shard_mesh_size", 1)) * int(getattr(mesh, "replicate_mesh_size", 1))
+    return 1
+
+
+def default_group() -> dist.ProcessGroup | None:
+    """The group of all ranks, if there are several."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+        return None
+    return dist.group.WORLD
