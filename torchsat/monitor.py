@@ -19,6 +19,7 @@ import functools
 import logging
 import math
 import os
+import sys
 import time
 import weakref
 from collections import Counter
@@ -202,7 +203,9 @@ class Monitor:
         start: int | Literal["resume"],
         errors: Literal["warn", "raise"],
     ) -> None:
-        model = _plain(model)
+        model, stage = _plain(model)
+        self._stage = stage
+        """The stage of a pipeline that the model is, if it is one."""
         _check(every, budget, epsilon, sample, activations, rules, group, start, errors)
         self._model = weakref.ref(model)
         self._schedule = Schedule(every, budget)
@@ -237,6 +240,7 @@ class Monitor:
             self._fault,
             calls,
             self._schedule.spend,
+            "" if stage is None else f"stage{stage.stage_index}",
         )
         self._judge = Judge(rules, self._fault)
         self._diagnosis = Diagnosis()
@@ -820,9 +824,13 @@ class Monitor:
             self._compiled = True
         sites = {}
         for name, site in taps.sites.items():
-            units, first, counts = taps.share(site)
-            facts = {**_facts(site), "units": units, "heads": site.head_count}
-            sites[name] = SitePart(facts, site.row, site.block, site.heads, first, counts)
+            share = taps.share(site)
+            softmax = site.kind == "softmax"
+            facts = {**_facts(site), "units": site.units if softmax else share.units, "heads": share.units if softmax else None}
+            if self._stage is not None:
+                leaves = facts["output"] and not self._stage.is_last
+                facts.update(stage=self._stage.stage_index, leaves=leaves, output=facts["output"] and not leaves)
+            sites[name] = SitePart(facts, site.row, site.block, site.heads, share.first, share.counts)
         parts = {}
         for layer, weight in layers:
             if layer.name in feeds:
@@ -841,7 +849,8 @@ class Monitor:
                     layer.input_counts,
                     layer.first,
                 )
-        divisor: Tensor | float = float(self._averaged or averaged_over(model))
+        # A pipeline's gradients are those of the sum over its micro-batches until it divides what the weights have gathered.
+        divisor: Tensor | float = float((self._averaged or averaged_over(model)) * (getattr(self._stage, "chunks", None) or 1))
         if self._scale is not None:
             divisor = self._scale * divisor
         sent = ranks.send(
@@ -1026,8 +1035,12 @@ def _measure_frozen(layer: Layer, weight: Tensor) -> None:
         layer.after_step(weight)
 
 
-def _plain(model: Any) -> nn.Module:
-    """The module itself, out of its compiled or distributed wrapper; TypeError where it cannot be watched."""
+def _plain(model: Any) -> tuple[nn.Module, Any]:
+    """The module itself, out of its compiled or distributed wrapper, and the stage of a pipeline that it came in; TypeError where it cannot be
+    watched."""
+    pipelines = sys.modules.get("torch.distributed.pipelining.stage")
+    stage = model if pipelines is not None and isinstance(model, pipelines._PipelineStageBase) else None
+    model = model if stage is None else stage.submod
     if isinstance(model, nn.DataParallel):
         raise TypeError(
             "nn.DataParallel cannot be watched: it runs copies of the model that are thrown away after each pass. "
@@ -1051,7 +1064,7 @@ def _plain(model: Any) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, (nn.DataParallel, torch.jit.ScriptModule)):
             raise TypeError(f"{clean(name)} is a {type(module).__name__}, which cannot be watched; see torchsat.watch(exclude=...) only for sites")
-    return model
+    return model, stage
 
 
 def _trust_kernels(model: nn.Module) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule
 
+from torchsat.record import SITE_FACTS
 from torchsat.statistics import HEADS, MAXES, SUMS, UNIT_SAMPLES, UNITS, accumulator, empty_row, summarise_features, summarise_units
 from torchsat.weights import COLUMNS as LAYER_COLUMNS
 
@@ -121,7 +122,7 @@ class Layout:
 
 
 def _site_sums(facts: Mapping[str, Any]) -> int:
-    return len(SUMS) + 2 * (facts["units"] or 0) + (len(HEADS) - 1) * (facts["heads"] or 0)
+    return len(SUMS) + 2 * int(facts["units"] or 0) + (len(HEADS) - 1) * int(facts["heads"] or 0)
 
 
 @dataclass
@@ -344,6 +345,7 @@ class Ranks:
                     _take(known, name, each)
             for name in told["layers"]:
                 owners.setdefault(name, root)
+        _join_stages(sites)
         self.layout, self._said = Layout(sites, layers, owners), facts
         self._windows = {name: window for name, window in self._windows.items() if window.shape[1] == (sites.get(name, {}).get("units") or 0)}
         return int(told_steps[:, 2].max())
@@ -416,7 +418,7 @@ class Ranks:
             if facts["heads"]:
                 block = cut((len(HEADS) - 1) * facts["heads"]) + maxes[max_at : max_at + facts["heads"]]
                 max_at += facts["heads"]
-            plain = {key: tuple(value) if key == "after" else value for key, value in facts.items() if key != "heads"}
+            plain = {key: tuple(facts[key]) if key == "after" else facts[key] for key in SITE_FACTS}
             found.append((plain, row + units + block, {} if round_.failed else _decode(far)))
         weights: list[tuple[dict[str, Any], list[float]]] = []
         for facts in layout.layers.values():
@@ -458,6 +460,17 @@ def _take(known: dict[str, dict[str, Any]], name: str, facts: dict[str, Any]) ->
     for size in ("units", "heads", "features"):
         if size in have and have[size] != facts[size]:
             known[name] = have = {**have, size: 0 if size == "features" else None}
+
+
+def _join_stages(sites: dict[str, dict[str, Any]]) -> None:
+    """What begins in a stage of a pipeline comes after what leaves the stage before."""
+    leaving: dict[int, list[str]] = {}
+    for name, facts in sites.items():
+        if facts.get("leaves"):
+            leaving.setdefault(facts["stage"], []).append(name)
+    for facts in sites.values():
+        if facts.get("stage") and not facts["after"]:
+            facts["after"] = leaving.get(facts["stage"] - 1, [])
 
 
 def _spread(values: Tensor | None, rows: int, width: int, first: int, empty: float, device: torch.device) -> Tensor:

@@ -27,12 +27,15 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import Node
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -56,7 +59,7 @@ from torchsat.statistics import (
     start_over_if_full_,
     upcast,
 )
-from torchsat.weights import Layer, feature_axis, input_sums, is_layer, why_not, width
+from torchsat.weights import Layer, feature_axis, input_sums, is_layer, local, placement, why_not, width
 
 MODEL = "(model)"
 """The place of a fault that ends the whole observation."""
@@ -187,6 +190,20 @@ class Pass:
         self.rows, self.blocks, self.heads, self.inputs = into.rows, into.blocks, into.heads, into.inputs
 
 
+@dataclass(frozen=True)
+class Share:
+    """One rank's share in the units of a site, or in the output of a layer."""
+
+    units: int | None
+    """Of all ranks."""
+    first: int
+    """Where this rank's begin."""
+    counts: bool
+    """False where another rank holds the very same elements, and counts them."""
+    width: int = 0
+    """How many of a layer's outputs this rank makes."""
+
+
 @dataclass(eq=False)
 class Site:
     """One place where one activation is computed, and what is known of it."""
@@ -212,6 +229,8 @@ class Site:
     """Its output multiplies another signal."""
     units: int | None = None
     units_vary: bool = False
+    share: Share | None = None
+    """Where z is a tensor that knows how it is spread over ranks."""
     head_count: int | None = None
     """Of a softmax; None: it is no softmax, or its heads are not always as many."""
     block: Tensor | None = None
@@ -276,10 +295,11 @@ def find(
     activation_of: Callable[[nn.Module], Activation | None],
     may_be_own: Callable[[nn.Module], bool],
     selects: Callable[[str], bool],
+    prefix: str = "",
 ) -> Found:
-    """The sites and layers of a model, by type of module."""
+    """The sites and layers of a model, by type of module; `prefix` goes before their names."""
     found, taken = Found(), set()
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(prefix=prefix):
         name = clean(path)
         activation, recurrent = activation_of(module), isinstance(module, (nn.RNNBase, nn.RNNCellBase))
         if activation is not None:
@@ -329,6 +349,7 @@ class Taps:
         fault: called with a place and an exception when something went wrong there; that place is then no longer watched.
         calls: hear function calls too.
         spend: told how many seconds each hook took.
+        prefix: goes before the names of sites and layers.
     """
 
     def __init__(
@@ -343,6 +364,7 @@ class Taps:
         fault: Callable[[str, Exception], None],
         calls: bool = True,
         spend: Callable[[float], None] = lambda seconds: None,
+        prefix: str = "",
     ) -> None:
         self.activations = activations
         self.hears_calls = calls
@@ -355,6 +377,7 @@ class Taps:
         self.gradients = gradients
         self.fault = fault
         self.spend = spend
+        self.prefix = prefix
         self.sites: dict[str, Site] = {}
         """Those that ran, by name, in the order in which they first did."""
         self.layers: dict[str, Layer] = {}
@@ -399,6 +422,10 @@ class Taps:
         self._weights: dict[int, str] = {}
         self._nodes: dict[Node, Site] = {}
         self._indices: dict[tuple[Sample, int], Units] = {}
+        self._spread: dict[str, Share] = {}
+        """Of the layers whose weights tensor parallelism spreads over ranks."""
+        self._counts_repeated = True
+        """Whether this rank is the one that counts what tensor parallelism repeats on several."""
         self._own: weakref.WeakKeyDictionary[nn.Module, Bound | None] = weakref.WeakKeyDictionary()
         """What modules of the user's turned out to compute; None: no activation. Missing: not yet known."""
         self._tries: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -415,7 +442,7 @@ class Taps:
 
     def places(self, model: nn.Module) -> Found:
         """What there is to hook."""
-        return find(model, self._activation_of, self._may_be_own, self.selects)
+        return find(model, self._activation_of, self._may_be_own, self.selects, self.prefix)
 
     def knows(self, found: Found) -> bool:
         """Whether the model is as it was when its sites and what feeds them were last found out."""
@@ -606,9 +633,23 @@ class Taps:
             for each in self._passes[self._passes.index(mark) + 1 :]:
                 each.drop()
 
-    def share(self, site: Site) -> tuple[int | None, int, bool]:
-        """Of the units, or heads, of a site over all ranks: how many they are, where ours begin, and whether this rank is to count them."""
-        return site.units, 0, True
+    def share(self, site: Site) -> Share:
+        """This rank's share in the units of a site, where tensor parallelism spreads them over ranks or repeats them."""
+        own = site.head_count if site.kind == "softmax" else site.units
+        if site.share is not None:
+            return site.share if own is not None else Share(None, 0, site.share.counts)
+        for name in site.feeds_on:
+            made = self._spread.get(name)
+            if made is None:
+                continue
+            units, first = made.units or 0, made.first
+            if site.kind == "softmax" and own and units % own == 0 and made.width:
+                # Heads lie one behind the other in the output of the layer that makes queries.
+                return Share(own * (units // made.width), first * own // made.width, True)
+            if own is not None and own == made.width != units:
+                return Share(units, first, True)
+            return Share(own, 0, made.counts)
+        return Share(own, 0, self._counts_repeated)
 
     def feeders(self) -> dict[str, tuple[str, ...]]:
         """The sites that each layer feeds."""
@@ -787,7 +828,7 @@ class Taps:
             # A KeyboardInterrupt has ended the last pass without a word.
             self._listener.reset()
         self._local.depth = 0
-        training = self._local.grad_enabled and any(module.training for module in model.modules()) and self._claims_thread()
+        training = self._local.grad_enabled and any(module.training for module in model.modules()) and not _rehearses() and self._claims_thread()
         self._passing = training
         if training:
             self.saw_model, self._last_layer, self._last_site = True, None, None
@@ -920,8 +961,9 @@ class Taps:
         z = args[0] if args else kwargs.get("query" if role == "attention" else "input")
         if not isinstance(z, Tensor) or not z.is_floating_point() or not _is_real(z) or not z.numel() or (role in ROLES.values() and not z.ndim):
             return None
-        _check_plain(z)
         site = self._known.get(place)
+        if not isinstance(role, Activation):
+            _check_plain(z)
         if isinstance(role, Activation):
             bound = bind_call(role, function, rest, kwargs, self.epsilon, site.bound if site is not None else None)
             site = self._known.setdefault(place, Site(place, bound, "call"))
@@ -1104,12 +1146,17 @@ class Taps:
         counts = self._counts_at(site, module)
         if counts is None:
             return None
-        _check_plain(z)
+        part = part_of(z)
+        _check_plain(part)
         self.saw_pass = True
-        sample = self._sample(site, z, in_place)
-        taken = sample.take(z.detach())
-        if in_place and taken.untyped_storage().data_ptr() == z.untyped_storage().data_ptr():
+        sample = self._sample(site, part, in_place)
+        taken = sample.take(part.detach())
+        if in_place and taken.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
             taken = taken.clone()
+        place = placement(z)
+        if place is not None:
+            axis = self._unit_axis(site, tuple(part.shape))
+            site.share = Share(None, 0, place.counts) if axis is None else Share(z.shape[axis], place.first[axis], place.counts)
         return Call(z, sample, taken, z.grad_fn, z.output_nr, counts)
 
     def _sample(self, site: Site, z: Tensor, in_place: bool) -> Sample:
@@ -1123,12 +1170,13 @@ class Taps:
     def _end(self, site: Site, call: Call, a: Any) -> None:
         sample = call.sample
         assert isinstance(sample, Sample)
-        if not isinstance(a, Tensor) or a.shape != torch.Size(sample.shape):
-            raise TypeError(f"it maps {sample.shape} to {tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__}")
+        part = part_of(a) if isinstance(a, Tensor) else a
+        if not isinstance(part, Tensor) or part.shape != torch.Size(sample.shape):
+            raise TypeError(f"it maps {sample.shape} to {tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__}")
         if call.counts:
             self._ran(site, [call.node], last_layer=True)
-            if a.numel():
-                self._count(site, sample, call.taken, sample.take(a.detach()))
+            if part.numel():
+                self._count(site, sample, call.taken, sample.take(part.detach()))
         if a.requires_grad and a.grad_fn is not None:
             self._met(site, a.grad_fn)
             self._tap_gradient(site, call, a)
@@ -1195,7 +1243,8 @@ class Taps:
         assert own is not None
 
         def add_both(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
-            add(*(None if grad is None else sample.take(grad.detach().reshape(sample.shape)) for grad in (grad_a, grad_z)))
+            given = (None if grad is None or is_pending(grad) else part_of(grad) for grad in (grad_a, grad_z))
+            add(*(None if grad is None else sample.take(grad.detach().reshape(sample.shape)) for grad in given))
 
         entering = [at for at, (before, _) in enumerate(own.next_functions) if before is not None]
         if node is not None and len(entering) == 1 and own.next_functions[entering[0]][0] is node:
@@ -1285,9 +1334,15 @@ class Taps:
         if not self._counts(module):
             return
         x = _first_tensor(args, kwargs)
-        if not _is_real(x) or not x.is_floating_point() or not x.numel() or x.layout != torch.strided or type(x) not in (Tensor, nn.Parameter):
+        weight = getattr(module, layer.parameter)
+        if self._deciding:
+            # FSDP puts another weight there for the pass.
+            self._weights[id(weight)] = layer.name
+        part = part_of(x)
+        if not _is_real(x) or not x.is_floating_point() or not part.numel() or x.layout != torch.strided or type(part) not in (Tensor, nn.Parameter):
             return
-        self._add_inputs(layer.name, module, x)
+        self._look_at_ranks(layer, module, x, weight)
+        self._add_inputs(layer.name, module, part)
         if self._deciding:
             (self.fed_by_data.add if x.grad_fn is None and not x.requires_grad else self.fed_by_data.discard)(layer.name)
         if self._deciding and self._nodes:
@@ -1295,10 +1350,23 @@ class Taps:
                 if node in self._nodes:
                     self._nodes[node].hidden = True
 
+    def _look_at_ranks(self, layer: Layer, module: nn.Module, x: Tensor, weight: Tensor) -> None:
+        """How tensor parallelism spreads a layer and its input over ranks."""
+        place, given = placement(weight), placement(x)
+        if place is not None and isinstance(module, nn.Linear):
+            self._counts_repeated = self._counts_repeated and place.is_first
+            self._spread[layer.name] = Share(weight.shape[0], place.first[0], place.is_first, part_of(weight).shape[0])
+        if given is not None:
+            layer.input_counts, layer.first = given.counts, given.first[feature_axis(module, x.ndim)]
+        elif self._spread:
+            layer.input_counts = self._counts_repeated
+
     def _after_layer(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and self._counts(module):
             self._last_layer = layer.name
-            self._shapes[layer.name] = (width(module), output.ndim - feature_axis(module, output.ndim))
+            made = self._spread.get(layer.name)
+            axis = feature_axis(module, output.ndim)
+            self._shapes[layer.name] = (width(module) if made is None else part_of(output).shape[axis], output.ndim - axis)
 
 
 def _in_backward() -> bool:
@@ -1317,6 +1385,17 @@ def _is_real(z: Tensor) -> bool:
     return not (z.is_meta or isinstance(z, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(z))
 
 
+def part_of(tensor: Tensor) -> Tensor:
+    """The elements that this rank has, as a plain tensor."""
+    part = local(tensor)
+    return cast(Tensor, part.trigger_wait()) if isinstance(part, AsyncCollectiveTensor) else part  # type: ignore[no-untyped-call]
+
+
+def is_pending(tensor: Tensor) -> bool:
+    """Whether the tensor is a sum over ranks that has not been taken: no rank has an element of it."""
+    return isinstance(tensor, DTensor) and any(each.is_partial() for each in tensor.placements)
+
+
 def _check_plain(z: Tensor) -> None:
     if z.is_nested or z.layout != torch.strided or not z.is_floating_point():
         raise TypeError(f"its input is a {'nested ' if z.is_nested else ''}{z.dtype} tensor of layout {z.layout}, not a dense tensor of real numbers")
@@ -1333,6 +1412,18 @@ def _runs_twice(model: nn.Module) -> bool:
     return count > 1
 
 
+def _rehearses() -> bool:
+    """Whether a pipeline only runs its stage to learn the shapes of what it makes: on memory that nobody has written."""
+    frame: FrameType | None = sys._getframe(1) if _PIPELINES in sys.modules else None
+    while frame is not None:
+        if frame.f_code.co_name in _REHEARSALS and frame.f_globals.get("__name__") == _PIPELINES:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_PIPELINES = "torch.distributed.pipelining.stage"
+_REHEARSALS = ("_prepare_forward_infra", "_shape_inference")
 _CALL = nn.Module._call_impl.__code__
 
 

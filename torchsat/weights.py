@@ -46,6 +46,8 @@ class Placement:
     """False where another rank holds the very same part."""
     first: tuple[int, ...]
     """Where this rank's part begins, along each axis."""
+    is_first: bool
+    """Whether this rank is the first of all that have a part."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -62,7 +64,7 @@ def placement(tensor: Tensor) -> Placement | None:
         return None
     counts = all(where == 0 for where, each in zip(at, tensor.placements, strict=True) if each.is_replicate())
     _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Placement(counts, tuple(first))
+    return Placement(counts, tuple(first), not any(at))
 
 
 def is_layer(module: nn.Module) -> bool:
