@@ -97,6 +97,16 @@ def network(snapshot: Snapshot, firing: int) -> dict[str, float | None]:
     }
 
 
+def scalars(snapshot: Snapshot, firing: int | None = None) -> dict[str, float]:
+    """The scalars of a snapshot for any logger, under TensorBoard's tags; the sites without their number, which only a whole run gives them.
+
+    `firing`: how many alerts fire now; a snapshot knows only what has changed.
+    """
+    found = {f"torchsat/{name}": value for name, value in network(snapshot, firing or 0).items() if name != "alerts" or firing is not None}
+    found.update((f"{group.name}/{record.site}", getattr(record, group.metric)) for record in snapshot.records for group in SITES)
+    return {tag: float(value) for tag, value in found.items() if value is not None}
+
+
 _JUDGED = operator.attrgetter("saturated", "relative_derivative", "stuck", "attenuation", "entropy_min")
 
 

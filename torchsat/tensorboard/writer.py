@@ -26,7 +26,7 @@ from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, DATA_CLASS_T
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer import event_file_writer
 
 from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot
 from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, content, tag
@@ -55,7 +55,8 @@ class TensorBoardWriter:
                 'Without one, pass a directory: torchsat.watch(model, "runs/exp1").'
             )
         self._theirs = writer
-        self._ours = None if log_dir is None or writer is not None else EventFileWriter(os.path.join(os.fspath(log_dir), SUBRUN))
+        self._log_dir = None if log_dir is None or writer is not None else os.fspath(log_dir)
+        self._ours: event_file_writer.EventFileWriter | None = None
         self._described: set[str] = set()
         self._scalars: dict[str, Summary.Value] = {}
         self._tags: dict[Group, dict[str, str]] = {}
@@ -70,9 +71,21 @@ class TensorBoardWriter:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
+    def open(self) -> None:
+        """Begin the event file; the first snapshot does so too. Of several ranks those that write none make none."""
+        if self._ours is None and self._log_dir is not None:
+            # Looked up in its module only now: W&B's sync_tensorboard puts a class of its own there.
+            self._ours = event_file_writer.EventFileWriter(os.path.join(self._log_dir, SUBRUN))
+
+    def move(self, folder: str) -> None:
+        """Write into a folder below the directory that was given, where nothing has been written yet."""
+        if self._ours is None and self._log_dir is not None:
+            self._log_dir = os.path.join(self._log_dir, folder)
+
     def __call__(self, snapshot: Snapshot) -> None:
         """Queue a snapshot. Raises what went wrong with an earlier one."""
         self._raise()
+        self.open()
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="torchsat-writer", daemon=True)
             self._thread.start()
@@ -137,7 +150,8 @@ class TensorBoardWriter:
         event = Event(wall_time=time, step=step)
         event.summary.value.extend(values)
         if self._theirs is not None:
-            self._theirs._get_file_writer().add_event(event, step, time)
+            # Below the method that MLflow's autolog replaces: called on our thread, that would start a run of its own for every event.
+            self._theirs._get_file_writer().event_writer.add_event(event)
         elif self._ours is not None:
             self._ours.add_event(event)
 
