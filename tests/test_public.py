@@ -31,6 +31,7 @@ ARROWS = {
     "kernels.cuda": {"kernels.formulas", "record"},
     "kernels.formulas": {"activations", "record"},
     "statistics": {"activations", "kernels", "kernels.formulas", "record"},
+    "ranks": {"record", "statistics", "weights"},
     "schedule": set(),
     "ingraph": {"taps"},
     "weights": {"record", "statistics"},
@@ -41,9 +42,13 @@ ARROWS = {
     "taps": {"activations", "calls", "graph", "kernels", "kernels.formulas", "record", "replay", "statistics", "weights"},
     "trial": {"monitor", "record", "report", "rules", "taps", "weights"},
     "monitor": {
-        *("__init__", "activations", "calls", "diagnosis", "ingraph", "process", "record", "rules", "schedule", "statistics", "taps"),
-        *("tensorboard.writer", "weights"),
+        *("__init__", "activations", "calls", "diagnosis", "ingraph", "process", "ranks", "record", "rules", "schedule", "statistics", "taps"),
+        *("tensorboard", "tensorboard.reader", "tensorboard.writer", "weights"),
     },
+    "integrations": set(),
+    "integrations.accelerate": {"monitor", "record", "tensorboard.stock"},
+    "integrations.lightning": {"monitor", "record", "tensorboard.stock"},
+    "integrations.transformers": {"monitor", "record", "tensorboard.stock"},
 }
 HOST = [
     *("record", "rules", "diagnosis", "report", "view", "tensorboard", "tensorboard.loader", "tensorboard.plugin"),

@@ -1,0 +1,180 @@
+"""What loggers make of our numbers: `scalars`, and the real W&B and MLflow without a network."""
+
+import json
+import os
+import re
+import runpy
+import struct
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import torchsat
+from tests.test_tensorboard import snapshots, write
+from torchsat.tensorboard.stock import scalars
+
+ROOT = Path(__file__).parent.parent
+TRAIN = """
+import sys, torch, torchsat
+from torch import nn
+def train(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchsat.watch(model, every=2, budget=None, errors="raise", **options):
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(64, 8)).square().mean().backward()
+            optimizer.step()
+"""
+
+
+def run(code: str, directory: Path, **environment: str) -> str:
+    """In a process of its own, since loggers replace functions of TensorBoard and leave threads behind."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN + code], capture_output=True, text=True, timeout=120, check=False, env=variables, cwd=directory
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_scalars_are_those_of_tensorboard_without_the_number_of_the_site(tmp_path: Path) -> None:
+    (given,) = snapshots(1)
+    written = EventAccumulator(str(write(tmp_path, [given]))).Reload()
+    there = {re.sub(r"/\d{3}_", "/", tag): written.Scalars(tag)[0].value for tag in written.Tags()["scalars"]}
+    assert scalars(given, firing=0) == pytest.approx(there)
+    assert scalars(given).keys() == there.keys() - {"torchsat/alerts"}
+
+
+@pytest.mark.parametrize(
+    ("module", "library", "command"),
+    [
+        ("lightning", ("lightning.pytorch", "pytorch_lightning"), 'pip install "lightning>='),
+        ("transformers", ("transformers",), 'pip install "transformers'),
+        ("accelerate", ("accelerate",), 'pip install "accelerate>='),
+    ],
+)
+def test_a_missing_library_is_answered_with_the_command(module: str, library: tuple[str, ...], command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, f"torchsat.integrations.{module}", raising=False)
+    for name in library:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError) as raised:
+        import_module(f"torchsat.integrations.{module}")
+    assert command in str(raised.value)
+
+
+def wandb_rows(directory: Path) -> list[dict[str, Any]]:
+    """The history of an offline run: a log of protocol buffers in blocks of 32 KiB, as LevelDB has it."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = directory.glob("wandb/offline-run-*/*.wandb")
+    log, at, record, rows = path.read_bytes(), 7, b"", []
+    while at + 7 <= len(log):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack_from("<IHB", log, at)
+        record += log[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):
+            rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in Record.FromString(record).history.item})
+            record = b""
+    return [row for row in rows if any(tag.startswith(("torchsat", "train/torchsat")) for tag in row)]
+
+
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+
+
+def test_wandb_syncs_the_scalars_of_our_event_file(tmp_path: Path) -> None:
+    """Our writer was imported before `wandb.init` put its own class in the place of TensorBoard's."""
+    pytest.importorskip("wandb", reason="W&B is not installed: pip install wandb")
+    code = """
+import torchsat.tensorboard.writer, wandb
+run = wandb.init(project="torchsat", sync_tensorboard=True)
+train(log_dir="run")
+run.finish()
+"""
+    run(code, tmp_path, **OFFLINE)
+    rows = {row["global_step"]: row for row in wandb_rows(tmp_path)}
+    for snapshot in torchsat.read(tmp_path / "run"):
+        row = rows[snapshot.step]
+        assert row["torchsat/saturated_max"] == pytest.approx(snapshot.records[0].saturated)
+        assert row["torchsat.derivative/000_1"] == pytest.approx(snapshot.records[0].relative_derivative)
+
+
+def test_wandb_through_lightning_transformers_and_accelerate(tmp_path: Path) -> None:
+    for name in ("wandb", "lightning", "transformers", "accelerate"):
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    code = """
+from pathlib import Path
+from tests.test_lightning import batches, callback, net, trainer
+from lightning.pytorch.loggers import WandbLogger
+Path("lightning").mkdir()
+logger = WandbLogger(project="torchsat", save_dir="lightning", offline=True)
+trainer(Path("lightning"), callback(), logger=logger).fit(net(), batches())
+logger.experiment.finish()
+
+from tests import test_transformers
+test_transformers.trainer(Path("transformers"), test_transformers.callback(), report_to="wandb").train()
+import wandb
+wandb.finish()
+
+from tests import test_accelerate
+import accelerate
+Path("accelerate").mkdir()
+accelerator = accelerate.Accelerator(cpu=True, log_with="wandb")
+accelerator.init_trackers("torchsat", init_kwargs={"wandb": {"dir": "accelerate"}})
+test_accelerate.train(accelerator)
+accelerator.end_training()
+"""
+    run(code, tmp_path, **OFFLINE)
+    rows = wandb_rows(tmp_path / "lightning")
+    assert [row["trainer/global_step"] for row in rows] == [0, 1, 2, 4, 8]
+    assert all(0 < row["torchsat.derivative/net.1"] <= 1 for row in rows)
+    (events,) = tmp_path.glob("lightning/torchsat/*/torchsat")
+    assert [snapshot.step for snapshot in torchsat.read(events)] == [0, 1, 2, 4, 8]
+    rows = wandb_rows(tmp_path)
+    assert [row["train/global_step"] for row in rows] == [0, 1, 2, 4]
+    assert all(0 < row["train/torchsat.derivative/bert.pooler.activation"] <= 1 for row in rows)
+    rows = wandb_rows(tmp_path / "accelerate")
+    assert [(row["_step"], row["torchsat/step"]) for row in rows] == [(step, step) for step in (0, 1, 2, 4, 8)]
+
+
+def test_mlflow_gets_the_scalars_by_a_sink_and_its_autolog_starts_no_runs_because_of_us(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow", reason="MLflow is not installed: pip install mlflow-skinny pandas")
+    pytest.importorskip("pandas", reason="mlflow.pytorch needs pandas")
+    code = """
+import json, mlflow
+from torch.utils.tensorboard import SummaryWriter
+from torchsat.tensorboard.stock import scalars
+mlflow.set_tracking_uri("file:store")
+mlflow.pytorch.autolog(log_every_n_step=1)
+writer = SummaryWriter("run")
+with mlflow.start_run() as active:
+    train(writer=writer, sinks=[lambda snapshot: mlflow.log_metrics(scalars(snapshot), step=snapshot.step)])
+    writer.add_scalar("loss", 1.0, 0)
+writer.close()
+client = mlflow.MlflowClient()
+runs = [run.info.run_id for run in client.search_runs(["0"])]
+history = client.get_metric_history(active.info.run_id, "torchsat.derivative/1")
+print(json.dumps([runs == [active.info.run_id], [(each.step, each.value) for each in history]]))
+"""
+    printed = run(code, tmp_path, MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_DISABLE_TELEMETRY="true")
+    alone, history = json.loads(printed.splitlines()[-1])
+    assert alone
+    assert history == [[snapshot.step, pytest.approx(snapshot.records[0].relative_derivative)] for snapshot in torchsat.read(tmp_path / "run")]
+
+
+def test_the_ignite_example_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ignite", reason="Ignite is not installed: pip install pytorch-ignite")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ignite.py", "--epochs", "2"])
+    runpy.run_path(str(ROOT / "examples" / "ignite.py"), run_name="__main__")
+    assert "1 (tanh) is saturated" in capsys.readouterr().out
+    assert [snapshot.step for snapshot in torchsat.read(tmp_path / "runs" / "ignite")] == [0, 1, 2, 4, 8, 16, 32, 50]

@@ -1,0 +1,97 @@
+"""`Torchsat`, a callback of PyTorch Lightning's Trainer: `Trainer(callbacks=[Torchsat()])`.
+
+Lightning calls our step "batches that stepped": every batch after which the optimizers of the model have stepped, however many there are. It is the
+x axis of all that Lightning's loggers draw (`trainer.global_step` counts the step of every optimizer), so it is ours. A run that goes on from
+a checkpoint has this number right from its first batch on, which is when watching begins; what went before (sanity check, validation or test
+alone) opens nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torchsat.monitor import Monitor, watch
+from torchsat.record import Snapshot
+from torchsat.tensorboard.stock import scalars
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger
+except ImportError as error:
+    try:
+        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+        from pytorch_lightning.loggers import Logger  # type: ignore[assignment]
+    except ImportError:
+        raise ImportError('PyTorch Lightning is not installed: pip install "lightning>=2.4"') from error
+
+
+class Torchsat(Callback):
+    """Watches the LightningModule in each `fit`.
+
+    Args:
+        options: those of `torchsat.watch`. Without `log_dir` or `writer` the sub-run `torchsat` goes into the directory of the Trainer's
+            TensorBoardLogger, else of its first logger; without a logger no files are written. Loggers other than TensorBoard's get the scalars.
+
+    `monitor` is that of the last `fit`: `callback.monitor.alerts`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.monitor: Monitor | None = None
+        self._options = options
+        self._state: dict[str, Any] | None = None
+        self._watching = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._watching:
+            return
+
+        def to_loggers(snapshot: Snapshot) -> None:
+            for logger in trainer.loggers:
+                if not _is_tensorboard(logger):
+                    logger.log_metrics(scalars(snapshot, len(monitor.alerts)), step=snapshot.step)
+
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        options = {"start": step, **self._options}
+        if "log_dir" not in options and "writer" not in options:
+            options["log_dir"] = _directory(trainer)
+        options["sinks"] = [*(options.get("sinks") or ()), to_loggers]
+        monitor = self.monitor = watch(pl_module, **options)
+        self._watching = True
+        if self._state is not None:
+            monitor.load_state_dict({**self._state, "step": step})
+            self._state = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        self._watching = False
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.monitor is None else self.monitor.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = state_dict
+
+
+def _is_tensorboard(logger: Logger) -> bool:
+    """Lightning has a class of this name for each of its packages."""
+    return any(each.__name__ == "TensorBoardLogger" for each in type(logger).__mro__)
+
+
+def _directory(trainer: Trainer) -> str | None:
+    """Of the first logger, TensorBoard's before others; on the first process, which is the one that writes."""
+    if not trainer.loggers or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        return None
+    logger = min(trainer.loggers, key=lambda each: not _is_tensorboard(each))
+    log_dir = getattr(logger, "log_dir", None)
+    if log_dir:
+        return str(log_dir)
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)

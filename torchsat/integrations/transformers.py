@@ -1,0 +1,94 @@
+"""`Torchsat`, a callback of transformers.Trainer and of the trainers made from it (TRL): `Trainer(..., callbacks=[Torchsat()])`.
+
+A callback is handed neither the Trainer nor the other callbacks, and `Trainer.log` would also print all it is given. But it is the Trainer's
+CallbackHandler that calls us, so it is found one frame up. Of its callbacks those of `report_to` get our scalars, each through the method by which it
+gets the Trainer's own; TensorBoard's gets none, since it has our sub-run beside its curves. Nothing of ours comes back to us, nor to the
+console or the Trainer's log history.
+
+A step is one step of the optimizer, which is what the Trainer counts too; a resumed run goes on with its number. What the alerts remember is saved in
+each checkpoint beside the Trainer's state.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchsat.monitor import Monitor, watch
+from torchsat.record import Snapshot
+from torchsat.tensorboard.stock import scalars
+
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TensorBoardCallback
+    from transformers.trainer_callback import CallbackHandler
+except ImportError as error:
+    raise ImportError('transformers is not installed, or its Trainer is not: pip install "transformers[torch]>=4.50"') from error
+
+_REPORTERS = tuple(INTEGRATION_TO_CALLBACK.values())
+_FILE = "torchsat.pt"
+
+
+class Torchsat(TrainerCallback):
+    """Watches the Trainer's model in each `train`.
+
+    Args:
+        options: those of `torchsat.watch`. Without `log_dir` or `writer` the sub-run `torchsat` goes into the Trainer's TensorBoard directory, if it
+            reports to TensorBoard. All else in `report_to` gets the scalars.
+
+    `monitor` is that of the last `train`: `callback.monitor.alerts`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.monitor: Monitor | None = None
+        self._options = options
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._close()
+        handler = sys._getframe(1).f_locals.get("self")
+        callbacks = handler.callbacks if isinstance(handler, CallbackHandler) else []
+        reporters: list[Any] = [each for each in callbacks if isinstance(each, _REPORTERS)]
+        options = {"start": state.global_step, **self._options}
+        if "log_dir" not in options and "writer" not in options and state.is_world_process_zero:
+            options["log_dir"] = next((_directory(each) for each in reporters if isinstance(each, TensorBoardCallback)), None)
+        model: nn.Module = kwargs["model"]
+
+        def report(snapshot: Snapshot) -> None:
+            then = copy.copy(state)
+            then.global_step = snapshot.step
+            for reporter in reporters:
+                if not isinstance(reporter, TensorBoardCallback):
+                    reporter.on_log(args, then, TrainerControl(), model=model, logs=scalars(snapshot, len(monitor.alerts)))
+
+        options["sinks"] = [*(options.get("sinks") or ()), report]
+        # The Trainer puts more than one GPU of one process under nn.DataParallel, which watch refuses with its reason.
+        monitor = self.monitor = watch(nn.DataParallel(model) if args.n_gpu > 1 else model, **options)
+        saved = _checkpoint(args, state) / _FILE
+        if state.global_step and saved.exists():
+            monitor.load_state_dict({**torch.load(saved, map_location="cpu"), "step": state.global_step})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.monitor is not None and state.is_world_process_zero and _checkpoint(args, state).is_dir():
+            torch.save(self.monitor.state_dict(), _checkpoint(args, state) / _FILE)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def _directory(reporter: TensorBoardCallback) -> str | None:
+    """Where the Trainer's own curves are."""
+    log_dir = getattr(reporter.tb_writer, "log_dir", reporter.logging_dir)
+    return None if log_dir is None else str(log_dir)
