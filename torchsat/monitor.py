@@ -341,6 +341,10 @@ class Monitor:
             unseen.append((MODEL, "compiled, with flex_attention: it is not run eager, where the attention would take T x T memory"))
         unseen += [(name, deaf.get(name, why)) for name in idle if name not in taps.failed and name not in taps.notes]
         kinds = Counter(site.kind for site in taps.sites.values())
+        if self._ranks is not None and self._ranks.layout.sites:
+            # What is seen on any rank; what is not, on this one.
+            everywhere = self._ranks.layout.sites
+            seen, kinds = tuple(everywhere), Counter(facts["kind"] for facts in everywhere.values())
         return Coverage(seen, tuple(unseen), tuple(kinds.items()))
 
     def step(self) -> None:
@@ -878,16 +882,17 @@ class Monitor:
 
     def _follow_interval(self, interval: int) -> None:
         """All ranks observe as seldom as the one that needs it most."""
-        if interval != self._schedule.interval:
-            self._schedule.interval = interval
-            if self._speaks:
-                log.warning(
-                    "torchsat: step %d: observing takes more than the budget allows on some rank: one in %d steps is observed from here on; "
-                    "budget=None keeps every=%d.",
-                    self._step,
-                    interval,
-                    self._schedule.every,
-                )
+        before, self._schedule.interval = self._schedule.interval, interval
+        if interval != before and self._speaks:
+            log.warning(
+                "torchsat: step %d: observing takes %s than the budget of %.3g %% allows on the rank where it takes most. One in %d steps is observed "
+                "from here on; budget=None keeps every=%d.",
+                self._step,
+                "more" if interval > before else "less",
+                100 * (self._schedule.budget or 1.0),
+                interval,
+                self._schedule.every,
+            )
 
     def _warn_of_nothing(self) -> None:
         model = self._model()

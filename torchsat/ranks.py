@@ -112,7 +112,7 @@ class Layout:
     @property
     def maxes(self) -> int:
         """The length of the MAX vector."""
-        sites = sum(len(MAXES) + len(WORST) + (facts["heads"] or 0) for facts in self.sites.values())
+        sites = sum(len(MAXES) + len(WORST) + int(facts["heads"] or 0) for facts in self.sites.values())
         return sites + len(LAYER_MAXES) * len(self.layers) + len(ENDS)
 
     @property
