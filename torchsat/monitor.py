@@ -784,7 +784,8 @@ class Monitor:
         if group is None:
             return
         try:
-            self._ranks = self._reader = Ranks(group, self._lose)
+            kind = "stage of a pipeline" if self._stage is not None else type(self._model()).__qualname__.removeprefix("FSDP")
+            self._ranks = self._reader = Ranks(group, kind, self._lose)
         except Exception as error:
             log.warning("torchsat: each rank observes by itself: %s: %s", type(error).__name__, error)
 

@@ -53,7 +53,7 @@ _FINE = 2**20
 """Steps of a share, and the most ranks, that fit beside each other into the 53 bits of a float64."""
 
 _met: dict[str, int] = {}
-"""How many monitors of this process have announced themselves to each group."""
+"""How many monitors of this process have announced themselves to each group, by kind of model."""
 
 
 @dataclass
@@ -186,17 +186,19 @@ class Ranks:
 
     Args:
         group: the process group.
+        kind: of the model; ranks meet over the n-th model of a kind that each of them trains.
         give_up: told once why the others are no longer heard.
     """
 
-    def __init__(self, group: dist.ProcessGroup, give_up: Callable[[str], None]) -> None:
+    def __init__(self, group: dist.ProcessGroup, kind: str, give_up: Callable[[str], None]) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._kind = kind
         self.together = False
         self.layout = Layout()
         self._group = group
         self._give_up = give_up
         members = dist.get_process_group_ranks(group)
-        name = hashlib.sha256(json.dumps(members).encode()).hexdigest()[:12]
+        name = hashlib.sha256(json.dumps([members, kind]).encode()).hexdigest()[:12]
         number = _met.setdefault(name, 0)
         _met[name] += 1
         # The store of the whole job: the only one that every rank of any group can reach.
@@ -226,7 +228,10 @@ class Ranks:
                 break
             if time.monotonic() - begun > (PATIENCE if entered == self.size else GRACE):
                 if entered < self.size:
-                    why = f"{entered} of {self.size} ranks watch a model that trains"
+                    why = (
+                        f"{entered} of {self.size} ranks watch a {self._kind} that trains; call torchsat.watch on every rank, or pass group= the ranks "
+                        "that do, or group=None"
+                    )
                 else:
                     why = f"only {arrived} of {self.size} ranks ended a step within {PATIENCE:g} s"
                 self._store.compare_set("decision", "", f"apart: {why}")

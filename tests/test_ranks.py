@@ -1,0 +1,696 @@
+"""Several ranks observe as one: four processes, made once, that run the functions of this file together."""
+
+import contextlib
+import logging
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import torchsat
+from torchsat import process, ranks
+from torchsat.record import Snapshot
+
+SIZE = 4
+STEPS = 5
+BATCH = 64
+
+
+def work(rank: int, port: int, pipe: Connection) -> None:
+    """One process: runs what it is sent, until it is sent nothing."""
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=30))
+    while (sent := pipe.recv()) is not None:
+        scenario, given = sent
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float64)
+        try:
+            pipe.send((scenario(*given), None))
+        except BaseException:
+            pipe.send((None, f"rank {rank}:\n{traceback.format_exc()}"))
+        process._close_all()
+        torch._dynamo.reset()
+    dist.destroy_process_group()
+
+
+Run = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Runs a function on all ranks, and gives what each returned."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    spawn = multiprocessing.get_context("spawn")
+    pipes, workers = [], []
+    for rank in range(SIZE):
+        ours, theirs = spawn.Pipe()
+        workers.append(spawn.Process(target=work, args=(rank, store.port, theirs), daemon=True))
+        workers[-1].start()
+        pipes.append(ours)
+
+    def everywhere(scenario: Callable[..., Any], *given: Any) -> list[Any]:
+        for pipe in pipes:
+            pipe.send((scenario, given))
+        answers = []
+        for rank, pipe in enumerate(pipes):
+            assert pipe.poll(100), f"rank {rank} does not answer"
+            answers.append(pipe.recv())
+        errors = [error for _, error in answers if error]
+        assert not errors, "\n".join(errors)
+        return [found for found, _ in answers]
+
+    yield everywhere
+    for pipe in pipes:
+        with contextlib.suppress(OSError):
+            pipe.send(None)
+    for worker in workers:
+        worker.join(20)
+        worker.kill()
+
+
+def rank() -> int:
+    return dist.get_rank()
+
+
+def mlp(width: int = 32, out: int = 3) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
+
+
+def batches(steps: int = STEPS, size: int = BATCH) -> list[Tensor]:
+    torch.manual_seed(1)
+    return [2 * torch.randn(size, 16) for _ in range(steps)]
+
+
+def part(x: Tensor) -> Tensor:
+    """This rank's rows; they differ in number."""
+    bounds = [0, 10, 24, 44, len(x)]
+    return x[bounds[rank()] : bounds[rank() + 1]]
+
+
+def watched(model: Any, **given: Any) -> tuple[torchsat.Monitor, list[Snapshot]]:
+    """Every step, all elements; and what the sinks of this rank get."""
+    kept: list[Snapshot] = []
+    return torchsat.watch(model, **{"every": 1, "budget": None, "sample": None, "sinks": [kept.append], "errors": "raise", **given}), kept
+
+
+def train(run: Callable[[Tensor], Tensor], parameters: Any, mine: Callable[[Tensor], Tensor] = part, steps: int = STEPS) -> None:
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    for x in batches(steps):
+        optimizer.zero_grad()
+        run(mine(x)).square().mean().backward()
+        optimizer.step()
+
+
+def alone(model: nn.Module, slices: bool = True, steps: int = STEPS, **given: Any) -> list[Snapshot]:
+    """What one process records that is given whole batches; the loss is what ranks with unequal slices average."""
+    monitor, kept = watched(model, group=None, **given)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in batches(steps):
+        optimizer.zero_grad()
+        out = model(x)
+        bounds = [0, 10, 24, 44, len(x)]
+        parts = [out[first:last].square().mean() for first, last in zip(bounds, bounds[1:], strict=False)] if slices else [out.square().mean()]
+        torch.stack(parts).mean().backward()
+        optimizer.step()
+    monitor.close()
+    return kept
+
+
+def assert_equal(found: list[Snapshot], expected: list[Snapshot], rtol: float = 1e-12, but: tuple[str, ...] = ()) -> None:
+    """Counts to the last digit, all else to rounding."""
+    assert [each.step for each in found] == [each.step for each in expected]
+    for one, other in zip(found, expected, strict=True):
+        pairs = [*zip(one.records, other.records, strict=True), *zip(one.weights, other.weights, strict=True)]
+        assert pairs
+        for ours, theirs in pairs:
+            for name, value in vars(theirs).items():
+                got = getattr(ours, name)
+                if name in ("worst", "worst_rank", *but):
+                    continue
+                if isinstance(value, float):
+                    assert got == pytest.approx(value, rel=rtol, abs=1e-15), (one.step, name)
+                elif name == "histogram" and value is not None:
+                    assert got == pytest.approx(value, rel=rtol), name
+                elif name == "heads" and value is not None:
+                    for head, head_alone in zip(got, value, strict=True):
+                        assert vars(head) == pytest.approx(vars(head_alone), rel=rtol)
+                else:
+                    assert got == value, (one.step, name)
+
+
+def data_parallel(static: bool, before: bool) -> Any:
+    model = mlp()
+    monitor, kept = watched(model) if before else (None, [])
+    wrapped = DistributedDataParallel(model, static_graph=static)
+    if monitor is None:
+        monitor, kept = watched(wrapped)
+    train(wrapped, wrapped.parameters())
+    monitor.close()
+    assert monitor.latest is not None
+    return kept, (monitor.latest.records, monitor.latest.weights), alone(mlp())
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_data_parallel_ranks_record_what_one_process_does(run: Run, static: bool, before: bool) -> None:
+    (kept, latest, expected), *others = run(data_parallel, static, before)
+    assert_equal(kept, expected)
+    assert [len(each) for each, _, _ in others] == [0, 0, 0]
+    assert all(other == latest for _, other, _ in others)
+    assert latest[0][0].n == BATCH * 32
+
+
+def accumulated() -> Any:
+    model = mlp()
+    wrapped = DistributedDataParallel(model)
+    monitor, kept = watched(wrapped)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for first, second in zip(batches()[::2], batches()[1::2], strict=False):
+        optimizer.zero_grad()
+        with wrapped.no_sync():
+            wrapped(part(first)).square().mean().backward()
+        wrapped(part(second)).square().mean().backward()
+        optimizer.step()
+    monitor.close()
+    return kept
+
+
+def test_accumulated_micro_batches_count_once_each(run: Run) -> None:
+    kept = run(accumulated)[0]
+    assert [each["1"].n for each in kept] == [2 * BATCH * 32] * 2
+    assert [each["1"].grad_n for each in kept] == [2 * BATCH * 32] * 2
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self.body, x, use_reentrant=False)
+        return out
+
+
+def sharded(how: str) -> Any:
+    model: nn.Module = Checkpointed() if how == "checkpoint" else mlp()
+    given: dict[str, Any] = {}
+    if how == "offload":
+        given["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if how == "kept":
+        given["reshard_after_forward"] = False
+    if how == "mixed":
+        given["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    monitor, kept = watched(model) if how == "before" else (None, [])
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, **given)
+    fully_shard(model, **given)
+    if monitor is None:
+        monitor, kept = watched(model)
+    run = torch.compile(model, backend="aot_eager") if how == "compiled" else model
+    train(run, model.parameters())
+    monitor.close()
+    return kept, alone(Checkpointed() if how == "checkpoint" else mlp())
+
+
+@pytest.mark.parametrize("how", ["after", "before", "kept", "offload", "checkpoint", "compiled"])
+def test_sharded_ranks_record_what_one_process_does(run: Run, how: str) -> None:
+    kept, expected = run(sharded, how)[0]
+    # A rank reads its part of a weight, in runs of 16: together as many elements as there are, in another order.
+    assert_equal(kept, expected)
+
+
+def test_sharded_mixed_precision(run: Run) -> None:
+    kept, expected = run(sharded, "mixed")[0]
+    assert [each["1"].n for each in kept] == [each["1"].n for each in expected]
+    assert [each["1"].saturated for each in kept] == pytest.approx([each["1"].saturated for each in expected], abs=0.01)
+    assert [each.weights[0].norm for each in kept] == pytest.approx([each.weights[0].norm for each in expected], rel=1e-3)
+
+
+def data_parallel_compiled() -> Any:
+    model = DistributedDataParallel(mlp())
+    monitor, kept = watched(model)
+    train(torch.compile(model, backend="aot_eager"), model.parameters())
+    monitor.close()
+    return kept, alone(mlp())
+
+
+def test_compiled_data_parallel_ranks(run: Run) -> None:
+    kept, expected = run(data_parallel_compiled)[0]
+    assert_equal(kept, expected)
+
+
+def tensor_parallel(local: bool) -> Any:
+    model = mlp(out=4)
+    mesh = init_device_mesh("cpu", (SIZE,))
+    plan: dict[str, Any] = {"0": ColwiseParallel(use_local_output=local), "2": RowwiseParallel(use_local_output=local)}
+    if not local:
+        plan["4"] = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, mesh, plan)
+    monitor, kept = watched(model)
+    train(model, model.parameters(), mine=lambda x: x)
+    monitor.close()
+    return kept, alone(mlp(out=4), slices=False)
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_tensor_parallel_shards_count_once_and_replicas_once(run: Run, local: bool) -> None:
+    kept, expected = run(tensor_parallel, local)[0]
+    # dL/da of a replicated DTensor is a sum that has not been taken yet: it is not known.
+    assert_equal(kept, expected, but=() if local else ("attenuation", "grad_a_rms"))
+    assert kept[-1]["1"].units == 32
+    if not local:
+        assert kept[-1]["3"].attenuation is None
+        assert kept[-1]["1"].attenuation == pytest.approx(expected[-1]["1"].attenuation, rel=1e-12)
+
+
+def two_dimensional() -> Any:
+    model = mlp()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    monitor, kept = watched(model)
+    train(model, model.parameters(), mine=lambda x: x.chunk(2)[rank() // 2])
+    monitor.close()
+    return kept, alone(mlp(), slices=False)
+
+
+def test_tensor_and_data_parallelism_together(run: Run) -> None:
+    kept, expected = run(two_dimensional)[0]
+    assert_equal(kept, expected)
+
+
+def pipelined(kind: str) -> Any:
+    layers = [*mlp()[:3], nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)]
+    whole = nn.Sequential(*layers)
+    stages = [(0, 2), (2, 4), (4, 6), (6, 7)]
+    first, last = stages[rank()]
+    torch.manual_seed(2)
+    for layer in whole:
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    expected_model = nn.Sequential(*(whole[at] for at in range(7)))
+    state = {name: value.clone() for name, value in whole.state_dict().items()}
+    mine = nn.Sequential(*(whole[at] for at in range(first, last)))
+    stage = PipelineStage(mine, rank(), SIZE, torch.device("cpu"))
+    schedules = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
+    schedule = schedules[kind](stage, n_microbatches=4, loss_fn=lambda out, target: (out - target).square().mean())
+    monitor, kept = watched(stage)
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.1)
+    for x in batches():
+        optimizer.zero_grad()
+        schedule.step(*[x] * (rank() == 0), target=torch.zeros(BATCH, 3) if rank() == SIZE - 1 else None)
+        optimizer.step()
+    monitor.close()
+    expected_model.load_state_dict(state)
+    return kept, alone(expected_model, slices=False)
+
+
+@pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
+def test_the_stages_of_a_pipeline_are_one_model(run: Run, kind: str) -> None:
+    kept, expected = run(pipelined, kind)[0]
+    assert [each.site for each in kept[-1].records] == ["stage0.1", "stage1.1", "stage2.1"]
+    assert [each.after for each in kept[-1].records] == [(), ("stage0.1",), ("stage1.1",)]
+    assert [each.output for each in kept[-1].records] == [False] * 3
+    assert_equal(kept, expected, but=("site", "after", "name", "feeds"))
+
+
+class Experts(nn.Module):
+    """Each rank runs the expert that it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(16, 8), nn.Tanh()) for _ in range(3))
+        self.head = nn.Linear(8, 3)
+        self.choice = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.experts[self.choice](x))
+        return out
+
+
+def routed() -> Any:
+    model = Experts()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    monitor, kept = watched(wrapped)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    # Rank 3 runs another expert; from step 4 on rank 0 runs a third one.
+    for step, x in enumerate(batches(12)):
+        model.choice = 1 if rank() == 3 else 2 if rank() == 0 and step >= 4 else 0
+        optimizer.zero_grad()
+        wrapped(part(x)).square().mean().backward()
+        optimizer.step()
+    monitor.close()
+    return kept
+
+
+def test_ranks_that_run_other_sites_neither_hang_nor_skew(run: Run) -> None:
+    kept = run(routed)[0]
+    found = [{record.site: record.n for record in snapshot.records} for snapshot in kept]
+    assert found[0] == {"experts.0.1": 44 * 8, "experts.1.1": 20 * 8}
+    # Two rounds after a rank has said that it has a new site it is agreed upon.
+    assert found[4] == {"experts.0.1": 34 * 8, "experts.1.1": 20 * 8}
+    assert found[6:] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8, "experts.2.1": 10 * 8}] * 6
+
+
+def idle() -> Any:
+    model = mlp()
+    monitor, kept = watched(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in batches():
+        optimizer.zero_grad()
+        if rank() != 2:
+            model(part(x)).square().mean().backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(parameter.grad)
+        optimizer.step()
+    monitor.close()
+    return kept
+
+
+def test_a_rank_without_a_pass_takes_part(run: Run) -> None:
+    kept = run(idle)[0]
+    assert [each["1"].n for each in kept] == [(BATCH - 20) * 32] * STEPS
+
+
+def counted() -> Any:
+    model = DistributedDataParallel(mlp())
+    monitor, _ = watched(model, every=4)
+    train(model, model.parameters(), steps=1)
+    found = monitor._ranks
+    assert found is not None
+    calls = []
+    own = found._own
+
+    class Counting:
+        def __getattr__(self, name: str) -> Any:
+            def call(tensors: list[Tensor], *options: Any) -> Any:
+                calls.append((monitor._step, name, str(options[0]), tensors[0].numel() * tensors[0].element_size()))
+                return getattr(own, name)(tensors, *options)
+
+            return call
+
+    found._own = Counting()
+    train(model, model.parameters(), steps=12)
+    found._own = own
+    monitor.close()
+    return calls, found.layout.bytes
+
+
+def test_two_collectives_per_observation_and_none_between(run: Run) -> None:
+    for calls, size in run(counted):
+        assert [(step, name) for step, name, _, _ in calls] == [(step, "allreduce") for step in (1, 2, 4, 8, 12) for _ in range(2)]
+        assert {(op.split(".")[-1][:3], nbytes) for _, _, op, nbytes in calls} == {("SUM", calls[0][3]), ("MAX", calls[1][3])}
+        assert calls[0][3] + calls[1][3] == size
+
+
+def windows() -> Any:
+    model = mlp(8)
+    with torch.no_grad():
+        model[0].bias[:3] = 50.0
+    wrapped = DistributedDataParallel(model)
+    monitor, kept = watched(wrapped)
+    train(wrapped, wrapped.parameters(), steps=40)
+    monitor.close()
+    reference = mlp(8)
+    with torch.no_grad():
+        reference[0].bias[:3] = 50.0
+    return kept, alone(reference, steps=40)
+
+
+def test_stuck_units_are_counted_over_the_samples_of_all_ranks(run: Run) -> None:
+    kept, expected = run(windows)[0]
+    assert [each["1"].stuck for each in kept] == [each["1"].stuck for each in expected]
+    assert [each["1"].stuck_n for each in kept] == [each["1"].stuck_n for each in expected]
+    assert kept[14]["1"].stuck is None
+    assert (kept[15]["1"].stuck, kept[15]["1"].stuck_n) == (3 / 8, 1024)
+
+
+class Attentive(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.lstm = nn.LSTM(16, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, 2, 16)
+        out: Tensor = self.head(self.lstm(self.attention(x, x, x)[0])[0])
+        return out.flatten(0, 1)
+
+
+def attentive() -> Any:
+    wrapped = DistributedDataParallel(Attentive())
+    monitor, kept = watched(wrapped)
+    train(wrapped, wrapped.parameters())
+    monitor.close()
+    return kept, alone(Attentive())
+
+
+def test_heads_and_gates_merge_too(run: Run) -> None:
+    kept, expected = run(attentive)[0]
+    assert {"attention/softmax", "lstm.l0/forget"} <= {each.site for each in kept[0].records}
+    assert len(kept[0]["attention/softmax"].heads or ()) == 4
+    assert_equal(kept, expected)
+
+
+def one_bad_rank() -> Any:
+    model = mlp()
+    wrapped = DistributedDataParallel(model)
+    monitor, kept = watched(wrapped)
+    train(wrapped, wrapped.parameters(), mine=lambda x: part(x) * (100 if rank() == 2 else 1))
+    monitor.close()
+    return kept, monitor.alerts
+
+
+def test_an_alert_names_the_rank_where_it_is_worst(run: Run) -> None:
+    answers = run(one_bad_rank)
+    kept, alerts = answers[0]
+    record = kept[0]["1"]
+    assert record.worst_rank == 2
+    assert record.worst is not None
+    assert record.worst > 0.9 > (record.saturated or 0) + 0.1
+    (alert,) = [each for each in alerts if each.site == "1"]
+    assert alert.rank == 2
+    assert "; worst on rank 2: 9" in alert.message
+    assert all(other == alerts for _, other in answers)
+
+
+def not_finite() -> Any:
+    model = mlp()
+    wrapped = DistributedDataParallel(model)
+    monitor, _ = watched(wrapped)
+    x = batches(1)[0]
+    x[30] = torch.nan
+    wrapped(part(x)).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    monitor.close()
+    return monitor.latest
+
+
+def test_what_is_not_finite_is_traced_to_its_rank(run: Run) -> None:
+    latest = run(not_finite)[0]
+    assert latest["1"].nonfinite == 32
+    assert latest["1"].nonfinite_rank == 2
+    (alert,) = [each for each in latest.alerts if each.site == "1"]
+    assert alert.rank == 2
+    assert "most of them on rank 2" in alert.message
+
+
+def _messages() -> list[str]:
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("torchsat").handlers = [handler]
+    return messages
+
+
+class Only(nn.Sequential):
+    """A model of its own kind, over which ranks meet that watch no other."""
+
+
+def only_rank_0(folder: str) -> Any:
+    messages, ranks.GRACE = _messages(), 0.3
+    model = Only(*mlp())
+    wrapped = DistributedDataParallel(model)
+    kept: list[Snapshot] = []
+    monitor = watched(wrapped, log_dir=folder)[0] if rank() == 0 else None
+    begun = time.monotonic()
+    train(wrapped, wrapped.parameters())
+    took = time.monotonic() - begun
+    if monitor is not None:
+        monitor.close()
+        kept = torchsat.read(folder)
+    return messages, kept, took
+
+
+def test_a_rank_that_watches_alone_does_not_wait_for_the_others(run: Run, tmp_path: Any) -> None:
+    (messages, kept, took), *_ = run(only_rank_0, str(tmp_path / "run"))
+    assert [each["1"].n for each in kept] == [10 * 32] * STEPS
+    assert [message for message in messages if "by itself" in message] == [
+        "torchsat: rank 0 observes by itself from here on: 1 of 4 ranks watch a Only that trains; call torchsat.watch on every "
+        "rank, or pass group= the ranks that do, or group=None. Training is not affected."
+    ]
+    assert took < 20
+
+
+def one_leaves() -> Any:
+    messages, ranks.CLOSING = _messages(), 0.5
+    model = mlp()
+    monitor, _ = watched(model, errors="warn")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    for step, x in enumerate(batches(9)):
+        optimizer.zero_grad()
+        model(part(x)).square().mean().backward()
+        optimizer.step()
+        dist.barrier()
+        if step == 3 and rank() == 3:
+            monitor.close()
+        monitor.flush()
+        seen.append(monitor.latest["1"].n if monitor.latest else None)
+    monitor.close()
+    return messages, seen
+
+
+def test_when_a_rank_leaves_the_others_go_on(run: Run) -> None:
+    answers = run(one_leaves)
+    for at, (messages, seen) in enumerate(answers[:3]):
+        assert seen[:4] == [BATCH * 32] * 4
+        assert seen[-1] == [10, 14, 20][at] * 32
+        assert len([message for message in messages if "by itself from here on" in message]) == 1
+
+
+def out_of_step() -> Any:
+    messages = _messages()
+    model = mlp()
+    monitor, _ = watched(model, every=2, errors="warn")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step, x in enumerate(batches(12)):
+        optimizer.zero_grad()
+        model(part(x)).square().mean().backward()
+        optimizer.step()
+        dist.barrier()
+        if rank() == 1 and step == 2:
+            # As if it had been told of a step that the others never took: it passes over step 4.
+            monitor._step += 2
+    monitor.close()
+    return messages
+
+
+def test_ranks_that_have_come_to_other_steps_part(run: Run) -> None:
+    answers = run(out_of_step)
+    assert all(sum("by itself from here on" in message for message in messages) == 1 for messages in answers)
+    assert any("they are at other steps" in message for messages in answers for message in messages)
+
+
+def grouped() -> Any:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = pairs[rank() // 2]
+    model = mlp()
+    wrapped = DistributedDataParallel(model, process_group=mine)
+    monitor, kept = watched(wrapped, group=mine)
+    train(wrapped, wrapped.parameters())
+    monitor.close()
+    return [each["1"].n for each in kept], monitor.latest["1"].n if monitor.latest else None
+
+
+def test_a_group_of_some_ranks(run: Run) -> None:
+    answers = run(grouped)
+    assert [kept for kept, _ in answers] == [[24 * 32] * STEPS, [], [40 * 32] * STEPS, []]
+    assert [latest for _, latest in answers] == [24 * 32, 24 * 32, 40 * 32, 40 * 32]
+
+
+def by_themselves() -> Any:
+    model = mlp()
+    wrapped = DistributedDataParallel(model)
+    monitor, kept = watched(wrapped, group=None)
+    train(wrapped, wrapped.parameters())
+    monitor.close()
+    return [each["1"].n for each in kept]
+
+
+def test_ranks_by_themselves(run: Run) -> None:
+    assert run(by_themselves) == [[rows * 32] * STEPS for rows in (10, 14, 20, 20)]
+
+
+def agreed_interval() -> Any:
+    messages = _messages()
+    model = mlp()
+    wrapped = DistributedDataParallel(model)
+    monitor, kept = watched(wrapped, every=2, budget=0.5)
+    # One rank is slow to observe.
+    monitor._schedule._stretch = lambda: setattr(monitor._schedule, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign, func-returns-value]
+    train(wrapped, wrapped.parameters(), steps=30)
+    monitor.close()
+    return [each.step for each in kept], messages
+
+
+def test_the_interval_is_that_of_the_slowest_rank(run: Run) -> None:
+    (steps, messages), *others = run(agreed_interval)
+    assert steps == [0, 1, 2, 4, 8, 16, 24]
+    assert sum("One in 8 steps is observed" in message for message in messages) == 1
+    assert not any("is observed" in message for _, other in others for message in other)
+
+
+def scaled() -> Any:
+    model = mlp()
+    wrapped = DistributedDataParallel(model)
+    monitor, kept = watched(wrapped)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step, x in enumerate(batches()):
+        optimizer.zero_grad()
+        loss = wrapped(part(x)).square().mean()
+        # An overflow on one rank is one of all: the step is skipped everywhere.
+        scaler.scale(loss * (float("inf") if step == 2 and rank() == 1 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    monitor.close()
+    return kept
+
+
+def test_a_grad_scaler_and_a_skipped_step(run: Run) -> None:
+    kept = run(scaled)[0]
+    expected = run(data_parallel, False, False)[0][2]
+    assert [each.step for each in kept] == [0, 1, 2, 3]
+    assert_equal(kept[:2], expected[:2])
+
+
+def resumed(folder: str) -> Any:
+    """Rank 0 alone sees the files of the first session."""
+    model = mlp()
+    monitor, _ = watched(model, log_dir=folder if rank() == 0 else None, rules=())
+    train(model, model.parameters(), steps=3)
+    monitor.close()
+    again = mlp()
+    monitor, kept = watched(again, log_dir=folder if rank() == 0 else None, start="resume")
+    train(again, again.parameters(), steps=3)
+    monitor.close()
+    return [each.step for each in kept], monitor._step, [each.step for each in torchsat.read(folder)] if rank() == 0 else []
+
+
+def test_a_resumed_run_goes_on_at_the_step_that_the_furthest_rank_knows(run: Run, tmp_path: Any) -> None:
+    answers = run(resumed, str(tmp_path / "run"))
+    assert answers[0] == ([3, 4, 5], 6, [0, 1, 2, 3, 4, 5])
+    assert [step for _, step, _ in answers] == [6] * 4
