@@ -24,12 +24,8 @@ ROOT = Path(__file__).parent.parent
 pytestmark = [
     # A name of torch that Lightning still uses.
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),
-    # Advice: workers for the loader, logging less seldom, a directory that is in use.
+    # Advice to its user: workers for the loader, a shorter interval of logging, a resumable loader.
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*You're resuming from a checkpoint that ended before the epoch ended"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    # Lightning turns a LightningModule's type into a schema by a call that torch has deprecated.
-    pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated"),
 ]
 
 
@@ -219,6 +215,7 @@ def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:
     assert [snapshot.step for snapshot in torchsat.read(running.log_dir)] == [0, 1, 2, 4, 8]
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("stops_at", [5, 6])
 def test_a_resumed_run_goes_on_with_its_number_and_its_state(stops_at: int, tmp_path: Path) -> None:
     """From the middle of an epoch and from its end."""

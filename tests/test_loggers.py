@@ -19,27 +19,26 @@ from tests.test_tensorboard import snapshots, write
 from torchsat.tensorboard.stock import scalars
 
 ROOT = Path(__file__).parent.parent
+WANDB, MLFLOW = re.findall(r"^```py\n(.*?)^```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL | re.MULTILINE)
+"""Examples of the docs that do not run in the process of the tests: loggers replace functions of TensorBoard and leave threads behind."""
+MODEL = """
+import torch, torchsat
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+"""
 TRAIN = """
-import sys, torch, torchsat
-from torch import nn
-def train(**options):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torchsat.watch(model, every=2, budget=None, errors="raise", **options):
-        for _ in range(5):
-            optimizer.zero_grad()
-            model(torch.randn(64, 8)).square().mean().backward()
-            optimizer.step()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(5):
+    optimizer.zero_grad()
+    model(torch.randn(64, 8)).square().mean().backward()
+    optimizer.step()
+monitor.close()
 """
 
 
 def run(code: str, directory: Path, **environment: str) -> str:
-    """In a process of its own, since loggers replace functions of TensorBoard and leave threads behind."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAIN + code], capture_output=True, text=True, timeout=120, check=False, env=variables, cwd=directory
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, env=variables, cwd=directory)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -94,15 +93,9 @@ OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 def test_wandb_syncs_the_scalars_of_our_event_file(tmp_path: Path) -> None:
     """Our writer was imported before `wandb.init` put its own class in the place of TensorBoard's."""
     pytest.importorskip("wandb", reason="W&B is not installed: pip install wandb")
-    code = """
-import torchsat.tensorboard.writer, wandb
-run = wandb.init(project="torchsat", sync_tensorboard=True)
-train(log_dir="run")
-run.finish()
-"""
-    run(code, tmp_path, **OFFLINE)
+    run(f"{MODEL}import torchsat.tensorboard.writer, wandb\n{WANDB}{TRAIN}run.finish()", tmp_path, **OFFLINE)
     rows = {row["global_step"]: row for row in wandb_rows(tmp_path)}
-    for snapshot in torchsat.read(tmp_path / "run"):
+    for snapshot in torchsat.read(tmp_path / "runs" / "exp1"):
         row = rows[snapshot.step]
         assert row["torchsat/saturated_max"] == pytest.approx(snapshot.records[0].saturated)
         assert row["torchsat.derivative/000_1"] == pytest.approx(snapshot.records[0].relative_derivative)
@@ -149,22 +142,25 @@ accelerator.end_training()
 def test_mlflow_gets_the_scalars_by_a_sink_and_its_autolog_starts_no_runs_because_of_us(tmp_path: Path) -> None:
     pytest.importorskip("mlflow", reason="MLflow is not installed: pip install mlflow-skinny pandas")
     pytest.importorskip("pandas", reason="mlflow.pytorch needs pandas")
-    code = """
+    before = """
 import json, mlflow
 from torch.utils.tensorboard import SummaryWriter
 from torchsat.tensorboard.stock import scalars
 mlflow.set_tracking_uri("file:store")
 mlflow.pytorch.autolog(log_every_n_step=1)
 writer = SummaryWriter("run")
-with mlflow.start_run() as active:
-    train(writer=writer, sinks=[lambda snapshot: mlflow.log_metrics(scalars(snapshot), step=snapshot.step)])
-    writer.add_scalar("loss", 1.0, 0)
-writer.close()
-client = mlflow.MlflowClient()
-runs = [run.info.run_id for run in client.search_runs(["0"])]
-history = client.get_metric_history(active.info.run_id, "torchsat.derivative/1")
-print(json.dumps([runs == [active.info.run_id], [(each.step, each.value) for each in history]]))
 """
+    after = """
+writer.add_scalar("loss", 1.0, 0)
+writer.close()
+active = mlflow.active_run().info.run_id
+mlflow.end_run()
+client = mlflow.MlflowClient()
+runs = {run.info.run_id: sorted(run.data.metrics) for run in client.search_runs(["0"])}
+history = client.get_metric_history(active, "torchsat.derivative/1")
+print(json.dumps([list(runs) == [active] and "torchsat.derivative/000_1" not in runs[active], [(each.step, each.value) for each in history]]))
+"""
+    code = before + MODEL + MLFLOW.replace('"runs/exp1"', "writer=writer") + TRAIN + after
     printed = run(code, tmp_path, MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_DISABLE_TELEMETRY="true")
     alone, history = json.loads(printed.splitlines()[-1])
     assert alone

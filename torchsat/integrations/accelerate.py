@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from torchsat import monitor
+from torchsat.monitor import Monitor
+from torchsat.monitor import watch as watch_module
 from torchsat.record import Snapshot
 from torchsat.tensorboard.stock import scalars
 
@@ -22,7 +23,7 @@ except ImportError as error:
     raise ImportError('Accelerate is not installed: pip install "accelerate>=1.0"') from error
 
 
-def watch(accelerator: Accelerator, model: nn.Module, log_dir: str | os.PathLike[str] | None = None, **options: Any) -> monitor.Monitor:
+def watch(accelerator: Accelerator, model: nn.Module, log_dir: str | os.PathLike[str] | None = None, **options: Any) -> Monitor:
     """Watch a model, before or after `accelerator.prepare`. Its scalars go to the trackers of the accelerator.
 
     Args:
@@ -36,13 +37,13 @@ def watch(accelerator: Accelerator, model: nn.Module, log_dir: str | os.PathLike
         log_dir = beside.logging_dir if beside is not None else None
 
     def to_trackers(snapshot: Snapshot) -> None:
-        values = scalars(snapshot, len(made.alerts))
+        values = scalars(snapshot, len(monitor.alerts))
         for tracker in accelerator.trackers:
             if tracker.name == "wandb":
                 # W&B drops what comes for a step before its last; on a GPU an observation may come that late.
-                tracker.log({**values, "torchsat/step": snapshot.step}, step=max(snapshot.step, tracker.run.step))
+                tracker.log({**values, "torchsat/step": snapshot.step}, step=max(snapshot.step, tracker.tracker.step))
             elif tracker is not beside:
                 tracker.log(values, step=snapshot.step)
 
-    made = monitor.watch(accelerator.unwrap_model(model), log_dir, **{**options, "sinks": [*(options.get("sinks") or ()), to_trackers]})
-    return made
+    monitor = watch_module(accelerator.unwrap_model(model), log_dir, **{**options, "sinks": [*(options.get("sinks") or ()), to_trackers]})
+    return monitor

@@ -1,29 +1,34 @@
 """`Torchsat`, a callback of PyTorch Lightning's Trainer: `Trainer(callbacks=[Torchsat()])`.
 
-Lightning calls our step "batches that stepped": every batch after which the optimizers of the model have stepped, however many there are. It is the
-x axis of all that Lightning's loggers draw (`trainer.global_step` counts the step of every optimizer), so it is ours. A run that goes on from
-a checkpoint has this number right from its first batch on, which is when watching begins; what went before (sanity check, validation or test
-alone) opens nothing.
+A step of ours is a batch after which the optimizers have stepped, however many there are. Lightning's loggers count so too; `trainer.global_step`
+counts the step of every optimizer, which is the same with one, as in automatic optimization. Watching begins with the first batch of a `fit`: by then
+a run that goes on from a checkpoint has its numbers, and sanity check, validation or test alone open nothing.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Any
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from torchsat.monitor import Monitor, watch
 from torchsat.record import Snapshot
 from torchsat.tensorboard.stock import scalars
 
-try:
+if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers import Logger
-except ImportError as error:
-    try:
-        from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
-        from pytorch_lightning.loggers import Logger  # type: ignore[assignment]
-    except ImportError:
-        raise ImportError('PyTorch Lightning is not installed: pip install "lightning>=2.4"') from error
+else:
+    # Two packages of the same content; the one that is in use first.
+    for _name in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
+        try:
+            Callback = import_module(_name).Callback
+            break
+        except ImportError:
+            continue
+    else:
+        raise ImportError('PyTorch Lightning is not installed: pip install "lightning>=2.4"')
 
 
 class Torchsat(Callback):
@@ -51,7 +56,7 @@ class Torchsat(Callback):
                 if not _is_tensorboard(logger):
                     logger.log_metrics(scalars(snapshot, len(monitor.alerts)), step=snapshot.step)
 
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        step = trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.epoch_loop._batches_that_stepped
         options = {"start": step, **self._options}
         if "log_dir" not in options and "writer" not in options:
             options["log_dir"] = _directory(trainer)

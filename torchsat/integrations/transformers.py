@@ -55,7 +55,8 @@ class Torchsat(TrainerCallback):
         reporters: list[Any] = [each for each in callbacks if isinstance(each, _REPORTERS)]
         options = {"start": state.global_step, **self._options}
         if "log_dir" not in options and "writer" not in options and state.is_world_process_zero:
-            options["log_dir"] = next((_directory(each) for each in reporters if isinstance(each, TensorBoardCallback)), None)
+            # Ours are called after the Trainer's own, so there it has its writer.
+            options["log_dir"] = next((each.tb_writer.log_dir for each in reporters if isinstance(each, TensorBoardCallback)), None)
         model: nn.Module = kwargs["model"]
 
         def report(snapshot: Snapshot) -> None:
@@ -86,9 +87,3 @@ class Torchsat(TrainerCallback):
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-
-
-def _directory(reporter: TensorBoardCallback) -> str | None:
-    """Where the Trainer's own curves are."""
-    log_dir = getattr(reporter.tb_writer, "log_dir", reporter.logging_dir)
-    return None if log_dir is None else str(log_dir)
