@@ -886,8 +886,8 @@ class Monitor:
         before, self._schedule.interval = self._schedule.interval, interval
         if interval != before and self._speaks:
             log.warning(
-                "torchsat: step %d: observing takes %s than the budget of %.3g %% allows on the rank where it takes most. One in %d steps is observed "
-                "from here on; budget=None keeps every=%d.",
+                "torchsat: step %d: observing takes %s than the budget of %.3g %% allows on the rank where it takes most. One in %d steps is "
+                "observed from here on; budget=None keeps every=%d.",
                 self._step,
                 "more" if interval > before else "less",
                 100 * (self._schedule.budget or 1.0),

@@ -105,9 +105,8 @@ class Layout:
     @property
     def sums(self) -> int:
         """The length of the SUM vector."""
-        return sum(_site_sums(facts) for facts in self.sites.values()) + sum(
-            len(LAYER_SUMS) + 3 * facts["features"] for facts in self.layers.values()
-        )
+        layers = sum(len(LAYER_SUMS) + 3 * int(facts["features"]) for facts in self.layers.values())
+        return layers + sum(map(_site_sums, self.sites.values()))
 
     @property
     def maxes(self) -> int:
@@ -229,8 +228,8 @@ class Ranks:
             if time.monotonic() - begun > (PATIENCE if entered == self.size else GRACE):
                 if entered < self.size:
                     why = (
-                        f"{entered} of {self.size} ranks watch a {self._kind} that trains; call torchsat.watch on every rank, or pass group= the ranks "
-                        "that do, or group=None"
+                        f"{entered} of {self.size} ranks watch a {self._kind} that trains; call torchsat.watch on every rank, or pass group= the "
+                        "ranks that do, or group=None"
                     )
                 else:
                     why = f"only {arrived} of {self.size} ranks ended a step within {PATIENCE:g} s"

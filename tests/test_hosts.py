@@ -1,0 +1,87 @@
+"""Two hosts: two ranks in two network namespaces of one machine, of which one dies, or the wire between them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import torchsat
+
+SCRIPT = """
+import os, signal, subprocess, sys
+from datetime import timedelta
+import torch, torch.distributed as dist, torchsat
+from torch import nn
+
+rank, folder, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=5))
+model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)))
+monitor = torchsat.watch(model, folder, every=5, budget=None)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(1000):
+    if rank == 1 and step == 23:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        subprocess.run(["ip", "link", "set", "wire1", "down"], check=True)
+    optimizer.zero_grad()
+    model(torch.randn(32, 8)).square().mean().backward()
+    optimizer.step()
+"""
+
+
+def ip(*words: str, within: str = "") -> None:
+    inside = ["ip", "netns", "exec", within] if within else []
+    subprocess.run([*inside, "ip", *words], check=True, capture_output=True, timeout=20)
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """The names of two network namespaces with a wire between them: 10.77.0.1 and 10.77.0.2."""
+    names = f"torchsat{os.getpid()}a", f"torchsat{os.getpid()}b"
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "wire0", "netns", names[0], "type", "veth", "peer", "name", "wire1", "netns", names[1])
+        for at, name in enumerate(names):
+            ip("addr", "add", f"10.77.0.{at + 1}/24", "dev", f"wire{at}", within=name)
+            ip("link", "set", f"wire{at}", "up", within=name)
+            ip("link", "set", "lo", "up", within=name)
+        yield names
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True, timeout=20)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="network namespaces are made by root on Linux")
+@pytest.mark.parametrize("how", ["killed", "unplugged"])
+def test_when_a_host_is_lost_the_other_ends_by_the_error_of_its_group(hosts: tuple[str, str], how: str, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    workers = []
+    for rank, host in enumerate(hosts):
+        environment = {**os.environ, "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29577", "GLOO_SOCKET_IFNAME": f"wire{rank}"}
+        command = ["ip", "netns", "exec", host, sys.executable, str(script), str(rank), str(tmp_path / "run"), how]
+        heard = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        workers.append(subprocess.Popen(command, env=environment, stdout=heard, stderr=subprocess.STDOUT, text=True))
+    try:
+        # The limit is there to fail a hang; what ends the survivor is its group's own 5 s.
+        said, _ = workers[0].communicate(timeout=90)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    assert workers[0].returncode == 1, said
+    # The error is that of the user's backward, not one of ours.
+    assert "loss.backward" in said or ".backward()" in said, said
+    assert "torchsat/" not in said.rpartition("Traceback")[2], said
+    snapshots = torchsat.read(tmp_path / "run")
+    assert [each.step for each in snapshots] == [0, 1, 2, 4, 5, 10, 15, 20]
+    # Both ranks' elements; of the last observation, if it was under way, at least our own.
+    assert [each["1"].n for each in snapshots[:-1]] == [2 * 32 * 16] * 7
+    assert snapshots[-1]["1"].n in (32 * 16, 2 * 32 * 16)
