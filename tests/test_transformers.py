@@ -18,6 +18,8 @@ transformers = pytest.importorskip("transformers", reason='transformers is not i
 pytest.importorskip("accelerate", reason='The Trainer needs Accelerate: pip install "transformers[torch]>=4.50"')
 
 import torchsat  # noqa: E402
+from torchsat import monitor  # noqa: E402
+from torchsat.integrations import transformers as ours  # noqa: E402
 from torchsat.integrations.transformers import Torchsat  # noqa: E402
 from torchsat.record import Snapshot  # noqa: E402
 from torchsat.tensorboard.stock import scalars  # noqa: E402
@@ -125,26 +127,37 @@ def test_the_trainers_tensorboard_directory_gets_a_sub_run_on_its_axis(tmp_path:
     assert [event.step for event in theirs.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
 
 
+class Reporter(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
+    """Stands for W&B's and its like; the real W&B is in test_loggers.py."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, dict[str, float]]] = []
+        self.ended = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+        assert not self.ended
+        self.heard.append((state.global_step, logs))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ended = True
+
+
+def reported(directory: Path, monkeypatch: pytest.MonkeyPatch, seen: list[Snapshot]) -> tuple[Reporter, Any]:
+    reporter = Reporter()
+    monkeypatch.setattr(ours, "_REPORTERS", (Reporter,))
+    running = trainer(directory, reporter)
+    running.add_callback(transformers.PrinterCallback())
+    running.add_callback(callback(seen))
+    running.train()
+    return reporter, running
+
+
 def test_what_else_is_reported_to_gets_the_scalars_each_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither the console nor the log history nor other callbacks do, and we do not hear ourselves."""
-    from torchsat.integrations import transformers as ours
-
-    class Reporter(transformers.TrainerCallback):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            self.heard: list[tuple[int, dict[str, float]]] = []
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
-            self.heard.append((state.global_step, logs))
-
-    monkeypatch.setattr(ours, "_REPORTERS", (Reporter,))
+    """The console and the log history do not, and we do not hear ourselves."""
     seen: list[Snapshot] = []
-    reporter, bystander = Reporter(), transformers.PrinterCallback()
-    running = trainer(tmp_path, callback(seen))
-    running.add_callback(reporter)
-    running.add_callback(bystander)
-    running.train()
+    reporter, running = reported(tmp_path, monkeypatch, seen)
     given = [(step, logs) for step, logs in reporter.heard if "torchsat/nonfinite" in logs]
     assert [step for step, _ in given] == [0, 1, 2, 4]
     for (_, logs), snapshot in zip(given, seen, strict=True):
@@ -152,6 +165,13 @@ def test_what_else_is_reported_to_gets_the_scalars_each_once(
     assert len(reporter.heard) == len(given) + 7
     assert "torchsat" not in capsys.readouterr().out
     assert "torchsat" not in json.dumps(running.state.log_history)
+
+
+def test_reporters_hear_what_arrives_late_before_they_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where an observation is read at a later step."""
+    monkeypatch.setattr(monitor._InFlight, "arrived", lambda self: False)
+    reporter, _ = reported(tmp_path, monkeypatch, [])
+    assert [step for step, logs in reporter.heard if "torchsat/nonfinite" in logs] == [0, 1, 2, 4]
 
 
 def test_reporting_to_nobody_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

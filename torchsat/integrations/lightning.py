@@ -79,7 +79,7 @@ class Torchsat(Callback):
             self.monitor.close()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.monitor is None else self.monitor.state_dict()
+        return self._state or {} if self.monitor is None else self.monitor.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._state = state_dict

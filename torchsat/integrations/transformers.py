@@ -77,6 +77,11 @@ class Torchsat(TrainerCallback):
         if self.monitor is not None and state.is_world_process_zero and _checkpoint(args, state).is_dir():
             torch.save(self.monitor.state_dict(), _checkpoint(args, state) / _FILE)
 
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # At the end of training reporters close before we are called: MLflow's would begin another run for what comes late.
+        if self.monitor is not None:
+            self.monitor.flush()
+
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._close()
 
