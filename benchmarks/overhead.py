@@ -103,12 +103,12 @@ def table(titles: tuple[str, ...], found: list[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ("---",) * len(titles), *found))
 
 
-def put(text: str, name: str) -> None:
-    """Between the marks of that name in docs/cost.md."""
+def put(text: str, name: str, page: Path = DOCS) -> None:
+    """Between the marks of that name in a page of the docs."""
     begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-    whole = DOCS.read_text()
+    whole = page.read_text()
     head, rest = whole.split(begin)
-    DOCS.write_text(head + begin + text + end + rest.split(end, 1)[1])
+    page.write_text(head + begin + text + end + rest.split(end, 1)[1])
 
 
 def main() -> None:

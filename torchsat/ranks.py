@@ -16,6 +16,7 @@ observed step the first one to see all, or to have waited long enough, writes th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -102,26 +103,39 @@ class Layout:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     owners: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def sums(self) -> int:
-        """The length of the SUM vector."""
-        layers = sum(len(LAYER_SUMS) + 3 * int(facts["features"]) for facts in self.layers.values())
-        return layers + sum(map(_site_sums, self.sites.values()))
-
-    @property
-    def maxes(self) -> int:
-        """The length of the MAX vector."""
-        sites = sum(len(MAXES) + len(WORST) + int(facts["heads"] or 0) for facts in self.sites.values())
-        return sites + len(LAYER_MAXES) * len(self.layers) + len(ENDS)
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where everything lies in the two vectors: first a row for each site, then one for each layer, then what has no fixed width."""
+        sums = len(SUMS) * len(self.sites) + len(LAYER_SUMS) * len(self.layers)
+        maxes = (len(MAXES) + len(WORST)) * len(self.sites) + len(LAYER_MAXES) * len(self.layers) + len(ENDS)
+        blocks, heads, tops, inputs = {}, {}, {}, {}
+        for name, facts in self.sites.items():
+            if facts["units"]:
+                blocks[name] = slice(sums, sums := sums + 2 * int(facts["units"]))
+            if facts["heads"]:
+                heads[name] = slice(sums, sums := sums + (len(HEADS) - 1) * int(facts["heads"]))
+                tops[name] = slice(maxes, maxes := maxes + int(facts["heads"]))
+        for name, facts in self.layers.items():
+            if facts["features"]:
+                inputs[name] = slice(sums, sums := sums + 3 * int(facts["features"]))
+        return Places(sums, maxes, blocks, heads, tops, inputs)
 
     @property
     def bytes(self) -> int:
         """What a rank hands to the two all-reduces of one observation."""
-        return 8 * (self.sums + self.maxes)
+        return 8 * (self.places.sums + self.places.maxes)
 
 
-def _site_sums(facts: Mapping[str, Any]) -> int:
-    return len(SUMS) + 2 * int(facts["units"] or 0) + (len(HEADS) - 1) * int(facts["heads"] or 0)
+@dataclass(frozen=True)
+class Places:
+    """Of a layout: the lengths of the two vectors, and where blocks of units [2, units], of heads, their maxima and inputs [3, features] lie."""
+
+    sums: int
+    maxes: int
+    blocks: dict[str, slice]
+    heads: dict[str, slice]
+    tops: dict[str, slice]
+    inputs: dict[str, slice]
 
 
 @dataclass
@@ -369,83 +383,86 @@ class Ranks:
         changed: bool,
         skipped: Tensor | None,
     ) -> list[Tensor]:
-        device, dtype = self._device, accumulator(self._device)
-        nothing = empty_row(device)
-        parts = {name: part for name, part in sites.items() if name in self.layout.sites and part.counts}
-        given = {name: part.row for name, part in parts.items() if part.row is not None}
-        rows = [given[name].to(device) if name in given else nothing for name in self.layout.sites]
-        table = torch.stack(rows) if rows else nothing.new_empty(0, len(nothing))
+        device, dtype, layout = self._device, accumulator(self._device), self.layout
+        places = layout.places
+        sums = torch.zeros(places.sums, dtype=dtype, device=device)
+        maxes = torch.full((places.maxes,), -math.inf, dtype=dtype, device=device)
+        parts = {name: part for name, part in sites.items() if name in layout.sites and part.counts}
         by = divisor.detach().reshape(()).to(device, dtype) if isinstance(divisor, Tensor) else torch.full((), divisor, dtype=dtype, device=device)
-        for column in _SQUARES:
-            table[:, column] /= by * by
-        sums, maxes = [table[:, : len(SUMS)].flatten()], [table[:, len(SUMS) :].flatten(), _worst(table, self.rank).flatten()]
-        for name, facts in self.layout.sites.items():
-            part = parts.get(name)
-            if facts["units"]:
-                sums.append(_spread(None if part is None else part.block, 2, facts["units"], part.first if part else 0, 0.0, device))
-            if facts["heads"]:
-                heads = None if part is None else part.heads
-                first = part.first if part else 0
-                sums.append(_spread(None if heads is None else heads[:-1], len(HEADS) - 1, facts["heads"], first, 0.0, device))
-                maxes.append(_spread(None if heads is None else heads[-1:], 1, facts["heads"], first, -math.inf, device))
-        for name, facts in self.layout.layers.items():
-            layer = layers.get(name)
-            mine = layer is not None and layer.counts and (layer.sharded or self.layout.owners[name] == self.rank)
-            spoken = _layer_sums(layer) if layer is not None and mine else None
-            sums.append(torch.zeros(len(LAYER_SUMS), dtype=dtype, device=device) if spoken is None else spoken.to(device))
-            inputs = layer.inputs if layer is not None and layer.input_counts else None
-            sums.append(_spread(inputs, 3, facts["features"], layer.first if layer else 0, 0.0, device))
-            rate = -math.inf if layer is None or layer.rate is None else layer.rate
-            maxes.append(torch.full((len(LAYER_MAXES),), rate, dtype=dtype, device=device))
-        maxes += [torch.full((1,), value, dtype=dtype, device=device) for value in (step, -step, interval, changed)]
-        maxes.append(torch.zeros(1, dtype=dtype, device=device) if skipped is None else skipped.detach().reshape(1).to(device, dtype))
-        return [torch.cat(sums), torch.cat(maxes)]
+        count, rest = len(layout.sites), len(MAXES) * len(layout.sites)
+        if count:
+            nothing = empty_row(device)
+            given = {name: part.row for name, part in parts.items() if part.row is not None}
+            table = torch.stack([given[name].to(device) if name in given else nothing for name in layout.sites])
+            for column in _SQUARES:
+                table[:, column] /= by * by
+            sums[: len(SUMS) * count] = table[:, : len(SUMS)].flatten()
+            maxes[:rest] = table[:, len(SUMS) :].flatten()
+            maxes[rest : rest + len(WORST) * count] = _worst(table, self.rank).flatten()
+        for name, part in parts.items():
+            _put(part.block, sums, places.blocks.get(name), 2, part.first)
+            if part.heads is not None:
+                _put(part.heads[:-1], sums, places.heads.get(name), len(HEADS) - 1, part.first)
+                _put(part.heads[-1:], maxes, places.tops.get(name), 1, part.first)
+        rest += len(WORST) * count
+        if layout.layers:
+            known = [layers.get(name) for name in layout.layers]
+            mine = [part if part is not None and self._speaks_for(part) else None for part in known]
+            first = len(SUMS) * count
+            sums[first : first + len(LAYER_SUMS) * len(mine)] = _layer_sums(mine, device).flatten()
+            rates = [-math.inf if part is None or part.rate is None else part.rate for part in known]
+            maxes[rest : rest + len(rates)] = _numbers(rates, device)
+            for name, layer in layers.items():
+                if layer.input_counts:
+                    _put(layer.inputs, sums, places.inputs.get(name), 3, layer.first)
+        rest += len(LAYER_MAXES) * len(layout.layers)
+        maxes[rest : rest + 4] = _numbers([step, -step, interval, changed], device)
+        maxes[rest + 4] = 0.0 if skipped is None else skipped.detach().reshape(()).to(device, dtype)
+        return [sums, maxes]
+
+    def _speaks_for(self, part: LayerPart) -> bool:
+        """Whether this rank's numbers of a weight are counted."""
+        owner = self.layout.owners.get(part.facts["name"])
+        return part.numbers is not None and part.n > 0 and part.counts and (part.sharded or owner == self.rank)
 
     def read(self, round_: Round) -> Merged:
         """The numbers of a round that has arrived."""
-        sums, maxes = [vector.tolist() for vector in (round_.own if round_.failed else round_.vectors)]
-        layout = round_.layout
-        count, width, tops = len(layout.sites), len(SUMS), len(MAXES)
-        rows = [sums[at * width : (at + 1) * width] + maxes[at * tops : (at + 1) * tops] for at in range(count)]
-        worst = [maxes[count * tops + at * len(WORST) : count * tops + (at + 1) * len(WORST)] for at in range(count)]
-        sum_at, max_at = count * width, count * (tops + len(WORST))
-
-        def cut(length: int) -> list[float]:
-            nonlocal sum_at
-            sum_at += length
-            return sums[sum_at - length : sum_at]
-
+        sums, maxes = round_.own if round_.failed else round_.vectors
+        layout, places = round_.layout, round_.layout.places
+        count, layers = len(layout.sites), len(layout.layers)
+        tops = sums[: len(SUMS) * count].reshape(count, len(SUMS)).tolist()
+        first, rest = len(SUMS) * count, len(MAXES) * count
+        bottoms = maxes[:rest].reshape(count, len(MAXES)).tolist()
+        worst = maxes[rest : rest + len(WORST) * count].reshape(count, len(WORST)).tolist()
+        rest += len(WORST) * count
         found: list[tuple[dict[str, Any], list[float], dict[str, Any]]] = []
-        for (name, facts), row, far in zip(layout.sites.items(), rows, worst, strict=True):
-            units = self._window(name, cut(2 * facts["units"]), facts["units"]) if facts["units"] else [math.nan] * len(UNITS)
-            block: list[float] = []
-            if facts["heads"]:
-                block = cut((len(HEADS) - 1) * facts["heads"]) + maxes[max_at : max_at + facts["heads"]]
-                max_at += facts["heads"]
+        for (name, facts), top, bottom, far in zip(layout.sites.items(), tops, bottoms, worst, strict=True):
+            block = places.blocks.get(name)
+            units = [math.nan] * len(UNITS) if block is None else self._window(name, sums[block].reshape(2, -1))
+            heads = [*sums[places.heads[name]].tolist(), *maxes[places.tops[name]].tolist()] if name in places.heads else []
             plain = {key: tuple(facts[key]) if key == "after" else facts[key] for key in SITE_FACTS}
-            found.append((plain, row + units + block, {} if round_.failed else _decode(far)))
+            found.append((plain, top + bottom + units + heads, {} if round_.failed else _decode(far)))
         weights: list[tuple[dict[str, Any], list[float]]] = []
-        for facts in layout.layers.values():
-            values = dict(zip(LAYER_SUMS, cut(len(LAYER_SUMS)), strict=True))
-            inputs = torch.tensor(cut(3 * facts["features"]), dtype=torch.float64).reshape(3, -1)
-            rate = maxes[max_at]
-            max_at += len(LAYER_MAXES)
+        rates = maxes[rest : rest + layers].tolist()
+        rows = sums[first : first + len(LAYER_SUMS) * layers].reshape(layers, len(LAYER_SUMS)).tolist()
+        for (name, facts), row, rate in zip(layout.layers.items(), rows, rates, strict=True):
+            values = dict(zip(LAYER_SUMS, row, strict=True))
+            place = places.inputs.get(name)
             if values["n"]:
-                weights.append(_weight(facts, values, inputs, rate))
-        step, negated, interval, changed, skipped = maxes[max_at:]
+                weights.append(_weight(facts, values, None if place is None else sums[place].reshape(3, -1), rate))
+        rest += len(LAYER_MAXES) * layers
+        step, negated, interval, changed, skipped = maxes[rest : rest + len(ENDS)].tolist()
         if not round_.failed:
             self._told[round_.number] = changed > 0, round(interval)
             if step != -negated:
                 self._lost(f"they are at other steps ({-negated:.0f} to {step:.0f} in one observation)")
         return Merged(found, weights, skipped > 0)
 
-    def _window(self, name: str, counted: list[float], units: int) -> list[float]:
+    def _window(self, name: str, block: Tensor) -> list[float]:
         """UNITS of the window of a site after what one observation adds; a full window has ended with the observation before."""
-        block = torch.tensor(counted, dtype=torch.float64).reshape(2, units)
         known = self._windows.get(name)
-        if known is not None and float(known[0].min()) < UNIT_SAMPLES:
-            block += known
-        self._windows[name] = block
+        full = known is None or float(known[0].min()) >= UNIT_SAMPLES
+        self._windows[name] = block = block.clone() if known is None or full else known.add_(block)
         summed: list[float] = summarise_units(block, block.device).tolist()
         return summed
 
@@ -477,14 +494,18 @@ def _join_stages(sites: dict[str, dict[str, Any]]) -> None:
             facts["after"] = leaving.get(facts["stage"] - 1, [])
 
 
-def _spread(values: Tensor | None, rows: int, width: int, first: int, empty: float, device: torch.device) -> Tensor:
-    """[rows, width] with these values from column `first` on, flattened."""
-    if values is not None and values.shape[1] == width:
-        return values.to(device, accumulator(device)).flatten()
-    whole = torch.full((rows, width), empty, dtype=accumulator(device), device=device)
-    if values is not None and first + values.shape[1] <= width:
+def _put(values: Tensor | None, into: Tensor, place: slice | None, rows: int, first: int) -> None:
+    """Write [rows, some] to its place in a vector, which is [rows, all], from column `first` on."""
+    if values is None or place is None:
+        return
+    whole = into[place].view(rows, -1)
+    if first + values.shape[1] <= whole.shape[1]:
         whole[:, first : first + values.shape[1]] = values
-    return whole.flatten()
+
+
+def _numbers(values: list[float], device: torch.device) -> Tensor:
+    """Numbers of the host on a device, which is not waited for."""
+    return torch.tensor(values, dtype=accumulator(device)).to(device, non_blocking=True)
 
 
 def _worst(table: Tensor, rank: int) -> Tensor:
@@ -505,30 +526,27 @@ def _decode(codes: list[float]) -> dict[str, Any]:
     return {"worst": share, "worst_rank": rank, "nonfinite_rank": nonfinite_rank}
 
 
-def _layer_sums(part: LayerPart) -> Tensor | None:
-    """LAYER_SUMS of this rank's part of a weight: its sample stands for all of the part."""
-    numbers = part.numbers
-    if numbers is None or not part.n:
-        return None
-    weight, change, grad = (numbers[LAYER_COLUMNS.index(name)] for name in ("weight_sq", "change_sq", "grad_sq"))
-    known = [torch.isfinite(each) for each in (change, grad)]
-    scale = part.numel / part.n
-    kept = [torch.where(flag, each * scale, torch.zeros_like(each)) for flag, each in zip(known, (change, grad), strict=True)]
-    counts = [flag.to(numbers) * part.numel for flag in known]
-    both = [kept[0], counts[0], kept[1], counts[1]]
-    sizes = torch.full_like(numbers[:2], part.n)
-    sizes[1] = part.numel
-    return torch.cat([torch.stack([weight * scale, *both]), sizes])
+def _layer_sums(parts: list[LayerPart | None], device: torch.device) -> Tensor:
+    """[layers, LAYER_SUMS] of this rank's parts of weights: the sample of a part stands for all of it."""
+    zeros = torch.zeros(len(LAYER_COLUMNS), dtype=accumulator(device), device=device)
+    numbers = torch.stack([zeros if part is None or part.numbers is None else part.numbers.to(device) for part in parts])
+    n, numel = (_numbers([0 if part is None else getattr(part, size) for part in parts], device) for size in ("n", "numel"))
+    weight, change, grad = (numbers[:, LAYER_COLUMNS.index(name)] for name in ("weight_sq", "change_sq", "grad_sq"))
+    scale, nothing = numel / n.clamp(min=1), torch.zeros_like(n)
+    columns = [weight * scale]
+    for each in (change, grad):
+        known = torch.isfinite(each)
+        columns += [torch.where(known, each * scale, nothing), torch.where(known, numel, nothing)]
+    return torch.stack([*columns, n, numel], 1)
 
 
-def _weight(facts: dict[str, Any], values: dict[str, float], inputs: Tensor, rate: float) -> tuple[dict[str, Any], list[float]]:
+def _weight(facts: dict[str, Any], values: dict[str, float], inputs: Tensor | None, rate: float) -> tuple[dict[str, Any], list[float]]:
     """Facts and COLUMNS as `to_weight` wants them."""
     n, numel = values["n"], values["numel"]
     per = n / numel
     change = values["change_sq"] * per if values["change_n"] else math.nan
     grad = values["grad_sq"] * per if values["grad_n"] else math.nan
-    seen = inputs.shape[1] and float(inputs[0].sum())
-    summed = summarise_features(inputs).tolist() if seen else [math.nan] * 3
+    summed = summarise_features(inputs).tolist() if inputs is not None and float(inputs[0].sum()) else [math.nan] * 3
     given = {key: tuple(value) if key == "feeds" else value for key, value in facts.items() if key != "features"}
     rates = {"n": round(n), "numel": round(numel), "learning_rate": rate if math.isfinite(rate) else None}
     return {**given, **rates}, [values["weight_sq"] * per, change, grad, *summed]
