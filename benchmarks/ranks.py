@@ -124,9 +124,9 @@ def simulated(ranks: int, sites: int) -> str:
     means = max(abs((record.z_mean or 0) * record.n - s) for record, s in zip(records, sums.tolist(), strict=True))
     near = sum(abs(extra["worst"] - w) < 1e-6 for (_, _, extra), w in zip(found, worst.tolist(), strict=True))
     return (
-        f"{ranks} ranks x {sites} sites, simulated: {wrong} of {2 * sites} counts differ, sums of z by {means:.0e} at most, and the share of the worst "
-        f"rank is found at {near} of {sites} sites. A rank's vectors had {8 * sum(each.numel() for each in total) / 1e6:.1f} MB (sites without units "
-        f"or layers: {len(SUMS)} + {len(MAXES)} + 2 numbers)."
+        f"{ranks} ranks x {sites} sites, simulated: {wrong} of {2 * sites} counts differ, sums of z by {means:.0e} at most, and the share of the "
+        f"worst rank is found at {near} of {sites} sites. A rank's vectors had {8 * sum(each.numel() for each in total) / 1e6:.1f} MB (sites "
+        f"without units or layers: {len(SUMS)} + {len(MAXES)} + 2 numbers)."
     )
 
 

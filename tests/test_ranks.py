@@ -1,6 +1,7 @@
 """Several ranks observe as one: four processes, made once, that run the functions of this file together."""
 
 import contextlib
+import itertools
 import logging
 import multiprocessing
 import time
@@ -126,7 +127,7 @@ def alone(model: nn.Module, slices: bool = True, steps: int = STEPS, **given: An
         optimizer.zero_grad()
         out = model(x)
         bounds = [0, 10, 24, 44, len(x)]
-        parts = [out[first:last].square().mean() for first, last in zip(bounds, bounds[1:], strict=False)] if slices else [out.square().mean()]
+        parts = [out[first:last].square().mean() for first, last in itertools.pairwise(bounds)] if slices else [out.square().mean()]
         torch.stack(parts).mean().backward()
         optimizer.step()
     monitor.close()

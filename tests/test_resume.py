@@ -1,0 +1,171 @@
+"""Runs that stop and go on: steps, alerts and their since-step, one line in TensorBoard."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+import torchsat
+from torchsat.record import Snapshot
+
+
+def saturated() -> nn.Sequential:
+    """A sigmoid whose weights are far too large."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 1))
+    with torch.no_grad():
+        model[0].weight *= 50
+    return model
+
+
+def batches(first: int, last: int) -> list[Tensor]:
+    return [torch.randn(64, 8, generator=torch.Generator().manual_seed(step)) for step in range(first, last)]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for x in batches(first, last):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-3)
+
+
+def watched(model: nn.Module, **given: Any) -> tuple[torchsat.Monitor, list[Snapshot], list[torchsat.Alert]]:
+    kept: list[Snapshot] = []
+    alerts: list[torchsat.Alert] = []
+    return torchsat.watch(model, every=5, budget=None, sinks=[kept.append], on_alert=alerts.append, **given), kept, alerts
+
+
+def test_a_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
+    whole = saturated()
+    optimizer = adam(whole)
+    monitor, expected, told = watched(whole)
+    train(whole, optimizer, 0, 40)
+    monitor.close()
+    assert [alert.since for alert in told] == [0]
+
+    model = saturated()
+    optimizer = adam(model)
+    monitor, first, _ = watched(model)
+    train(model, optimizer, 0, 20)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "monitor": monitor.state_dict()}, tmp_path / "checkpoint")
+    monitor.close()
+
+    model = saturated()
+    optimizer = adam(model)
+    kept = torch.load(tmp_path / "checkpoint", weights_only=True)
+    model.load_state_dict(kept["model"])
+    optimizer.load_state_dict(kept["optimizer"])
+    monitor, second, said_again = watched(model)
+    monitor.load_state_dict(kept["monitor"])
+    train(model, optimizer, 20, 40)
+    monitor.close()
+
+    # The first step of a session is observed whatever its number.
+    assert [each.step for each in second] == [20, 25, 30, 35]
+    assert [each.step for each in first + second] == [each.step for each in expected]
+    for one, other in zip(first + second, expected, strict=True):
+        assert (one.records[0].saturated, one.weights) == (other.records[0].saturated, other.weights)
+    assert said_again == []
+    (alert,) = monitor.alerts
+    assert (alert.site, alert.since, alert.causes) == ("1", 0, told[0].causes)
+
+
+def test_a_state_keeps_streaks_that_have_not_fired_yet() -> None:
+    model = saturated()
+    monitor, kept, alerts = watched(model)
+    train(model, adam(model), 0, 2)
+    state = monitor.state_dict()
+    monitor.close()
+    assert (len(kept), alerts) == (2, [])
+    monitor, _, alerts = watched(model)
+    monitor.load_state_dict(state)
+    train(model, adam(model), 2, 3)
+    monitor.close()
+    assert [(alert.step, alert.since) for alert in alerts] == [(2, 0)]
+
+
+def test_another_dict_is_answered() -> None:
+    monitor, _, _ = watched(saturated())
+    with pytest.raises(ValueError, match=r"the state lacks diagnosis, interval, judge, stuck, turn; allowed is what monitor.state_dict\(\) gave"):
+        monitor.load_state_dict({"step": 3})
+    monitor.close()
+
+
+@pytest.mark.parametrize("start", [20, "resume"])
+def test_a_run_goes_on_from_its_directory(start: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, run = saturated(), tmp_path / "run"
+    optimizer = adam(model)
+    monitor, _, told = watched(model, log_dir=run)
+    # The process dies after the checkpoint of step 20, or at step 21.
+    train(model, optimizer, 0, 24 if start == 20 else 21)
+    monitor.close()
+    (fired,) = told
+    caplog.set_level(logging.WARNING, "torchsat")
+    caplog.clear()
+    model = saturated()
+    optimizer = adam(model)
+    monitor, kept, told = watched(model, log_dir=run, start=start)
+    first = 20 if start == 20 else 21
+    train(model, optimizer, first, 40)
+    monitor.close()
+    assert [each.step for each in kept] == sorted({first, 25, 30, 35})
+    assert told == []
+    assert not [message for message in caplog.messages if "saturated" in message]
+    (alert,) = monitor.alerts
+    assert (alert.since, alert.causes[0].name) == (0, fired.causes[0].name)
+    steps = [each.step for each in torchsat.read(run)]
+    assert steps == sorted({0, 1, 2, 4, 5, 10, 15, 20, first, 25, 30, 35})
+    accumulator = EventAccumulator(str(run / "torchsat"))
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("torchsat/saturated_max")] == steps
+    # The last word on the alert is that it fires, since the first step.
+    (event,) = [alert for snapshot in torchsat.read(run) for alert in snapshot.alerts]
+    assert (event.step, event.since, event.firing) == (2, 0, True)
+
+
+def test_a_checkpoint_before_the_alert_fires_it_anew(tmp_path: Path) -> None:
+    model, run = saturated(), tmp_path / "run"
+    monitor, _, told = watched(model, log_dir=run)
+    train(model, adam(model), 0, 10)
+    monitor.close()
+    assert [alert.step for alert in told] == [2]
+    monitor, _, told = watched(model, log_dir=run, start=1)
+    train(model, adam(model), 1, 11)
+    monitor.close()
+    assert [(alert.step, alert.since) for alert in told] == [(4, 1)]
+
+
+def test_where_nothing_was_written_a_resumed_run_begins_at_0(tmp_path: Path) -> None:
+    model = saturated()
+    monitor, kept, _ = watched(model, log_dir=tmp_path / "run", start="resume")
+    train(model, adam(model), 0, 3)
+    monitor.close()
+    assert [each.step for each in kept] == [0, 1, 2]
+
+
+def test_a_start_without_a_directory_is_the_step() -> None:
+    model = saturated()
+    monitor, kept, _ = watched(model, start=103)
+    train(model, adam(model), 0, 8)
+    monitor.close()
+    assert [each.step for each in kept] == [103, 105, 110]
+
+
+@pytest.mark.parametrize("start", [-1, 1.0, True, "latest", None])
+def test_other_starts_are_answered(start: Any) -> None:
+    with pytest.raises(ValueError, match="allowed are whole numbers from 0 up"):
+        watched(saturated(), start=start)
+
+
+@pytest.mark.parametrize("group", [3, "world", False])
+def test_other_groups_are_answered(group: Any) -> None:
+    with pytest.raises(TypeError, match='allowed are "auto"'):
+        watched(saturated(), group=group)
