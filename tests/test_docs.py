@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -80,6 +81,17 @@ def test_the_digits_example_alerts_and_its_sane_twin_does_not(tmp_path: Path) ->
     healthy, sane = digits.train(None, sane=True, steps=400)
     assert sane.alerts == ()
     assert healthy > accuracy
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard", "pipeline"])
+def test_the_example_of_many_processes_records_what_one_process_does(kind: str) -> None:
+    given = [] if kind == "ddp" else [f"--{kind.replace('_', '-')}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "examples" / "ddp.py"), *given]
+    done = subprocess.run([*command, "--steps", "25"], capture_output=True, text=True, timeout=120, check=True)
+    assert f"{kind}, 2 processes: 7 observations, " in done.stdout
+    (wrong, largest) = re.findall(r"counts that differ: (\d+); largest relative difference of the others: (\S+)", done.stdout)[0]
+    assert wrong == "0"
+    assert float(largest) < 1e-10
 
 
 def test_the_table_of_families_is_what_the_code_says() -> None:

@@ -4,11 +4,13 @@ import contextlib
 import itertools
 import logging
 import multiprocessing
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -422,6 +424,17 @@ def test_two_collectives_per_observation_and_none_between(run: Run) -> None:
         assert [(step, name) for step, name, _, _ in calls] == [(step, "allreduce") for step in (1, 2, 4, 8, 12) for _ in range(2)]
         assert {(op.split(".")[-1][:3], nbytes) for _, _, op, nbytes in calls} == {("SUM", calls[0][3]), ("MAX", calls[1][3])}
         assert calls[0][3] + calls[1][3] == size
+
+
+def test_the_formula_of_the_docs_is_what_is_sent() -> None:
+    site = {"units": 30, "heads": None, "after": ()}
+    softmax = {"units": None, "heads": 4, "after": ()}
+    layer = {"features": 20}
+    layout = ranks.Layout({"a": site, "b": site, "c": softmax}, {"l": layer, "m": layer}, {})
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    (formula,) = re.findall(r"^    8 bytes x \((.*)\)$", text, re.MULTILINE)
+    sizes = {"sites": 3, "units": 60, "heads": 4, "layers": 2, "features": 40}
+    assert 8 * eval(formula.replace("x", "*"), sizes) == layout.bytes
 
 
 def windows() -> Any:

@@ -51,7 +51,7 @@ def probe(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
     with _random_numbers_kept():
         twin = _copy(model)
         inputs, keywords = _detached(inputs), _detached(keywords)
-        with _quiet(), watch(twin, sample=None, rules=rules, errors="raise") as monitor:
+        with _quiet(), watch(twin, sample=None, rules=rules, group=None, errors="raise") as monitor:
             with torch.enable_grad():
                 value = (loss or _some_loss)(twin(*inputs, **keywords))
                 if not isinstance(value, Tensor) or value.numel() != 1:
@@ -274,7 +274,7 @@ def _try(
         return value
 
     try:
-        with torch.enable_grad(), _quiet(), watch(twin, every=every, budget=None, sinks=[snapshots.append]):
+        with torch.enable_grad(), _quiet(), watch(twin, every=every, budget=None, sinks=[snapshots.append], group=None):
             for batch in itertools.islice(itertools.cycle(batches), steps):
                 if needs_closure:
                     value = cast(Tensor, stepper.step(partial(backward, batch)))  # type: ignore[arg-type]
@@ -303,7 +303,7 @@ def _context(model: nn.Module, batches: Sequence[Any], loss: Callable[[nn.Module
         floats = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1}
         reached.extend(at for at, leaf in enumerate(leaves) if id(leaf) in floats)
 
-    with torch.enable_grad(), _quiet(), watch(twin, every=1, budget=None, sinks=[snapshots.append]) as monitor:
+    with torch.enable_grad(), _quiet(), watch(twin, every=1, budget=None, sinks=[snapshots.append], group=None) as monitor:
         handles = [
             module.register_forward_pre_hook(
                 lambda module, args, path=path: shapes.setdefault(_clean(path), tuple(args[0].shape)) and None if args else None
