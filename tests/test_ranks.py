@@ -218,6 +218,8 @@ def sharded(how: str) -> Any:
         given["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if how == "kept":
         given["reshard_after_forward"] = False
+    if how == "hybrid":
+        given["mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     if how == "mixed":
         given["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     monitor, kept = watched(model) if how == "before" else (None, [])
@@ -233,7 +235,7 @@ def sharded(how: str) -> Any:
     return kept, alone(Checkpointed() if how == "checkpoint" else mlp())
 
 
-@pytest.mark.parametrize("how", ["after", "before", "kept", "offload", "checkpoint", "compiled"])
+@pytest.mark.parametrize("how", ["after", "before", "kept", "offload", "hybrid", "checkpoint", "compiled"])
 def test_sharded_ranks_record_what_one_process_does(run: Run, how: str) -> None:
     kept, expected = run(sharded, how)[0]
     # A rank reads its part of a weight, in runs of 16: together as many elements as there are, in another order.
@@ -245,6 +247,52 @@ def test_sharded_mixed_precision(run: Run) -> None:
     assert [each["1"].n for each in kept] == [each["1"].n for each in expected]
     assert [each["1"].saturated for each in kept] == pytest.approx([each["1"].saturated for each in expected], abs=0.01)
     assert [each.weights[0].norm for each in kept] == pytest.approx([each.weights[0].norm for each in expected], rel=1e-3)
+
+
+def in_graph(how: str) -> Any:
+    model = mlp()
+    if how == "sharded":
+        for layer in (model[0], model[2], model[4]):
+            fully_shard(layer)
+        fully_shard(model)
+    wrapped: nn.Module = model if how == "sharded" else DistributedDataParallel(model)
+    monitor, kept = watched(wrapped, compiled="in_graph")
+    train(torch.compile(wrapped, backend="aot_eager"), model.parameters())
+    in_graph = monitor._taps.turn > 1 and monitor._silent == 0 and monitor._wires is not None
+    monitor.close()
+    return kept, alone(mlp()), in_graph
+
+
+@pytest.mark.parametrize("how", ["data_parallel", "sharded"])
+def test_ranks_measure_inside_the_graph(run: Run, how: str) -> None:
+    kept, expected, is_in_graph = run(in_graph, how)[0]
+    assert is_in_graph
+    assert_equal(kept, expected)
+
+
+def fails_on_one() -> Any:
+    messages = _messages()
+    model = mlp()
+    monitor, kept = watched(model, errors="warn")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step, x in enumerate(batches(6)):
+        if rank() == 1 and step == 2:
+            monitor._taps.feeders = lambda: 1 / 0  # type: ignore[method-assign]
+        optimizer.zero_grad()
+        model(part(x)).square().mean().backward()
+        optimizer.step()
+        dist.barrier()
+        monitor.flush()
+    monitor.close()
+    return messages, [each["1"].n for each in kept], monitor.latest["1"].n if monitor.latest else None
+
+
+def test_a_fault_on_one_rank_is_no_fault_of_the_others(run: Run) -> None:
+    answers = run(fails_on_one)
+    assert answers[0][1] == [BATCH * 32] * 2 + [10 * 32] * 4
+    assert [latest for _, _, latest in answers] == [10 * 32, BATCH * 32, 20 * 32, 20 * 32]
+    assert [len(messages) for messages, _, _ in answers] == [1, 1, 1, 1]
+    assert "division by zero" in answers[1][0][0]
 
 
 def data_parallel_compiled() -> Any:

@@ -332,7 +332,9 @@ class Monitor:
     def coverage(self) -> Coverage:
         """What is seen and what is not, as of the last observation."""
         taps = self._taps
-        seen = tuple(taps.sites)
+        # What is seen on any rank; what is not, on this one.
+        everywhere = self._ranks.layout.sites if self._ranks is not None else {}
+        seen = tuple(everywhere or taps.sites)
         unseen = [*taps.unseen, *taps.failed.items(), *taps.notes.items(), *taps.stopped.items()]
         idle = [name for name in (*taps.names, *taps.expected) if name not in seen] + [name for name, ran in taps.recurrent.items() if not ran]
         why = "it has not run in an observed training pass"
@@ -340,11 +342,7 @@ class Monitor:
         if self._flex and self._misses:
             unseen.append((MODEL, "compiled, with flex_attention: it is not run eager, where the attention would take T x T memory"))
         unseen += [(name, deaf.get(name, why)) for name in idle if name not in taps.failed and name not in taps.notes]
-        kinds = Counter(site.kind for site in taps.sites.values())
-        if self._ranks is not None and self._ranks.layout.sites:
-            # What is seen on any rank; what is not, on this one.
-            everywhere = self._ranks.layout.sites
-            seen, kinds = tuple(everywhere), Counter(facts["kind"] for facts in everywhere.values())
+        kinds = Counter([facts["kind"] for facts in everywhere.values()] or [site.kind for site in taps.sites.values()])
         return Coverage(seen, tuple(unseen), tuple(kinds.items()))
 
     def step(self) -> None:
@@ -858,16 +856,23 @@ class Monitor:
         divisor: Tensor | float = float((self._averaged or averaged_over(model)) * (getattr(self._stage, "chunks", None) or 1))
         if self._scale is not None:
             divisor = self._scale * divisor
-        sent = ranks.send(
-            self._step,
-            sites,
-            parts,
-            divisor=divisor,
-            interval=self._schedule.wanted,
-            skipped=self._skipped,
-            before=lambda: self._drain(until=ranks.must_know()),
-        )
         self._again = False
+        try:
+            sent = ranks.send(
+                self._step,
+                sites,
+                parts,
+                divisor=divisor,
+                interval=self._schedule.wanted,
+                skipped=self._skipped,
+                before=lambda: self._drain(until=ranks.must_know()),
+            )
+        except Exception as error:
+            if self._errors == "raise":
+                raise
+            ranks.leave()
+            self._lose(f"{type(error).__name__}: {error}")
+            return
         if sent is not None:
             # The ranks agree on the number of the first step: not all need see the files of an earlier session.
             self._step = sent.step
@@ -1012,6 +1017,9 @@ class Monitor:
             self._taps.failed[MODEL] = str(error)
             self._taps.close()
             process.release(self._watcher)
+            if self._ranks is not None:
+                # The others are not to wait for what never comes.
+                self._ranks.leave()
 
     def _never_raising(self) -> _NeverRaising:
         return _NeverRaising(self)

@@ -270,7 +270,7 @@ class Ranks:
             limit = getattr(getattr(backend, "options", None), "_timeout", dist.distributed_c10d.default_pg_timeout)
             store = PrefixStore("group", self._store)
             if name == "gloo":
-                return dist.ProcessGroupGloo(store, self.rank, self.size, limit), where
+                return dist.ProcessGroupGloo(store, self.rank, self.size, limit), torch.device("cpu")
             if name == "nccl":
                 options = dist.ProcessGroupNCCL.Options()
                 options._timeout = limit
