@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 import torchsat
+from torchsat.integrations import take_up
 from torchsat.record import Snapshot
 
 
@@ -96,7 +97,19 @@ def test_another_dict_is_answered() -> None:
     monitor, _, _ = watched(saturated())
     with pytest.raises(ValueError, match=r"the state lacks diagnosis, interval, judge, stuck, turn; allowed is what monitor.state_dict\(\) gave"):
         monitor.load_state_dict({"step": 3})
+    with pytest.raises(ValueError, match=r"the state cannot be understood \(KeyError: 'states'\)"):
+        monitor.load_state_dict({**monitor.state_dict(), "judge": {}})
     monitor.close()
+
+
+def test_a_checkpoint_of_another_version_does_not_stop_the_training_that_it_resumes(caplog: pytest.LogCaptureFixture) -> None:
+    model = saturated()
+    monitor, kept, _ = watched(model, start=7)
+    take_up(monitor, {"step": 7, "version": 99})
+    train(model, adam(model), 0, 1)
+    monitor.close()
+    assert [each.step for each in kept] == [7]
+    assert caplog.messages[0].startswith("torchsat: the checkpoint's state of the monitor is not taken up, alerts begin anew: the state lacks ")
 
 
 @pytest.mark.parametrize("start", [20, "resume"])

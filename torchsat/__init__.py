@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchsat.record import Alert, Cause, Coverage, Head, Record, Snapshot, Weight
     from torchsat.rules import RULES, Rule
     from torchsat.tensorboard.reader import read
+    from torchsat.tensorboard.stock import scalars
     from torchsat.trial import REMEDIES, Remedy, Trial, Trials, probe, try_remedies
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _HOME = {
     "Weight": "record",
     "probe": "trial",
     "read": "tensorboard.reader",
+    "scalars": "tensorboard.stock",
     "try_remedies": "trial",
     "watch": "monitor",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "Weight",
     "probe",
     "read",
+    "scalars",
     "try_remedies",
     "watch",
 ]

@@ -379,13 +379,19 @@ class Monitor:
         missing = {"step", "interval", "turn", "stuck", "judge", "diagnosis"} - set(state)
         if missing:
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}; allowed is what monitor.state_dict() gave")
-        self._judge.load_state_dict(state["judge"])
-        self._diagnosis.load_state_dict(state["diagnosis"])
-        self._stuck = {name: (float(share), int(n)) for name, (share, n) in state["stuck"].items()}
-        self._taps.turn = state["turn"]
-        if state["interval"] % self._schedule.every == 0 and self._schedule.budget is not None:
-            self._schedule.interval = self._schedule.wanted = state["interval"]
-        self._begin_at(state["step"])
+        try:
+            stuck = {name: (float(share), int(n)) for name, (share, n) in state["stuck"].items()}
+            step, turn, interval = (int(state[name]) for name in ("step", "turn", "interval"))
+            self._judge.load_state_dict(state["judge"])
+            self._diagnosis.load_state_dict(state["diagnosis"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"the state cannot be understood ({type(error).__name__}: {error}); allowed is what monitor.state_dict() gave"
+            ) from error
+        self._stuck, self._taps.turn = stuck, turn
+        if interval % self._schedule.every == 0 and self._schedule.budget is not None:
+            self._schedule.interval = self._schedule.wanted = interval
+        self._begin_at(step)
 
     def _begin_at(self, step: int) -> None:
         """The next step has this number. It is observed, as every first one is."""

@@ -335,11 +335,11 @@ class Judge:
         return {"observations": self._observations, "states": states}
 
     def load_state_dict(self, kept: dict[str, Any]) -> None:
-        self._observations = kept["observations"]
-        self._states = {}
+        states = {}
         for values in kept["states"]:
             alert = values["alert"] and Alert.from_dict(values["alert"])
-            self._states[values["place"], values["rule"]] = _State(dict(values["streak"]), values["since"], values["calm"], alert)
+            states[values["place"], values["rule"]] = _State(dict(values["streak"]), values["since"], values["calm"], alert)
+        self._observations, self._states = kept["observations"], states
 
     def resume(self, firing: Sequence[Alert], observations: int) -> None:
         """Go on as after so many observations that ended with these alerts firing."""

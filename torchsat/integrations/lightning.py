@@ -12,6 +12,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from torchsat.integrations import take_up
 from torchsat.monitor import Monitor, watch
 from torchsat.record import Snapshot
 from torchsat.tensorboard.stock import scalars
@@ -64,7 +65,7 @@ class Torchsat(Callback):
         monitor = self.monitor = watch(pl_module, **options)
         self._watching = True
         if self._state is not None:
-            monitor.load_state_dict({**self._state, "step": step})
+            take_up(monitor, {**self._state, "step": step})
             self._state = None
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchsat.integrations import log, take_up
 from torchsat.monitor import Monitor, watch
 from torchsat.record import Snapshot
 from torchsat.tensorboard.stock import scalars
@@ -52,6 +53,10 @@ class Torchsat(TrainerCallback):
         self._close()
         handler = sys._getframe(1).f_locals.get("self")
         callbacks = handler.callbacks if isinstance(handler, CallbackHandler) else []
+        if not callbacks:
+            log.warning(
+                "torchsat: the Trainer's other callbacks were not found: report_to gets no scalars, and no files are written without log_dir=."
+            )
         reporters: list[Any] = [each for each in callbacks if isinstance(each, _REPORTERS)]
         options = {"start": state.global_step, **self._options}
         if "log_dir" not in options and "writer" not in options and state.is_world_process_zero:
@@ -71,7 +76,7 @@ class Torchsat(TrainerCallback):
         monitor = self.monitor = watch(nn.DataParallel(model) if args.n_gpu > 1 else model, **options)
         saved = _checkpoint(args, state) / _FILE
         if state.global_step and saved.exists():
-            monitor.load_state_dict({**torch.load(saved, map_location="cpu"), "step": state.global_step})
+            take_up(monitor, {**torch.load(saved, map_location="cpu"), "step": state.global_step})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.monitor is not None and state.is_world_process_zero and _checkpoint(args, state).is_dir():
