@@ -5,6 +5,7 @@ Then rank 0 trains the same network alone on the whole batches and compares what
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 
 import torch
@@ -26,35 +27,35 @@ def blocks(count: int = 4, width: int = 64) -> list[nn.Module]:
     return [*hidden[:-1], nn.Sequential(hidden[-1], nn.Linear(width, 10))]
 
 
-def batches(steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(steps: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     # As they come, from 0 to 16: not standardised, which the first layer does not like.
     images, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     drawn = torch.Generator().manual_seed(0)
     for _ in range(steps):
         rows = torch.randint(len(images), (BATCH,), generator=drawn)
-        yield images[rows].double(), labels[rows]
+        yield images[rows].double().to(device), labels[rows].to(device)
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.1)
 
 
-def train_parallel(kind: str, steps: int) -> list[torchsat.Snapshot]:
+def train_parallel(kind: str, steps: int, device: torch.device) -> list[torchsat.Snapshot]:
     rank, size = dist.get_rank(), dist.get_world_size()
     kept: list[torchsat.Snapshot] = []
     if kind == "pipeline":
         each = 4 // size
-        model = nn.Sequential(*blocks()[rank * each : (rank + 1) * each])
-        stage = PipelineStage(model, rank, size, torch.device("cpu"))
+        model = nn.Sequential(*blocks()[rank * each : (rank + 1) * each]).to(device)
+        stage = PipelineStage(model, rank, size, device)
         schedule = Schedule1F1B(stage, n_microbatches=4, loss_fn=nn.functional.cross_entropy)
         monitor = torchsat.watch(stage, every=10, budget=None, sample=None, sinks=[kept.append])  # the one line
         optimizer = sgd(model)
-        for images, labels in batches(steps):
+        for images, labels in batches(steps, device):
             optimizer.zero_grad()
             schedule.step(*[images] * (rank == 0), target=labels if rank == size - 1 else None)
             optimizer.step()
     else:
-        model = nn.Sequential(*blocks())
+        model = nn.Sequential(*blocks()).to(device)
         if kind == "fully_shard":
             for block in model:
                 fully_shard(block)
@@ -62,7 +63,7 @@ def train_parallel(kind: str, steps: int) -> list[torchsat.Snapshot]:
         run = model if kind == "fully_shard" else DistributedDataParallel(model)
         monitor = torchsat.watch(run, every=10, budget=None, sample=None, sinks=[kept.append])  # the one line
         optimizer = sgd(run)
-        for images, labels in batches(steps):
+        for images, labels in batches(steps, device):
             optimizer.zero_grad()
             nn.functional.cross_entropy(run(images[rank::size]), labels[rank::size]).backward()
             optimizer.step()
@@ -70,11 +71,11 @@ def train_parallel(kind: str, steps: int) -> list[torchsat.Snapshot]:
     return kept
 
 
-def train_alone(steps: int) -> list[torchsat.Snapshot]:
-    model, kept = nn.Sequential(*blocks()), list[torchsat.Snapshot]()
+def train_alone(steps: int, device: torch.device) -> list[torchsat.Snapshot]:
+    model, kept = nn.Sequential(*blocks()).to(device), list[torchsat.Snapshot]()
     optimizer = sgd(model)
     with torchsat.watch(model, every=10, budget=None, sample=None, sinks=[kept.append], group=None):
-        for images, labels in batches(steps):
+        for images, labels in batches(steps, device):
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
@@ -105,16 +106,20 @@ def main() -> None:
     parser.add_argument("--fully-shard", dest="kind", action="store_const", const="fully_shard", default="ddp")
     parser.add_argument("--pipeline", dest="kind", action="store_const", const="pipeline")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one device a process (not run on a GPU yet)")
     given = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo" if given.device == "cpu" else "nccl")
     size = dist.get_world_size()
+    device = torch.device(given.device, int(os.environ["LOCAL_RANK"]) if given.device == "cuda" else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if 4 % size:
         raise SystemExit(f"{size} processes; allowed are 1, 2 and 4, among which four blocks and a batch of {BATCH} can be divided")
-    found = train_parallel(given.kind, given.steps)
+    found = train_parallel(given.kind, given.steps, device)
     if dist.get_rank() == 0:
-        numbers, wrong, largest = compare(found, train_alone(given.steps))
+        numbers, wrong, largest = compare(found, train_alone(given.steps, device))
         print(f"{given.kind}, {size} processes: {len(found)} observations, {numbers} numbers compared with those of one process;")
         print(f"counts that differ: {wrong}; largest relative difference of the others: {largest:.1e}")
     dist.destroy_process_group()

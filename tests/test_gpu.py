@@ -1,10 +1,13 @@
 """What only a CUDA device can show: no step waits for it, and its numbers are those of the CPU. Not run on a GPU yet."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import torchsat
@@ -156,3 +159,51 @@ def test_in_the_graph_every_step_is_measured_as_in_eager(mode: str) -> None:
         for record, expected in zip(one.records, other.records, strict=True):
             for name in ("n", "derivative", "z_std", "a_std", "grad_a_rms", "grad_z_rms"):
                 assert getattr(record, name) == pytest.approx(getattr(expected, name), rel=1e-3, abs=1e-6), (one.step, record.site, name)
+
+
+def test_a_group_on_the_device_records_the_same_and_waits_for_nothing() -> None:
+    """One rank, whose collectives go through NCCL all the same."""
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+
+        def run(group: dist.ProcessGroup | None) -> list[torchsat.Snapshot]:
+            torch.manual_seed(0)
+            model, found = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)).cuda(), []
+            monitor = torchsat.watch(model, every=1, budget=None, group=group, sinks=[found.append], errors="raise")
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            generator = torch.Generator("cuda").manual_seed(1)
+            for step in range(12):
+                # Who takes part is found out at the end of the first step, and agreed upon once.
+                torch.cuda.set_sync_debug_mode("error" if step else "default")
+                optimizer.zero_grad()
+                model(torch.randn(128, 32, device="cuda", generator=generator)).square().mean().backward()
+                optimizer.step()
+            torch.cuda.set_sync_debug_mode("default")
+            monitor.close()
+            return found
+
+        merged, alone = run(dist.group.WORLD), run(None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
+    assert [snapshot.step for snapshot in merged] == list(range(12))
+    for one, other in zip(merged, alone, strict=True):
+        for record, expected in zip(one.records, other.records, strict=True):
+            assert record.worst_rank == 0
+            for name in ("n", "saturated", "derivative", "z_std", "grad_z_rms", "stuck"):
+                assert getattr(record, name) == pytest.approx(getattr(expected, name), rel=1e-9), (one.step, record.site, name)
+        for weight, expected_weight in zip(one.weights, other.weights, strict=True):
+            for name in ("n", "norm", "grad_norm", "update_ratio", "input_rms"):
+                assert getattr(weight, name) == pytest.approx(getattr(expected_weight, name), rel=1e-9), (one.step, weight.name, name)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fully_shard", "pipeline"])
+def test_several_devices_record_what_one_does(kind: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices")
+    example = str(Path(__file__).parent.parent / "examples" / "ddp.py")
+    given = [] if kind == "ddp" else [f"--{kind.replace('_', '-')}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", example, "--device", "cuda", *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "counts that differ: 0; " in done.stdout
+    assert float(done.stdout.split()[-1]) < 1e-9
