@@ -105,10 +105,9 @@ def table(titles: tuple[str, ...], found: list[tuple[str, ...]]) -> str:
 
 def put(text: str, name: str, page: Path = DOCS) -> None:
     """Between the marks of that name in a page of the docs."""
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-    whole = page.read_text()
-    head, rest = whole.split(begin)
-    page.write_text(head + begin + text + end + rest.split(end, 1)[1])
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    head, rest = page.read_text().split(begin)
+    page.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
 
 
 def main() -> None:

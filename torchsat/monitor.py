@@ -44,7 +44,7 @@ from torchsat.schedule import Mark, Schedule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record, trust_kernels
 from torchsat.taps import MODEL, Found, Pass, Site, Taps, clean, is_compiled
 from torchsat.tensorboard import SUBRUN
-from torchsat.weights import COLUMNS, Layer, local, placement, to_weight
+from torchsat.weights import COLUMNS, Layer, is_flattened, is_freed, local, placement, to_weight
 from torchsat.weights import why_not as layer_why_not
 
 log = logging.getLogger("torchsat")
@@ -639,6 +639,8 @@ class Monitor:
             return
         self._schedule.enter(Mark.now(self._device))
         if not self._has_entered:
+            if is_flattened(model):
+                raise TypeError(_FLATTENED)
             self._enter_ranks()
         wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
         if wrapper is not None:
@@ -714,7 +716,9 @@ class Monitor:
         owned = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
         alive = [(layer, module) for layer in self._taps.layers.values() if (module := layer.module()) is not None]
         weights = [(layer, cast(Tensor, getattr(module, layer.parameter))) for layer, module in alive]
-        return [(layer, weight) for layer, weight in weights if owned is None or id(weight) in owned]
+        freed = {layer.name: "the memory of its weight is freed when the optimizer steps" for layer, weight in weights if is_freed(weight)}
+        self._taps.notes.update(freed)
+        return [(layer, weight) for layer, weight in weights if layer.name not in freed and (owned is None or id(weight) in owned)]
 
     def _finish_observation(self) -> None:
         """Pack what was measured, send it to the host, and take the hooks off."""
@@ -1055,6 +1059,12 @@ def _measure_frozen(layer: Layer, weight: Tensor) -> None:
         layer.after_step(weight)
 
 
+_FLATTENED = (
+    "a model in FullyShardedDataParallel (FSDP1) cannot be watched: it makes one flat parameter of the weights of many layers. "
+    "Use torch.distributed.fsdp.fully_shard (FSDP2)."
+)
+
+
 def _plain(model: Any) -> tuple[nn.Module, Any]:
     """The module itself, out of its compiled or distributed wrapper, and the stage of a pipeline that it came in; TypeError where it cannot be
     watched."""
@@ -1084,6 +1094,8 @@ def _plain(model: Any) -> tuple[nn.Module, Any]:
     for name, module in model.named_modules():
         if isinstance(module, (nn.DataParallel, torch.jit.ScriptModule)):
             raise TypeError(f"{clean(name)} is a {type(module).__name__}, which cannot be watched; see torchsat.watch(exclude=...) only for sites")
+    if is_flattened(model):
+        raise TypeError(_FLATTENED)
     return model, stage
 
 

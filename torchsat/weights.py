@@ -55,6 +55,17 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_freed(weight: Tensor) -> bool:
+    """Whether there is nothing to read: some that shard or offload free the memory of a weight between its uses."""
+    part = local(weight)
+    return part.numel() > 0 and part.layout is torch.strided and part.untyped_storage().nbytes() == 0
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel has made flat parameters of its weights; fully_shard never does."""
+    return any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
+
+
 def placement(tensor: Tensor) -> Placement | None:
     """Of a tensor that is spread over ranks; None: it is not, or it is a sum that has not been taken."""
     if not isinstance(tensor, DTensor):
