@@ -1,6 +1,7 @@
 """Several ranks observe as one: four processes, made once, that run the functions of this file together."""
 
 import contextlib
+import copy
 import itertools
 import logging
 import multiprocessing
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -380,6 +381,32 @@ def test_the_stages_of_a_pipeline_are_one_model(run: Run, kind: str) -> None:
     assert [each.site for each in kept[-1].records] == ["stage0.1", "stage1.1", "stage2.1"]
     assert [each.after for each in kept[-1].records] == [(), ("stage0.1",), ("stage1.1",)]
     assert [each.output for each in kept[-1].records] == [False] * 3
+    assert_equal(kept, expected, but=("site", "after", "name", "feeds"))
+
+
+def interleaved() -> Any:
+    torch.manual_seed(2)
+    blocks = [nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(7)] + [nn.Sequential(nn.Linear(16, 3))]
+    expected_model = copy.deepcopy(nn.Sequential(*blocks))
+    mine = [rank(), rank() + SIZE]
+    stages = [PipelineStage(blocks[at], at, 2 * SIZE, torch.device("cpu")) for at in mine]
+    schedule = ScheduleInterleaved1F1B(stages, n_microbatches=4, loss_fn=lambda out, target: (out - target).square().mean())
+    monitor, kept = watched(stages)
+    optimizer = torch.optim.SGD([parameter for at in mine for parameter in blocks[at].parameters()], lr=0.1)
+    for x in batches():
+        optimizer.zero_grad()
+        schedule.step(*[x] * (rank() == 0), target=torch.zeros(BATCH, 3) if rank() == SIZE - 1 else None)
+        optimizer.step()
+    monitor.close()
+    return kept, alone(expected_model, slices=False)
+
+
+def test_a_rank_runs_several_stages(run: Run) -> None:
+    kept, expected = run(interleaved)[0]
+    assert [each.site for each in kept[-1].records] == [f"stage{at}.1" for at in range(7)]
+    assert [each.after for each in kept[-1].records] == [(), *((f"stage{at}.1",) for at in range(6))]
+    assert [each.name for each in kept[-1].weights] == [f"stage{at}.0" for at in range(7)]
+    assert [each.output for each in kept[-1].records] == [False] * 7
     assert_equal(kept, expected, but=("site", "after", "name", "feeds"))
 
 

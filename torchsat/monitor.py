@@ -25,7 +25,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -42,10 +42,13 @@ from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.schedule import Mark, Schedule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record, trust_kernels
-from torchsat.taps import MODEL, Found, Pass, Site, Taps, clean, is_compiled
+from torchsat.taps import MODEL, PIPELINES, Found, Pass, Site, Stages, Taps, clean, is_compiled
 from torchsat.tensorboard import SUBRUN
 from torchsat.weights import COLUMNS, Layer, is_flattened, is_freed, local, placement, to_weight
 from torchsat.weights import why_not as layer_why_not
+
+if TYPE_CHECKING:
+    from torch.distributed.pipelining import PipelineStage
 
 log = logging.getLogger("torchsat")
 
@@ -58,7 +61,7 @@ _STEPS_OF_OTHERS = 8
 
 
 def watch(
-    model: nn.Module,
+    model: nn.Module | PipelineStage | Sequence[PipelineStage],
     log_dir: str | os.PathLike[str] | None = None,
     *,
     writer: Any = None,
@@ -81,7 +84,8 @@ def watch(
     """Watch the activations of a model while it trains; the one line.
 
     Args:
-        model: any nn.Module; before or after the optimizer is made, before or after torch.compile or DistributedDataParallel.
+        model: any nn.Module; before or after the optimizer is made, before or after torch.compile or DistributedDataParallel. Or a stage of
+            torch.distributed.pipelining, or a list of those that this rank runs.
         log_dir: TensorBoard's directory of this run; written is the sub-run `<log_dir>/torchsat`. None: nothing is written.
         writer: instead of `log_dir`, a torch.utils.tensorboard.SummaryWriter to write through.
         every: observe step 0, the powers of two below this, and its multiples.
@@ -183,7 +187,7 @@ class Monitor:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | PipelineStage | Sequence[PipelineStage],
         log_dir: str | os.PathLike[str] | None = None,
         *,
         writer: Any,
@@ -203,11 +207,14 @@ class Monitor:
         start: int | Literal["resume"],
         errors: Literal["warn", "raise"],
     ) -> None:
-        model, stage = _plain(model)
-        self._stage = stage
-        """The stage of a pipeline that the model is, if it is one."""
+        self._stages = _stages(model)
+        """Of a pipeline, that the model is, if it is any: by the name that goes before those of their sites."""
+        modules = {name: _plain(stage.submod) for name, stage in self._stages.items()}
+        watched = Stages(modules) if modules else _plain(model)
+        self._kept = watched if modules else None
+        """What nobody else keeps."""
         _check(every, budget, epsilon, sample, activations, rules, group, start, errors)
-        self._model = weakref.ref(model)
+        self._model = weakref.ref(watched)
         self._schedule = Schedule(every, budget)
         self._since = 0.0
         """Since when our own code runs, on the host's clock."""
@@ -240,7 +247,6 @@ class Monitor:
             self._fault,
             calls,
             self._schedule.spend,
-            "" if stage is None else f"stage{stage.stage_index}",
         )
         self._judge = Judge(rules, self._fault)
         self._diagnosis = Diagnosis()
@@ -302,7 +308,7 @@ class Monitor:
         self._watcher = process.Watcher(self._before_step, self._after_step, self.close, functools.partial(self._fault, MODEL), self._forget)
         process.join(self._watcher)
         try:
-            _trust_kernels(model)
+            _trust_kernels(watched)
             if compiled == "in_graph":
                 self._wire()
             self._open()
@@ -639,8 +645,6 @@ class Monitor:
             return
         self._schedule.enter(Mark.now(self._device))
         if not self._has_entered:
-            if is_flattened(model):
-                raise TypeError(_FLATTENED)
             self._enter_ranks()
         wrapper = nn.parallel.DistributedDataParallel._active_ddp_module
         if wrapper is not None:
@@ -775,6 +779,10 @@ class Monitor:
         """The WEIGHT_FACTS of a layer."""
         return {"name": layer.name, "feeds": feeds[layer.name], "fan_in": layer.fan_in, "data": layer.name in self._taps.fed_by_data}
 
+    def _stage_of(self, name: str) -> Any:
+        """The stage that a site or layer is in."""
+        return self._stages[name.partition("/")[0].partition(".")[0]]
+
     @property
     def _together(self) -> bool:
         """Whether other ranks observe with this one."""
@@ -792,7 +800,7 @@ class Monitor:
         if group is None:
             return
         try:
-            kind = "stage of a pipeline" if self._stage is not None else type(self._model()).__qualname__.removeprefix("FSDP")
+            kind = "stage of a pipeline" if self._stages else type(self._model()).__qualname__.removeprefix("FSDP")
             self._ranks = self._reader = Ranks(group, kind, self._lose)
         except Exception as error:
             log.warning("torchsat: each rank observes by itself: %s: %s", type(error).__name__, error)
@@ -801,6 +809,9 @@ class Monitor:
         """Whether the observation that ends now is one of several ranks. The end of the first one decides, on all ranks alike."""
         if not self._has_met:
             self._has_met = True
+            model = self._model()
+            if model is not None and is_flattened(model):
+                raise TypeError(_FLATTENED)
             if not self._has_entered:
                 self._enter_ranks()
             if self._ranks is not None:
@@ -840,9 +851,10 @@ class Monitor:
             share = taps.share(site)
             softmax = site.kind == "softmax"
             facts = {**_facts(site), "units": site.units if softmax else share.units, "heads": share.units if softmax else None}
-            if self._stage is not None:
-                leaves = facts["output"] and not self._stage.is_last
-                facts.update(stage=self._stage.stage_index, leaves=leaves, output=facts["output"] and not leaves)
+            if self._stages:
+                stage = self._stage_of(name)
+                leaves = facts["output"] and not stage.is_last
+                facts.update(stage=stage.stage_index, leaves=leaves, output=facts["output"] and not leaves)
             sites[name] = SitePart(facts, site.row, site.block, site.heads, share.first, share.counts)
         parts = {}
         for layer, weight in layers:
@@ -850,6 +862,8 @@ class Monitor:
                 _measure_frozen(layer, weight)
                 place = placement(weight)
                 facts = {**self._layer_facts(layer, feeds), "features": layer.features}
+                if self._stages:
+                    facts["stage"] = self._stage_of(layer.name).stage_index
                 parts[layer.name] = LayerPart(
                     facts,
                     layer.numbers,
@@ -863,7 +877,8 @@ class Monitor:
                     layer.first,
                 )
         # A pipeline's gradients are those of the sum over its micro-batches until it divides what the weights have gathered.
-        divisor: Tensor | float = float((self._averaged or averaged_over(model)) * (getattr(self._stage, "chunks", None) or 1))
+        chunks = max((stage.chunks or 1 for stage in self._stages.values()), default=1)
+        divisor: Tensor | float = float((self._averaged or averaged_over(model)) * chunks)
         if self._scale is not None:
             divisor = self._scale * divisor
         self._again = False
@@ -1065,12 +1080,17 @@ _FLATTENED = (
 )
 
 
-def _plain(model: Any) -> tuple[nn.Module, Any]:
-    """The module itself, out of its compiled or distributed wrapper, and the stage of a pipeline that it came in; TypeError where it cannot be
-    watched."""
-    pipelines = sys.modules.get("torch.distributed.pipelining.stage")
-    stage = model if pipelines is not None and isinstance(model, pipelines._PipelineStageBase) else None
-    model = model if stage is None else stage.submod
+def _stages(model: Any) -> dict[str, Any]:
+    """The stages of a pipeline, where one is given, or several that this rank runs."""
+    pipelines = sys.modules.get(PIPELINES)
+    given = model if isinstance(model, (list, tuple)) else [model]
+    if pipelines is None or not given or not all(isinstance(each, pipelines._PipelineStageBase) for each in given):
+        return {}
+    return {f"stage{each.stage_index}": each for each in given}
+
+
+def _plain(model: Any) -> nn.Module:
+    """The module itself, out of its compiled or distributed wrapper; TypeError where it cannot be watched."""
     if isinstance(model, nn.DataParallel):
         raise TypeError(
             "nn.DataParallel cannot be watched: it runs copies of the model that are thrown away after each pass. "
@@ -1082,7 +1102,7 @@ def _plain(model: Any) -> tuple[nn.Module, Any]:
             "monitor before torch.jit.script."
         )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; allowed is a torch.nn.Module")
+        raise TypeError(f"model is a {type(model).__name__}; allowed are a torch.nn.Module and stages of torch.distributed.pipelining")
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
@@ -1096,7 +1116,7 @@ def _plain(model: Any) -> tuple[nn.Module, Any]:
             raise TypeError(f"{clean(name)} is a {type(module).__name__}, which cannot be watched; see torchsat.watch(exclude=...) only for sites")
     if is_flattened(model):
         raise TypeError(_FLATTENED)
-    return model, stage
+    return model
 
 
 def _trust_kernels(model: nn.Module) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule
 
-from torchsat.record import SITE_FACTS
+from torchsat.record import SITE_FACTS, WEIGHT_FACTS
 from torchsat.statistics import HEADS, MAXES, SUMS, UNIT_SAMPLES, UNITS, accumulator, empty_row, summarise_features, summarise_units
 from torchsat.weights import COLUMNS as LAYER_COLUMNS
 
@@ -363,6 +363,7 @@ class Ranks:
                     _take(known, name, each)
             for name in told["layers"]:
                 owners.setdefault(name, root)
+        sites, layers = (dict(sorted(each.items(), key=lambda item: item[1].get("stage", 0))) for each in (sites, layers))
         _join_stages(sites)
         self.layout, self._said = Layout(sites, layers, owners), facts
         self._windows = {name: window for name, window in self._windows.items() if window.shape[1] == (sites.get(name, {}).get("units") or 0)}
@@ -547,7 +548,7 @@ def _weight(facts: dict[str, Any], values: dict[str, float], inputs: Tensor | No
     change = values["change_sq"] * per if values["change_n"] else math.nan
     grad = values["grad_sq"] * per if values["grad_n"] else math.nan
     summed = summarise_features(inputs).tolist() if inputs is not None and float(inputs[0].sum()) else [math.nan] * 3
-    given = {key: tuple(value) if key == "feeds" else value for key, value in facts.items() if key != "features"}
+    given = {key: tuple(facts[key]) if key == "feeds" else facts[key] for key in WEIGHT_FACTS}
     rates = {"n": round(n), "numel": round(numel), "learning_rate": rate if math.isfinite(rate) else None}
     return {**given, **rates}, [values["weight_sq"] * per, change, grad, *summed]
 

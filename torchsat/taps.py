@@ -255,6 +255,10 @@ class Site:
         self.units, self.units_vary, self.block = None, False, None
 
 
+class Stages(nn.ModuleDict):
+    """The stages of a pipeline that one rank runs: entered one by one, never as a whole."""
+
+
 @dataclass
 class Found:
     """What a walk over a model finds."""
@@ -295,11 +299,10 @@ def find(
     activation_of: Callable[[nn.Module], Activation | None],
     may_be_own: Callable[[nn.Module], bool],
     selects: Callable[[str], bool],
-    prefix: str = "",
 ) -> Found:
-    """The sites and layers of a model, by type of module; `prefix` goes before their names."""
+    """The sites and layers of a model, by type of module."""
     found, taken = Found(), set()
-    for path, module in model.named_modules(prefix=prefix):
+    for path, module in model.named_modules():
         name = clean(path)
         activation, recurrent = activation_of(module), isinstance(module, (nn.RNNBase, nn.RNNCellBase))
         if activation is not None:
@@ -349,7 +352,6 @@ class Taps:
         fault: called with a place and an exception when something went wrong there; that place is then no longer watched.
         calls: hear function calls too.
         spend: told how many seconds each hook took.
-        prefix: goes before the names of sites and layers.
     """
 
     def __init__(
@@ -364,7 +366,6 @@ class Taps:
         fault: Callable[[str, Exception], None],
         calls: bool = True,
         spend: Callable[[float], None] = lambda seconds: None,
-        prefix: str = "",
     ) -> None:
         self.activations = activations
         self.hears_calls = calls
@@ -377,7 +378,6 @@ class Taps:
         self.gradients = gradients
         self.fault = fault
         self.spend = spend
-        self.prefix = prefix
         self.sites: dict[str, Site] = {}
         """Those that ran, by name, in the order in which they first did."""
         self.layers: dict[str, Layer] = {}
@@ -442,7 +442,7 @@ class Taps:
 
     def places(self, model: nn.Module) -> Found:
         """What there is to hook."""
-        return find(model, self._activation_of, self._may_be_own, self.selects, self.prefix)
+        return find(model, self._activation_of, self._may_be_own, self.selects)
 
     def knows(self, found: Found) -> bool:
         """Whether the model is as it was when its sites and what feeds them were last found out."""
@@ -475,7 +475,9 @@ class Taps:
                 self._site(name, module, activation)
             self.notes.update((name, _NOT_IN_GRAPH) for name in self.sites if name not in self.names)
             return
-        self._hook(model, self._guarded(MODEL, self._enter), pre=True)
+        roots = tuple(model.children()) if isinstance(model, Stages) else (model,)
+        for root in roots:
+            self._hook(root, self._guarded(MODEL, self._enter), pre=True)
         for name, module, accounted in found.places if self.hears_calls else ():
             self._hook(module, self._guarded(MODEL, self._begin_module, name, accounted), pre=True, with_kwargs=True)
         for name, module, activation in found.sites:
@@ -507,7 +509,8 @@ class Taps:
         for _, module, accounted in found.places if self.hears_calls else ():
             self._hook(module, self._guarded(MODEL, self._end_module, accounted), always_call=True)
         # Last of all, so that a model that is itself an activation is still in its pass when its own hook runs.
-        self._hook(model, self._guarded(MODEL, self._leave), always_call=True)
+        for root in roots:
+            self._hook(root, self._guarded(MODEL, self._leave), always_call=True)
 
     def _make_layers(self, found: Found) -> None:
         """What is measured of weights: every layer while the structure is new, then those that feed a site."""
@@ -1414,15 +1417,15 @@ def _runs_twice(model: nn.Module) -> bool:
 
 def _rehearses() -> bool:
     """Whether a pipeline only runs its stage to learn the shapes of what it makes: on memory that nobody has written."""
-    frame: FrameType | None = sys._getframe(1) if _PIPELINES in sys.modules else None
+    frame: FrameType | None = sys._getframe(1) if PIPELINES in sys.modules else None
     while frame is not None:
-        if frame.f_code.co_name in _REHEARSALS and frame.f_globals.get("__name__") == _PIPELINES:
+        if frame.f_code.co_name in _REHEARSALS and frame.f_globals.get("__name__") == PIPELINES:
             return True
         frame = frame.f_back
     return False
 
 
-_PIPELINES = "torch.distributed.pipelining.stage"
+PIPELINES = "torch.distributed.pipelining.stage"
 _REHEARSALS = ("_prepare_forward_infra", "_shape_inference")
 _CALL = nn.Module._call_impl.__code__
 
