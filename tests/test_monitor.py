@@ -657,8 +657,35 @@ def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:
         torchsat.watch(nn.DataParallel(mlp()))
     with pytest.raises(TypeError, match=r"TorchScript model cannot be watched.*close the .*monitor before torch\.jit\.script"):
         torchsat.watch(torch.jit.trace(mlp(), torch.zeros(1, 64)))
-    with pytest.raises(TypeError, match="model is a str; allowed is a"):
+    with pytest.raises(TypeError, match="model is a str; allowed are a"):
         torchsat.watch("model")  # type: ignore[arg-type]
+
+
+def test_a_weight_whose_memory_is_freed_between_its_uses_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+    weight = model[0].weight.requires_grad_(False)
+    kept = weight.detach().clone()
+
+    def fetch(module: nn.Module, args: object) -> None:
+        weight.untyped_storage().resize_(kept.untyped_storage().nbytes())
+        weight.copy_(kept)
+
+    model[0].register_forward_pre_hook(fetch)
+
+    def free(module: nn.Module, args: object, output: object) -> None:
+        weight.untyped_storage().resize_(0)
+
+    model[0].register_forward_hook(free)
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(32, 8)).square().mean().backward()
+        optimizer.step()
+    monitor.flush()
+    assert monitor.latest is not None
+    assert [each.site for each in monitor.latest.records] == ["1"]
+    assert not monitor.latest.weights
+    assert monitor.coverage.unseen == (("0", "the memory of its weight is freed when the optimizer steps"),)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -248,6 +248,27 @@ def test_sharded_mixed_precision(run: Run) -> None:
     assert [each["1"].n for each in kept] == [each["1"].n for each in expected]
     assert [each["1"].saturated for each in kept] == pytest.approx([each["1"].saturated for each in expected], abs=0.01)
     assert [each.weights[0].norm for each in kept] == pytest.approx([each.weights[0].norm for each in expected], rel=1e-3)
+
+
+def flattened(original: bool, before: bool) -> Any:
+    messages, model = _messages(), mlp()
+    monitor = watched(model, errors="warn")[0] if before else None
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+    if monitor is None:
+        with pytest.raises(TypeError, match=r"FSDP1.* cannot be watched.*fully_shard"):
+            torchsat.watch(torch.compile(wrapped))
+        return None
+    train(wrapped, wrapped.parameters())
+    monitor.close()
+    return messages, monitor.latest
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_fsdp1_is_refused_or_where_it_comes_later_given_up(run: Run, original: bool) -> None:
+    run(flattened, original, False)
+    for (message,), latest in run(flattened, original, True):
+        assert re.search("FSDP1.* cannot be watched.*fully_shard.*all monitoring stops", message)
+        assert latest is None
 
 
 def in_graph(how: str) -> Any:
