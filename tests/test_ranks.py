@@ -294,7 +294,7 @@ def test_ranks_measure_inside_the_graph(run: Run, how: str) -> None:
 
 def fails_on_one() -> Any:
     messages = _messages()
-    model = mlp()
+    model = DistributedDataParallel(mlp())
     monitor, kept = watched(model, errors="warn")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step, x in enumerate(batches(6)):
@@ -729,6 +729,24 @@ def test_a_group_of_some_ranks(run: Run) -> None:
     answers = run(grouped)
     assert [kept for kept, _ in answers] == [[24 * 32] * STEPS, [], [40 * 32] * STEPS, []]
     assert [latest for _, latest in answers] == [24 * 32, 24 * 32, 40 * 32, 40 * 32]
+
+
+def own_models() -> Any:
+    messages = _messages()
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight += rank()
+    monitor, _ = watched(model)
+    train(model, model.parameters(), steps=3)
+    monitor.close()
+    return messages
+
+
+def test_ranks_with_models_of_their_own_are_told(run: Run) -> None:
+    first, *others = run(own_models)
+    (said,) = [message for message in first if "different" in message]
+    assert said.startswith("torchsat: step 0: ranks hold different weights in 2. What is shown is of all ranks together; ")
+    assert not [message for each in others for message in each if "different" in message]
 
 
 def by_themselves() -> Any:

@@ -266,7 +266,7 @@ class Monitor:
         """The processes that observe with this one, once they have met; None: this one is by itself."""
         self._reader: Ranks | None = None
         """Who reads the rounds that are under way, also after the others were lost."""
-        self._has_entered = self._has_met = False
+        self._has_entered = self._has_met = self._said_differing = False
         self._averaged = 0
         """Over how many ranks gradients are averaged by the model's wrapper; 0: not known."""
         self._manual = False
@@ -909,6 +909,15 @@ class Monitor:
     def _read(self, flight: Round) -> _Numbers:
         assert self._reader is not None
         merged = self._reader.read(flight)
+        if merged.differing and not self._said_differing and self._speaks:
+            self._said_differing = True
+            log.warning(
+                "torchsat: step %d: ranks hold different weights in %s%s. What is shown is of all ranks together; if each trains its own model, "
+                "pass group=None.",
+                flight.step,
+                merged.differing[0],
+                f" and {len(merged.differing) - 1} more layers" if len(merged.differing) > 1 else "",
+            )
         return _Numbers(merged.sites, merged.layers, 1.0, merged.skipped)
 
     def _follow_interval(self, interval: int) -> None:

@@ -47,7 +47,8 @@ CLOSING = 10.0
 WORST = ("worst", "nonfinite")
 """Max columns of a site: a number and the rank that it was found on, in one float64."""
 LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "numel")
-LAYER_MAXES = ("learning_rate",)
+LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated")
+"""The last two are of the weights that every rank holds: they tell whether these are the same."""
 ENDS = ("step", "step_negated", "interval", "changed", "skipped")
 """Max columns of the whole round."""
 _FINE = 2**20
@@ -192,6 +193,8 @@ class Merged:
     """Facts, row, and what ranks add to a record."""
     layers: list[tuple[dict[str, Any], list[float]]]
     skipped: bool
+    differing: tuple[str, ...] = ()
+    """Layers of which every rank holds the whole weight, and not the same."""
 
 
 class Ranks:
@@ -411,8 +414,7 @@ class Ranks:
             mine = [part if part is not None and self._speaks_for(part) else None for part in known]
             first = len(SUMS) * count
             sums[first : first + len(LAYER_SUMS) * len(mine)] = _layer_sums(mine, device).flatten()
-            rates = [-math.inf if part is None or part.rate is None else part.rate for part in known]
-            maxes[rest : rest + len(rates)] = _numbers(rates, device)
+            maxes[rest : rest + len(LAYER_MAXES) * len(known)] = _layer_maxes(known, device).flatten()
             for name, layer in layers.items():
                 if layer.input_counts:
                     _put(layer.inputs, sums, places.inputs.get(name), 3, layer.first)
@@ -431,24 +433,27 @@ class Ranks:
         sums, maxes = round_.own if round_.failed else round_.vectors
         layout, places = round_.layout, round_.layout.places
         count, layers = len(layout.sites), len(layout.layers)
-        tops = sums[: len(SUMS) * count].reshape(count, len(SUMS)).tolist()
+        heights = sums[: len(SUMS) * count].reshape(count, len(SUMS)).tolist()
         first, rest = len(SUMS) * count, len(MAXES) * count
         bottoms = maxes[:rest].reshape(count, len(MAXES)).tolist()
         worst = maxes[rest : rest + len(WORST) * count].reshape(count, len(WORST)).tolist()
         rest += len(WORST) * count
         found: list[tuple[dict[str, Any], list[float], dict[str, Any]]] = []
-        for (name, facts), top, bottom, far in zip(layout.sites.items(), tops, bottoms, worst, strict=True):
+        for (name, facts), top, bottom, far in zip(layout.sites.items(), heights, bottoms, worst, strict=True):
             block = places.blocks.get(name)
             units = [math.nan] * len(UNITS) if block is None else self._window(name, sums[block].reshape(2, -1))
             heads = [*sums[places.heads[name]].tolist(), *maxes[places.tops[name]].tolist()] if name in places.heads else []
             plain = {key: tuple(facts[key]) if key == "after" else facts[key] for key in SITE_FACTS}
             found.append((plain, top + bottom + units + heads, {} if round_.failed else _decode(far)))
         weights: list[tuple[dict[str, Any], list[float]]] = []
-        rates = maxes[rest : rest + layers].tolist()
+        tops = maxes[rest : rest + len(LAYER_MAXES) * layers].reshape(layers, len(LAYER_MAXES)).tolist()
         rows = sums[first : first + len(LAYER_SUMS) * layers].reshape(layers, len(LAYER_SUMS)).tolist()
-        for (name, facts), row, rate in zip(layout.layers.items(), rows, rates, strict=True):
+        differing = []
+        for (name, facts), row, (rate, most, least) in zip(layout.layers.items(), rows, tops, strict=True):
             values = dict(zip(LAYER_SUMS, row, strict=True))
             place = places.inputs.get(name)
+            if math.isfinite(most) and most + least > 1e-6 * most:
+                differing.append(name)
             if values["n"]:
                 weights.append(_weight(facts, values, None if place is None else sums[place].reshape(3, -1), rate))
         rest += len(LAYER_MAXES) * layers
@@ -457,7 +462,7 @@ class Ranks:
             self._told[round_.number] = changed > 0, round(interval)
             if step != -negated:
                 self._lost(f"they are at other steps ({-negated:.0f} to {step:.0f} in one observation)")
-        return Merged(found, weights, skipped > 0)
+        return Merged(found, weights, skipped > 0, tuple(differing))
 
     def _window(self, name: str, block: Tensor) -> list[float]:
         """UNITS of the window of a site after what one observation adds; a full window has ended with the observation before."""
@@ -539,6 +544,15 @@ def _layer_sums(parts: list[LayerPart | None], device: torch.device) -> Tensor:
         known = torch.isfinite(each)
         columns += [torch.where(known, each * scale, nothing), torch.where(known, numel, nothing)]
     return torch.stack([*columns, n, numel], 1)
+
+
+def _layer_maxes(parts: list[LayerPart | None], device: torch.device) -> Tensor:
+    """[layers, LAYER_MAXES]."""
+    nothing = torch.full((), -math.inf, dtype=accumulator(device), device=device)
+    squares = [nothing if part is None or part.numbers is None or part.sharded else part.numbers[0].to(device) for part in parts]
+    square = torch.stack(squares)
+    rates = _numbers([-math.inf if part is None or part.rate is None else part.rate for part in parts], device)
+    return torch.stack([rates, square, torch.where(torch.isfinite(square), -square, nothing)], 1)
 
 
 def _weight(facts: dict[str, Any], values: dict[str, float], inputs: Tensor | None, rate: float) -> tuple[dict[str, Any], list[float]]:
