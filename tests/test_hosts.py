@@ -1,4 +1,4 @@
-"""Two hosts: two ranks in two network namespaces of one machine, of which one dies, or the wire between them."""
+"""Ranks that die: one of two hosts (network namespaces of one machine), the wire between them, or a rank of a job that torchrun restarts."""
 
 import os
 import subprocess
@@ -85,3 +85,67 @@ def test_when_a_host_is_lost_the_other_ends_by_the_error_of_its_group(hosts: tup
     # Both ranks' elements; of the last observation, if it was under way, at least our own.
     assert [each["1"].n for each in snapshots[:-1]] == [2 * 32 * 16] * 7
     assert snapshots[-1]["1"].n in (32 * 16, 2 * 32 * 16)
+
+
+RESTARTED = """
+import os, signal, sys
+from pathlib import Path
+import torch, torch.distributed as dist, torchsat
+from torch import nn
+
+folder, attempt = Path(sys.argv[1]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+# torch 2.13 keeps the addresses of the attempt that died in the agent's store, where gloo finds them.
+agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo", store=dist.PrefixStore(f"attempt{attempt}", agent), rank=rank, world_size=2)
+model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 1)))
+with torch.no_grad():
+    model.module[0].weight *= 50
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+monitor = torchsat.watch(model, folder / "run", every=5, budget=None)
+step, kept = 0, folder / "checkpoint"
+if kept.exists():
+    checkpoint = torch.load(kept, weights_only=True)
+    model.load_state_dict(checkpoint["model"])
+    monitor.load_state_dict(checkpoint["monitor"])
+    step = checkpoint["step"]
+while step < 24:
+    if attempt == 0 and rank == 1 and step == 13:
+        os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.zero_grad()
+    model(torch.randn(32, 8, generator=torch.Generator().manual_seed(2 * step + rank))).square().mean().backward()
+    optimizer.step()
+    step += 1
+    if rank == 0 and step % 10 == 0:
+        torch.save({"model": model.state_dict(), "monitor": monitor.state_dict(), "step": step}, kept)
+monitor.close()
+assert [(alert.site, alert.since) for alert in monitor.alerts] == [("1", 0)], monitor.alerts
+dist.destroy_process_group()
+"""
+
+
+def test_a_job_that_torchrun_restarts_goes_on_in_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(RESTARTED)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "--monitor-interval",
+        "0.2",
+    ]
+    done = subprocess.run([*command, str(script), str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    snapshots = torchsat.read(tmp_path / "run")
+    # The checkpoint of step 10: what was written of step 10 by the attempt that died is void, and the first step of a session is observed.
+    assert [each.step for each in snapshots] == [0, 1, 2, 4, 5, 10, 15, 20]
+    assert [each["1"].n for each in snapshots] == [2 * 32 * 16] * 8
+    fired = [(alert.step, alert.since, alert.firing) for snapshot in snapshots for alert in snapshot.alerts]
+    assert fired == [(2, 0, True)]
