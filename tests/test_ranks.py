@@ -18,21 +18,27 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
-from torch.distributed.tensor import Replicate
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
+from torchsat import monitor as monitor_
 from torchsat import process, ranks
 from torchsat.record import Snapshot
 
 SIZE = 4
 STEPS = 5
 BATCH = 64
+
+fsdp2 = pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.6 does not run on a CPU")
+hybrid = pytest.mark.skipif(torch.__version__ < "2.8", reason="hybrid FSDP2 of torch 2.6 and 2.7 does not run on a CPU")
+one_f_one_b = pytest.mark.skipif(torch.__version__ < "2.8", reason="1F1B of torch 2.6 and 2.7 hangs over gloo, without torchsat too")
 
 
 def work(rank: int, port: int, pipe: Connection) -> None:
@@ -236,18 +242,20 @@ def sharded(how: str) -> Any:
     return kept, alone(Checkpointed() if how == "checkpoint" else mlp())
 
 
-@pytest.mark.parametrize("how", ["after", "before", "kept", "offload", "hybrid", "checkpoint", "compiled"])
+@fsdp2
+@pytest.mark.parametrize("how", ["after", "before", "kept", "offload", pytest.param("hybrid", marks=hybrid), "checkpoint", "compiled"])
 def test_sharded_ranks_record_what_one_process_does(run: Run, how: str) -> None:
     kept, expected = run(sharded, how)[0]
     # A rank reads its part of a weight, in runs of 16: together as many elements as there are, in another order.
     assert_equal(kept, expected)
 
 
+@fsdp2
 def test_sharded_mixed_precision(run: Run) -> None:
     kept, expected = run(sharded, "mixed")[0]
     assert [each["1"].n for each in kept] == [each["1"].n for each in expected]
     assert [each["1"].saturated for each in kept] == pytest.approx([each["1"].saturated for each in expected], abs=0.01)
-    assert [each.weights[0].norm for each in kept] == pytest.approx([each.weights[0].norm for each in expected], rel=1e-3)
+    assert [each.weights[0].norm for each in kept] == pytest.approx([each.weights[0].norm for each in expected], rel=3e-3)
 
 
 def flattened(original: bool, before: bool) -> Any:
@@ -285,6 +293,7 @@ def in_graph(how: str) -> Any:
     return kept, alone(mlp()), in_graph
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.6 and 2.7 are refused: they compile anew for each of many equal blocks")
 @pytest.mark.parametrize("how", ["data_parallel", "sharded"])
 def test_ranks_measure_inside_the_graph(run: Run, how: str) -> None:
     kept, expected, is_in_graph = run(in_graph, how)[0]
@@ -365,6 +374,7 @@ def two_dimensional() -> Any:
     return kept, alone(mlp(), slices=False)
 
 
+@fsdp2
 def test_tensor_and_data_parallelism_together(run: Run) -> None:
     kept, expected = run(two_dimensional)[0]
     assert_equal(kept, expected)
@@ -384,7 +394,9 @@ def pipelined(kind: str) -> Any:
     mine = nn.Sequential(*(whole[at] for at in range(first, last)))
     stage = PipelineStage(mine, rank(), SIZE, torch.device("cpu"))
     schedules = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
-    schedule = schedules[kind](stage, n_microbatches=4, loss_fn=lambda out, target: (out - target).square().mean())
+    # Where torch does not divide by the number of micro-batches, the loss has to.
+    parts = 1 if hasattr(stage, "scale_grads") else 4
+    schedule = schedules[kind](stage, n_microbatches=4, loss_fn=lambda out, target: (out - target).square().mean() / parts)
     monitor, kept = watched(stage)
     optimizer = torch.optim.SGD(mine.parameters(), lr=0.1)
     for x in batches():
@@ -396,7 +408,7 @@ def pipelined(kind: str) -> Any:
     return kept, alone(expected_model, slices=False)
 
 
-@pytest.mark.parametrize("kind", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("kind", [pytest.param("1f1b", marks=one_f_one_b), "gpipe"])
 def test_the_stages_of_a_pipeline_are_one_model(run: Run, kind: str) -> None:
     kept, expected = run(pipelined, kind)[0]
     assert [each.site for each in kept[-1].records] == ["stage0.1", "stage1.1", "stage2.1"]
@@ -422,6 +434,7 @@ def interleaved() -> Any:
     return kept, alone(expected_model, slices=False)
 
 
+@one_f_one_b
 def test_a_rank_runs_several_stages(run: Run) -> None:
     kept, expected = run(interleaved)[0]
     assert [each.site for each in kept[-1].records] == [f"stage{at}.1" for at in range(7)]
@@ -465,9 +478,9 @@ def test_ranks_that_run_other_sites_neither_hang_nor_skew(run: Run) -> None:
     kept = run(routed)[0]
     found = [{record.site: record.n for record in snapshot.records} for snapshot in kept]
     assert found[0] == {"experts.0.1": 44 * 8, "experts.1.1": 20 * 8}
-    # Two rounds after a rank has said that it has a new site it is agreed upon.
-    assert found[4] == {"experts.0.1": 34 * 8, "experts.1.1": 20 * 8}
-    assert found[6:] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8, "experts.2.1": 10 * 8}] * 6
+    # Once all ranks have read that one has a new site it is agreed upon.
+    assert found[4 : 4 + ranks.LAG] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8}] * ranks.LAG
+    assert found[4 + ranks.LAG :] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8, "experts.2.1": 10 * 8}] * 4
 
 
 def idle() -> Any:
@@ -658,8 +671,8 @@ def test_a_rank_that_watches_alone_does_not_wait_for_the_others(run: Run, tmp_pa
     (messages, kept, took), *_ = run(only_rank_0, str(tmp_path / "run"))
     assert [each["1"].n for each in kept] == [10 * 32] * STEPS
     assert [message for message in messages if "by itself" in message] == [
-        "torchsat: rank 0 observes by itself from here on: 1 of 4 ranks watch a Only that trains; call torchsat.watch on every "
-        "rank, or pass group= the ranks that do, or group=None. Training is not affected."
+        "torchsat: rank 0 observes by itself from here on: 1 of 4 ranks train a watched Only no. 1; call torchsat.watch on every rank, or pass "
+        "group= the ranks that do, or group=None. Training is not affected."
     ]
     assert took < 20
 
@@ -688,7 +701,57 @@ def test_when_a_rank_leaves_the_others_go_on(run: Run) -> None:
     for at, (messages, seen) in enumerate(answers[:3]):
         assert seen[:4] == [BATCH * 32] * 4
         assert seen[-1] == [10, 14, 20][at] * 32
-        assert len([message for message in messages if "by itself from here on" in message]) == 1
+        (said,) = [message for message in messages if "by itself from here on" in message]
+        assert said == f"torchsat: rank {at} observes by itself from here on: rank 3 no longer observes. Training is not affected."
+
+
+def joined(folder: str) -> Any:
+    """Ranks with different numbers of batches, as DDP's join allows."""
+    messages, monitor_.GRACE = _messages(), 0.3
+    ranks.GRACE = 0.3
+    model = DistributedDataParallel(mlp())
+    monitor, kept = watched(model, errors="warn")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Join([model]):
+        for x in batches(4 + 3 * rank()):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    dist.barrier()
+    monitor.close()
+    return messages, monitor._step, [each["1"].n for each in kept]
+
+
+def test_ranks_with_fewer_batches_stop_nobody(run: Run, tmp_path: Any) -> None:
+    answers = run(joined, str(tmp_path / "run"))
+    assert [step for _, step, _ in answers] == [4, 7, 10, 13]
+    assert answers[0][2] == [4 * BATCH * 32] * 4
+    assert all(len(messages) <= 1 for messages, _, _ in answers)
+
+
+def seen_when() -> Any:
+    model = DistributedDataParallel(mlp())
+    with torch.no_grad():
+        model.module[0].weight *= 20 if rank() == 0 else 1
+    model = DistributedDataParallel(model.module)
+    monitor, _ = watched(model, every=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    for step, x in enumerate(batches(20)):
+        time.sleep(0.01 * ((rank() + step) % SIZE))
+        optimizer.zero_grad()
+        model(part(x)).square().mean().backward()
+        optimizer.step()
+        seen.append((monitor.latest.step if monitor.latest else None, [(alert.site, alert.step) for alert in monitor.alerts]))
+    monitor.close()
+    return seen
+
+
+def test_what_is_known_is_known_on_all_ranks_at_the_same_step(run: Run) -> None:
+    first, *others = run(seen_when)
+    assert all(each == first for each in others)
+    assert [step for step, _ in first][:9] == [None, None, None, None, 0, 1, 2, 2, 4]
+    assert any(alerts for _, alerts in first)
 
 
 def out_of_step() -> Any:
@@ -720,15 +783,18 @@ def grouped() -> Any:
     model = mlp()
     wrapped = DistributedDataParallel(model, process_group=mine)
     monitor, kept = watched(wrapped, group=mine)
-    train(wrapped, wrapped.parameters())
+    train(wrapped, wrapped.parameters(), mine=lambda x: part(x) * (1 + rank()))
     monitor.close()
-    return [each["1"].n for each in kept], monitor.latest["1"].n if monitor.latest else None
+    assert monitor.latest is not None
+    return [each["1"].n for each in kept], monitor.latest["1"]
 
 
 def test_a_group_of_some_ranks(run: Run) -> None:
     answers = run(grouped)
     assert [kept for kept, _ in answers] == [[24 * 32] * STEPS, [], [40 * 32] * STEPS, []]
-    assert [latest for _, latest in answers] == [24 * 32, 24 * 32, 40 * 32, 40 * 32]
+    assert [latest.n for _, latest in answers] == [24 * 32, 24 * 32, 40 * 32, 40 * 32]
+    # As people know them: ranks of the whole job.
+    assert [latest.worst_rank for _, latest in answers] == [1, 1, 3, 3]
 
 
 def own_models() -> Any:
@@ -776,7 +842,7 @@ def agreed_interval() -> Any:
 
 def test_the_interval_is_that_of_the_slowest_rank(run: Run) -> None:
     (steps, messages), *others = run(agreed_interval)
-    assert steps == [0, 1, 2, 4, 8, 16, 24]
+    assert steps == [0, 1, 2, 4, 6, 8, 16, 24]
     assert sum("One in 8 steps is observed" in message for message in messages) == 1
     assert not any("is observed" in message for _, other in others for message in other)
 
@@ -816,6 +882,78 @@ def resumed(folder: str) -> Any:
     train(again, again.parameters(), steps=3)
     monitor.close()
     return [each.step for each in kept], monitor._step, [each.step for each in torchsat.read(folder)] if rank() == 0 else []
+
+
+def taken_up(folder: str) -> Any:
+    """The alert of the first session fires on in the second one, on all ranks, though only rank 0 sees its files."""
+    sessions = []
+    for start in (0, "resume"):
+        model = mlp()
+        with torch.no_grad():
+            model[0].weight *= 20
+        wrapped = DistributedDataParallel(model)
+        monitor, _ = watched(wrapped, log_dir=folder if rank() == 0 else None, start=start)
+        train(wrapped, wrapped.parameters(), steps=6)
+        monitor.close()
+        sessions.append([(alert.site, alert.since, alert.causes) for alert in monitor.alerts])
+    return sessions
+
+
+def test_what_rank_0_remembers_all_ranks_do(run: Run, tmp_path: Any) -> None:
+    first, *others = run(taken_up, str(tmp_path / "run"))
+    assert [(site, since) for site, since, _ in first[0]] == [("1", 0)]
+    assert [(site, since) for site, since, _ in first[1]] == [("1", 0)]
+    assert all(each == first for each in others)
+
+
+def sampled() -> Any:
+    """One rank has few and saturated rows, the others many healthy ones."""
+    model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 3))
+    wrapped = DistributedDataParallel(model)
+    x = torch.randn(4100, 16)
+    x[:100] *= 100
+    mine = x[:100] if rank() == 0 else x[100:].chunk(3)[rank() - 1]
+    monitor, kept = watched(wrapped, sample=4096)
+    wrapped(mine).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    monitor.close()
+    whole, exact = watched(model, sample=None, group=None)
+    model(x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    whole.close()
+    return kept, exact
+
+
+def test_ranks_weigh_by_their_elements_not_by_what_is_read_of_them(run: Run) -> None:
+    (found,), (exact,) = run(sampled)[0]
+    record, expected = found["1"], exact["1"]
+    assert record.elements == expected.elements == expected.n == 4100 * 64
+    assert record.n < 4 * 4096 + 4
+    # 3 standard errors of a share of 2 % at the 12288 elements that are read of the many.
+    assert record.saturated == pytest.approx(expected.saturated, abs=0.005)
+    assert record.z_std == pytest.approx(expected.z_std, rel=0.1)
+    assert found.weights[0].input_rms == pytest.approx(exact.weights[0].input_rms, rel=0.1)
+
+
+def pending() -> Any:
+    mesh = init_device_mesh("cpu", (SIZE,))
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 3))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
+    model[0].bias = None
+    model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Replicate()]))
+    model[2].bias = nn.Parameter(distribute_tensor(model[2].bias.detach(), mesh, [Replicate()]))
+    monitor, _ = watched(model, errors="warn")
+    x = distribute_tensor(torch.randn(8, 16), mesh, [Shard(1)])
+    model(x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()
+    monitor.close()
+    return monitor.coverage.unseen, monitor.latest
+
+
+def test_a_sum_that_has_not_been_taken_is_not_measured(run: Run) -> None:
+    for unseen, latest in run(pending):
+        assert ("1", "TypeError: its input is a sum over ranks that has not been taken: no rank has an element of it") in unseen
+        assert latest is None
 
 
 def test_a_resumed_run_goes_on_at_the_step_that_the_furthest_rank_knows(run: Run, tmp_path: Any) -> None:

@@ -105,6 +105,10 @@ def test_bf16(tmp_path: Path) -> None:
     assert figures(seen) == figures(plain(precision=torch.bfloat16))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.7" and transformers.__version__ >= "5",
+    reason="what transformers 5 compiles needs torch.compiler.is_exporting, of torch 2.7",
+)
 def test_a_compiled_model(tmp_path: Path) -> None:
     seen: list[Snapshot] = []
     torch._dynamo.reset()

@@ -172,6 +172,7 @@ def test_told_so_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPILE = """
+from triton.backends import compiler as backend
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from torchsat.kernels import cuda
@@ -179,8 +180,12 @@ from torchsat.kernels import cuda
 def to_ptx(kernel, pointers, floats, **constants):
     names = kernel.arg_names
     kinds = {**dict.fromkeys(names, "i32"), **dict.fromkeys(floats, "fp32"), **pointers, **dict.fromkeys(constants, "constexpr")}
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
-    source = ASTSource(kernel, kinds, {(names.index(name),): value for name, value in constants.items()}, aligned)
+    if hasattr(backend, "AttrsDescriptor"):  # Triton 3.2
+        kinds = {name: kind for name, kind in kinds.items() if kind != "constexpr"}
+        source = ASTSource(kernel, kinds, constants, backend.AttrsDescriptor.from_hints({names.index(name): 16 for name in pointers}))
+    else:
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
+        source = ASTSource(kernel, kinds, {(names.index(name),): value for name, value in constants.items()}, aligned)
     return compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": cuda._WARPS, "enable_fp_fusion": True}).asm["ptx"]
 
 floats = ("low", "high", "peak", "per_peak", "b", "c", "d")

@@ -61,6 +61,8 @@ def why_not() -> str | None:
     global _library
     if _library is not None:
         return None
+    if torch.__version__ < "2.8":
+        return f"torch {torch.__version__} compiles anew for each of many equal blocks"
     try:
         from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
     except ImportError:

@@ -37,7 +37,7 @@ from torchsat.activations import ACTIVATIONS, Activation
 from torchsat.calls import uses_flex_attention
 from torchsat.diagnosis import Diagnosis, verdict
 from torchsat.ingraph import Wires, why_not
-from torchsat.ranks import CLOSING, LayerPart, Ranks, Round, SitePart, averaged_over, default_group
+from torchsat.ranks import CLOSING, GRACE, LAG, PATIENCE, LayerPart, Ranks, Round, SitePart, averaged_over, default_group
 from torchsat.record import Alert, Coverage, Record, Snapshot
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.schedule import Mark, Schedule
@@ -158,6 +158,8 @@ class _InFlight:
     """The numbers on the host, and when they are there."""
     home: torch.device
     """The device whose part ends with the loss scale and the overflow flag."""
+    divisor: float
+    """Of gradients, beside the loss scale."""
 
     def arrived(self) -> bool:
         return all(event is None or event.query() for _, event in self.parts.values())  # type: ignore[no-untyped-call]
@@ -179,7 +181,7 @@ class _InFlight:
 
         sites = [(facts, cut(device, width), dict[str, Any]()) for device, width, facts in self.facts]
         layers = [(facts, cut(device, len(COLUMNS))) for device, facts in self.weight_facts]
-        return _Numbers(sites, layers, 1.0 if math.isnan(scale) or scale <= 0 else scale, skipped > 0)
+        return _Numbers(sites, layers, self.divisor * (1.0 if math.isnan(scale) or scale <= 0 else scale), skipped > 0)
 
 
 class Monitor:
@@ -302,7 +304,8 @@ class Monitor:
 
             files = TensorBoardWriter(log_dir, writer)
             self._sinks.insert(0, files)
-            if group is None or default_group() is None:
+            if default_group() is None and int(os.environ.get("WORLD_SIZE") or 1) < 2:
+                # Of several ranks, which may come to be only after this, those that write none make none.
                 files.open()
         self._step = self._schedule.first = self._resume(log_dir, start)
         self._watcher = process.Watcher(self._before_step, self._after_step, self.close, functools.partial(self._fault, MODEL), self._forget)
@@ -367,14 +370,18 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint should hold, in plain types: the number of steps taken, and what rules and diagnosis remember."""
         self._drain()
-        return {
-            "step": self._step,
-            "interval": self._schedule.interval,
-            "turn": self._taps.turn,
-            "stuck": {name: list(known) for name, known in self._stuck.items()},
-            "judge": self._judge.state_dict(),
-            "diagnosis": self._diagnosis.state_dict(),
-        }
+        return {"step": self._step, "interval": self._schedule.interval, "turn": self._taps.turn, **self._history()}
+
+    def _history(self) -> dict[str, Any]:
+        """What is remembered of earlier observations, in plain types."""
+        stuck = {name: list(known) for name, known in self._stuck.items()}
+        return {"stuck": stuck, "judge": self._judge.state_dict(), "diagnosis": self._diagnosis.state_dict()}
+
+    def _take_up(self, history: dict[str, Any]) -> None:
+        stuck = {name: (float(share), int(n)) for name, (share, n) in history["stuck"].items()}
+        self._judge.load_state_dict(history["judge"])
+        self._diagnosis.load_state_dict(history["diagnosis"])
+        self._stuck = stuck
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another monitor was when it gave its `state_dict`; to be called before training goes on.
@@ -386,15 +393,13 @@ class Monitor:
         if missing:
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}; allowed is what monitor.state_dict() gave")
         try:
-            stuck = {name: (float(share), int(n)) for name, (share, n) in state["stuck"].items()}
             step, turn, interval = (int(state[name]) for name in ("step", "turn", "interval"))
-            self._judge.load_state_dict(state["judge"])
-            self._diagnosis.load_state_dict(state["diagnosis"])
+            self._take_up(state)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the state cannot be understood ({type(error).__name__}: {error}); allowed is what monitor.state_dict() gave"
             ) from error
-        self._stuck, self._taps.turn = stuck, turn
+        self._taps.turn = turn
         if interval % self._schedule.every == 0 and self._schedule.budget is not None:
             self._schedule.interval = self._schedule.wanted = interval
         self._begin_at(step)
@@ -431,7 +436,7 @@ class Monitor:
     def flush(self) -> None:
         """Wait for every observation in flight, and for the sinks."""
         with self._never_raising():
-            self._drain(wait=True, seconds=CLOSING)
+            self._drain(wait=CLOSING if self._closed else PATIENCE)
         for sink in list(self._sinks):
             self._to_sink(sink, getattr(sink, "flush", None))
 
@@ -730,21 +735,31 @@ class Monitor:
         layers = self._weights_of(None)
         taps.close()
         process.release(self._watcher)
-        if self._meets():
-            self._send(layers)
-            return
-        if not taps.saw_pass and taps.saw_model and not (taps.names or taps.recurrent):
+        together = self._meets()
+        if taps.saw_pass:
+            self._misses = self._silent = 0
+            self._say_stopped()
+        elif taps.saw_model and not (taps.names or taps.recurrent):
             self._warn_of_nothing()
-            return
-        if not taps.saw_pass:
+        else:
             self._miss(self._model())
-            return
-        self._misses = self._silent = 0
-        stopped = [name for name in taps.stopped if name not in self._said_stopped]
+        if together:
+            # Which steps are observed is a matter of all ranks.
+            self._again = False
+            self._send(layers)
+        elif taps.saw_pass:
+            self._pack(layers)
+
+    def _say_stopped(self) -> None:
+        stopped = [name for name in self._taps.stopped if name not in self._said_stopped]
         self._said_stopped.update(stopped)
-        if stopped:
+        if stopped and self._speaks:
             names = ", ".join(stopped[:5]) + (f" and {len(stopped) - 5} more" if len(stopped) > 5 else "")
             log.warning("torchsat: step %d: %s ran before, but not in the last observations.", self._step, names)
+
+    def _pack(self, layers: list[tuple[Layer, Tensor]]) -> None:
+        """Send what was measured to the host."""
+        taps = self._taps
         feeds = taps.feeders()
         packed: dict[torch.device, list[Tensor]] = {}
         facts: list[tuple[torch.device, int, dict[str, Any]]] = []
@@ -772,8 +787,15 @@ class Monitor:
         home = self._scale.device if self._scale is not None and self._scale.device in packed else next(iter(packed))
         packed[home].extend(_number(value, home) for value in (self._scale, self._skipped))
         parts = {device: _to_host(torch.cat(rows)) for device, rows in packed.items()}
-        self._in_flight.append(_InFlight(self._step, time.time(), facts, weight_facts, parts, home))
+        self._in_flight.append(_InFlight(self._step, time.time(), facts, weight_facts, parts, home, self._averages(layers)))
         self._drain()
+
+    def _averages(self, layers: list[tuple[Layer, Tensor]]) -> float:
+        """What the loss that is trained on is smaller by than the one whose gradient a rank sees: data parallelism averages over ranks, and a
+        pipeline divides what its micro-batches have added up (torch 2.6 leaves that to the loss)."""
+        sharded = [weight for layer, weight in layers if layer.name not in self._taps.spread]
+        chunks = max((stage.chunks or 1 for stage in self._stages.values() if hasattr(stage, "scale_grads")), default=1)
+        return float((self._averaged or averaged_over(self._model(), sharded)) * chunks)
 
     def _layer_facts(self, layer: Layer, feeds: dict[str, tuple[str, ...]]) -> dict[str, Any]:
         """The WEIGHT_FACTS of a layer."""
@@ -822,6 +844,7 @@ class Monitor:
                 if why_apart is not None:
                     self._lose(why_apart)
             self._share(self._together)
+            self._move_files()
         return self._together
 
     def _share(self, together: bool) -> None:
@@ -830,22 +853,24 @@ class Monitor:
         self._schedule.shared = together
 
     def _lose(self, why: str) -> None:
-        """From now on this rank observes by itself; others of the same run then write elsewhere."""
-        rank = self._ranks.rank if self._ranks is not None else 0
+        """From now on this rank observes by itself."""
         self._ranks = None
         self._share(False)
-        for sink in self._sinks:
-            if rank and hasattr(sink, "move"):
-                sink.move(f"rank{rank}")
-        log.warning("torchsat: rank %d observes by itself from here on: %s. Training is not affected.", rank, why)
+        self._move_files()
+        log.warning("torchsat: rank %d observes by itself from here on: %s. Training is not affected.", dist.get_rank(), why)
+
+    def _move_files(self) -> None:
+        """Only the first rank of a job writes where the user said; what another one writes, for itself or its group, must not get in between."""
+        if self._speaks and dist.is_available() and dist.is_initialized() and dist.get_rank():
+            for sink in self._sinks:
+                if hasattr(sink, "move"):
+                    sink.move(f"rank{dist.get_rank()}")
 
     def _send(self, layers: list[tuple[Layer, Tensor]]) -> None:
         """Hand what was measured to all ranks; also if it is nothing, since they wait for it."""
         assert self._ranks is not None
-        taps, ranks, model = self._taps, self._ranks, self._model()
+        taps, ranks = self._taps, self._ranks
         feeds = taps.feeders()
-        if not taps.saw_pass:
-            self._compiled = True
         sites = {}
         for name, site in taps.sites.items():
             share = taps.share(site)
@@ -873,15 +898,13 @@ class Monitor:
                     self._rates.get(id(weight)),
                     place is not None,
                     place is None or place.counts,
-                    layer.input_counts,
+                    taps.counts_repeated if layer.input_counts is None else layer.input_counts,
                     layer.first,
+                    layer.input_elements,
                 )
-        # A pipeline's gradients are those of the sum over its micro-batches until it divides what the weights have gathered.
-        chunks = max((stage.chunks or 1 for stage in self._stages.values()), default=1)
-        divisor: Tensor | float = float((self._averaged or averaged_over(model)) * chunks)
+        divisor: Tensor | float = self._averages(layers)
         if self._scale is not None:
             divisor = self._scale * divisor
-        self._again = False
         try:
             sent = ranks.send(
                 self._step,
@@ -890,7 +913,8 @@ class Monitor:
                 divisor=divisor,
                 interval=self._schedule.wanted,
                 skipped=self._skipped,
-                before=lambda: self._drain(until=ranks.must_know()),
+                before=self._drain,
+                history=self._history,
             )
         except Exception as error:
             if self._errors == "raise":
@@ -899,8 +923,11 @@ class Monitor:
             self._lose(f"{type(error).__name__}: {error}")
             return
         if sent is not None:
-            # The ranks agree on the number of the first step: not all need see the files of an earlier session.
+            # The ranks agree on the first step, and on what went before it: not all need see the files of an earlier session.
             self._step = sent.step
+            if ranks.history is not None:
+                self._take_up(ranks.history)
+                ranks.history = None
             self._in_flight.append(sent)
             if ranks.interval:
                 self._follow_interval(ranks.interval)
@@ -936,7 +963,7 @@ class Monitor:
 
     def _warn_of_nothing(self) -> None:
         model = self._model()
-        if model is not None and not self._announced:
+        if model is not None and not self._announced and self._speaks:
             self._announced = True
             log.warning("torchsat: %s: %s, nothing is watched. See monitor.coverage.", type(model).__name__, self._nothing)
 
@@ -954,7 +981,7 @@ class Monitor:
                 )
             return
         self._misses += 1
-        if self._misses == 3 and model is not None:
+        if self._misses == 3 and model is not None and self._speaks:
             why = (
                 "it uses flex_attention and runs compiled; torchsat does not run it eager, where the attention would take T x T memory"
                 if self._flex
@@ -966,15 +993,21 @@ class Monitor:
         self._compiled = True
         self._again = self._misses < 3
 
-    def _drain(self, wait: bool = False, until: int = -1, seconds: float = math.inf) -> None:
-        """Judge and hand on what has arrived, in order; wait for all, or for the round of several ranks that has this number."""
+    def _drain(self, wait: float = 0.0) -> None:
+        """Judge and hand on, in order, what has arrived; or all, waiting for so many seconds. What all ranks know becomes visible on all of them at
+        the end of the same step, so that a loop that stops on an alert stops everywhere."""
         if len(self._in_flight) > _MOST_IN_FLIGHT:
-            wait = True
+            wait = max(wait, PATIENCE)
         while self._in_flight:
             flight = self._in_flight[0]
-            if not (wait or flight.arrived() or (isinstance(flight, Round) and flight.number <= until)):
+            if isinstance(flight, Round) and self._together:
+                if not wait and self._step < flight.step + LAG:
+                    return
+                flight.wait(wait or GRACE)
+            elif wait:
+                flight.wait(wait)
+            elif not flight.arrived():
                 return
-            flight.wait(seconds)
             self._in_flight.remove(flight)
             self._deliver(flight)
 
@@ -992,7 +1025,8 @@ class Monitor:
             if record.n or record.nonfinite:
                 records.append(replace(record, **of_ranks) if of_ranks else record)
         if not records and isinstance(flight, Round):
-            self._warn_of_nothing()
+            if not flight.layout.sites and not self._taps.names:
+                self._warn_of_nothing()
             return
         weights = [to_weight(facts, row) for facts, row in numbers.layers]
         snapshot = Snapshot(flight.step, flight.time, tuple(records), tuple(weights), overhead=self._schedule.overhead)

@@ -16,12 +16,14 @@ observed step the first one to see all, or to have waited long enough, writes th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import math
+import pickle
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,23 +32,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from torchsat.record import SITE_FACTS, WEIGHT_FACTS
 from torchsat.statistics import HEADS, MAXES, SUMS, UNIT_SAMPLES, UNITS, accumulator, empty_row, summarise_features, summarise_units
 from torchsat.weights import COLUMNS as LAYER_COLUMNS
 
 GRACE = 5.0
-"""Seconds that a rank waits, once, for those that have not even begun to train a watched model."""
+"""Seconds that a rank waits, once, for others: for those that have not begun to train a watched model, or for a result that is late."""
 PATIENCE = 60.0
 """The same for those that have begun, and are still in their first observed step."""
-LAG = 2
-"""Rounds after which a result is acted upon: by then it has arrived without anybody having waited."""
+LAG = 4
+"""Steps after which a result becomes visible, on all ranks alike: by then it has arrived without anybody having waited."""
 CLOSING = 10.0
-"""Seconds that `flush` waits for other ranks."""
+"""Seconds that `close` waits for other ranks."""
 
+_WIDTH = len(SUMS) + 1
+"""Sum columns of a site, and behind them how many elements were read. The others stand for all elements, so that ranks which have read another share
+of theirs weigh as they should; the host scales them back."""
 WORST = ("worst", "nonfinite")
 """Max columns of a site: a number and the rank that it was found on, in one float64."""
-LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "numel")
+LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "numel", "input_n", "input_elements")
 LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated")
 """The last two are of the weights that every rank holds: they tell whether these are the same."""
 ENDS = ("step", "step_negated", "interval", "changed", "skipped")
@@ -94,6 +100,8 @@ class LayerPart:
     input_counts: bool = True
     first: int = 0
     """Where its features lie among those of all ranks."""
+    input_elements: int = 0
+    """Of its input, of which a sample was read."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ class Layout:
     @functools.cached_property
     def places(self) -> Places:
         """Where everything lies in the two vectors: first a row for each site, then one for each layer, then what has no fixed width."""
-        sums = len(SUMS) * len(self.sites) + len(LAYER_SUMS) * len(self.layers)
+        sums = _WIDTH * len(self.sites) + len(LAYER_SUMS) * len(self.layers)
         maxes = (len(MAXES) + len(WORST)) * len(self.sites) + len(LAYER_MAXES) * len(self.layers) + len(ENDS)
         blocks, heads, tops, inputs = {}, {}, {}, {}
         for name, facts in self.sites.items():
@@ -208,6 +216,8 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup, kind: str, give_up: Callable[[str], None]) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.everywhere = dist.get_rank()
+        """The rank in the whole job, by which people know it."""
         self._kind = kind
         self.together = False
         self.layout = Layout()
@@ -215,7 +225,7 @@ class Ranks:
         self._give_up = give_up
         members = dist.get_process_group_ranks(group)
         name = hashlib.sha256(json.dumps([members, kind]).encode()).hexdigest()[:12]
-        number = _met.setdefault(name, 0)
+        self._number = number = _met.setdefault(name, 0)
         _met[name] += 1
         # The store of the whole job: the only one that every rank of any group can reach.
         self._store = PrefixStore(f"torchsat/{name}/{number}", dist.distributed_c10d._get_default_store())
@@ -224,8 +234,11 @@ class Ranks:
         self._said = b""
         """The facts that this rank has told the others."""
         self._rounds = 0
+        self.history: dict[str, Any] | None = None
+        """What the rank that is furthest remembers of an earlier session, for those that do not; until it is taken up."""
+        self._furthest = 0
         self._told: dict[int, tuple[bool, int]] = {}
-        """By round: whether some rank wants to agree anew, and the longest interval that one wants."""
+        """By step: whether some rank wants to agree anew, and the longest interval that one wants."""
         self.interval = 0
         """What the ranks have agreed upon; 0: nothing yet."""
         self._windows: dict[str, Tensor] = {}
@@ -245,8 +258,8 @@ class Ranks:
             if time.monotonic() - begun > (PATIENCE if entered == self.size else GRACE):
                 if entered < self.size:
                     why = (
-                        f"{entered} of {self.size} ranks watch a {self._kind} that trains; call torchsat.watch on every rank, or pass group= the "
-                        "ranks that do, or group=None"
+                        f"{entered} of {self.size} ranks train a watched {self._kind} no. {self._number + 1}; call torchsat.watch on every rank, or "
+                        "pass group= the ranks that do, or group=None"
                     )
                 else:
                     why = f"only {arrived} of {self.size} ranks ended a step within {PATIENCE:g} s"
@@ -283,7 +296,10 @@ class Ranks:
         raise RuntimeError(f"its process group has no backend for {device.type}")
 
     def leave(self) -> None:
-        """Observe with nobody any more."""
+        """Observe with nobody any more, and say so to those who will miss this rank."""
+        if self.together:
+            with contextlib.suppress(Exception):
+                self._store.compare_set("left", "", str(self.everywhere))
         self.together = False
         own, self._own = self._own, None
         if own is not None and hasattr(own, "shutdown") and self._device.type == "cpu":
@@ -300,6 +316,7 @@ class Ranks:
         interval: int = 1,
         skipped: Tensor | None = None,
         before: Callable[[], None] = lambda: None,
+        history: Callable[[], dict[str, Any]] = dict,
     ) -> Round | None:
         """Hand this rank's numbers to the others. Every rank calls it at the end of the same observed steps, whether or not it has any.
 
@@ -307,7 +324,8 @@ class Ranks:
             divisor: what gradients are to be divided by: a GradScaler's factor, and what data parallelism averages over.
             interval: the interval between observations that this rank wants.
             skipped: the flag of an overflow, by which the optimizer has skipped this step.
-            before: reads the rounds up to `must_know`, waiting for them if need be.
+            before: reads the rounds that are LAG steps old.
+            history: what this rank remembers of an earlier session, in plain types.
 
         Returns:
             The round; None where the others were lost just now.
@@ -315,10 +333,14 @@ class Ranks:
         facts = _encode(sites, layers)
         if not self._rounds:
             step = self._agree(facts, step)
-        elif self._rounds >= LAG:
+            if step:
+                self._agree_on_history(history)
+        else:
             before()
-            changed, self.interval = self._told.pop(self._rounds - LAG, (False, self.interval))
-            if changed:
+            # Also what was read before its time (by `flush`) is acted upon only now, as on the other ranks.
+            told = [self._told.pop(at) for at in sorted(self._told) if at + LAG <= step]
+            self.interval = told[-1][1] if told else self.interval
+            if any(changed for changed, _ in told):
                 self._agree(facts, step)
         if not self.together:
             return None
@@ -331,12 +353,11 @@ class Ranks:
             vectors, own, event = _follow(works, vectors, own)
         return Round(self._rounds - 1, step, time.time(), self.layout, vectors, own, works, event, self._lost)
 
-    def must_know(self) -> int:
-        """The newest round whose result is acted upon at the next one."""
-        return self._rounds - LAG
-
     def _lost(self, why: str) -> None:
         if self.together:
+            with contextlib.suppress(Exception):
+                if self._store.check(["left"]):
+                    why = f"rank {self._store.get('left').decode()} no longer observes"
             self.leave()
             self._give_up(why)
 
@@ -345,7 +366,7 @@ class Ranks:
         digest = int.from_bytes(hashlib.sha256(facts).digest()[:7], "big")
         mine = torch.tensor([digest, len(facts), step], dtype=torch.int64, device=self._device)
         gathered = [torch.empty_like(mine) for _ in range(self.size)]
-        self._own.allgather([gathered], [mine]).wait()
+        self._finish(self._own.allgather([gathered], [mine]))
         told_steps = torch.stack(gathered).cpu()
         table = [(int(each[0]), int(each[1])) for each in told_steps]
         sites: dict[str, dict[str, Any]] = {}
@@ -370,12 +391,32 @@ class Ranks:
         _join_stages(sites)
         self.layout, self._said = Layout(sites, layers, owners), facts
         self._windows = {name: window for name, window in self._windows.items() if window.shape[1] == (sites.get(name, {}).get("units") or 0)}
-        return int(told_steps[:, 2].max())
+        self._furthest = int(told_steps[:, 2].argmax())
+        return int(told_steps[self._furthest, 2])
+
+    def _agree_on_history(self, history: Callable[[], dict[str, Any]]) -> None:
+        """All ranks go on with what the one remembers that is furthest: its files of an earlier session need not be theirs."""
+        text = pickle.dumps(history()) if self.rank == self._furthest else b""
+        size = torch.tensor([len(text)], dtype=torch.int64, device=self._device)
+        self._broadcast(size, self._furthest)
+        sent = torch.frombuffer(bytearray(text or bytes(int(size))), dtype=torch.uint8).to(self._device)
+        self._broadcast(sent, self._furthest)
+        if self.rank != self._furthest:
+            self.history = pickle.loads(sent.cpu().numpy().tobytes())
+
+    def _finish(self, work: Any) -> None:
+        """Wait for a collective, but not for a rank that has gone astray."""
+        until = time.monotonic() + GRACE
+        while not work.is_completed():
+            if time.monotonic() > until:
+                raise TimeoutError(f"the others did not answer within {GRACE:g} s")
+            time.sleep(1e-4)
+        work.wait()
 
     def _broadcast(self, tensor: Tensor, root: int) -> None:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
-        self._own.broadcast([tensor], options).wait()
+        self._finish(self._own.broadcast([tensor], options))
 
     def _pack(
         self,
@@ -400,24 +441,35 @@ class Ranks:
             table = torch.stack([given[name].to(device) if name in given else nothing for name in layout.sites])
             for column in _SQUARES:
                 table[:, column] /= by * by
-            sums[: len(SUMS) * count] = table[:, : len(SUMS)].flatten()
+            read = table[:, _N] + table[:, _NONFINITE]
+            elements = table[:, _ELEMENTS].clone()
+            scales = torch.where(read > 0, elements / read.clamp(min=1), torch.ones_like(read))
+            table[:, : len(SUMS)] *= scales.unsqueeze(1)
+            table[:, _ELEMENTS] = elements
+            sums[: _WIDTH * count] = torch.cat([table[:, : len(SUMS)], read.unsqueeze(1)], 1).flatten()
             maxes[:rest] = table[:, len(SUMS) :].flatten()
-            maxes[rest : rest + len(WORST) * count] = _worst(table, self.rank).flatten()
-        for name, part in parts.items():
+            maxes[rest : rest + len(WORST) * count] = _worst(table, self.everywhere).flatten()
+        for at, name in enumerate(layout.sites):
+            part = parts.get(name)
+            if part is None:
+                continue
             _put(part.block, sums, places.blocks.get(name), 2, part.first)
             if part.heads is not None:
-                _put(part.heads[:-1], sums, places.heads.get(name), len(HEADS) - 1, part.first)
+                _put(part.heads[:-1].to(device) * scales[at], sums, places.heads.get(name), len(HEADS) - 1, part.first)
                 _put(part.heads[-1:], maxes, places.tops.get(name), 1, part.first)
         rest += len(WORST) * count
         if layout.layers:
             known = [layers.get(name) for name in layout.layers]
             mine = [part if part is not None and self._speaks_for(part) else None for part in known]
-            first = len(SUMS) * count
-            sums[first : first + len(LAYER_SUMS) * len(mine)] = _layer_sums(mine, device).flatten()
+            given_inputs = [part if part is not None and part.input_counts and part.inputs is not None else None for part in known]
+            first = _WIDTH * count
+            sums[first : first + len(LAYER_SUMS) * len(mine)] = torch.cat([_layer_sums(mine, device), _input_sums(given_inputs, device)], 1).flatten()
             maxes[rest : rest + len(LAYER_MAXES) * len(known)] = _layer_maxes(known, device).flatten()
-            for name, layer in layers.items():
-                if layer.input_counts:
-                    _put(layer.inputs, sums, places.inputs.get(name), 3, layer.first)
+            for name, part_of_input in zip(layout.layers, given_inputs, strict=True):
+                if part_of_input is not None and part_of_input.inputs is not None:
+                    inputs = part_of_input.inputs.to(device)
+                    scale = part_of_input.input_elements / inputs[0].sum().clamp(min=1)
+                    _put(inputs * scale, sums, places.inputs.get(name), 3, part_of_input.first)
         rest += len(LAYER_MAXES) * len(layout.layers)
         maxes[rest : rest + 4] = _numbers([step, -step, interval, changed], device)
         maxes[rest + 4] = 0.0 if skipped is None else skipped.detach().reshape(()).to(device, dtype)
@@ -433,16 +485,21 @@ class Ranks:
         sums, maxes = round_.own if round_.failed else round_.vectors
         layout, places = round_.layout, round_.layout.places
         count, layers = len(layout.sites), len(layout.layers)
-        heights = sums[: len(SUMS) * count].reshape(count, len(SUMS)).tolist()
-        first, rest = len(SUMS) * count, len(MAXES) * count
+        table = sums[: _WIDTH * count].reshape(count, _WIDTH)
+        elements = table[:, _ELEMENTS].clone()
+        scales = torch.where(elements > 0, table[:, -1] / elements.clamp(min=1), torch.ones_like(elements))
+        table = table[:, :-1] * scales.unsqueeze(1)
+        table[:, _ELEMENTS] = elements
+        heights = table.tolist()
+        first, rest = _WIDTH * count, len(MAXES) * count
         bottoms = maxes[:rest].reshape(count, len(MAXES)).tolist()
         worst = maxes[rest : rest + len(WORST) * count].reshape(count, len(WORST)).tolist()
         rest += len(WORST) * count
         found: list[tuple[dict[str, Any], list[float], dict[str, Any]]] = []
-        for (name, facts), top, bottom, far in zip(layout.sites.items(), heights, bottoms, worst, strict=True):
+        for (name, facts), top, bottom, far, scale in zip(layout.sites.items(), heights, bottoms, worst, scales.tolist(), strict=True):
             block = places.blocks.get(name)
             units = [math.nan] * len(UNITS) if block is None else self._window(name, sums[block].reshape(2, -1))
-            heads = [*sums[places.heads[name]].tolist(), *maxes[places.tops[name]].tolist()] if name in places.heads else []
+            heads = [*(sums[places.heads[name]] * scale).tolist(), *maxes[places.tops[name]].tolist()] if name in places.heads else []
             plain = {key: tuple(facts[key]) if key == "after" else facts[key] for key in SITE_FACTS}
             found.append((plain, top + bottom + units + heads, {} if round_.failed else _decode(far)))
         weights: list[tuple[dict[str, Any], list[float]]] = []
@@ -459,7 +516,7 @@ class Ranks:
         rest += len(LAYER_MAXES) * layers
         step, negated, interval, changed, skipped = maxes[rest : rest + len(ENDS)].tolist()
         if not round_.failed:
-            self._told[round_.number] = changed > 0, round(interval)
+            self._told[round_.step] = changed > 0, round(interval)
             if step != -negated:
                 self._lost(f"they are at other steps ({-negated:.0f} to {step:.0f} in one observation)")
         return Merged(found, weights, skipped > 0, tuple(differing))
@@ -473,6 +530,7 @@ class Ranks:
         return summed
 
 
+_N, _NONFINITE, _ELEMENTS = (SUMS.index(name) for name in ("n", "nonfinite", "elements"))
 _SQUARES = [SUMS.index("grad_a_sq"), SUMS.index("grad_z_sq")]
 
 
@@ -482,8 +540,11 @@ def _encode(sites: Mapping[str, SitePart], layers: Mapping[str, LayerPart]) -> b
 
 
 def _take(known: dict[str, dict[str, Any]], name: str, facts: dict[str, Any]) -> None:
-    """Add a site or layer of another rank; where ranks disagree about its units, it has none."""
+    """Add a site or layer of another rank: it comes after, and feeds, what it does on any; where ranks disagree about its units, it has none."""
     have = known.setdefault(name, facts)
+    for names in ("after", "feeds"):
+        if names in have and have[names] != facts[names]:
+            known[name] = have = {**have, names: [*have[names], *(each for each in facts[names] if each not in have[names])]}
     for size in ("units", "heads", "features"):
         if size in have and have[size] != facts[size]:
             known[name] = have = {**have, size: 0 if size == "features" else None}
@@ -533,7 +594,7 @@ def _decode(codes: list[float]) -> dict[str, Any]:
 
 
 def _layer_sums(parts: list[LayerPart | None], device: torch.device) -> Tensor:
-    """[layers, LAYER_SUMS] of this rank's parts of weights: the sample of a part stands for all of it."""
+    """[layers, LAYER_SUMS] but the last two, of this rank's parts of weights: the sample of a part stands for all of it."""
     zeros = torch.zeros(len(LAYER_COLUMNS), dtype=accumulator(device), device=device)
     numbers = torch.stack([zeros if part is None or part.numbers is None else part.numbers.to(device) for part in parts])
     n, numel = (_numbers([0 if part is None else getattr(part, size) for part in parts], device) for size in ("n", "numel"))
@@ -544,6 +605,13 @@ def _layer_sums(parts: list[LayerPart | None], device: torch.device) -> Tensor:
         known = torch.isfinite(each)
         columns += [torch.where(known, each * scale, nothing), torch.where(known, numel, nothing)]
     return torch.stack([*columns, n, numel], 1)
+
+
+def _input_sums(parts: list[LayerPart | None], device: torch.device) -> Tensor:
+    """[layers, 2]: of each input the elements that were read, and all that there were."""
+    nothing = torch.zeros((), dtype=accumulator(device), device=device)
+    read = torch.stack([nothing if part is None or part.inputs is None else part.inputs[0].sum().to(device) for part in parts])
+    return torch.stack([read, _numbers([0 if part is None else part.input_elements for part in parts], device)], 1)
 
 
 def _layer_maxes(parts: list[LayerPart | None], device: torch.device) -> Tensor:
@@ -561,7 +629,9 @@ def _weight(facts: dict[str, Any], values: dict[str, float], inputs: Tensor | No
     per = n / numel
     change = values["change_sq"] * per if values["change_n"] else math.nan
     grad = values["grad_sq"] * per if values["grad_n"] else math.nan
-    summed = summarise_features(inputs).tolist() if inputs is not None and float(inputs[0].sum()) else [math.nan] * 3
+    summed = [math.nan] * 3
+    if inputs is not None and values["input_n"]:
+        summed = summarise_features(inputs * (values["input_n"] / values["input_elements"])).tolist()
     given = {key: tuple(facts[key]) if key == "feeds" else facts[key] for key in WEIGHT_FACTS}
     rates = {"n": round(n), "numel": round(numel), "learning_rate": rate if math.isfinite(rate) else None}
     return {**given, **rates}, [values["weight_sq"] * per, change, grad, *summed]
@@ -589,15 +659,22 @@ def _pinned(vector: Tensor) -> Tensor:
     return host
 
 
-def averaged_over(model: nn.Module | None) -> int:
-    """Over how many ranks FSDP2 averages the gradients of a model; 1 where it does not."""
-    for module in model.modules() if model is not None else ():
+def averaged_over(model: nn.Module | None, weights: Iterable[Tensor]) -> float:
+    """What data parallelism divides the gradients of a model by; 1 where it has none, or is told to divide by nothing.
+
+    `weights` are those that tensor parallelism does not spread: if they are spread all the same, FSDP2 does it, maybe from above the model.
+    """
+    modules = list(model.modules()) if model is not None else []
+    for module in modules:
         if isinstance(module, FSDPModule):
             group = module._get_fsdp_state()._fsdp_param_group
             mesh = getattr(group, "mesh_info", None)
             if mesh is not None:
-                return int(getattr(mesh, "shard_mesh_size", 1)) * int(getattr(mesh, "replicate_mesh_size", 1))
-    return 1
+                told = getattr(group, "gradient_divide_factor", None)
+                return float(told or int(getattr(mesh, "shard_mesh_size", 1)) * int(getattr(mesh, "replicate_mesh_size", 1)))
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            return float(dist.get_world_size(module.process_group))
+    return float(next((weight.device_mesh.size() for weight in weights if isinstance(weight, DTensor)), 1))
 
 
 def default_group() -> dist.ProcessGroup | None:

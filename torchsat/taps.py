@@ -35,7 +35,6 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import Node
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -59,16 +58,16 @@ from torchsat.statistics import (
     start_over_if_full_,
     upcast,
 )
-from torchsat.weights import Layer, feature_axis, input_sums, is_layer, local, placement, why_not, width
+from torchsat.weights import Layer, feature_axis, input_sums, is_layer, is_pending, local, placement, why_not, width
 
 MODEL = "(model)"
 """The place of a fault that ends the whole observation."""
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
 _WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
 _MISSES = 5
+"""Observations without a site before that is said: layers dropped at random and idle experts come back."""
 _AUTO = 65536
 """The most elements read of a call where the user has not said how many."""
-"""Observations without a site before that is said: layers dropped at random and idle experts come back."""
 _PRODUCT = re.compile(r"Bmm|Baddbmm|Matmul")
 _GATES = ("sigmoid", "hardsigmoid")
 _UNKNOWN: Any = object()
@@ -76,6 +75,7 @@ _NOT_DIFFERENTIATED = "it may be an activation, but its derivative cannot be had
 _TRIES = 20
 """Calls in which a module was linear before it is taken to be so."""
 _NOT_IN_GRAPH = "measured in eager steps only: in a compiled graph the activations of modules are heard, not function calls, gates or attention"
+_TAKEN_FOR_REPEATED = "taken to be the same on all ranks of tensor parallelism, and counted on the first: other parts of a sequence are not seen"
 _STOPPED = f"it ran before, but not in the last {_MISSES} observations"
 _SOFTMAX = Bound(Activation("softmax"), lambda z: z, {}, {}, 0.0, None)
 """What a softmax has instead of a function of one element."""
@@ -302,7 +302,11 @@ def find(
 ) -> Found:
     """The sites and layers of a model, by type of module."""
     found, taken = Found(), set()
+    wrapped = [path for path, module in model.named_modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
     for path, module in model.named_modules():
+        for outer in sorted(wrapped, key=len, reverse=True):
+            if path.startswith(f"{outer}.module"):
+                path = outer + path[len(outer) + len(".module") :]
         name = clean(path)
         activation, recurrent = activation_of(module), isinstance(module, (nn.RNNBase, nn.RNNCellBase))
         if activation is not None:
@@ -422,9 +426,9 @@ class Taps:
         self._weights: dict[int, str] = {}
         self._nodes: dict[Node, Site] = {}
         self._indices: dict[tuple[Sample, int], Units] = {}
-        self._spread: dict[str, Share] = {}
+        self.spread: dict[str, Share] = {}
         """Of the layers whose weights tensor parallelism spreads over ranks."""
-        self._counts_repeated = True
+        self.counts_repeated = True
         """Whether this rank is the one that counts what tensor parallelism repeats on several."""
         self._own: weakref.WeakKeyDictionary[nn.Module, Bound | None] = weakref.WeakKeyDictionary()
         """What modules of the user's turned out to compute; None: no activation. Missing: not yet known."""
@@ -570,6 +574,7 @@ class Taps:
             self._guarded(name, self._add_inputs, name, module)(x)
 
     def _add_inputs(self, name: str, module: nn.Module, x: Tensor) -> None:
+        self.layers[name].input_elements += x.numel()
         self._current().merge_inputs(name, x, feature_axis(module, x.ndim), self.limit, self.turn)
 
     def _recurrent_layers(self, name: str, module: nn.Module, feeders: dict[str, tuple[str, ...]]) -> None:
@@ -642,7 +647,7 @@ class Taps:
         if site.share is not None:
             return site.share if own is not None else Share(None, 0, site.share.counts)
         for name in site.feeds_on:
-            made = self._spread.get(name)
+            made = self.spread.get(name)
             if made is None:
                 continue
             units, first = made.units or 0, made.first
@@ -652,7 +657,9 @@ class Taps:
             if own is not None and own == made.width != units:
                 return Share(units, first, True)
             return Share(own, 0, made.counts)
-        return Share(own, 0, self._counts_repeated)
+        if self.spread and site.kind != "recurrent":
+            self.notes.setdefault(site.name, _TAKEN_FOR_REPEATED)
+        return Share(own, 0, self.counts_repeated)
 
     def feeders(self) -> dict[str, tuple[str, ...]]:
         """The sites that each layer feeds."""
@@ -1149,6 +1156,8 @@ class Taps:
         counts = self._counts_at(site, module)
         if counts is None:
             return None
+        if is_pending(z):
+            raise TypeError("its input is a sum over ranks that has not been taken: no rank has an element of it")
         part = part_of(z)
         _check_plain(part)
         self.saw_pass = True
@@ -1301,6 +1310,7 @@ class Taps:
         self.saw_pass = self.recurrent[name] = True
         for layer in self.layers.values():
             if layer.module() is module and layer.parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
+                layer.input_elements += plain.numel()
                 self._current().merge_inputs(layer.name, plain, plain.ndim - 1, self.limit, self.turn)
                 if self._deciding and plain.grad_fn is None and not plain.requires_grad:
                     self.fed_by_data.add(layer.name)
@@ -1342,6 +1352,8 @@ class Taps:
             # FSDP puts another weight there for the pass.
             self._weights[id(weight)] = layer.name
         part = part_of(x)
+        if is_pending(x):
+            return
         if not _is_real(x) or not x.is_floating_point() or not part.numel() or x.layout != torch.strided or type(part) not in (Tensor, nn.Parameter):
             return
         self._look_at_ranks(layer, module, x, weight)
@@ -1357,17 +1369,15 @@ class Taps:
         """How tensor parallelism spreads a layer and its input over ranks."""
         place, given = placement(weight), placement(x)
         if place is not None and isinstance(module, nn.Linear):
-            self._counts_repeated = self._counts_repeated and place.is_first
-            self._spread[layer.name] = Share(weight.shape[0], place.first[0], place.is_first, part_of(weight).shape[0])
+            self.counts_repeated = self.counts_repeated and place.is_first
+            self.spread[layer.name] = Share(weight.shape[0], place.first[0], place.is_first, part_of(weight).shape[0])
         if given is not None:
             layer.input_counts, layer.first = given.counts, given.first[feature_axis(module, x.ndim)]
-        elif self._spread:
-            layer.input_counts = self._counts_repeated
 
     def _after_layer(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, Tensor) and self._counts(module):
             self._last_layer = layer.name
-            made = self._spread.get(layer.name)
+            made = self.spread.get(layer.name)
             axis = feature_axis(module, output.ndim)
             self._shapes[layer.name] = (width(module) if made is None else part_of(output).shape[axis], output.ndim - axis)
 
@@ -1392,11 +1402,6 @@ def part_of(tensor: Tensor) -> Tensor:
     """The elements that this rank has, as a plain tensor."""
     part = local(tensor)
     return cast(Tensor, part.trigger_wait()) if isinstance(part, AsyncCollectiveTensor) else part  # type: ignore[no-untyped-call]
-
-
-def is_pending(tensor: Tensor) -> bool:
-    """Whether the tensor is a sum over ranks that has not been taken: no rank has an element of it."""
-    return isinstance(tensor, DTensor) and any(each.is_partial() for each in tensor.placements)
 
 
 def _check_plain(z: Tensor) -> None:

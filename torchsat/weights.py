@@ -71,11 +71,16 @@ def placement(tensor: Tensor) -> Placement | None:
     if not isinstance(tensor, DTensor):
         return None
     at = tensor.device_mesh.get_coordinate()
-    if at is None or any(each.is_partial() for each in tensor.placements):
+    if at is None or is_pending(tensor):
         return None
     counts = all(where == 0 for where, each in zip(at, tensor.placements, strict=True) if each.is_replicate())
     _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return Placement(counts, tuple(first), not any(at))
+
+
+def is_pending(tensor: Tensor) -> bool:
+    """Whether the tensor is a sum over ranks that has not been taken: no rank has an element of it."""
+    return isinstance(tensor, DTensor) and any(each.is_partial() for each in tensor.placements)
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -157,8 +162,12 @@ class Layer:
         self.limit, self.turn = limit, turn
         self.inputs: Tensor | None = None
         """`input_sums` over the passes of the observation."""
-        self.input_counts, self.first = True, 0
-        """Whether this rank is to count its input where others hold the same one, and where its features begin among those of all ranks."""
+        self.input_counts: bool | None = None
+        """Whether this rank is to count its input where others hold the same one; None: its input does not tell."""
+        self.first = 0
+        """Where the features of its input begin among those of all ranks."""
+        self.input_elements = 0
+        """Of all inputs, read or not."""
         self.before: Tensor | None = None
         """The elements of the weight before the step."""
         self.n = 0
@@ -174,7 +183,7 @@ class Layer:
 
     def observe_grad(self, weight: Tensor, divisor: Tensor | None) -> None:
         """Measure the gradient; `divisor` is the loss scale it still carries."""
-        if weight.is_leaf and weight.grad is not None and not weight.grad.is_sparse:
+        if weight.is_leaf and weight.grad is not None and not weight.grad.is_sparse and not is_pending(weight.grad):
             numbers = self._on(weight)
             put_squares(elements(local(weight.grad), self.limit, self.turn), None, numbers, _AT["grad_sq"])
             if divisor is not None:
