@@ -985,7 +985,7 @@ def test_the_first_observation_is_announced(caplog: pytest.LogCaptureFixture) ->
     assert caplog.messages[0] == "torchsat: watching 3 sites (2 modules, 1 softmax) and 3 layers; not seen: 1 (1.spare), see monitor.coverage"
 
 
-@pytest.mark.parametrize("mode", ["eager", pytest.param("in_graph", marks=pytest.mark.skipif(torch.__version__ < "2.8", reason="refused below torch 2.8"))])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("in_graph", marks=pytest.mark.skipif(torch.__version__ < "2.8", reason="refused"))])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_validation_before_training_keeps_fullgraph_content(mode: str, grad: bool) -> None:
     """fullgraph=True raises where no graph ran and the stance is the default at the end of the call: that of the first observation is given back
