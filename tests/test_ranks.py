@@ -815,17 +815,58 @@ def test_ranks_with_models_of_their_own_are_told(run: Run) -> None:
     assert not [message for each in others for message in each if "different" in message]
 
 
+def inside(how: str) -> Any:
+    """What is watched holds the wrapper, or is held by it; or FSDP2 is told to divide by nothing."""
+    model = nn.Sequential(mlp())
+    if how == "ddp inside":
+        model[0] = DistributedDataParallel(model[0])
+        monitor, kept = watched(model)
+        run: Callable[[Tensor], Tensor] = model
+    elif how == "fsdp outside":
+        fully_shard(model)
+        monitor, kept = watched(model[0])
+        run = model
+    else:
+        fully_shard(model)
+        model.set_gradient_divide_factor(1.0)
+        monitor, kept = watched(model)
+        run = lambda x: model(x) / SIZE**0.5  # noqa: E731
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for x in batches():
+        optimizer.zero_grad()
+        run(part(x)).square().mean().backward()
+        optimizer.step()
+    monitor.close()
+    return kept, alone(mlp())
+
+
+@pytest.mark.parametrize("how", ["ddp inside", "fsdp outside", "divided by the loss"])
+def test_gradients_are_those_of_the_averaged_loss(run: Run, how: str) -> None:
+    kept, expected = run(inside, how)[0]
+    for one, other in zip(kept, expected, strict=True):
+        for ours, theirs in zip(one.records, other.records, strict=True):
+            assert ours.site.removeprefix("0.") == theirs.site
+            assert ours.grad_z_rms == pytest.approx(theirs.grad_z_rms, rel=1e-12)
+        for ours, theirs in zip(one.weights, other.weights, strict=True):
+            assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-12)
+
+
 def by_themselves() -> Any:
     model = mlp()
     wrapped = DistributedDataParallel(model)
     monitor, kept = watched(wrapped, group=None)
     train(wrapped, wrapped.parameters())
     monitor.close()
-    return [each["1"].n for each in kept]
+    return kept
 
 
 def test_ranks_by_themselves(run: Run) -> None:
-    assert run(by_themselves) == [[rows * 32] * STEPS for rows in (10, 14, 20, 20)]
+    answers = run(by_themselves)
+    assert [[each["1"].n for each in kept] for kept in answers] == [[rows * 32] * STEPS for rows in (10, 14, 20, 20)]
+    # Together their gradients are those of the averaged loss.
+    merged = run(data_parallel, False, False)[0][0]
+    squares = [kept[0]["1"].grad_z_rms ** 2 * kept[0]["1"].grad_n for kept in answers]
+    assert sum(squares) / (BATCH * 32) == pytest.approx(merged[0]["1"].grad_z_rms ** 2, rel=1e-12)
 
 
 def agreed_interval() -> Any:

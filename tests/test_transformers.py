@@ -203,6 +203,44 @@ def test_a_resumed_run_goes_on_with_its_number_and_its_state(tmp_path: Path) -> 
     assert activations(seen[0])[0].stuck_n is not None
 
 
+def test_a_damaged_state_does_not_stop_the_run_that_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 16}
+    trainer(tmp_path, callback(every=1), steps=5, **options).train()
+    kept = tmp_path / "checkpoint-5" / "torchsat.pt"
+    kept.write_bytes(kept.read_bytes()[:100])
+    seen: list[Snapshot] = []
+    trainer(tmp_path, callback(seen, every=1), steps=7, **options).train(resume_from_checkpoint=True)
+    assert [snapshot.step for snapshot in seen] == [5, 6]
+    assert any(f"{kept} cannot be read, alerts begin anew" in message for message in caplog.messages)
+
+
+def test_the_state_of_another_run_is_left_alone(tmp_path: Path) -> None:
+    """A run resumed from elsewhere, into a directory where another run has left a checkpoint of the same step."""
+    options = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 16}
+    for folder in ("mine", "theirs"):
+        trainer(tmp_path / folder, callback(every=1), steps=5, **options).train()
+    seen: list[Snapshot] = []
+    where = str(tmp_path / "mine" / "checkpoint-5")
+    trainer(tmp_path / "theirs", callback(seen, every=1), steps=7, **options).train(resume_from_checkpoint=where)
+    assert [snapshot.step for snapshot in seen] == [5, 6]
+    assert activations(seen[0])[0].stuck_n is None
+
+
+def test_a_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    save = torch.save
+
+    def full(what: Any, where: Any, *given: Any, **named: Any) -> None:
+        if str(where).endswith("torchsat.pt"):
+            raise OSError("No space left on device")
+        save(what, where, *given, **named)
+
+    monkeypatch.setattr(torch, "save", full)
+    seen: list[Snapshot] = []
+    trainer(tmp_path, callback(seen, every=1), steps=6, save_strategy="steps", save_steps=5).train()
+    assert [snapshot.step for snapshot in seen] == [0, 1, 2, 3, 4, 5]
+    assert any("its state is not in the checkpoint of step 5: OSError: No space left on device" in message for message in caplog.messages)
+
+
 def test_a_checkpoint_made_without_us_resumes(tmp_path: Path) -> None:
     options = {"save_strategy": "steps", "save_steps": 3}
     trainer(tmp_path, None, steps=3, **options).train()

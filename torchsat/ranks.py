@@ -17,6 +17,7 @@ observed step the first one to see all, or to have waited long enough, writes th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
@@ -230,6 +231,8 @@ class Ranks:
         # The store of the whole job: the only one that every rank of any group can reach.
         self._store = PrefixStore(f"torchsat/{name}/{number}", dist.distributed_c10d._get_default_store())
         self._own: Any = None
+        self._works: list[Any] = []
+        """Collectives that may not be over."""
         self._device = torch.device("cpu")
         self._said = b""
         """The facts that this rank has told the others."""
@@ -302,9 +305,10 @@ class Ranks:
                 self._store.compare_set("left", "", str(self.everywhere))
         self.together = False
         own, self._own = self._own, None
-        if own is not None and hasattr(own, "shutdown") and self._device.type == "cpu":
-            # On a GPU its end may wait for the other ranks; there it is left to the end of the process.
-            own.shutdown()
+        if own is not None and not all(work.is_completed() for work in self._works):
+            # Its end would wait for what has not come, as long as the timeout of the group: it is kept until the process is no more.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(own))
+        self._works = []
 
     def send(
         self,
@@ -348,6 +352,7 @@ class Ranks:
         self._rounds += 1
         own = [vector.clone() for vector in vectors]
         works = [self._own.allreduce([vector], op) for vector, op in zip(vectors, (dist.ReduceOp.SUM, dist.ReduceOp.MAX), strict=True)]
+        self._works = [work for work in self._works if not work.is_completed()] + works
         event = None
         if self._device.type == "cuda":
             vectors, own, event = _follow(works, vectors, own)
@@ -406,6 +411,7 @@ class Ranks:
 
     def _finish(self, work: Any) -> None:
         """Wait for a collective, but not for a rank that has gone astray."""
+        self._works.append(work)
         until = time.monotonic() + GRACE
         while not work.is_completed():
             if time.monotonic() > until:

@@ -48,6 +48,11 @@ class Torchsat(Callback):
         self._state: dict[str, Any] | None = None
         self._watching = False
 
+    @property
+    def state_key(self) -> str:
+        """By which checkpoints tell several apart."""
+        return self._generate_state_key(**{name: str(value) for name, value in self._options.items() if name in ("log_dir", "include", "exclude")})
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._watching:
             return

@@ -15,6 +15,7 @@ import copy
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import nn
@@ -48,6 +49,7 @@ class Torchsat(TrainerCallback):
     def __init__(self, **options: Any) -> None:
         self.monitor: Monitor | None = None
         self._options = options
+        self._run = ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._close()
@@ -61,7 +63,8 @@ class Torchsat(TrainerCallback):
         options = {"start": state.global_step, **self._options}
         if "log_dir" not in options and "writer" not in options and state.is_world_process_zero:
             # Ours are called after the Trainer's own, so there it has its writer.
-            options["log_dir"] = next((each.tb_writer.log_dir for each in reporters if isinstance(each, TensorBoardCallback)), None)
+            writers = [each.tb_writer for each in reporters if isinstance(each, TensorBoardCallback) and each.tb_writer is not None]
+            options["log_dir"] = writers[0].log_dir if writers else None
         model: nn.Module = kwargs["model"]
 
         def report(snapshot: Snapshot) -> None:
@@ -74,13 +77,18 @@ class Torchsat(TrainerCallback):
         options["sinks"] = [*(options.get("sinks") or ()), report]
         # The Trainer puts more than one GPU of one process under nn.DataParallel, which watch refuses with its reason.
         monitor = self.monitor = watch(nn.DataParallel(model) if args.n_gpu > 1 else model, **options)
-        saved = _checkpoint(args, state) / _FILE
-        if state.global_step and saved.exists():
-            take_up(monitor, {**torch.load(saved, map_location="cpu"), "step": state.global_step})
+        self._run = _mark(state)
+        kept = _saved(args, state)
+        if kept is not None and kept["run"] == self._run:
+            take_up(monitor, {**kept["monitor"], "step": state.global_step})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.monitor is not None and state.is_world_process_zero and _checkpoint(args, state).is_dir():
-            torch.save(self.monitor.state_dict(), _checkpoint(args, state) / _FILE)
+        if self.monitor is None or not state.is_world_process_zero or not _checkpoint(args, state).is_dir():
+            return
+        try:
+            torch.save({"run": self._run, "monitor": self.monitor.state_dict()}, _checkpoint(args, state) / _FILE)
+        except Exception as error:
+            log.warning("torchsat: its state is not in the checkpoint of step %d: %s: %s", state.global_step, type(error).__name__, error)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # At the end of training reporters close before we are called: MLflow's would begin another run for what comes late.
@@ -93,6 +101,25 @@ class Torchsat(TrainerCallback):
     def _close(self) -> None:
         if self.monitor is not None:
             self.monitor.close()
+
+
+def _mark(state: TrainerState) -> str:
+    """The name of a run, in the Trainer's state: by it a checkpoint of this run is told from one that another has left in the same directory."""
+    kept: Any = state.stateful_callbacks
+    return str(kept.setdefault("torchsat", {"run": uuid4().hex})["run"])
+
+
+def _saved(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
+    """What the checkpoint that is resumed from holds of a monitor."""
+    path = _checkpoint(args, state) / _FILE
+    if not state.global_step or not path.exists():
+        return None
+    try:
+        kept: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return {"run": kept["run"], "monitor": kept["monitor"]}
+    except Exception as error:
+        log.warning("torchsat: %s cannot be read, alerts begin anew: %s: %s", path, type(error).__name__, error)
+        return None
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
