@@ -51,7 +51,7 @@ def layout(sites: int, width: int | None) -> Layout:
 def alone(agreed: Layout, rank: int = 0) -> Ranks:
     """A rank that has agreed upon a layout with nobody."""
     made = Ranks.__new__(Ranks)
-    made.rank, made.size, made.layout = rank, 1, agreed
+    made.rank, made.everywhere, made.size, made.layout = rank, rank, 1, agreed
     made._device, made._windows, made._told, made.together = CPU, {}, {}, False
     return made
 
@@ -96,7 +96,7 @@ def simulated(ranks: int, sites: int) -> str:
     """Ranks of different share of saturation, merged; what comes out against what went in."""
     agreed = layout(sites, None)
     drawn = torch.Generator().manual_seed(0)
-    n, low, z = (SUMS.index(name) for name in ("n", "low", "z"))
+    n, low, z, elements = (SUMS.index(name) for name in ("n", "low", "z", "elements"))
     total: list[Tensor] = []
     counts, saturated, sums = torch.zeros(sites, dtype=torch.int64), torch.zeros(sites, dtype=torch.int64), torch.zeros(sites, dtype=torch.float64)
     worst, where = torch.full((sites,), -1.0, dtype=torch.float64), torch.zeros(sites, dtype=torch.int64)
@@ -105,7 +105,7 @@ def simulated(ranks: int, sites: int) -> str:
         flat = (torch.rand(sites, generator=drawn) * taken).long()
         mean = torch.randn(sites, generator=drawn, dtype=torch.float64)
         table_ = empty_row(CPU).repeat(sites, 1)
-        table_[:, n], table_[:, low], table_[:, z] = taken.double(), flat.double(), mean
+        table_[:, n], table_[:, elements], table_[:, low], table_[:, z] = taken.double(), taken.double(), flat.double(), mean
         rows = {name: SitePart(told, row, None, None) for (name, told), row in zip(agreed.sites.items(), table_, strict=True)}
         vectors = alone(agreed, at)._pack(0, rows, {}, 1.0, 1, False, None)
         if total:
@@ -126,7 +126,7 @@ def simulated(ranks: int, sites: int) -> str:
     return (
         f"{ranks} ranks x {sites} sites, simulated: {wrong} of {2 * sites} counts differ, sums of z by {means:.0e} at most, and the share of the "
         f"worst rank is found at {near} of {sites} sites. A rank's vectors had {8 * sum(each.numel() for each in total) / 1e6:.1f} MB (sites "
-        f"without units or layers: {len(SUMS)} + {len(MAXES)} + 2 numbers)."
+        f"without units or layers: {len(SUMS) + 1} + {len(MAXES)} + 2 numbers)."
     )
 
 

@@ -252,4 +252,5 @@ def machine(device: torch.device) -> str:
     if described.exists():
         lines = described.read_text().splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{torch.get_num_threads()} threads of {name}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'' if threads == 1 else 's'} of {name}, torch {torch.__version__}"
