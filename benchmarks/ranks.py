@@ -61,7 +61,7 @@ def parts(agreed: Layout, width: int) -> tuple[dict[str, SitePart], dict[str, La
     row[: len(SUMS)] = 1.0
     numbers, inputs = torch.ones(len(COLUMNS), dtype=torch.float64), torch.ones(3, width, dtype=torch.float64)
     sites = {name: SitePart(told, row, block, None) for name, told in agreed.sites.items()}
-    return sites, {name: LayerPart(told, numbers, inputs, 1, 1, 0.1) for name, told in agreed.layers.items()}
+    return sites, {name: LayerPart(told, numbers, inputs, 1, 1, 0.1, input_elements=width) for name, told in agreed.layers.items()}
 
 
 def on_paper(latency: float, bandwidth: float) -> str:

@@ -636,7 +636,7 @@ def _weight(facts: dict[str, Any], values: dict[str, float], inputs: Tensor | No
     change = values["change_sq"] * per if values["change_n"] else math.nan
     grad = values["grad_sq"] * per if values["grad_n"] else math.nan
     summed = [math.nan] * 3
-    if inputs is not None and values["input_n"]:
+    if inputs is not None and values["input_elements"]:
         summed = summarise_features(inputs * (values["input_n"] / values["input_elements"])).tolist()
     given = {key: tuple(facts[key]) if key == "feeds" else facts[key] for key in WEIGHT_FACTS}
     rates = {"n": round(n), "numel": round(numel), "learning_rate": rate if math.isfinite(rate) else None}
