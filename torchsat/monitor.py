@@ -343,7 +343,7 @@ class Monitor:
         taps = self._taps
         # What is seen on any rank; what is not, on this one.
         everywhere = self._ranks.layout.sites if self._ranks is not None else {}
-        seen = tuple(everywhere or taps.sites)
+        seen = dict.fromkeys(everywhere or taps.sites)
         unseen = [*taps.unseen, *taps.failed.items(), *taps.notes.items(), *taps.stopped.items()]
         idle = [name for name in (*taps.names, *taps.expected) if name not in seen] + [name for name, ran in taps.recurrent.items() if not ran]
         why = "it has not run in an observed training pass"
@@ -352,7 +352,7 @@ class Monitor:
             unseen.append((MODEL, "compiled, with flex_attention: it is not run eager, where the attention would take T x T memory"))
         unseen += [(name, deaf.get(name, why)) for name in idle if name not in taps.failed and name not in taps.notes]
         kinds = Counter([facts["kind"] for facts in everywhere.values()] or [site.kind for site in taps.sites.values()])
-        return Coverage(seen, tuple(unseen), tuple(kinds.items()))
+        return Coverage(tuple(seen), tuple(unseen), tuple(kinds.items()))
 
     def step(self) -> None:
         """End a step by hand, in a loop without a torch optimizer. From then on optimizers are no longer listened to.
@@ -793,6 +793,8 @@ class Monitor:
     def _averages(self, layers: list[tuple[Layer, Tensor]]) -> float:
         """What the loss that is trained on is smaller by than the one whose gradient a rank sees: data parallelism averages over ranks, and a
         pipeline divides what its micro-batches have added up (torch 2.6 leaves that to the loss)."""
+        if not dist.is_available() or not dist.is_initialized():
+            return 1.0
         sharded = [weight for layer, weight in layers if layer.name not in self._taps.spread]
         chunks = max((stage.chunks or 1 for stage in self._stages.values() if hasattr(stage, "scale_grads")), default=1)
         return float((self._averaged or averaged_over(self._model(), sharded)) * chunks)

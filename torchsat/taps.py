@@ -302,9 +302,11 @@ def find(
 ) -> Found:
     """The sites and layers of a model, by type of module."""
     found, taken = Found(), set()
-    wrapped = [path for path, module in model.named_modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
-    for path, module in model.named_modules():
-        for outer in sorted(wrapped, key=len, reverse=True):
+    modules = list(model.named_modules())
+    wrapped = [path for path, module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
+    for path, module in modules:
+        # The innermost first: what is cut out of a path must still be where the outer one looks.
+        for outer in reversed(wrapped):
             if path.startswith(f"{outer}.module"):
                 path = outer + path[len(outer) + len(".module") :]
         name = clean(path)
