@@ -840,7 +840,7 @@ def inside(how: str) -> Any:
     return kept, alone(mlp())
 
 
-@pytest.mark.parametrize("how", ["ddp inside", "fsdp outside", "divided by the loss"])
+@pytest.mark.parametrize("how", ["ddp inside", pytest.param("fsdp outside", marks=fsdp2), pytest.param("divided by the loss", marks=fsdp2)])
 def test_gradients_are_those_of_the_averaged_loss(run: Run, how: str) -> None:
     kept, expected = run(inside, how)[0]
     for one, other in zip(kept, expected, strict=True):
