@@ -223,7 +223,7 @@ def test_a_resumed_run_goes_on_with_its_number_and_its_state(stops_at: int, tmp_
     saves = lightning.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=stops_at)
     first = callback(every=1)
     trainer(tmp_path, first, saves, max_steps=stops_at, **options).fit(net(), batches(6, 256))
-    saved = torch.load(saves.best_model_path, weights_only=True)["callbacks"]["Torchsat"]
+    saved = torch.load(saves.best_model_path, weights_only=True)["callbacks"][first.state_key]
     seen: list[Snapshot] = []
     second = callback(seen, every=1)
     trainer(tmp_path, second, saves, max_steps=2 * stops_at, **options).fit(net(), batches(6, 256), ckpt_path=saves.best_model_path)
@@ -231,6 +231,13 @@ def test_a_resumed_run_goes_on_with_its_number_and_its_state(stops_at: int, tmp_
     assert saved
     # Stuck units are counted over at least 1000 samples, which the first observation of a new run does not have.
     assert seen[0].records[0].stuck_n is not None
+
+
+def test_two_callbacks_are_told_apart_in_a_checkpoint(tmp_path: Path) -> None:
+    both = [callback(include="*.1"), callback(include="*.3")]
+    assert len({each.state_key for each in (*both, callback())}) == 3
+    trainer(tmp_path, *both, logger=False).fit(net(), batches())
+    assert all(each.monitor is not None for each in both)
 
 
 def test_what_the_user_raises_closes_the_monitor(tmp_path: Path) -> None:
