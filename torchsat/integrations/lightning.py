@@ -51,7 +51,8 @@ class Torchsat(Callback):
     @property
     def state_key(self) -> str:
         """By which checkpoints tell several apart."""
-        return self._generate_state_key(**{name: str(value) for name, value in self._options.items() if name in ("log_dir", "include", "exclude")})
+        own = {name: str(value) for name, value in self._options.items() if name in ("log_dir", "include", "exclude")}
+        return self._generate_state_key(**own) if own else super().state_key
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._watching:
