@@ -859,14 +859,21 @@ class Monitor:
         self._ranks = None
         self._share(False)
         self._move_files()
-        log.warning("torchsat: rank %d observes by itself from here on: %s. Training is not affected.", dist.get_rank(), why)
+        log.warning("torchsat: rank %d observes by itself from here on: %s. Training is not affected.", self._rank, why)
+
+    @property
+    def _rank(self) -> int:
+        """In the whole job, of which there may be nothing left; 0 where there is none."""
+        if self._reader is not None:
+            return self._reader.everywhere
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
     def _move_files(self) -> None:
         """Only the first rank of a job writes where the user said; what another one writes, for itself or its group, must not get in between."""
-        if self._speaks and dist.is_available() and dist.is_initialized() and dist.get_rank():
+        if self._speaks and self._rank:
             for sink in self._sinks:
                 if hasattr(sink, "move"):
-                    sink.move(f"rank{dist.get_rank()}")
+                    sink.move(f"rank{self._rank}")
 
     def _send(self, layers: list[tuple[Layer, Tensor]]) -> None:
         """Hand what was measured to all ranks; also if it is nothing, since they wait for it."""
