@@ -973,3 +973,14 @@ def test_learned_parameters_are_read_anew() -> None:
     assert monitor.latest is not None
     assert monitor.latest["3"].derivative == pytest.approx(0.5)
     assert monitor.latest["1"].derivative == pytest.approx((model[0](x) > 0).double().mean().item())
+
+
+def test_a_weight_that_dies_leaves_its_address_to_no_other() -> None:
+    """FSDP2 puts others in its place; a bias at the old address must not be taken for the layer."""
+    taps = torchsat.watch(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))._taps
+    weight = nn.Parameter(torch.randn(2, 2))
+    key = id(weight)
+    taps._know(weight, "layer")
+    assert taps._weights[key] == "layer"
+    del weight
+    assert key not in taps._weights

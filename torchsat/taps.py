@@ -426,6 +426,9 @@ class Taps:
         self._last_site: str | None = None
         self._shapes: dict[str, tuple[int, int]] = {}
         self._weights: dict[int, str] = {}
+        """Layers by the address of their weight."""
+        self._alive: list[weakref.ref[Tensor]] = []
+        """Of these weights: one that dies must not leave its address to another."""
         self._nodes: dict[Node, Site] = {}
         self._indices: dict[tuple[Sample, int], Units] = {}
         self.spread: dict[str, Share] = {}
@@ -521,16 +524,23 @@ class Taps:
     def _make_layers(self, found: Found) -> None:
         """What is measured of weights: every layer while the structure is new, then those that feed a site."""
         feeders = self.feeders()
-        self._weights, self.layers = {}, {}
+        self._weights, self._alive, self.layers = {}, [], {}
         for name, module in found.layers:
             reason = why_not(module)
             if reason is not None:
                 self.unseen.append((name, reason))
             if reason is None and name not in self.failed and (self._deciding or name in feeders):
                 self.layers[name] = Layer(name, module, limit=self.limit, turn=self.turn)
-                self._weights[id(module.weight)] = name
+                self._know(cast(Tensor, module.weight), name)
         for name, module in found.recurrent:
             self._recurrent_layers(name, module, feeders)
+
+    def _know(self, weight: Tensor, name: str) -> None:
+        """This weight is that of a layer, as long as it lives: wrappers put others in its place."""
+        key, weights = id(weight), self._weights
+        if weights.get(key) != name:
+            weights[key] = name
+            self._alive.append(weakref.ref(weight, lambda _: weights.pop(key, None)))
 
     def heard_site(self, name: str, z: Tensor, a: Tensor | None) -> None:
         """A compiled graph computes a site: z, and a where z was not overwritten with it."""
@@ -584,7 +594,7 @@ class Taps:
             place = f"{name}.{parameter}"
             if parameter.startswith(("weight_ih", "weight_hh")) and (self._deciding or place in feeders) and name not in self.failed:
                 self.layers[place] = Layer(place, module, parameter, self.limit, self.turn)
-                self._weights[id(weight)] = place
+                self._know(weight, place)
 
     def close(self) -> None:
         """Remove every hook, put together what the passes gave, and forget passes and modules."""
@@ -1352,7 +1362,7 @@ class Taps:
         weight = getattr(module, layer.parameter)
         if self._deciding:
             # FSDP puts another weight there for the pass.
-            self._weights[id(weight)] = layer.name
+            self._know(weight, layer.name)
         part = part_of(x)
         if is_pending(x):
             return
