@@ -2,7 +2,7 @@
 
 A network so small that an observation costs several steps, trained as it is and watched, in turn, 50 steps of each. Counted are the steps from 500
 on: by then the interval has been stretched. "Measured" is by how much the watched training took longer, "monitor.overhead" what the monitor says of
-itself.
+itself; "nothing watched" is the noise.
 `--write` puts the table into docs/cost.md.
 """
 
@@ -36,27 +36,25 @@ def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> f
     return time.perf_counter() - begun
 
 
-def row(budget: float, steps: int) -> tuple[str, ...]:
+def row(budget: float | None, steps: int) -> tuple[str, ...]:
+    """None: nothing is watched, and what is measured is noise."""
     torch.manual_seed(0)
     bare = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
     watched = copy.deepcopy(bare)
     pair = [(model, trained(model)) for model in (bare, watched)]
-    monitor = torchsat.watch(watched, budget=budget)
+    monitor = None if budget is None else torchsat.watch(watched, budget=budget)
     totals = [0.0, 0.0]
     for turn in range(steps // TURN):
         for which in (0, 1) if turn % 2 else (1, 0):
             took = seconds(*pair[which], TURN)
             totals[which] += took if turn * TURN >= FIRST else 0.0
+    counted = len(range(FIRST, steps))
+    times = (f"{1e3 * totals[0] / counted:.3f} ms", f"{totals[1] / totals[0] - 1:+.4f}")
+    if monitor is None:
+        return "nothing watched", *times, "", ""
     monitor.close()
     said = monitor.overhead
-    counted = len(range(FIRST, steps))
-    return (
-        f"{budget}",
-        f"{1e3 * totals[0] / counted:.3f} ms",
-        f"{totals[1] / totals[0] - 1:+.4f}",
-        "unknown" if said is None else f"{said:.4f}",
-        str(monitor._schedule.interval),
-    )
+    return f"{budget}", *times, "unknown" if said is None else f"{said:.4f}", str(monitor._schedule.interval)
 
 
 def main() -> None:
@@ -65,7 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
-    rows = [row(float(budget), given.steps) for budget in given.budgets.split(",")]
+    rows = [row(budget, given.steps) for budget in (None, *map(float, given.budgets.split(",")))]
     found = table(("budget", "bare step", "measured", "monitor.overhead", "one step in"), rows)
     text = f"{machine(torch.device('cpu'))}; {given.steps} steps, counted from {FIRST} on.\n\n{found}"
     print(text)
