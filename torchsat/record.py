@@ -39,12 +39,8 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Record:
-    """What is known of one site at one observation.
-
-    All shares lie in [0, 1]. The facts of the site come first and stay the same; the measured numbers follow. At a softmax z are the logits
-    that are not masked and a the probabilities; what belongs to an element-wise derivative is None there.
-    """
+class SiteFacts:
+    """What is known of a site besides its numbers. It stays the same as long as the model does."""
 
     site: str
     activation: str
@@ -65,6 +61,15 @@ class Record:
     normal_high: float | None
     normal_derivative: float | None
     """`relative_derivative` for z ~ N(0, 1)."""
+
+
+@dataclass(frozen=True)
+class Record(SiteFacts):
+    """What is known of one site at one observation.
+
+    All shares lie in [0, 1]. The facts of the site come first; the measured numbers follow. At a softmax z are the logits that are not masked and a
+    the probabilities; what belongs to an element-wise derivative is None there.
+    """
 
     n: int
     """Elements measured, non-finite ones not counted. At most `sample` per call of the site."""
@@ -134,8 +139,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Weight:
-    """What is known of one layer that feeds a site, at one observation."""
+class LayerFacts:
+    """What is known of a layer that feeds a site besides its numbers. It stays the same as long as the model does."""
 
     name: str
     feeds: tuple[str, ...]
@@ -143,6 +148,12 @@ class Weight:
     fan_in: int
     data: bool
     """Its input is the model's: nothing that learns computed it."""
+
+
+@dataclass(frozen=True)
+class Weight(LayerFacts):
+    """What is known of one layer that feeds a site, at one observation."""
+
     learning_rate: float | None
     """Of the optimizer's group that owns it."""
 
@@ -262,10 +273,10 @@ class Coverage:
 
 _NOUNS = {"module": ("module", "modules"), "call": ("call", "calls"), "recurrent": ("gate", "gates"), "softmax": ("softmax", "softmaxes")}
 
-SITE_FACTS = ("site", "activation", "kind", "tails", "output", "gate", "after", "units", "normal_low", "normal_high", "normal_derivative")
+SITE_FACTS = tuple(field.name for field in fields(SiteFacts))
 RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not in (*SITE_FACTS, "histogram", "heads"))
 HEAD_METRICS = tuple(field.name for field in fields(Head))
-WEIGHT_FACTS = ("name", "feeds", "fan_in", "data")
+WEIGHT_FACTS = tuple(field.name for field in fields(LayerFacts))
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
 COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "worst_rank", "nonfinite_rank", "input_n", "rows")
 

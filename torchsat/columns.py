@@ -1,0 +1,92 @@
+"""Every number that is measured on the device, once: its name, how it merges, and which kernel writes it; standard library only.
+
+A *row* is one vector per site: the sum columns, then the max columns. A column adds, or takes the largest, over elements and depends on its element
+alone. Micro-batches, repeated calls of a shared module and ranks therefore all merge by the same operation, and everything else (means, shares,
+ratios) is derived on the host, in rows.py.
+
+The C kernel gets the order of the columns from here as macros, the Triton kernel as constants, plain torch and the packing of ranks by name. A new
+column is one line here, and one formula in each kernel (kernels/cpu.c, kernels/cuda.py, statistics.py). What a record shows of it is one field in
+record.py and one line in rows.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torchsat.record import HISTOGRAM_BINS
+
+
+class Merge(Enum):
+    """How the same column of two rows becomes one."""
+
+    SUM = "sum"
+    MAX = "max"
+
+
+class Direction(Enum):
+    """During which pass of the model a column is measured. One kernel writes the columns of one direction."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One number of a row."""
+
+    name: str
+    says: str
+    merge: Merge = Merge.SUM
+    measured: Direction = Direction.FORWARD
+    loss_scaled: bool = False
+    """It holds squares of gradients, which carry the factor of a GradScaler twice."""
+
+
+ROW: tuple[Column, ...] = (
+    Column("n", "Elements at which z, a and |f'| are finite; they alone enter the other columns."),
+    Column("elements", "Elements that passed through the site, read or not."),
+    Column("nonfinite", "Elements that were read and left out because z, a or |f'| is inf or nan."),
+    Column("low", "Elements on the low plateau."),
+    Column("high", "Elements on the high plateau."),
+    Column("derivative", "Sum of |f'(z)|."),
+    Column("derivative_sq", "Sum of f'(z)^2."),
+    Column("z", "Sum of z."),
+    Column("z_sq", "Sum of z^2."),
+    Column("a", "Sum of a."),
+    Column("a_sq", "Sum of a^2."),
+    Column("zeros", "Elements whose activation is exactly 0."),
+    Column("gate_left", "Elements whose activation is below 0.1; of a sigmoid only."),
+    Column("gate_right", "Elements whose activation is above 0.9; of a sigmoid only."),
+    Column("grad_a_n", "Elements at which dL/da was read.", measured=Direction.BACKWARD),
+    Column("grad_a_sq", "Sum of (dL/da)^2.", measured=Direction.BACKWARD, loss_scaled=True),
+    Column("grad_z_n", "Elements at which dL/dz was read.", measured=Direction.BACKWARD),
+    Column("grad_z_sq", "Sum of (dL/dz)^2.", measured=Direction.BACKWARD, loss_scaled=True),
+    Column("grad_nonfinite", "Elements left out because a gradient is inf or nan.", measured=Direction.BACKWARD),
+    *(Column(f"bin{k}", f"Elements in bin {k} of the histogram of |f'| / peak.") for k in range(HISTOGRAM_BINS)),
+    Column("peak", "sup|f'|; minus infinity where there is none.", Merge.MAX),
+    Column("z_max", "Largest z.", Merge.MAX),
+    Column("z_min_negated", "Minus the smallest z.", Merge.MAX),
+    Column("a_max", "Largest a.", Merge.MAX),
+    Column("a_min_negated", "Minus the smallest a.", Merge.MAX),
+)
+
+SUMS = tuple(column.name for column in ROW if column.merge is Merge.SUM)
+MAXES = tuple(column.name for column in ROW if column.merge is Merge.MAX)
+COLUMN = {name: at for at, name in enumerate((*SUMS, *MAXES))}
+"""The place of each column in a row."""
+assert tuple(COLUMN) == tuple(column.name for column in ROW), "in ROW the sum columns come first"
+BACKWARD = tuple(column.name for column in ROW if column.measured is Direction.BACKWARD)
+"""The columns that the backward pass writes: neighbours, so that one slice of a row holds them."""
+LOSS_SCALED = tuple(column.name for column in ROW if column.loss_scaled)
+
+HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "logit_max")
+"""Rows of the block [6, heads] of a softmax. The last one takes the largest, the others are sums over query rows."""
+UNITS = ("units", "units_measured", "units_stuck", "unit_samples")
+"""What is derived of a merged unit block [2, units] (samples, saturated samples): how many units there are, how many have enough samples, how many of
+these are stuck, and the samples of the least sampled unit."""
+FEATURES = ("samples", "x", "x_sq")
+"""Rows of the block [3, features] of a layer's input: samples, sum of x, sum of x^2 of each feature."""
+LAYER = ("weight_sq", "change_sq", "grad_sq", "input_n", "input_sq", "input_offset_sq")
+"""Numbers of a layer: sums of squares over the elements of its weight that were read (of the weight, of its change by the optimizer's step, of its
+gradient), then of its input the samples, the mean square, and the mean over features of the squared mean."""

@@ -1,0 +1,315 @@
+"""Every private name of torch that torchsat uses, and every walk over the Python stack, each with its reason.
+
+A private name can change with any release of torch. They all stand here, behind functions whose names say what they answer, so that a new release
+breaks this file and no other. Each docstring says why no public name serves and which public name to use once there is one. `./dev matrix` runs the
+tests on the oldest and on the newest torch; it is the check of this file.
+
+Some questions have no answer in torch at all, private or public: which optimizer is stepping, which GradScaler called it, whether a function made by
+torch.compile is running. They are answered from the frames of the stack, by `frames` and the functions after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, FrameType
+from typing import Any, cast
+
+import torch
+import torch._dynamo.config
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo import eval_frame, external_utils
+from torch._subclasses import FakeTensor
+from torch.autograd.graph import Node
+from torch.nn.modules.conv import _ConvNd as Convolution
+from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import __file__ as _checkpoint_file
+
+__all__ = ["Convolution", "TransposedConvolution", "tree_leaves", "tree_map"]
+"""Names that are passed on as they are.
+
+Convolution, TransposedConvolution: the base classes of all convolutions, lazy ones included. The public classes would have to be listed one by one.
+tree_leaves, tree_map: the tensors in nested tuples, lists and dicts. There is no public module for this; `torch.utils.pytree` is announced.
+"""
+
+PIPELINES = "torch.distributed.pipelining.stage"
+"""The module whose import makes stages of a pipeline possible. It is looked up in sys.modules, since importing it takes seconds."""
+
+
+def frames(skip: int = 1) -> Iterator[FrameType]:
+    """The frames of the Python stack, innermost first, without the innermost `skip` ones and this function's own."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(skip):
+        frame = frame.f_back if frame is not None else None
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def caller_of_hook() -> object | None:
+    """The `self` of the method that called the function which calls this one. None where that is no method.
+
+    For libraries that call a callback without saying who they are.
+    """
+    return cast("object | None", sys._getframe(2).f_locals.get("self"))
+
+
+def inside_compiled_code() -> bool:
+    """Whether a function made by torch.compile is on the stack.
+
+    torch.compiler.is_compiling answers only while torch traces. The wrapper of a compiled function is called compile_wrapper, in older versions _fn.
+    """
+    return any(frame.f_code.co_name in ("compile_wrapper", "_fn") and frame.f_code.co_filename == eval_frame.__file__ for frame in frames())
+
+
+def steps_on_stack() -> list[Optimizer]:
+    """The optimizers whose `step` is running, outermost first. torch wraps every step in a function called `wrapper`."""
+    found = [frame.f_locals.get("self") for frame in frames() if frame.f_code.co_name == "wrapper"]
+    return [each for each in reversed(found) if isinstance(each, Optimizer)]
+
+
+def gradient_scale(optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+    """The factor that a GradScaler multiplied the loss with, and the flag of an overflow that the optimizer itself acts on; None where there is none.
+
+    A scaler leaves no trace on model or optimizer before the step, but it is the scaler that calls `step`. `get_scale()` would wait for the device.
+    """
+    for frame in frames():
+        caller = frame.f_locals.get("self") if frame.f_code.co_name in ("step", "_maybe_opt_step") else None
+        if isinstance(caller, torch.amp.GradScaler):
+            # The scaler changes its own tensor in place, so a copy is returned.
+            scale = caller._scale.clone() if caller.is_enabled() and caller._scale is not None else None
+            return scale, getattr(optimizer, "found_inf", None)
+    return None, None
+
+
+_CALL: CodeType = nn.Module._call_impl.__code__
+
+
+def runs_twice(module: nn.Module) -> bool:
+    """Whether two calls of this module are on the stack: it calls itself."""
+    calls = (frame for frame in frames() if frame.f_code is _CALL and frame.f_locals.get("self") is module)
+    return next(calls, None) is not None and next(calls, None) is not None
+
+
+_REHEARSALS = ("_prepare_forward_infra", "_shape_inference")
+
+
+def rehearses() -> bool:
+    """Whether a pipeline runs its stage only to learn the shapes of what it makes, on memory that nobody has written."""
+    if PIPELINES not in sys.modules:
+        return False
+    return any(frame.f_code.co_name in _REHEARSALS and frame.f_globals.get("__name__") == PIPELINES for frame in frames())
+
+
+def saving_is_hooked() -> bool:
+    """Whether what autograd saves goes through hooks, as in a checkpoint, which would run the forward again to give it back.
+
+    torch.autograd.graph has `saved_tensors_hooks` to set such hooks, but nothing to ask for them. torch before 2.7 cannot say at all, so there the
+    stack is searched for a checkpoint, which is what uses such hooks.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if top is not None:
+        return top(False) is not None
+    return any(frame.f_code.co_filename == _checkpoint_file for frame in frames())
+
+
+def backward_number() -> int | None:
+    """The number of the backward pass that runs on this thread; None outside of one. No public name tells a backward from a forward."""
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs on this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def will_accumulate(parameter: Tensor) -> bool:
+    """Inside a backward pass: whether it will add to this parameter's `.grad`.
+
+    torch.autograd.grad runs the same engine and adds nothing; no public name tells the two apart. An engine that cannot say, such as compiled
+    autograd, counts as one that does not.
+    """
+    with torch.enable_grad():
+        node = parameter.view_as(parameter).grad_fn
+    leaf = node.next_functions[0][0] if node is not None else None
+    try:
+        return leaf is not None and torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:
+        return False
+
+
+def forward_class(node: Node) -> type | None:
+    """The user's autograd.Function that made this node, or torch's class of a compiled function; None for every other node."""
+    return getattr(node, "_forward_cls", None)
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of; None where it is no view. `Tensor._base` is documented but private."""
+    return tensor._base
+
+
+def is_traced() -> bool:
+    """Whether torch compiles or traces now, so that nothing of ours may run. torch.jit.is_tracing is slower and does the same."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def without_function_modes() -> contextlib.AbstractContextManager[Any, Any]:
+    """Hides calls of torch from modes of other monitors and of the user. `torch.overrides` has no public context manager for this."""
+    return torch._C.DisableTorchFunction()
+
+
+def set_grad_enabled(on: bool) -> None:
+    """torch.set_grad_enabled without its object and without telling function modes: it is called twice in every hook."""
+    torch._C._set_grad_enabled(on)
+
+
+def dispatch_modes_are_open() -> bool:
+    """Whether a TorchDispatchMode would see what we compute."""
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Closes the user's TorchDispatchModes meanwhile, so that their counts stay those of the model. There is no public name."""
+    return _disable_current_modes()
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The open TorchFunctionModes, outermost first."""
+    return cast("list[TorchFunctionMode]", _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+
+
+def close_function_mode(mode: TorchFunctionMode) -> None:
+    """Close one open mode wherever it lies in the stack. A mode's own `__exit__` closes the innermost, whichever that is."""
+    above: list[TorchFunctionMode] = []
+    while (innermost := cast(TorchFunctionMode, _pop_mode())) is not mode:  # type: ignore[no-untyped-call]
+        above.append(innermost)
+    for each in reversed(above):
+        _push_mode(each)  # type: ignore[no-untyped-call]
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether the tensor holds numbers of this run: neither a stand-in that has only a shape, nor one row of a transform of torch.func."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def compiled_inside(module: nn.Module) -> nn.Module | None:
+    """The module that torch.compile wrapped; None where this is no such wrapper."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether this module runs through torch.compile: wrapped by it, compiled in place, or with a compiled `forward` of its own."""
+    own_forward = vars(module).get("forward")
+    return (
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None or hasattr(own_forward, "_torchdynamo_orig_callable")
+    )
+
+
+def uncompiled(function: Any) -> Any:
+    """The function that torch.compile was given, or the function of a method; any other value as it is."""
+    return getattr(function, "_torchdynamo_orig_callable", getattr(function, "__func__", function))
+
+
+def forget_graphs(model: nn.Module) -> None:
+    """Compile anew what is made of the code of this model's modules. torch.compiler.reset would forget the graphs of every model."""
+    # Where forward is torch's own, as in a Sequential, what is compiled is a wrapper around the call.
+    around = (external_utils.wrap_inline(model.forward), nn.Module._call_impl, nn.Module._wrapped_call_impl)
+    for code in {function.__code__ for function in (*around, *(type(each).forward for each in model.modules())) if hasattr(function, "__code__")}:
+        eval_frame.remove_from_cache(code)
+
+
+def can_guard_hooks() -> bool:
+    """Whether this torch can be told to look at the hooks of modules before it runs a graph."""
+    return hasattr(torch._dynamo.config, "skip_nnmodule_hook_guards")
+
+
+def skips_hook_guards(skips: bool | None = None) -> bool:
+    """Whether torch.compile ignores that a module's hooks have changed; set first, where a value is given. There is no public setting."""
+    if skips is not None:
+        torch._dynamo.config.skip_nnmodule_hook_guards = skips
+    return bool(torch._dynamo.config.skip_nnmodule_hook_guards)
+
+
+def stance() -> object:
+    """The stance of the compiler that holds now. torch.compiler.set_stance sets it, but nothing public tells it."""
+    return eval_frame._stance
+
+
+def ordered_effect() -> Callable[[Any], Any] | None:
+    """How to declare that the compiler may neither drop an operator nor move it past another; None where this torch has no such thing."""
+    try:
+        from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+    except ImportError:
+        return None
+    return lambda operator: _register_effectful_op(operator, _EffectType.ORDERED)
+
+
+def wrapped_by_data_parallel() -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward runs now. A module inside it has no other way to learn of it."""
+    return nn.parallel.DistributedDataParallel._active_ddp_module
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) has made flat parameters of the weights of this model. fully_shard (FSDP2) never does."""
+    return any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
+
+
+def fully_sharded_divisor(module: nn.Module) -> float | None:
+    """What fully_shard (FSDP2) divides the gradients of this module by; None where it does not say. No public getter exists."""
+    group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
+    mesh = getattr(group, "mesh_info", None)
+    if mesh is None:
+        return None
+    told = getattr(group, "gradient_divide_factor", None)
+    return float(told or int(getattr(mesh, "shard_mesh_size", 1)) * int(getattr(mesh, "replicate_mesh_size", 1)))
+
+
+def default_store() -> Any:
+    """The store of the whole job: the only one that every rank of any group can reach."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
+    """The backend of a group for a kind of device. RuntimeError where it has none."""
+    return group._get_backend(device)
+
+
+def timeout_of(backend: Any) -> Any:
+    """How long collectives of this backend may take, as a timedelta."""
+    return getattr(getattr(backend, "options", None), "_timeout", dist.distributed_c10d.default_pg_timeout)
+
+
+def nccl_options(timeout: Any) -> Any:
+    """Options of an NCCL group with this timeout. `new_group` would make the group too, which all ranks of the job must join."""
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return options
+
+
+def shard_offset(shape: Iterable[int], mesh: Any, placements: Any) -> tuple[int, ...]:
+    """Where this rank's part of a DTensor begins, along each axis. `torch.distributed.tensor` has no public function for it."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, first = compute_local_shape_and_global_offset(tuple(shape), mesh, placements)
+    return tuple(first)
+
+
+def finished(tensor: Tensor) -> Tensor:
+    """The tensor itself, after the asynchronous collective that makes it, if one does."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    return cast(Tensor, tensor.trigger_wait()) if isinstance(tensor, AsyncCollectiveTensor) else tensor  # type: ignore[no-untyped-call]
+
+
+def is_stage(value: object) -> bool:
+    """Whether this is a stage of torch.distributed.pipelining, of whichever kind."""
+    pipelines = sys.modules.get(PIPELINES)
+    return pipelines is not None and isinstance(value, pipelines._PipelineStageBase)
