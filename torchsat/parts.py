@@ -6,7 +6,7 @@ Nothing here knows whether other ranks exist. A transport for one process and on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -89,6 +89,10 @@ class Parts:
     """The flag of an overflow, for which the optimizer itself has skipped the step."""
     structure: int = 0
     """Which structure of the model this is of: a number that changes when sites or layers do. Windows of units do not reach beyond it."""
+
+    def averaged(self, averages: float) -> Parts:
+        """The same, of a loss that is smaller by this factor than the one whose gradient this process sees."""
+        return replace(self, averages=averages)
 
     @property
     def is_empty(self) -> bool:

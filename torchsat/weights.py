@@ -87,7 +87,7 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, _ConvNd))
 
 
-def why_not(module: nn.Module) -> str | None:
+def why_unmeasured(module: nn.Module) -> str | None:
     """Why the weight of this layer cannot be measured, or None."""
     if is_parametrized(module, "weight"):
         return "its weight is computed from others, and reading it can change them"

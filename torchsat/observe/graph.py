@@ -1,23 +1,22 @@
 """What the autograd graph tells of a pass: which layers feed a site, what comes after it, what multiplies it, and what nobody saw.
 
-Nodes are looked at while the pass runs and forgotten after it. A walk holds nodes, never tensors.
+Nodes are looked at while the pass runs and forgotten after it. A walk holds nodes, never tensors, so that it keeps no activation alive.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import __file__ as checkpoint_file
+
+from torchsat import internals
+from torchsat.internals import tree_leaves
 
 _MATRIX_PRODUCT = re.compile(r"Addmm|^Mm|Bmm|Baddbmm|Convolution|Matmul|Linear|Attention|Rnn")
 _ACTIVATION = re.compile(
@@ -28,11 +27,11 @@ _VIEW = re.compile(r"(\w*View|Unsqueeze|Squeeze|Expand|Transpose|Permute|Slice|S
 _COLLECTIVE = re.compile(r"c10d|AllReduce|AllGather|ReduceScatter|AllToAll|Broadcast|WaitTensor", re.IGNORECASE)
 _UNHEARD = "called where no hook of torch is heard: in a compiled or scripted function, in torch.ops, in a transform of torch.func"
 MOST_NODES = 3000
-"""That Python looks at in one pass."""
+"""The most nodes that Python looks at in one pass."""
 
 
 def upstream(starts: Iterable[Node | None], stop: Callable[[Node], bool], limit: int = 512) -> Iterator[Node]:
-    """The nodes that lead to these, breadth first, not beyond those where `stop` holds."""
+    """The nodes that lead to these, breadth first. The walk does not go beyond a node for which `stop` holds."""
     queue, met = deque(node for node in starts if node is not None), set[Node]()
     while queue and len(met) < limit:
         node = queue.popleft()
@@ -77,31 +76,17 @@ def _behind_views(node: Node) -> Node:
 def derivative(a: Tensor, node: Node, output_nr: int, direction: Tensor) -> Tensor | None:
     """J^T direction from a tensor back to an earlier edge of its graph, which stays as it is.
 
-    None where that would run more than torch's own derivatives: a user's backward, a collective, hooks of saved tensors (a checkpoint, which
-    would compute all again).
+    None where that would run more than torch's own derivatives: a user's backward, a collective, or hooks of saved tensors (as in a checkpoint, which
+    would run the forward again).
     """
     assert a.grad_fn is not None
     between = list(upstream([a.grad_fn], lambda each: each is node))
-    if node not in between or saving_is_hooked():
+    if node not in between or internals.saving_is_hooked():
         return None
-    if any(hasattr(each, "_forward_cls") or _COLLECTIVE.search(each.name()) for each in between if each is not node):
+    if any(internals.forward_class(each) is not None or _COLLECTIVE.search(each.name()) for each in between if each is not node):
         return None
     edge = torch.autograd.graph.GradientEdge(node, output_nr)
     return torch.autograd.grad(a, edge, direction, retain_graph=True, allow_unused=True)[0]
-
-
-def saving_is_hooked() -> bool:
-    """Whether what is saved for the backward goes through hooks, as in a checkpoint, which would run the forward again to give it back."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None:
-        return top(False) is not None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        # torch before 2.7 cannot say; a checkpoint is what uses them.
-        if frame.f_code.co_filename == checkpoint_file:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def ends(values: Any) -> set[Node]:
@@ -125,8 +110,9 @@ def _opened(values: Any) -> Any:
 class Survey:
     """Walks over the graph of one pass, and what they have met: a part at a time, as modules are entered and left.
 
-    What a site explains is given to `explain`; `explore` then says which of the other nodes are activations. Nodes that Python has touched are
-    freed one inside the other, which overflows the stack on a chain of tens of thousands: no more than `MOST_NODES` are.
+    What a site accounts for is given to `explain`; `explore` then says which of the other nodes are activations. When a chain of nodes that Python has
+    touched is freed, each node frees the next one inside its own destructor, and a chain of tens of thousands overflows the stack. No more than
+    MOST_NODES are therefore touched.
     """
 
     def __init__(self) -> None:
@@ -137,11 +123,11 @@ class Survey:
 
     @property
     def is_spent(self) -> bool:
-        """Whether the graph is larger than what may be looked at."""
+        """Whether the graph has more nodes than may be looked at."""
         return len(self._touched) >= MOST_NODES
 
     def upstream(self, starts: Iterable[Node | None], stop: Callable[[Node], bool], limit: int = MOST_NODES) -> Iterator[Node]:
-        """As the function of that name, within the budget of the pass."""
+        """As the function `upstream`, but no further than MOST_NODES nodes in the whole pass."""
         for node in upstream(starts, lambda node: self.is_spent or stop(node), limit):
             self._touched.add(node)
             yield node
@@ -162,7 +148,7 @@ class Survey:
         return any(has_weight(met) for met in self.upstream([node], has_weight, 512))
 
     def skip(self, nodes: Iterable[Node]) -> None:
-        """These nodes, and what lies before them, are not the model's."""
+        """These nodes, and what lies before them, do not belong to the model."""
         self._met.update(nodes)
 
     def explain(self, starts: Iterable[Node], before: set[Node]) -> None:
@@ -182,8 +168,8 @@ class Survey:
                 factors = [_behind_views(before) for before, _ in node.next_functions if before is not None]
                 if len(factors) == 2 and factors[0] is not factors[1]:
                     self.products.append((factors[0], factors[1]))
-            elif hasattr(node, "_forward_cls"):
-                origin = node._forward_cls.__module__ or ""
+            elif (made_by := internals.forward_class(node)) is not None:
+                origin = made_by.__module__ or ""
                 if name.startswith("CompiledFunction"):
                     yield "compiled", "a compiled function: what is fused in it runs no hook"
                 elif not origin.startswith("torch."):

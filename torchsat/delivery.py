@@ -1,0 +1,254 @@
+"""What becomes of an observation once it is under way: numbers that arrive are judged, made a Snapshot, and handed to the sinks.
+
+Nothing here waits for a device. What has arrived is delivered at the end of a later step, in the order of steps. What all ranks know becomes visible on
+all of them at the end of the same step, so that a loop that stops on an alert stops everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+from torchsat.alerts import verdict
+from torchsat.diagnosis import Diagnosis
+from torchsat.faults import Faults
+from torchsat.judge import Judge
+from torchsat.observe.observation import Retry
+from torchsat.options import Options, Sink
+from torchsat.record import Alert, Coverage, Snapshot
+from torchsat.rows import Stuck, to_record, to_weight
+from torchsat.sites import Sites
+from torchsat.tensorboard import SUBRUN
+from torchsat.transport.flight import Flight
+from torchsat.transport.meeting import GRACE, LAG, PATIENCE
+from torchsat.transport.packing import Numbers
+from torchsat.transport.parallel import default_group
+from torchsat.transport.route import Route
+
+log = logging.getLogger("torchsat")
+
+_MOST_IN_FLIGHT = 16
+"""Observations on their way before one is waited for: a device that is this far behind would otherwise fill the host's pinned memory."""
+
+
+class Delivery:
+    """Delivers the observations of one monitor.
+
+    Args:
+        model: the name of the model's class, for people.
+    """
+
+    def __init__(self, options: Options, model: str, sites: Sites, route: Route, faults: Faults) -> None:
+        self._model = model
+        self._sites = sites
+        self._route = route
+        self._faults = faults
+        self._on_alert = options.on_alert
+        self._sinks: list[Sink] = list(options.sinks or ())
+        self._judge = Judge(options.rules, faults.report)
+        self._diagnosis = Diagnosis()
+        self._stuck: dict[str, Stuck] = {}
+        """Of each site the last full window of its units."""
+        self._in_flight: list[Flight] = []
+        self._announced = False
+        self._moved = False
+        self._nothing = "of its activations, include= and exclude= leave none" if options.include or options.exclude else "no activation was found"
+        self.latest: Snapshot | None = None
+        """The newest snapshot that has reached the host."""
+        if options.log_dir is not None or options.writer is not None:
+            from torchsat.tensorboard.writer import TensorBoardWriter
+
+            files = TensorBoardWriter(options.log_dir, options.writer)
+            self._sinks.insert(0, files)
+            if default_group() is None and int(os.environ.get("WORLD_SIZE") or 1) < 2:
+                # Of several ranks, which may come to be only after this, those that write none make none.
+                files.open()
+
+    @property
+    def alerts(self) -> tuple[Alert, ...]:
+        """The alerts that fire now, worst first."""
+        return self._diagnosis.firing
+
+    @property
+    def coverage(self) -> Coverage:
+        """What is seen on any rank, and what is not on this one."""
+        return self._sites.coverage(self._route.kinds)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no observation is under way."""
+        return not self._in_flight
+
+    def history(self) -> dict[str, Any]:
+        """What is remembered of earlier observations, in plain types."""
+        stuck = {name: [known.share, known.samples] for name, known in self._stuck.items()}
+        return {"stuck": stuck, "judge": self._judge.state_dict(), "diagnosis": self._diagnosis.state_dict()}
+
+    def take_up(self, history: dict[str, Any]) -> None:
+        """Go on with what another monitor remembered."""
+        stuck = {name: Stuck(float(share), int(samples)) for name, (share, samples) in history["stuck"].items()}
+        self._judge.load_state_dict(history["judge"])
+        self._diagnosis.load_state_dict(history["diagnosis"])
+        self._stuck = stuck
+
+    def resume(self, log_dir: str | os.PathLike[str] | None, start: int | Literal["resume"]) -> int:
+        """Take up what the event files of an earlier session say. Returns the number of the first step."""
+        if start == 0 or log_dir is None:
+            return 0 if start == "resume" else start
+        from torchsat.tensorboard.reader import read_runs
+
+        try:
+            history = read_runs(os.path.join(os.fspath(log_dir), SUBRUN))[-1].snapshots
+        except FileNotFoundError:
+            return 0 if start == "resume" else start
+        step = history[-1].step + 1 if start == "resume" else start
+        history = [snapshot for snapshot in history if snapshot.step < step]
+        told: dict[tuple[str, str], Alert] = {}
+        for alert in (alert for snapshot in history for alert in snapshot.alerts):
+            told.pop((alert.site, alert.rule), None)
+            if alert.firing:
+                told[alert.site, alert.rule] = alert
+        if history:
+            self._judge.resume(list(told.values()), len(history))
+            self._diagnosis.resume(told.values(), history[0], history[-1])
+        return step
+
+    def add(self, flight: Flight | None) -> None:
+        """An observation is under way."""
+        if flight is not None:
+            self._in_flight.append(flight)
+
+    def drain(self, step: int, overhead: float | None, wait: float = 0.0) -> Retry | None:
+        """Deliver, in order, what has arrived; or everything, waiting for so many seconds.
+
+        Args:
+            step: the number of the step that ends now.
+            overhead: the share of training time that observing took lately.
+
+        Returns:
+            OVERFLOW where one of them turned out to be of a step that its optimizer has skipped.
+        """
+        retry = None
+        if len(self._in_flight) > _MOST_IN_FLIGHT:
+            wait = max(wait, PATIENCE)
+        while self._in_flight:
+            flight = self._in_flight[0]
+            if flight.layout.shared and self._route.together:
+                if not wait and step < flight.step + LAG:
+                    break
+                flight.wait(wait or GRACE)
+            elif wait:
+                flight.wait(wait)
+            elif not flight.arrived():
+                break
+            self._in_flight.remove(flight)
+            retry = self._deliver(flight, overhead) or retry
+        return retry
+
+    def _deliver(self, flight: Flight, overhead: float | None) -> Retry | None:
+        numbers = self._route.read(flight)
+        if numbers.skipped:
+            # Which steps are observed is a matter of all ranks.
+            return None if self._route.together else Retry.OVERFLOW
+        snapshot = self._snapshot(flight, numbers, overhead)
+        if snapshot is None:
+            return None
+        self.latest = snapshot
+        if self._route.speaks:
+            self._announce(snapshot)
+            self._move_files()
+            # First to the files: a callback may close the monitor.
+            for sink in list(self._sinks):
+                self._to_sink(sink, functools.partial(sink, snapshot))
+            for alert in snapshot.alerts:
+                self._alert(alert)
+        return None
+
+    def _snapshot(self, flight: Flight, numbers: Numbers, overhead: float | None) -> Snapshot | None:
+        """What an observation has found; None where other ranks took part in it and no rank measured anything."""
+        records = []
+        for row in numbers.sites:
+            record, stuck = to_record(row, numbers.scale, self._stuck.get(row.facts.site))
+            if stuck is not None:
+                self._stuck[row.facts.site] = stuck
+            if record.n or record.nonfinite:
+                records.append(record)
+        if not records and flight.layout.shared:
+            if not flight.layout.sites and not self._sites.has_modules:
+                self.say_nothing_watched()
+            return None
+        weights = tuple(to_weight(row) for row in numbers.layers)
+        snapshot = Snapshot(flight.step, flight.time, tuple(records), weights, overhead=overhead)
+        return replace(snapshot, alerts=self._diagnosis.judge(self._judge.judge(snapshot), self._judge.firing, snapshot))
+
+    def _announce(self, snapshot: Snapshot) -> None:
+        """One line after the first observation: what is watched, and what is not."""
+        if self._announced:
+            return
+        self._announced = True
+        coverage = self.coverage
+        unseen, kinds = coverage.unseen, coverage.described
+        rest = ""
+        if unseen:
+            names = ", ".join(place for place, _ in unseen[:3]) + (", ..." if len(unseen) > 3 else "")
+            rest = f"; not seen: {len(unseen)} ({names}), see monitor.coverage"
+        log.info("torchsat: watching %s and %d layers%s", kinds, len(snapshot.weights), rest)
+
+    def say_nothing_watched(self) -> None:
+        """One line where the model has no activation to be watched."""
+        if not self._announced and self._route.speaks:
+            self._announced = True
+            log.warning("torchsat: %s: %s, nothing is watched. See monitor.coverage.", self._model, self._nothing)
+
+    def say_stopped(self, step: int, names: list[str]) -> None:
+        """One line for sites that ran before and no longer do."""
+        if names and self._route.speaks:
+            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            log.warning("torchsat: step %d: %s ran before, but not in the last observations.", step, listed)
+
+    def _move_files(self) -> None:
+        """Only the first rank of a job writes where the user said; what another one writes, for itself or its group, must not get in between."""
+        if self._route.rank and not self._moved:
+            self._moved = True
+            for sink in self._sinks:
+                if hasattr(sink, "move"):
+                    sink.move(f"rank{self._route.rank}")
+
+    def _alert(self, alert: Alert) -> None:
+        level = logging.INFO if not alert.firing else logging.ERROR if alert.severity == "critical" else logging.WARNING
+        log.log(level, "torchsat: step %d: %s", alert.step, verdict(alert))
+        if self._on_alert is not None:
+            try:
+                self._on_alert(alert)
+            except Exception as error:
+                self._on_alert = None
+                self._faults.report("on_alert", error, "it is not called again")
+
+    def flush(self) -> None:
+        """Wait for the sinks."""
+        for sink in list(self._sinks):
+            self._to_sink(sink, getattr(sink, "flush", None))
+
+    def close(self) -> None:
+        """Close the sinks."""
+        for sink in list(self._sinks):
+            self._to_sink(sink, getattr(sink, "close", None))
+        self._sinks.clear()
+
+    def _to_sink(self, sink: Sink, call: Callable[[], Any] | None) -> None:
+        """Call a sink; one that raises is closed and gets no more snapshots."""
+        if call is None:
+            return
+        try:
+            call()
+        except Exception as error:
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+                with contextlib.suppress(Exception):
+                    getattr(sink, "close", lambda: None)()
+            self._faults.report(f"sink {getattr(sink, '__qualname__', type(sink).__name__)}", error, "it gets no more snapshots")

@@ -1,0 +1,39 @@
+"""What is said when something of ours fails: one line that names the place and what is lost, and training goes on.
+
+`errors="raise"`, for developers of torchsat, lets the exception through instead.
+"""
+
+from __future__ import annotations
+
+import logging
+
+log = logging.getLogger("torchsat")
+
+MODEL = "(model)"
+"""The place of a fault that ends all monitoring of a model."""
+
+
+class Faults:
+    """Reports the faults of one monitor.
+
+    Args:
+        raises: raise each fault instead of reporting it.
+    """
+
+    def __init__(self, raises: bool) -> None:
+        self._raises = raises
+        self.ended: str | None = None
+        """Why all monitoring of this model has ended; None as long as it goes on."""
+
+    def report(self, place: str, error: Exception, lost: str | None = None) -> None:
+        """Say that something failed at a place, and what is lost by it. A fault at MODEL ends the monitor.
+
+        Raises:
+            Exception: the fault itself, where the user asked for that.
+        """
+        if place == MODEL:
+            self.ended = f"{type(error).__name__}: {error}"
+        if self._raises:
+            raise error
+        lost = lost or ("all monitoring stops" if place == MODEL else f"{place} is no longer watched")
+        log.warning("torchsat: %s: %s: %s; %s. Training is not affected.", place, type(error).__name__, error, lost)

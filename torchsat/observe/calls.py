@@ -1,0 +1,358 @@
+"""Function calls: `F.gelu(x)`, `x.tanh()`, softmax, attention, GLU. A mode of torch hears them, a stack of modules says where they happen.
+
+The mode costs about 2 us per call of torch. So it is open only in an observation, only between entering and leaving the outermost module, and not inside
+modules that are sites themselves. A call is named after the module in whose forward it happens and numbered within one run of that forward:
+`blocks.0/gelu`, `blocks.0/gelu_1`; directly in the model, `gelu`.
+
+With a mode open, torch.nn's encoder layers and attention leave their fused inference path. Where they would take it, nothing is heard, so that training
+stays bit for bit the same. A function compiled by the user is compiled once more for calls under the mode, and not heard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.overrides import TorchFunctionMode
+
+from torchsat import internals
+from torchsat.activations import Activation, Bound, bind_call
+from torchsat.attention import SoftmaxRows, attention_logits
+from torchsat.faults import MODEL
+from torchsat.observe.graph import Survey, ends, has_weight
+from torchsat.observe.meter import Call, check_plain
+from torchsat.replay import NotRebuiltError
+from torchsat.sampling import Sample
+from torchsat.sites import Site
+from torchsat.statistics import upcast
+from torchsat.structure import Found
+
+if TYPE_CHECKING:
+    from torchsat.observe.observation import Observation
+
+Function = Callable[..., Any]
+Finish = Callable[[Any], None]
+"""What is done with the result of a call."""
+
+
+class Role(Enum):
+    """A function that is a site and no element-wise activation; the value is the name of the site."""
+
+    SOFTMAX = "softmax"
+    SOFTMIN = "softmin"
+    ATTENTION = "attention"
+    GLU = "glu"
+
+
+ROLES: Mapping[Function, Role] = {
+    torch.softmax: Role.SOFTMAX,
+    torch.special.softmax: Role.SOFTMAX,
+    F.softmax: Role.SOFTMAX,
+    Tensor.softmax: Role.SOFTMAX,
+    F.softmin: Role.SOFTMIN,
+    F.scaled_dot_product_attention: Role.ATTENTION,
+    F.multi_head_attention_forward: Role.ATTENTION,
+    F.glu: Role.GLU,
+}
+UNSEEN: Mapping[str, str] = {
+    "log_softmax": "its derivative does not vanish: there is nothing to saturate",
+    "special_log_softmax": "its derivative does not vanish: there is nothing to saturate",
+    "gumbel_softmax": "its logits are disturbed by random numbers inside",
+    "flex_attention": "fused attention with scores of the user's own, which torchsat does not compute again",
+}
+"""The functions that are heard but not measured, by name, and why."""
+_FUSED_INFERENCE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+_FUSED = "it is frozen and in evaluation mode, where torch runs it as one kernel"
+_SOFTMAX = Bound(Activation("softmax"), lambda z: z, {}, {}, 0.0, None)
+"""What a softmax has in place of a function of one element."""
+_PRODUCTS = ("Bmm", "Baddbmm", "Matmul")
+"""The beginnings of the names of nodes that are batched matrix products."""
+
+
+@dataclass
+class Frame:
+    """One module whose forward is running."""
+
+    path: str
+    module: nn.Module
+    hears: bool
+    keeps_open: bool = False
+    """The mode stays open though nothing is heard: to open it again would cost more than to let a call or two pass."""
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often each function has been called so far."""
+
+    def place(self, name: str) -> str:
+        """The name of the next call of this function."""
+        count = self.calls.get(name, 0)
+        self.calls[name] = count + 1
+        place = f"{self.path}/{name}" if self.path else name
+        return f"{place}_{count}" if count else place
+
+
+class CallMode(TorchFunctionMode):
+    """The mode, and the modules that are running, by thread.
+
+    Args:
+        hear: called in place of every function of torch while the mode is open, with (frame, function, args, kwargs). It must call the function.
+    """
+
+    def __init__(self, hear: Callable[[Frame, Function, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self._hear = hear
+        self._local = threading.local()
+
+    def __torch_function__(self, function: Function, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if internals.is_traced():
+            return function(*args, **kwargs)
+        frames = self._frames
+        return self._hear(frames[-1], function, args, kwargs) if frames else function(*args, **kwargs)
+
+    @property
+    def top(self) -> Frame | None:
+        """The innermost module that is running on this thread."""
+        frames = self._frames
+        return frames[-1] if frames else None
+
+    def enter(self, frame: Frame) -> None:
+        """A module's forward begins."""
+        self._frames.append(frame)
+        self._set(frame.hears or frame.keeps_open)
+
+    def leave(self, module: nn.Module) -> Frame | None:
+        """Leave a module, and those inside it whose end was not heard."""
+        frames = self._frames
+        found = next((at for at in range(len(frames) - 1, -1, -1) if frames[at].module is module), None)
+        if found is None:
+            return None
+        frame = frames[found]
+        del frames[found:]
+        self._set(bool(frames) and (frames[-1].hears or frames[-1].keeps_open))
+        return frame
+
+    def reset(self) -> None:
+        """Leave everything on this thread: a KeyboardInterrupt ends a forward without calling any hook."""
+        self._frames.clear()
+        self._set(False)
+
+    @property
+    def _frames(self) -> list[Frame]:
+        frames: list[Frame] | None = getattr(self._local, "frames", None)
+        if frames is None:
+            frames = self._local.frames = []
+        return frames
+
+    def _set(self, on: bool) -> None:
+        """Open or close the mode, wherever in the stack it lies: others may have been opened since, or have closed it."""
+        is_open = self in internals.function_modes()
+        if on and not is_open:
+            super().__enter__()  # type: ignore[no-untyped-call]
+        elif not on and is_open:
+            internals.close_function_mode(self)
+
+
+class Calls:
+    """Hears the function calls of one observation and measures those that are activations."""
+
+    def __init__(self, observation: Observation) -> None:
+        self._observation = observation
+        self._mode = CallMode(self._hear)
+        self._names: frozenset[str] = frozenset()
+        """The sites that are modules. A call that would have such a name gets another one."""
+        self._roles: dict[Any, Activation | Role] = dict(ROLES)
+        for row in reversed(observation.options.activations):
+            self._roles.update(dict.fromkeys(row.calls, row))
+
+    def reset(self) -> None:
+        """Leave everything: the observation is over, or a forward ended without a word."""
+        self._mode.reset()
+
+    def hook(self, found: Found) -> Callable[[], None]:
+        """Hook the modules in whose forward functions may be called; what is returned hooks their ends."""
+        self._names = frozenset(found.names)
+        for each in found.callers:
+            self._observation.hook_before(each.module, MODEL, self._begin_module, each.name, each.explained)
+
+        def hook_ends() -> None:
+            for each in found.callers:
+                self._observation.hook_after(each.module, MODEL, self._end_module, each.explained, always=True)
+
+        return hook_ends
+
+    def _is_explained(self, module: nn.Module) -> bool:
+        """Whether a module of the user's own is known to be a site itself."""
+        return self._observation.sites.own.get(module) is not None
+
+    def _begin_module(self, path: str, explained: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module is entered: its calls are heard, and what its parent computed before is looked through."""
+        observation, above = self._observation, self._mode.top
+        counts = internals.in_backward() or observation.passes.counts(module)
+        if not counts and above is None:
+            return
+        lineage = observation.lineage
+        if lineage.looks and counts:
+            if above is not None:
+                lineage.look(ends((args, kwargs)), above.path)
+            else:
+                # What comes into the model, or is computed between its modules, is not the model's.
+                lineage.survey.skip(ends((args, kwargs)))
+        fused = counts and _takes_fused_path(module, (*args, *kwargs.values()), observation.guard.grad_enabled)
+        if fused:
+            observation.note_if_wanted(path or type(module).__name__, _FUSED)
+        hears = counts and not (explained or fused or self._is_explained(module))
+        self._mode.enter(Frame(path, module, hears, explained and counts))
+
+    def _end_module(self, explained: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        frame, lineage = self._mode.leave(module), self._observation.lineage
+        if frame is None or not lineage.looks:
+            return
+        if explained or self._is_explained(module):
+            lineage.survey.explain(ends(output), set())
+        else:
+            lineage.look(ends(output), frame.path)
+
+    def _hear(self, frame: Frame, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch, and measure it if it is an activation."""
+        observation, role = self._observation, self._roles.get(function)
+        reason = UNSEEN.get(getattr(function, "__name__", "")) if role is None else None
+        if (role is None and reason is None) or not observation.guard.is_open or not frame.hears:
+            return function(*args, **kwargs)
+        place = frame.place(_site_name(role, function))
+        place += "_call" if place in self._names else ""
+        looks, lineage, guard = observation.lineage.looks, observation.lineage, observation.guard
+        before: set[Node] = ends((args, kwargs)) if looks else set()
+        if looks:
+            guard(MODEL, lineage.look)(before, frame.path)
+        finish: Finish | None = None
+        if role is None:
+            observation.note_if_wanted(place, reason or "")
+        elif observation.options.selects(place):
+            finish = guard(place, self._before, place, role, frame.module)(function, args, kwargs)
+        result = function(*args, **kwargs)
+        if finish is not None:
+            guard(place, finish)(result)
+        if looks:
+            guard(MODEL, lineage.survey.explain)(ends(result), before)
+        return result
+
+    def _before(
+        self, place: str, role: Activation | Role, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Finish | None:
+        """What to do with the result of the call; None: nothing."""
+        rest = args[1:]
+        z = args[0] if args else kwargs.get("query" if role is Role.ATTENTION else "input")
+        if not isinstance(z, Tensor) or not z.is_floating_point() or not internals.is_real(z) or not z.numel():
+            return None
+        if isinstance(role, Activation):
+            return self._before_activation(place, role, module, z, function, rest, kwargs)
+        if not z.ndim:
+            return None
+        check_plain(z)
+        if role is Role.GLU:
+            return self._before_glu(place, module, z, int(rest[0] if rest else kwargs.get("dim", -1)) % z.ndim)
+        site = self._observation.sites.known.setdefault(place, Site(place, _SOFTMAX, "softmax"))
+        counts = self._observation.meter.counts_at(place, module)
+        if counts is None:
+            return None
+        # Neither overwrites its input, so everything else can wait until the call has succeeded.
+        if role is Role.ATTENTION:
+            return functools.partial(self._end_attention, site, function, args, kwargs) if counts else None
+        given = rest[0] if rest else kwargs.get("dim")
+        axis = (_implicit_axis(z.ndim) if given is None else int(given)) % max(1, z.ndim)
+        if z.ndim == 4 and axis == 3 and site.is_attention is None and z.grad_fn is not None:
+            # Logits come out of a batched product of queries and keys; a map that happens to have four axes does not.
+            site.is_attention = any(node.name().startswith(_PRODUCTS) for node in Survey().upstream([z.grad_fn], has_weight, 64))
+        rows = self._observation.meter.rows_of(z, axis, site.is_attention is not False)
+        return functools.partial(self._end_softmax, site, Call(z, rows, z, z.grad_fn, z.output_nr, counts), role is Role.SOFTMIN)
+
+    def _before_activation(
+        self, place: str, row: Activation, module: nn.Module, z: Tensor, function: Function, rest: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Finish | None:
+        sites, site = self._observation.sites, self._observation.sites.known.get(place)
+        bound = bind_call(row, function, tuple(rest), kwargs, sites.epsilon, site.bound if site is not None else None)
+        site = sites.known.setdefault(place, Site(place, bound, "call"))
+        site.bound = bound
+        in_place = function.__name__.endswith("_") or "out" in kwargs or kwargs.get("inplace", False) or any(value is True for value in rest)
+        call = self._observation.meter.begin(site, z, module, bool(in_place))
+        return None if call is None else functools.partial(self._observation.meter.end, site, call)
+
+    def _before_glu(self, place: str, module: nn.Module, z: Tensor, axis: int) -> Finish | None:
+        sites, meter = self._observation.sites, self._observation.meter
+        site = sites.known.setdefault(place, Site(place, sites.bind_named("sigmoid"), "call", gate=True))
+        value, gate = z.detach().chunk(2, axis)
+        call = meter.begin(site, gate, module, False)
+        if call is None:
+            return None
+        kept = upcast(call.sample.take(value)).clone()
+        return functools.partial(self._end_glu, site, dataclasses.replace(call, node=z.grad_fn), kept, axis)
+
+    def _end_glu(self, site: Site, call: Call, value: Tensor, axis: int, a: Tensor) -> None:
+        """The gate is half of the input: what reaches it comes through the other half."""
+        sample, own, meter = call.sample, a.grad_fn, self._observation.meter
+        assert isinstance(sample, Sample)
+        if call.counts:
+            meter.ran(site, [call.node])
+            meter.count(site, sample, call.taken, torch.sigmoid(upcast(call.taken)), axis)
+        if own is not None:
+            add = meter.gradient_adder(site)
+            own.register_hook(
+                lambda grad_inputs, grad_outputs: add(
+                    None if grad_outputs[0] is None else upcast(sample.take(grad_outputs[0].detach())) * value,
+                    None if grad_inputs[0] is None else upcast(sample.take(grad_inputs[0].detach().chunk(2, axis)[1])),
+                )
+            )
+
+    def _end_softmax(self, site: Site, call: Call, negated: bool, a: Tensor) -> None:
+        meter = self._observation.meter
+        if call.counts:
+            assert isinstance(call.sample, SoftmaxRows)
+            meter.ran(site, [call.node])
+            meter.count_softmax(site, call.sample.logits(-call.z.detach() if negated else call.z.detach()))
+        meter.tap_output(site, call, a)
+
+    def _end_attention(self, site: Site, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        key = args[1] if len(args) > 1 else kwargs["key"]
+        if not key.numel():
+            return
+        try:
+            logits = attention_logits(function, args, kwargs, self._observation.options.limit, self._observation.turn)
+        except NotRebuiltError as reason:
+            self._observation.note_if_wanted(site.name, str(reason))
+            return
+        self._observation.meter.ran(site, list(ends((args[:2], kwargs))))
+        self._observation.meter.count_softmax(site, logits)
+
+
+def attach(observation: Observation, found: Found) -> Callable[[], None] | None:
+    """Hear the function calls, unless the user does not want them; what is returned hooks the ends of modules."""
+    return observation.calls.hook(found) if observation.options.calls else None
+
+
+def _site_name(role: Activation | Role | None, function: Function) -> str:
+    if isinstance(role, Activation):
+        return role.name
+    if role is None:
+        return function.__name__
+    return "glu" if role is Role.GLU else "softmax"
+
+
+def _takes_fused_path(module: nn.Module, given: Iterable[Any], grad_enabled: bool) -> bool:
+    """Whether torch.nn may run this module in one fused kernel for inference, which it does not under a mode."""
+    if module.training or not isinstance(module, _FUSED_INFERENCE):
+        return False
+    tensors = [*module.parameters(), *(value for value in given if isinstance(value, Tensor))]
+    return not (grad_enabled and any(tensor.requires_grad for tensor in tensors))
+
+
+def _implicit_axis(ndim: int) -> int:
+    """The axis of F.softmax where none is given."""
+    return 0 if ndim in (0, 1, 3) else 1

@@ -1,0 +1,260 @@
+"""Activations inside a compiled graph: `watch(model, compiled="in_graph")`.
+
+Hooks that are there before torch.compile are compiled with the model. What ours add are operators that torch.compile can neither look into nor
+leave out nor move past each other (an ordered effect). At run time such an operator calls the monitor, which measures z, a or a gradient there
+and then, with the kernels of eager observation, if the step is observed, and returns at once if it is not: so switching observation on and off
+compiles nothing anew.
+
+Which site is measured is told by a slot, a tensor of one number on the CPU. A plain number would be compiled into the graph, and each of many equal
+blocks would get a graph of its own. A gradient is reached by an identity with a backward of its own, put before and after the activation: the one before
+sees what reaches z through this activation alone. The identity copies, since a view would forbid an in-place operation behind it; the compiler removes
+the copy.
+
+In eager execution these hooks do nothing, so that a step observed in eager counts nothing twice. The hooks live as long as the monitor (`GraphHooks`);
+what they tell goes to the observation that is open (`GraphReceiver`), or to nobody.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from torchsat import internals
+from torchsat.observe.hooks import Inert
+from torchsat.sampling import Sample
+from torchsat.statistics import observe_gradient
+from torchsat.structure import Found, NamedModule
+from torchsat.weights import why_unmeasured
+
+if TYPE_CHECKING:
+    from torchsat.observe.observation import Observation
+
+_slots: dict[int, tuple[weakref.ref[GraphHooks], str]] = {}
+"""By the number in a slot: whose hooks these are, and the name of the site or layer."""
+_numbers = itertools.count()
+_library: torch.library.Library | None = None
+
+
+def _receiver(slot: Tensor) -> tuple[GraphReceiver | None, str]:
+    """Who is to be told what happens at this slot, if anybody, and the name of the site or layer."""
+    known = _slots.get(int(slot))
+    hooks = None if known is None else known[0]()
+    return (None, "") if known is None or hooks is None else (hooks.receiver, known[1])
+
+
+def _observe(z: Tensor, a: Tensor | None, slot: Tensor) -> None:
+    receiver, name = _receiver(slot)
+    if receiver is not None:
+        receiver.heard_site(name, z, a)
+
+
+def _gradient(grad: Tensor, slot: Tensor, of_output: bool) -> None:
+    receiver, name = _receiver(slot)
+    if receiver is not None:
+        receiver.heard_gradient(name, grad, of_output)
+
+
+def _layer(x: Tensor, slot: Tensor) -> None:
+    receiver, name = _receiver(slot)
+    if receiver is not None:
+        receiver.heard_layer(name, x)
+
+
+_OPERATORS = {
+    "observe(Tensor z, Tensor? a, Tensor slot) -> ()": _observe,
+    "gradient(Tensor grad, Tensor slot, bool of_output) -> ()": _gradient,
+    "layer(Tensor x, Tensor slot) -> ()": _layer,
+}
+
+
+def why_not_in_graph() -> str | None:
+    """Why this torch cannot measure inside a compiled graph; None where it can. The first call defines the operators."""
+    global _library
+    if _library is not None:
+        return None
+    if torch.__version__ < "2.8":
+        return f"torch {torch.__version__} compiles anew for each of many equal blocks"
+    declare = internals.ordered_effect()
+    if declare is None:
+        return f"torch {torch.__version__} has no ordered effects for operators"
+    if not internals.can_guard_hooks():
+        return f"torch {torch.__version__} cannot be told to compile anew for a model with other hooks"
+    # CUDA graphs replay kernels and no Python: where they are recorded, these operators must run between them.
+    outside = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
+    library: Any = torch.library.Library("torchsat", "DEF")  # type: ignore[no-untyped-call]
+    for schema, run in _OPERATORS.items():
+        name = schema.partition("(")[0]
+        library.define(schema, tags=outside)
+        library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"torchsat::{name}", lambda *given: None, lib=library)
+        declare(getattr(torch.ops.torchsat, name).default)
+    _library = library
+    return None
+
+
+class _Identity(torch.autograd.Function):
+    """The same numbers; its backward shows the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slot: Tensor, of_output: bool) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.of_output = of_output
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        torch.ops.torchsat.gradient(grad.detach(), *ctx.saved_tensors, ctx.of_output)
+        return grad, None, None
+
+
+def _measures(module: nn.Module, x: Any) -> bool:
+    """Whether this call is compiled and part of a training pass. The compiler decides this once, while it compiles."""
+    return (
+        torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and module.training
+        and isinstance(x, Tensor)
+        and x.is_floating_point()
+        and x.numel() > 0
+    )
+
+
+class _CompiledHook(Inert):
+    """A hook that is compiled with its module."""
+
+    def __init__(self, slot: Tensor) -> None:
+        self.slot = slot
+
+
+class _BeforeSite(_CompiledHook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not _measures(module, args[0]):
+            return None
+        if getattr(module, "inplace", False):
+            # Behind the activation z is overwritten; what it becomes is computed again from the elements that are read.
+            torch.ops.torchsat.observe(args[0].detach(), None, self.slot)
+        return (_Identity.apply(args[0], self.slot, False), *args[1:])  # type: ignore[no-untyped-call]
+
+
+class _AfterSite(_CompiledHook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], a: Any) -> Tensor | None:
+        if not args or not _measures(module, args[0]) or not isinstance(a, Tensor):
+            return None
+        if not getattr(module, "inplace", False):
+            torch.ops.torchsat.observe(args[0].detach(), a.detach(), self.slot)
+        identity: Tensor = _Identity.apply(a, self.slot, True)  # type: ignore[no-untyped-call]
+        return identity
+
+
+class _BeforeLayer(_CompiledHook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and _measures(module, args[0]):
+            torch.ops.torchsat.layer(args[0].detach(), self.slot)
+
+
+class GraphHooks:
+    """The hooks of one monitor that are compiled with its model."""
+
+    def __init__(self) -> None:
+        self.receiver: GraphReceiver | None = None
+        """Who is told what the graph computes: the observation that is open, or nobody."""
+        self._signature: tuple[Any, ...] = ()
+        """Of the model that is hooked."""
+        self._handles: list[Any] = []
+        self._slots: list[int] = []
+
+    def put_on(self, found: Found) -> None:
+        """Hook the modules that were found, if they are not those that are hooked."""
+        signature = found.signature
+        if signature == self._signature:
+            return
+        self.take_off()
+        self._signature = signature
+        # The slope of RReLU is drawn: it is not known where the output has overwritten z.
+        self._hook_sites(each for each in found.activations if not (each.activation.from_output and getattr(each.module, "inplace", False)))
+        for each in found.layers:
+            if why_unmeasured(each.module) is None:
+                self._handles.append(each.module.register_forward_pre_hook(_BeforeLayer(self._slot(each.name))))
+
+    def _hook_sites(self, sites: Iterable[NamedModule]) -> None:
+        for each in sites:
+            slot = self._slot(each.name)
+            self._handles.append(each.module.register_forward_pre_hook(_BeforeSite(slot)))
+            self._handles.append(each.module.register_forward_hook(_AfterSite(slot)))
+
+    def take_off(self) -> None:
+        """Take every hook off."""
+        for handle in self._handles:
+            handle.remove()
+        for slot in self._slots:
+            _slots.pop(slot, None)
+        self._handles, self._slots, self._signature = [], [], ()
+
+    def _slot(self, name: str) -> Tensor:
+        number = next(_numbers)
+        _slots[number] = weakref.ref(self), name
+        self._slots.append(number)
+        return torch.tensor(number, device="cpu")
+
+
+class GraphReceiver:
+    """Measures what the compiled graph tells, for one observation."""
+
+    def __init__(self, observation: Observation) -> None:
+        self._observation = observation
+        self._samples: dict[str, Sample] = {}
+        """What was read in the last call of each site: its gradients are read at the same elements."""
+
+    def heard_site(self, name: str, z: Tensor, a: Tensor | None) -> None:
+        """The graph computes a site: z, and a where z was not overwritten with it."""
+        self._observation.guard(name, self._count, name)(z, a)
+
+    def heard_gradient(self, name: str, grad: Tensor, of_output: bool) -> None:
+        """The backward of the graph computes dL/da (of the output) or dL/dz of a site."""
+        self._observation.guard(name, self._add_gradient, name)(grad, of_output)
+
+    def heard_layer(self, name: str, x: Tensor) -> None:
+        """The graph runs a layer on x."""
+        layer = self._observation.layers.measured.get(name)
+        module = layer.module() if layer is not None else None
+        if module is not None:
+            self._observation.guard(name, self._observation.layers.feed, name, module)(x)
+
+    def _count(self, name: str, z: Tensor, a: Tensor | None) -> None:
+        observation = self._observation
+        site = observation.sites.known.get(name)
+        if site is None:
+            return
+        sample = observation.meter.read_call(site, z, a is None)
+        taken = sample.take(z)
+        if a is None:
+            function = site.bound.activation.function or site.bound.activation.calls[0]
+            made = function(taken.clone(), **site.bound.plain, **{name: sample.spread(value) for name, value in site.bound.learned.items()})
+        else:
+            made = sample.take(a)
+        self._samples[name] = sample
+        # The place of a site in the model cannot be seen from inside a graph.
+        observation.heard_graph()
+        observation.meter.ran(site, [])
+        observation.meter.count(site, sample, taken, made)
+
+    def _add_gradient(self, name: str, grad: Tensor, of_output: bool) -> None:
+        sample = self._samples.get(name)
+        if sample is None or sample.shape != tuple(grad.shape):
+            sample = self._observation.meter.sample_of(grad)
+        taken, outside = sample.take(grad), self._observation.passes.outside
+        row = outside.place(outside.rows, name, grad.device)
+        outside.put(outside.rows, name, observe_gradient(taken if of_output else None, None if of_output else taken, row))
+
+
+def attach(observation: Observation, found: Found) -> None:
+    """Get ready for what the graph will tell: its hooks are on the model already."""
+    observation.layers.choose(found)
+    for each in found.activations:
+        if not observation.sites.has_failed(each.name):
+            observation.sites.bind(each.name, each.module, each.activation)

@@ -1,0 +1,200 @@
+"""The layers that feed sites: what their input looks like, and what the optimizer's step does to their weights.
+
+While the structure of the model is new, every layer is measured, since nobody knows yet which of them feed a site; afterwards only those that do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchsat import internals
+from torchsat.observe.modules import first_tensor
+from torchsat.observe.recurrent import matrices
+from torchsat.parts import LayerPart
+from torchsat.record import LayerFacts
+from torchsat.sharding import is_freed, is_pending, local, part_of, placement
+from torchsat.sites import LayerSpan
+from torchsat.structure import Found
+from torchsat.weights import Layer, feature_axis, why_unmeasured, width
+
+if TYPE_CHECKING:
+    from torchsat.observe.observation import Observation
+
+FREED = "the memory of its weight is freed when the optimizer steps"
+
+
+class Layers:
+    """The layers that one observation measures.
+
+    Args:
+        observation: whose options, passes, sites and lineage are used.
+    """
+
+    def __init__(self, observation: Observation) -> None:
+        self._observation = observation
+        self.measured: dict[str, Layer] = {}
+        self._rates: dict[int, float] = {}
+        """The learning rate of each parameter that an optimizer has stepped, by its address."""
+
+    def choose(self, found: Found) -> None:
+        """Choose the layers to be measured, and say of the others why they cannot be."""
+        observation, feeders = self._observation, self._observation.sites.feeders()
+
+        def wanted(place: str, owner: str) -> bool:
+            return (observation.lineage.learns or place in feeders) and not observation.sites.has_failed(owner)
+
+        for each in found.layers:
+            reason = why_unmeasured(each.module)
+            if reason is not None:
+                observation.reject(each.name, reason)
+            elif wanted(each.name, each.name):
+                self._add(each.name, each.module, "weight", cast(Tensor, each.module.weight))
+        for each in found.recurrent:
+            for place, parameter, weight in matrices(each):
+                if wanted(place, each.name):
+                    self._add(place, each.module, parameter, weight)
+
+    def _add(self, name: str, module: nn.Module, parameter: str, weight: Tensor) -> None:
+        self.measured[name] = Layer(name, module, parameter, self._observation.options.limit, self._observation.turn)
+        self._observation.lineage.know(weight, name)
+
+    def feed(self, name: str, module: nn.Module, x: Tensor) -> None:
+        """Measure the input of a layer."""
+        self.measured[name].input_elements += x.numel()
+        passes, options = self._observation.passes, self._observation.options
+        passes.current.merge_inputs(name, x, feature_axis(module, x.ndim), options.limit, self._observation.turn)
+
+    def feed_recurrent(self, module: nn.Module, x: Tensor) -> None:
+        """Measure the input of a recurrent layer: it enters the matrices of the first layer and of both directions."""
+        observation = self._observation
+        for layer in self.measured.values():
+            if layer.module() is module and layer.parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
+                layer.input_elements += x.numel()
+                observation.passes.current.merge_inputs(layer.name, x, x.ndim - 1, observation.options.limit, observation.turn)
+                if observation.lineage.learns and x.grad_fn is None and not x.requires_grad:
+                    observation.sites.fed_by_data.add(layer.name)
+
+    def before_step(self, optimizer: Optimizer, closure: bool) -> None:
+        """An optimizer is about to step: keep its weights, and measure their gradients, which a closure would only make during the step."""
+        divisor = getattr(optimizer, "grad_scale", None)
+        self._rates.update((id(p), float(group["lr"])) for group in optimizer.param_groups if _is_number(group.get("lr")) for p in group["params"])
+        for layer, weight in self._weights(optimizer):
+            layer.before_step(weight)
+            if not closure:
+                layer.observe_grad(weight, divisor)
+
+    def after_step(self, optimizer: Optimizer | None, closure: bool = False) -> None:
+        """An optimizer has stepped, or, where None is given, something else has: measure what it did to the weights."""
+        for layer, weight in self._weights(optimizer):
+            if closure or optimizer is None:
+                layer.observe_grad(weight, None)
+            layer.after_step(weight)
+
+    def weights(self) -> list[tuple[Layer, Tensor]]:
+        """The layers whose weight can be read now, and that weight."""
+        return self._weights(None)
+
+    def _weights(self, optimizer: Optimizer | None) -> list[tuple[Layer, Tensor]]:
+        """The layers whose weight this optimizer owns and can be read now; of None, all."""
+        owned = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
+        alive = [(layer, module) for layer in self.measured.values() if (module := layer.module()) is not None]
+        weights = [(layer, cast(Tensor, getattr(module, layer.parameter))) for layer, module in alive]
+        freed = {layer.name for layer, weight in weights if is_freed(weight)}
+        for name in freed:
+            self._observation.note(name, FREED)
+        return [(layer, weight) for layer, weight in weights if layer.name not in freed and (owned is None or id(weight) in owned)]
+
+    def parts(self, inputs: dict[str, Tensor], weights: list[tuple[Layer, Tensor]]) -> dict[str, LayerPart]:
+        """What was measured of the layers that feed a site.
+
+        Args:
+            inputs: the sums of each layer's input.
+            weights: those that could be read when the observation ended.
+        """
+        observation, feeds = self._observation, self._observation.sites.feeders()
+        parts = {}
+        for layer, weight in weights:
+            if layer.name not in feeds:
+                continue
+            given = inputs.get(layer.name)
+            if not layer.n and given is not None:
+                # A layer that no optimizer owns (a frozen part) has a gain and an input too.
+                layer.after_step(weight)
+            place = placement(weight)
+            repeated = observation.sites.counts_repeated
+            parts[layer.name] = LayerPart(
+                facts=LayerFacts(layer.name, feeds[layer.name], layer.fan_in, layer.name in observation.sites.fed_by_data),
+                numbers=layer.numbers,
+                n=layer.n,
+                numel=local(weight).numel(),
+                rate=self._rates.get(id(weight)),
+                inputs=given,
+                input_elements=layer.input_elements,
+                features=layer.features,
+                first=layer.first,
+                sharded=place is not None,
+                counts=place is None or place.counts,
+                input_counts=repeated if layer.input_counts is None else layer.input_counts,
+                stage=observation.stage_of(layer.name),
+            )
+        return parts
+
+
+def attach(observation: Observation, found: Found) -> None:
+    """Hook the layers that are measured."""
+    observation.layers.choose(found)
+    for each in found.layers:
+        layer = observation.layers.measured.get(each.name)
+        if layer is not None:
+            observation.hook_before(each.module, each.name, _before, observation, layer)
+            if observation.lineage.learns:
+                observation.hook_after(each.module, each.name, _after, observation, layer)
+
+
+def _before(observation: Observation, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not observation.passes.counts(module):
+        return
+    x, lineage = first_tensor(args, kwargs), observation.lineage
+    weight = getattr(module, layer.parameter)
+    if lineage.learns:
+        # FSDP puts another weight there for the pass.
+        lineage.know(weight, layer.name)
+    part = part_of(x)
+    if is_pending(x):
+        return
+    if not internals.is_real(x) or not x.is_floating_point() or not part.numel() or x.layout != torch.strided:
+        return
+    if type(part) not in (Tensor, nn.Parameter):
+        return
+    _look_at_ranks(observation, layer, module, x, weight)
+    observation.layers.feed(layer.name, module, part)
+    if lineage.learns:
+        data = observation.sites.fed_by_data
+        (data.add if x.grad_fn is None and not x.requires_grad else data.discard)(layer.name)
+    lineage.enters_layer(x.grad_fn)
+
+
+def _look_at_ranks(observation: Observation, layer: Layer, module: nn.Module, x: Tensor, weight: Tensor) -> None:
+    """How tensor parallelism spreads a layer and its input over ranks."""
+    sites, place, given = observation.sites, placement(weight), placement(x)
+    if place is not None and isinstance(module, nn.Linear):
+        sites.counts_repeated = sites.counts_repeated and place.is_first
+        sites.spans[layer.name] = LayerSpan(weight.shape[0], place.first[0], place.is_first, part_of(weight).shape[0])
+    if given is not None:
+        layer.input_counts, layer.first = given.counts, given.first[feature_axis(module, x.ndim)]
+
+
+def _after(observation: Observation, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if isinstance(output, Tensor) and observation.passes.counts(module):
+        observation.lineage.ran_layer(layer.name)
+        axis = feature_axis(module, output.ndim)
+        spread = layer.name in observation.sites.spans
+        observation.sites.outputs[layer.name] = (part_of(output).shape[axis] if spread else width(module), output.ndim - axis)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))

@@ -1,0 +1,290 @@
+"""From z, a and their gradients to the row of a site.
+
+- z is read before the activation runs: after an in-place activation it is overwritten.
+- Everything is measured at once, inside the hook: what is kept for later may be overwritten by then.
+- Gradients are read at the autograd node of the activation, whose inputs and outputs are dL/dz through this activation alone and dL/da; a tensor hook on
+  z would add what reaches z by other ways (z * sigmoid(z)). An activation of several nodes is read on both sides of it. Module backward hooks are never
+  used: they fail on in-place activations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from torchsat import internals
+from torchsat.activations import Edges
+from torchsat.attention import Logits, SoftmaxRows
+from torchsat.kernels import reads_whole
+from torchsat.kernels.formulas import Formula
+from torchsat.observe.hooks import Guard
+from torchsat.observe.lineage import Lineage
+from torchsat.observe.passes import Passes
+from torchsat.options import Options
+from torchsat.parts import Span
+from torchsat.sampling import Sample, Units
+from torchsat.sharding import is_pending, part_of, placement
+from torchsat.sites import Site, Sites
+from torchsat.statistics import known_slope, observe, observe_gradient, observe_softmax, upcast
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is kept of one call of an activation from before it runs until its output is there."""
+
+    z: Tensor
+    sample: Sample | SoftmaxRows
+    taken: Tensor
+    """The elements of z that are read, as they were before an in-place activation."""
+    node: Node | None
+    """The node that made z."""
+    output_nr: int
+    """Which output of that node z is."""
+    counts: bool
+    """False in a recompute, of which only the gradient is wanted."""
+
+
+class Meter:
+    """Measures the sites of one observation.
+
+    Args:
+        note: told of a site that is seen only in part, with what is missing.
+        hooks: where the handle of a hook that outlives the pass goes.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        turn: int,
+        sites: Sites,
+        passes: Passes,
+        lineage: Lineage,
+        guard: Guard,
+        note: Callable[[str, str], None],
+        hooks: list[torch.utils.hooks.RemovableHandle],
+    ) -> None:
+        self._options = options
+        self._turn = turn
+        self._sites = sites
+        self._passes = passes
+        self._lineage = lineage
+        self._guard = guard
+        self._note = note
+        self._hooks = hooks
+        self._units: dict[tuple[Sample, int], Units] = {}
+        self._recomputed: set[str] = set()
+        """The sites that only recomputes have shown so far."""
+        self._ignores_gradients = False
+
+    def sample_of(self, z: Tensor) -> Sample:
+        """Which elements of this tensor are read in this observation."""
+        return Sample.of(z, self._options.limit, self._turn)
+
+    def rows_of(self, z: Tensor, axis: int, has_heads: bool) -> SoftmaxRows:
+        """Which rows of a softmax along `axis` are read in this observation."""
+        return SoftmaxRows.of(z, axis, self._options.limit, self._turn, has_heads)
+
+    def counts_at(self, name: str, module: nn.Module) -> bool | None:
+        """Whether a call at this site is counted. False: only its gradient is read. None: it is not looked at."""
+        counts = self._passes.counts(module)
+        if internals.in_backward():
+            if not self._passes.has_row(name):
+                self._recomputed.add(name)
+            return name in self._recomputed
+        return True if counts else None
+
+    @contextlib.contextmanager
+    def ignoring_gradients(self) -> Iterator[None]:
+        """What flows through the graph meanwhile is not of the user's backward."""
+        self._ignores_gradients = True
+        try:
+            yield
+        finally:
+            self._ignores_gradients = False
+
+    def begin(self, site: Site, z: Tensor, module: nn.Module, in_place: bool) -> Call | None:
+        """Take what is needed of z before the activation may overwrite it; None where the call is not looked at."""
+        counts = self.counts_at(site.name, module)
+        if counts is None:
+            return None
+        if is_pending(z):
+            raise TypeError("its input is a sum over ranks that has not been taken: no rank has an element of it")
+        part = part_of(z)
+        check_plain(part)
+        self._passes.has_measured = True
+        sample = self._site_sample(site, part, in_place)
+        taken = sample.take(part.detach())
+        if in_place and taken.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
+            taken = taken.clone()
+        place = placement(z)
+        if place is not None:
+            axis = self._unit_axis(site, tuple(part.shape))
+            site.span = Span(None, 0, place.counts) if axis is None else Span(z.shape[axis], place.first[axis], place.counts)
+        return Call(z, sample, taken, z.grad_fn, z.output_nr, counts)
+
+    def end(self, site: Site, call: Call, a: object) -> None:
+        """Measure a call whose output is there."""
+        sample = call.sample
+        assert isinstance(sample, Sample)
+        part = part_of(a) if isinstance(a, Tensor) else a
+        if not isinstance(part, Tensor) or part.shape != torch.Size(sample.shape):
+            raise TypeError(f"it maps {sample.shape} to {tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__}")
+        assert isinstance(a, Tensor)
+        if call.counts:
+            self.ran(site, [call.node], last_layer=True)
+            if part.numel():
+                self.count(site, sample, call.taken, sample.take(part.detach()))
+        self.tap_output(site, call, a)
+
+    def tap_output(self, site: Site, call: Call, a: Tensor) -> None:
+        """Read the gradient of a call, and know its place in the graph."""
+        if a.requires_grad and a.grad_fn is not None:
+            self._lineage.made(site, a.grad_fn)
+            self._tap_gradient(site, call, a)
+
+    def ran(self, site: Site, nodes: list[Node | None], last_layer: bool = False) -> None:
+        """A site ran on what these nodes made; see Lineage.ran."""
+        self._passes.has_measured = True
+        self._sites.has_run(site)
+        self._lineage.ran(site, nodes, last_layer)
+
+    def read_call(self, site: Site, z: Tensor, in_place: bool) -> Sample:
+        """Which elements of z are read of a call that is measured inside a compiled graph."""
+        return self._site_sample(site, z, in_place)
+
+    def count(
+        self,
+        site: Site,
+        sample: Sample,
+        z: Tensor,
+        a: Tensor,
+        axis: int | None = None,
+        slope: Tensor | Formula | None = None,
+        elements: int | None = None,
+    ) -> None:
+        """Merge the row and the unit block of one call.
+
+        Args:
+            z, a: the elements that were read, vectors.
+            axis: that of the units; None: as the layer that feeds the site says, or by the number of axes.
+            slope: f'(z) at these elements, where the function itself does not tell it.
+            elements: how many the call has; None: those of the tensor that was sampled.
+        """
+        bound, current = site.bound, self._passes.current
+        edges: Edges
+        peak: float | Tensor | None
+        formula = known_slope(bound, z, a) if slope is None else None
+        if formula is not None and bound.constants is not None:
+            slope, peak, edges = formula, bound.constants.peak, (bound.constants.low, bound.constants.high)
+        elif slope is None:
+            z = upcast(z).contiguous()
+            learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
+            slope, peak, edges = bound.evaluate(z, upcast(a) if bound.activation.from_output else a, learned)
+        else:
+            assert isinstance(slope, Tensor)
+            slope, peak, edges = slope.abs(), None, (None, None)
+        units = self._units_of(site, sample, axis)
+        elements = math.prod(sample.shape) if elements is None else elements
+        row, block = current.place(current.rows, site.name, z.device), current.place(current.blocks, site.name, z.device)
+        if units is None or (block is not None and block.shape[1] != units.size):
+            block = None
+        row, block = observe(z, a, slope, peak, edges, elements, bound.activation.name == "sigmoid", units, row, block)
+        current.put(current.rows, site.name, row)
+        if block is not None:
+            current.put(current.blocks, site.name, block)
+
+    def count_softmax(self, site: Site, logits: Logits) -> None:
+        """Merge the row and the block of heads of one softmax."""
+        row, heads = observe_softmax(logits.z, logits.visible, logits.elements)
+        current = self._passes.current
+        current.add(current.rows, site.name, row)
+        current.add(current.heads, site.name, heads)
+
+    def gradient_adder(self, site: Site) -> Callable[[Tensor | None, Tensor | None], None]:
+        """What takes the elements of dL/da and dL/dz during the backward of the pass that runs now."""
+        current = self._passes.current
+
+        def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+            given = [grad for grad in (grad_a, grad_z) if grad is not None]
+            if not self._ignores_gradients and given and given[0].numel():
+                current.put(current.rows, site.name, observe_gradient(grad_a, grad_z, current.place(current.rows, site.name, given[0].device)))
+
+        return self._guard(site.name, add)
+
+    def _site_sample(self, site: Site, z: Tensor, in_place: bool) -> Sample:
+        """What is read of a call: all of it where that costs neither time nor memory, and the user has not set a limit."""
+        if self._options.may_read_whole and not in_place and reads_whole(z) and known_slope(site.bound, z) is not None:
+            sample = Sample.of(z, None, self._turn)
+            if sample.strides == z.stride():
+                return sample
+        return self.sample_of(z)
+
+    def _units_of(self, site: Site, sample: Sample, axis: int | None) -> Units | None:
+        """The units of a site; None where it has none, or not always as many."""
+        axis = self._unit_axis(site, sample.shape) if axis is None else axis
+        size = None if axis is None or site.units_vary else sample.shape[axis]
+        if site.units is not None and size != site.units:
+            size, site.units_vary = None, True
+        site.units = size
+        if axis is None or size is None:
+            for each in self._passes:
+                each.blocks.pop(site.name, None)
+            return None
+        return self._units.setdefault((sample, axis), Units(sample, axis))
+
+    def _unit_axis(self, site: Site, shape: tuple[int, ...]) -> int | None:
+        """The axis of channels or features: that of the layer which feeds the site, where the sizes agree; else by the number of axes."""
+        for name in site.feeds_on:
+            width, from_end = self._sites.outputs.get(name, (-1, 0))
+            if 0 < from_end <= len(shape) and shape[-from_end] == width:
+                return len(shape) - from_end
+        return {0: None, 1: None, 2: 1, 3: 2}.get(len(shape), 1)
+
+    def _tap_gradient(self, site: Site, call: Call, a: Tensor) -> None:
+        """Read dL/da and dL/dz of one call in the backward.
+
+        The hooks below live on nodes of the graph and must not hold its tensors, z above all: such a ring is never freed.
+        """
+        sample, z_nr, a_nr, own, node = call.sample, call.output_nr, a.output_nr, a.grad_fn, call.node
+        add = self.gradient_adder(site)
+        assert own is not None
+
+        def add_both(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+            given = (None if grad is None or is_pending(grad) else part_of(grad) for grad in (grad_a, grad_z))
+            add(*(None if grad is None else sample.take(grad.detach().reshape(sample.shape)) for grad in given))
+
+        entering = [at for at, (before, _) in enumerate(own.next_functions) if before is not None]
+        if node is not None and len(entering) == 1 and own.next_functions[entering[0]][0] is node:
+            at = entering[0]
+            own.register_hook(lambda grad_inputs, grad_outputs: add_both(grad_outputs[0], grad_inputs[at]))
+            return
+        if a is call.z and node is not None:
+            # In place on a view: the graph goes on from the whole tensor that z is a view of.
+            whole = next((before for before, _ in own.next_functions if before is not None), None)
+            base = internals.base_of(a)
+            covers = base is not None and base.numel() == a.numel() and base.is_contiguous() and a.is_contiguous()
+            if whole is not None and whole.name().endswith("CopySlices") and covers:
+                whole.register_hook(lambda grad_inputs, grad_outputs: add_both(grad_outputs[0], grad_inputs[0]))
+                return
+            self._note(site.name, "its gradient is not seen: an in-place activation on a part of a tensor")
+            return
+        if node is not None:
+            node.register_prehook(lambda grad_outputs: add_both(None, grad_outputs[z_nr]))
+        elif call.z.requires_grad and call.z.is_leaf:
+            # The leaf outlives the pass: unlike a node's, its hook must be taken off.
+            self._hooks.append(call.z.register_hook(lambda grad: add_both(None, grad)))  # type: ignore[no-untyped-call]
+        own.register_prehook(lambda grad_outputs: add_both(grad_outputs[a_nr], None))
+
+
+def check_plain(z: Tensor) -> None:
+    """Raise TypeError unless this is a dense tensor of real numbers of torch's own type."""
+    if z.is_nested or z.layout != torch.strided or not z.is_floating_point():
+        raise TypeError(f"its input is a {'nested ' if z.is_nested else ''}{z.dtype} tensor of layout {z.layout}, not a dense tensor of real numbers")
+    if type(z) not in (Tensor, nn.Parameter):
+        raise TypeError(f"its input is a {type(z).__name__}, not a plain tensor")

@@ -1,0 +1,71 @@
+"""Activations that are modules of the table: nn.ReLU, nn.Tanh, and rows of the user's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from torchsat import internals
+from torchsat.activations import bind
+from torchsat.observe.meter import Call
+from torchsat.sites import Site
+from torchsat.structure import Found
+
+if TYPE_CHECKING:
+    from torchsat.observe.observation import Observation
+
+Calls = dict[int, Call]
+"""The forward call under way, by thread."""
+
+
+def attach(observation: Observation, found: Found) -> None:
+    """Hook every module of which a row of the table says what it computes."""
+    for each in found.activations:
+        if observation.sites.has_failed(each.name):
+            continue
+        try:
+            site = observation.sites.bind(each.name, each.module, each.activation)
+        except Exception as error:
+            observation.fail(each.name, error)
+            continue
+        calls: Calls = {}
+        observation.hook_before(each.module, each.name, _before, observation, site, calls)
+        observation.hook_after(each.module, each.name, _after, observation, site, calls)
+
+
+def _before(observation: Observation, site: Site, calls: Calls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    thread = threading.get_ident()
+    calls.pop(thread, None)
+    z = first_tensor(args, kwargs)
+    if not internals.is_real(z):
+        return
+    if site.bound.activation.computes(module):
+        # Neither attributes nor parameters need be what they were when the hooks were made.
+        if any(getattr(module, name) != value for name, value in site.bound.plain.items()):
+            site.bound = bind(site.bound.activation, module, observation.options.epsilon)
+        if site.bound.learned:
+            learned = {name: getattr(module, name).detach().reshape(value.shape) for name, value in site.bound.learned.items()}
+            site.bound = dataclasses.replace(site.bound, learned=learned)
+    # A module of the user's may overwrite its input without saying so.
+    in_place = getattr(module, "inplace", not type(module).__module__.startswith("torch.nn."))
+    call = observation.meter.begin(site, z, module, in_place)
+    if call is not None:
+        calls[thread] = call
+
+
+def _after(observation: Observation, site: Site, calls: Calls, module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
+    call = calls.pop(threading.get_ident(), None)
+    if call is not None:
+        observation.meter.end(site, call, a)
+
+
+def first_tensor(args: Iterable[Any], kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor that a module was called with. Raises TypeError where there is none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value
+    raise TypeError("it was called without a tensor")

@@ -1,0 +1,294 @@
+"""One observation, from its opening to its end: the value that owns all that belongs to it.
+
+    HOOKED --a training pass is measured--> ENTERED --finish()--> FINISHED
+       |                                       |
+       +------------------ abandon(why) -------+----------------> ABANDONED
+
+HOOKED: the hooks are on the model, and nothing has been measured yet. ENTERED: something of a training pass has been measured. FINISHED: `finish` has
+taken the hooks off and given the Parts. ABANDONED: the hooks are off, the schedule's window is void, and what was measured is lost; the monitor observes
+a later step in its place. Nothing leads out of the last two: a hook that fires late finds a closed guard.
+
+The observation owns hooks, passes, rows, the scratch of lineage, learning rates, the loss scale, notes, and its window in the schedule. What outlives it
+is written into `Sites` by `finish`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from torchsat import internals
+from torchsat.faults import MODEL, Faults
+from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent
+from torchsat.observe.calls import Calls
+from torchsat.observe.hooks import Guard, Hook
+from torchsat.observe.ingraph import GraphHooks, GraphReceiver
+from torchsat.observe.layers import Layers
+from torchsat.observe.lineage import Lineage
+from torchsat.observe.meter import Meter
+from torchsat.observe.passes import OnPass, Pass, Passes, PassEvent
+from torchsat.options import Options
+from torchsat.parts import Parts, SitePart
+from torchsat.schedule import Clock, Window
+from torchsat.sites import Sites, Structure
+from torchsat.structure import Found
+
+Source = Callable[["Observation", Found], Callable[[], None] | None]
+"""Puts hooks on what was found. What it returns, if anything, puts on those that must run after the hooks of all later sources."""
+
+SOURCES: tuple[Source, ...] = (passes.attach, calls.attach, modules.attach, own.attach, recurrent.attach, layers.attach)
+"""Where activations come from in eager execution. Their hooks run in this order."""
+GRAPH_SOURCES: tuple[Source, ...] = (ingraph.attach,)
+"""Where they come from while the compiled graph measures."""
+ONLY_IN_EAGER = "measured in eager steps only: in a compiled graph the activations of modules are heard, not function calls, gates or attention"
+
+
+class Stage(Enum):
+    """How far an observation has come; see the diagram above."""
+
+    HOOKED = "hooked"
+    ENTERED = "entered"
+    FINISHED = "finished"
+    ABANDONED = "abandoned"
+
+
+class Execution(Enum):
+    """Where an observation is made.
+
+    EAGER -> GRAPH: hooks for eager execution are on, but a compiled graph was heard.
+    """
+
+    EAGER = "eager"
+    GRAPH = "graph"
+
+
+class Retry(Enum):
+    """Why the next step is observed, whether or not the schedule asks for it."""
+
+    OTHER_MODEL = "another model trained while the observation waited for this one"
+    OVERFLOW = "the optimizer found an overflow and skipped the step"
+    NO_PASS = "no training pass was seen in the observed step"
+    SILENT_GRAPH = "the compiled graph told nothing in the observed step"
+    RESUMED = "the monitor went on from a saved state"
+
+
+class Observation:
+    """One observed step.
+
+    Args:
+        sites: what is known of its sites; `finish` adds to it.
+        options: of the monitor.
+        turn: which observation this is: it decides which elements are read.
+        window: of the schedule, where its time is added up.
+        clock: seconds.
+        faults: where faults are reported.
+        on_pass: told when the model is entered and left, and when a fault ends everything.
+        stages: of a pipeline, by the name that the sites in them begin with; empty for any other model.
+    """
+
+    def __init__(
+        self,
+        sites: Sites,
+        options: Options,
+        *,
+        turn: int,
+        window: Window,
+        clock: Clock,
+        faults: Faults,
+        on_pass: OnPass,
+        stages: Mapping[str, Any],
+    ) -> None:
+        self.sites = sites
+        self.options = options
+        self.turn = turn
+        self.window = window
+        self.on_pass = on_pass
+        self.execution = Execution.EAGER
+        self.abandoned_for: Retry | None = None
+        self.steps_of_others = 0
+        """Steps of other models' optimizers since it was opened, as long as this model was not entered."""
+        self.newly_stopped: list[str] = []
+        """After `finish`: the sites that have not run in the last observations, and did before."""
+        self.unspread: list[Tensor] = []
+        """After `finish`: the weights of layers that tensor parallelism does not spread."""
+        self._stage = Stage.HOOKED
+        self._faults = faults
+        self._stages = stages
+        self._handles: list[Any] = []
+        self._graph_hooks: GraphHooks | None = None
+        self._graph_only: frozenset[str] | None = None
+        """Where only the graph measures: the sites that it can measure, which are modules."""
+        self._scale: Tensor | None = None
+        self._skipped: Tensor | None = None
+        self._noted: dict[str, str] = {}
+        self.guard = Guard(self.fail, window, clock)
+        self.passes = Passes(self.guard)
+        self.lineage = Lineage(sites, self.note_if_wanted)
+        self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note, self._handles)
+        self.layers = Layers(self)
+        self.calls = Calls(self)
+
+    @property
+    def stage(self) -> Stage:
+        """How far this observation has come."""
+        return Stage.ENTERED if self._stage is Stage.HOOKED and self.passes.has_measured else self._stage
+
+    @property
+    def is_open(self) -> bool:
+        """Whether hooks of ours can still measure something."""
+        return self._stage is Stage.HOOKED
+
+    @property
+    def has_measured(self) -> bool:
+        """Whether anything of a training pass has been measured."""
+        return self.passes.has_measured
+
+    def open(self, found: Found, graph_hooks: GraphHooks | None, execution: Execution) -> None:
+        """Put the hooks on the model as it was found.
+
+        Args:
+            graph_hooks: those that are compiled with the model, if there are any: what they tell goes to this observation from now on.
+            execution: GRAPH puts no other hooks on.
+        """
+        self.execution = execution
+        self._graph_only = frozenset(found.names) if execution is Execution.GRAPH else None
+        self._graph_hooks = graph_hooks
+        self.passes.watch(found.model)
+        if graph_hooks is not None:
+            graph_hooks.receiver = GraphReceiver(self)
+        sources = SOURCES if execution is Execution.EAGER else GRAPH_SOURCES
+        for hook_ends in reversed([source(self, found) for source in sources]):
+            if hook_ends is not None:
+                hook_ends()
+
+    def hook_before(self, module: nn.Module, place: str, call: Callable[..., None], *first: Any) -> None:
+        """Call this with (*first, module, args, kwargs) before the module's forward, through the guard of a place."""
+        self._handles.append(module.register_forward_pre_hook(Hook(self.guard(place, call, *first)), with_kwargs=True))
+
+    def hook_after(self, module: nn.Module, place: str, call: Callable[..., None], *first: Any, always: bool = False) -> None:
+        """Call this with (*first, module, args, output) after the module's forward; `always`: also after one that raised, with None."""
+        self._handles.append(module.register_forward_hook(Hook(self.guard(place, call, *first)), always_call=always))
+
+    def heard_graph(self) -> None:
+        """A compiled graph has told something, so that the structure of the model could not be seen."""
+        self.execution = Execution.GRAPH
+
+    def note(self, place: str, reason: str) -> None:
+        """Say what is missing at a place."""
+        self._noted[place] = reason
+        self.sites.note(place, reason)
+
+    def note_if_wanted(self, place: str, reason: str) -> None:
+        """The same, unless the user has excluded the place; the first reason stays."""
+        if self.options.selects(place) and place not in self._noted:
+            self.note(place, reason)
+
+    def reject(self, place: str, reason: str) -> None:
+        """The modules themselves show that a place cannot be measured."""
+        self._noted.setdefault(place, reason)
+        self.sites.reject(place, reason)
+
+    def forget_inside(self, name: str) -> None:
+        """A module has turned out to be a site: what was heard inside it is none of its own."""
+        inside = [place for place in self.sites.known if place.startswith(f"{name}/")]
+        self.sites.forget(f"{name}/")
+        self._noted.pop(name, None)
+        for each in self.passes:
+            for place in inside:
+                each.forget(place)
+
+    def fail(self, place: str, error: Exception) -> None:
+        """Something of ours raised at a place, which is no longer watched. At MODEL that is the end of the observation."""
+        self.sites.fail(place, str(error) if place == MODEL else f"{type(error).__name__}: {error}")
+        self.guard.close_place(place)
+        for each in self.passes:
+            each.forget(place)
+        if place == MODEL:
+            self.abandon(None)
+            self.on_pass(PassEvent.FAILED, False)
+        self._faults.report(place, error)
+
+    def before_step(self, optimizer: Optimizer, closure: bool) -> None:
+        """An optimizer of the model is about to step; `closure`: it computes gradients while it does."""
+        scale, self._skipped = internals.gradient_scale(optimizer)
+        self._scale = scale if scale is not None else self._scale
+        self.layers.before_step(optimizer, closure)
+
+    def after_step(self, optimizer: Optimizer | None, closure: bool = False) -> None:
+        """An optimizer of the model has stepped, or, where None is given, something that is no torch optimizer."""
+        self.layers.after_step(optimizer, closure)
+
+    def stage_of(self, name: str) -> int | None:
+        """The number of the pipeline's stage that a site or layer is in; None where there is no pipeline."""
+        return None if not self._stages else int(self._stage_object(name).stage_index)
+
+    def finish(self) -> Parts:
+        """Take the hooks off and put together what the passes gave. Where nothing was measured, no part has a row."""
+        weights = self.layers.weights()
+        self._unhook(Stage.FINISHED)
+        whole, eager = self.passes.settle(), self.execution is Execution.EAGER
+        if self.has_measured and eager:
+            self.lineage.conclude(self.passes.has_entered)
+        if any(name in whole.rows and not site.decided for name, site in self.sites.ran.items()):
+            # What ran for the first time after the structure had been looked at is looked at in the next observation.
+            self.sites.structure = Structure.NEW
+        self.lineage.end_pass()
+        if self.has_measured and self._graph_only is not None:
+            for name in self.sites.ran:
+                if name not in self._graph_only:
+                    self.note(name, ONLY_IN_EAGER)
+        self.newly_stopped = self.sites.settle(whole.rows, self._noted, self.has_measured and eager)
+        self.unspread = [weight for layer, weight in weights if layer.name not in self.sites.spans]
+        return Parts(
+            sites=self._site_parts(whole),
+            layers=self.layers.parts(whole.inputs, weights),
+            scale=self._scale,
+            skipped=self._skipped,
+            structure=self.sites.generation,
+        )
+
+    def abandon(self, why: Retry | None) -> None:
+        """Take the hooks off and forget what was measured.
+
+        Args:
+            why: the reason to observe a later step in its place; None where there will be none.
+        """
+        if self.is_open:
+            self.abandoned_for = why
+            self._unhook(Stage.ABANDONED)
+            self.lineage.end_pass()
+            self.window.void()
+
+    def _unhook(self, stage: Stage) -> None:
+        self._stage = stage
+        self.guard.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.calls.reset()
+        if self._graph_hooks is not None:
+            self._graph_hooks.receiver = None
+
+    def _stage_object(self, name: str) -> Any:
+        return self._stages[name.partition("/")[0].partition(".")[0]]
+
+    def _site_parts(self, whole: Pass) -> dict[str, SitePart]:
+        """What was measured of every site that has ever run; rows are None where it did not in this observation."""
+        parts = {}
+        for name, site in self.sites.ran.items():
+            heads = whole.heads.get(name)
+            if heads is not None:
+                site.head_count = heads.shape[1]
+            facts, leaves = site.facts(), False
+            if self._stages and facts.output and not self._stage_object(name).is_last:
+                # An output of a stage that is not the last one is no output of the model.
+                facts, leaves = dataclasses.replace(facts, output=False), True
+            parts[name] = SitePart(
+                facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves
+            )
+        return parts

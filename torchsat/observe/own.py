@@ -1,0 +1,129 @@
+"""Leaves of the user's own types: whether such a module is an activation is found out from what it makes of real data.
+
+If its numbers are those of a row of the table, it is that function. Otherwise autograd tells its derivative at each element; where that is a function of
+z, the module is an activation without a known peak or known plateaus. A module that acts on several elements at once is none.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchsat import internals
+from torchsat.activations import Bound
+from torchsat.observe.graph import derivative
+from torchsat.observe.meter import Call
+from torchsat.recognise import differentiated, fits, is_function, recognise
+from torchsat.sampling import Sample, Units
+from torchsat.sites import Site
+from torchsat.statistics import upcast
+from torchsat.structure import Found
+
+if TYPE_CHECKING:
+    from torchsat.observe.observation import Observation
+
+NOT_DIFFERENTIATED = "it may be an activation, but its derivative cannot be had inside a checkpoint: name it in activations="
+_LINEAR_CALLS = 20
+"""Calls in which a module has looked linear before it is taken to be so. A clamp may not have been reached by the first ones."""
+
+
+def attach(observation: Observation, found: Found) -> None:
+    """Hook every leaf that may be an activation of the user's."""
+    for each in found.own:
+        if not observation.sites.has_failed(each.name):
+            calls: list[Call] = []
+            observation.hook_before(each.module, each.name, _before, observation, each.name, calls)
+            observation.hook_after(each.module, each.name, _after, observation, each.name, calls)
+
+
+def _before(observation: Observation, name: str, calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    calls.clear()
+    z = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    if z is None or not z.is_floating_point() or not internals.is_real(z) or z.layout != torch.strided or z.is_nested or not z.numel():
+        return
+    counts = observation.passes.counts(module)
+    if internals.in_backward():
+        counts = name in observation.sites.known and observation.meter.counts_at(name, module) is True
+    if counts or internals.in_backward():
+        sample = observation.meter.sample_of(z)
+        calls.append(Call(z, sample, upcast(sample.take(z.detach())).clone(), z.grad_fn, z.output_nr, counts))
+
+
+def _after(observation: Observation, name: str, calls: list[Call], module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
+    """Measure a call of what is known to be an activation, or find out whether it is one."""
+    call = calls.pop() if calls else None
+    if call is None or not isinstance(a, Tensor) or a.shape != call.z.shape or not a.is_floating_point():
+        return
+    sample, sites, slope = call.sample, observation.sites, None
+    assert isinstance(sample, Sample)
+    if module not in sites.own and not internals.in_backward():
+        slope = _find_out(observation, name, module, call, a)
+    bound = sites.own.get(module)
+    if bound is None:
+        return
+    site = sites.known.setdefault(name, Site(name, bound))
+    if call.counts and not internals.in_backward():
+        taken = sample.take(a.detach())
+        if site.bound.constants is not None or site.bound.activation.function:
+            _doubt(observation, site, module, call.taken, taken)
+        if slope is None and site.bound.constants is None:
+            slope = _slope(observation, call, a, None)
+            if slope is None:
+                observation.note(name, NOT_DIFFERENTIATED)
+                return
+        observation.meter.ran(site, [call.node], last_layer=True)
+        observation.meter.count(site, sample, call.taken, taken, slope=None if slope is None else upcast(sample.take(slope)))
+    observation.meter.tap_output(site, call, a)
+
+
+def _find_out(observation: Observation, name: str, module: nn.Module, call: Call, a: Tensor) -> Tensor | None:
+    """Decide what this module computes, and keep it in `sites.own`, if one call can tell; f'(z) of this call, where it was computed for that."""
+    sample, sites = call.sample, observation.sites
+    assert isinstance(sample, Sample)
+    bound, slope = recognise(call.taken, sample.take(a.detach()), observation.options.activations, observation.options.epsilon), None
+    if bound is None:
+        slope = _slope(observation, call, a, None)
+        if slope is None:
+            if next(module.parameters(), None) is None and observation.lineage.learns and internals.saving_is_hooked():
+                observation.note_if_wanted(name, NOT_DIFFERENTIATED)
+            return None
+        weights = 1.5 + torch.cos(torch.arange(a.numel(), device=a.device, dtype=torch.float32)).reshape(a.shape).to(a.dtype)
+        mixed = _slope(observation, call, a, weights)
+        scale = 64 * torch.finfo(a.dtype).eps * slope.abs().amax()
+        grouped = [None, *(Units(sample, axis).index(a.device) for axis in {min(1, a.ndim - 1), a.ndim - 1} if a.ndim > 1)]
+        alone = mixed is not None and bool(((mixed - slope * weights).abs() <= scale).all())
+        if alone and is_function(call.taken, upcast(sample.take(slope)), grouped):
+            bound = differentiated(re.sub(r"[^A-Za-z0-9_.-]", "_", type(module).__name__), observation.options.epsilon)
+        elif alone and sites.linear_calls.setdefault(module, 0) < _LINEAR_CALLS:
+            sites.linear_calls[module] += 1
+            return None
+    sites.own[module] = bound
+    if bound is not None:
+        observation.forget_inside(name)
+    return slope
+
+
+def _slope(observation: Observation, call: Call, a: Tensor, direction: Tensor | None) -> Tensor | None:
+    """f'(z) times a direction, by autograd, through the graph of the call that has just run; None where that cannot be had."""
+    if a.grad_fn is None or call.node is None:
+        return None
+    with observation.meter.ignoring_gradients():
+        return derivative(a, call.node, call.output_nr, torch.ones_like(a) if direction is None else direction)
+
+
+def _doubt(observation: Observation, site: Site, module: nn.Module, z: Tensor, a: Tensor) -> None:
+    """A module may change what it computes; where it no longer is the function that it was taken for, autograd tells its derivative."""
+    if site.doubt is not None and bool(site.doubt):
+        bound = differentiated(type(module).__name__, observation.options.epsilon)
+        site.doubt, observation.sites.own[module], site.bound = None, bound, cast(Bound, bound)
+        return
+    differs = fits(site.bound, z, a)
+    if differs.is_cuda:
+        # It is looked at in the next observation: to wait for it now would stop the device.
+        site.doubt = torch.zeros((), dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
+    elif bool(differs):
+        site.doubt = differs
+        _doubt(observation, site, module, z, a)

@@ -1,0 +1,98 @@
+"""The gates of recurrent layers, which one kernel of torch hides: they are computed again from inputs, hidden states and weights (replay.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from torchsat import internals
+from torchsat.observe.graph import ends
+from torchsat.observe.meter import check_plain
+from torchsat.replay import Gate, NotRebuiltError, State, cell_gates, rnn_gates
+from torchsat.sites import Site
+from torchsat.statistics import upcast
+from torchsat.structure import Found, NamedModule
+
+if TYPE_CHECKING:
+    from torchsat.observe.observation import Observation
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a recurrent layer was called with."""
+
+    x: Tensor | PackedSequence
+    state: State
+    random: Tensor | None
+    """The state of the CPU's generator before the call, where a dropout between layers draws from it."""
+
+
+def attach(observation: Observation, found: Found) -> None:
+    """Hook every nn.LSTM, nn.GRU, nn.RNN and their cells."""
+    for each in found.recurrent:
+        calls: list[Given] = []
+        observation.hook_before(each.module, each.name, _before, observation, calls)
+        observation.hook_after(each.module, each.name, _after, observation, each.name, calls)
+
+
+def matrices(layer: NamedModule) -> list[tuple[str, str, nn.Parameter]]:
+    """(place, parameter, weight) of the matrices of a recurrent layer, each of which is a layer that feeds gates."""
+    named = layer.module.named_parameters(recurse=False)
+    return [(f"{layer.name}.{name}", name, weight) for name, weight in named if name.startswith(("weight_ih", "weight_hh"))]
+
+
+def _before(observation: Observation, calls: list[Given], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if not observation.passes.counts(module):
+        return
+    calls.clear()
+    given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+    draws = isinstance(module, nn.RNNBase) and module.dropout > 0 and module.training and module.num_layers > 1
+    calls.append(Given(given["input"], given.get("hx"), torch.get_rng_state() if draws else None))
+
+
+def _after(observation: Observation, name: str, calls: list[Given], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if not calls or not observation.passes.counts(module):
+        return
+    given = calls.pop()
+    x = given.x.data if isinstance(given.x, PackedSequence) else given.x
+    if not x.numel() or not internals.is_real(x):
+        return
+    check_plain(x)
+    observation.passes.has_measured = True
+    observation.sites.has_run_layer(name)
+    observation.layers.feed_recurrent(module, x)
+    options = observation.options
+    gates = (
+        cell_gates(module, x, given.state)
+        if isinstance(module, nn.RNNCellBase)
+        else rnn_gates(cast(nn.RNNBase, module), given.x, given.state, given.random, output[0], options.limit, observation.turn)
+    )
+    try:
+        for gate in gates:
+            place = f"{name}.{gate.layer}/{gate.name}" if gate.layer else f"{name}/{gate.name}"
+            if options.selects(place):
+                feeders = [f"{name}.weight_{kind}_{gate.layer}".rstrip("_") for kind in ("ih", "hh")]
+                _count(observation, place, gate, x, feeders, gated=not isinstance(module, (nn.RNN, nn.RNNCell)))
+    except NotRebuiltError as reason:
+        observation.note(f"{name}, upper layers", str(reason))
+    last = next((site for place, site in reversed(observation.sites.ran.items()) if place.startswith((f"{name}.", f"{name}/"))), None)
+    if last is not None:
+        observation.lineage.made_all(last, ends(output))
+
+
+def _count(observation: Observation, place: str, gate: Gate, x: Tensor, feeders: Sequence[str], gated: bool) -> None:
+    sites = observation.sites
+    site = sites.known.get(place)
+    if site is None:
+        site = sites.known[place] = Site(place, sites.bind_named(gate.function), "recurrent", gated)
+    observation.meter.ran(site, [x.grad_fn])
+    if observation.lineage.learns:
+        site.feeds_on = dict.fromkeys(name for name in feeders if name in observation.layers.measured)
+    sample = observation.meter.sample_of(gate.z)
+    z = upcast(sample.take(gate.z))
+    observation.meter.count(site, sample, z, getattr(torch, gate.function)(z), elements=gate.elements)

@@ -1,0 +1,116 @@
+"""When a training step is over: the steps of optimizers, put together into rounds.
+
+One step of ours is one round in which every optimizer that owns parameters of the model steps once: a GAN's two optimizers make one step together. Which
+optimizers take part is learned from the first round: it is over when no gradient is left to another optimizer. Later rounds are over when all members
+of the last one have stepped, or when one of them steps a second time.
+
+An optimizer's step may run another one inside it (a wrapper, SAM); only the outermost counts. A step that raised never reaches its end, so what is
+running is not remembered but looked up on the stack.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+from torch import nn
+from torch.optim import Optimizer
+
+from torchsat import internals
+
+
+class Steps:
+    """The optimizer steps of one model.
+
+    Args:
+        model: gives the model, or None once it is gone.
+    """
+
+    def __init__(self, model: Callable[[], nn.Module | None]) -> None:
+        self._model = model
+        self._owned: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
+        """For each optimizer how many parameters it had when it was looked at, and whether one of them is the model's."""
+        self._running: list[Optimizer] = []
+        """The optimizers whose `step` is running, outermost first."""
+        self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        """Those that have stepped since the last round ended."""
+        self._members: weakref.WeakSet[Optimizer] | None = None
+        """Those of the last round; None before the first has ended."""
+        self.only: Callable[[], Optimizer | None] = _nobody
+        """The only optimizer of the last round, if it was one: the short way through a step that is not observed."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether an optimizer of the model is stepping."""
+        return bool(self._running)
+
+    def begins_short(self, optimizer: Optimizer) -> bool:
+        """Whether this is the model's only optimizer and its step begins, in which case it has been taken up; else `begins` is to be asked."""
+        if self.only() is optimizer and not self._running:
+            self._running.append(optimizer)
+            return True
+        return False
+
+    def begins(self, optimizer: Optimizer) -> bool:
+        """An optimizer that owns parameters of the model begins to step. Whether it is the outermost one."""
+        if self._running:
+            self._running = [each for each in internals.steps_on_stack()[:-1] if self.owns(each)]
+        self._running.append(optimizer)
+        return len(self._running) == 1
+
+    def ends(self, optimizer: Optimizer) -> bool:
+        """An optimizer has stepped. Whether it owns parameters of the model and was the outermost one."""
+        if not self._running or self._running[-1] is not optimizer:
+            return False
+        self._running.pop()
+        return not self._running
+
+    def look_again(self) -> None:
+        """The model is entered: forget steps that have raised."""
+        if self._running:
+            self._running = [each for each in internals.steps_on_stack() if self.owns(each)]
+
+    def has_stepped(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer has stepped in the round that runs."""
+        return optimizer in self._stepped
+
+    def add(self, optimizer: Optimizer) -> bool:
+        """This optimizer has stepped in the round that runs. Whether the round is over with it."""
+        self._stepped.add(optimizer)
+        if self._members is not None:
+            return set(self._members) <= set(self._stepped)
+        model = self._model()
+        if model is None:
+            return True
+        stepped = {id(parameter) for each in self._stepped for group in each.param_groups for parameter in group["params"]}
+        return all(parameter.grad is None or id(parameter) in stepped for parameter in model.parameters())
+
+    def end_round(self) -> None:
+        """The round is over; a new one begins."""
+        self._members, self._stepped = self._stepped, weakref.WeakSet()
+        members = list(self._members)
+        self.only = weakref.ref(members[0]) if len(members) == 1 else _nobody
+
+    def owns(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer has a parameter of the model."""
+        size = sum(len(group["params"]) for group in optimizer.param_groups)
+        known = self._owned.get(optimizer)
+        if known is None or known[0] != size:
+            model = self._model()
+            mine = {id(parameter) for parameter in model.parameters()} if model is not None else set()
+            known = size, any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"])
+            self._owned[optimizer] = known
+        return known[1]
+
+    def forget(self) -> None:
+        """Forget all optimizers."""
+        self._owned.clear()
+
+
+def has_closure(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
+    """Whether `step` was given a closure. torch hands a hook the optimizer itself as the first argument."""
+    return len(args) > 1 or kwargs.get("closure") is not None
+
+
+def _nobody() -> None:
+    """No optimizer."""

@@ -1,0 +1,145 @@
+"""The way of one monitor's observations to the host: `Local` until the monitor has met other ranks, and again after it has lost them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from torchsat.parts import Parts
+from torchsat.record import Kind
+from torchsat.transport.flight import Flight
+from torchsat.transport.local import Local
+from torchsat.transport.meeting import Meeting
+from torchsat.transport.packing import Numbers
+from torchsat.transport.parallel import default_group
+from torchsat.transport.ranks import Ranks
+
+log = logging.getLogger("torchsat")
+
+
+class Route:
+    """The transports of one monitor.
+
+    Args:
+        group: the ranks that observe together, as the user gave it: "auto" is all of torch.distributed, None this process by itself.
+        kind: of the model; ranks meet over models of one kind.
+        raises: let faults through.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | Literal["auto"] | None, kind: str, raises: bool) -> None:
+        self._group = group
+        self._kind = kind
+        self._raises = raises
+        self._local = Local()
+        self._ranks: Ranks | None = None
+        """The view of the other ranks; None before this one has entered. It is kept after they are lost, for what is under way."""
+        self._differing_said = False
+
+    @property
+    def together(self) -> bool:
+        """Whether other ranks observe with this one now."""
+        return self._ranks is not None and self._ranks.together
+
+    @property
+    def has_met(self) -> bool:
+        """Whether it is decided who observes with this rank."""
+        return self._ranks is not None and self._ranks.meeting is not Meeting.UNMET
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank writes, logs and alerts: it is by itself, or the first of those that observe together."""
+        return self._ranks is None or not self._ranks.together or self._ranks.rank == 0
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process in the whole job, of which there may be nothing left; 0 where there is none."""
+        if self._ranks is not None:
+            return self._ranks.everywhere
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+    @property
+    def interval(self) -> int:
+        """The interval between observations that the ranks have agreed upon; 0: none."""
+        return self._ranks.interval if self._ranks is not None and self._ranks.together else 0
+
+    @property
+    def kinds(self) -> Mapping[str, Kind]:
+        """The sites that are seen on any rank, and their kinds; empty where this process is by itself."""
+        if self._ranks is None or not self._ranks.together:
+            return {}
+        return {name: entry.facts.kind for name, entry in self._ranks.layout.sites.items()}
+
+    def enter(self) -> None:
+        """The first training pass begins: tell the other ranks that this one watches."""
+        if self._ranks is None:
+            group = default_group() if self._group == "auto" else self._group
+            try:
+                self._ranks = Ranks(group, self._kind, self._say_lost)
+            except Exception as error:
+                log.warning("torchsat: each rank observes by itself: %s: %s", type(error).__name__, error)
+                self._ranks = Ranks(None, self._kind, self._say_lost)
+
+    def meet(self, device: torch.device) -> None:
+        """The first observation ends: decide whether it is one of several ranks, on all of them alike."""
+        self.enter()
+        assert self._ranks is not None
+        why_apart = self._ranks.meet(device)
+        if why_apart is not None:
+            self._say_lost(why_apart)
+
+    def send(
+        self, step: int, parts: Parts, *, interval: int, before: Callable[[], None], history: Callable[[], dict[str, Any]]
+    ) -> Flight | None:
+        """Send what was measured on its way; also if it is nothing, where other ranks wait for it. None where nothing is under way.
+
+        Args:
+            interval: the interval between observations that this rank wants.
+            before: reads the flights that are old enough.
+            history: what this rank remembers of an earlier session.
+        """
+        if self._ranks is None or not self._ranks.together:
+            return self._local.send(step, parts)
+        try:
+            return self._ranks.send(step, parts, interval=interval, before=before, history=history)
+        except Exception as error:
+            if self._raises:
+                raise
+            self._ranks.leave()
+            self._say_lost(f"{type(error).__name__}: {error}")
+            return None
+
+    def take_history(self) -> dict[str, Any] | None:
+        """What the furthest rank remembers of an earlier session, once, where this one is to go on with it."""
+        if self._ranks is None:
+            return None
+        history, self._ranks.history = self._ranks.history, None
+        return history
+
+    def read(self, flight: Flight) -> Numbers:
+        """The numbers of a flight that has arrived."""
+        if not flight.layout.shared:
+            return self._local.read(flight)
+        assert self._ranks is not None
+        numbers = self._ranks.read(flight)
+        if numbers.differing and not self._differing_said and self.speaks:
+            self._differing_said = True
+            log.warning(
+                "torchsat: step %d: ranks hold different weights in %s%s. What is shown is of all ranks together; if each trains its own model, "
+                "pass group=None.",
+                flight.step,
+                numbers.differing[0],
+                f" and {len(numbers.differing) - 1} more layers" if len(numbers.differing) > 1 else "",
+            )
+        return numbers
+
+    def leave(self) -> None:
+        """Observe with nobody any more, so that the others do not wait for what never comes."""
+        if self._ranks is not None:
+            self._ranks.leave()
+
+    def _say_lost(self, why: str) -> None:
+        log.warning("torchsat: rank %d observes by itself from here on: %s. Training is not affected.", self.rank, why)
