@@ -35,17 +35,20 @@ from torch.optim import Optimizer
 from torchsat import process
 from torchsat.activations import ACTIVATIONS, Activation
 from torchsat.calls import uses_flex_attention
+from torchsat.columns import COLUMN, HEADS, LAYER, UNITS
 from torchsat.diagnosis import Diagnosis, verdict
 from torchsat.ingraph import Wires, why_not
+from torchsat.internals import is_flattened
 from torchsat.ranks import CLOSING, GRACE, LAG, PATIENCE, LayerPart, Ranks, Round, SitePart, averaged_over, default_group
-from torchsat.record import Alert, Coverage, Record, Snapshot
+from torchsat.record import Alert, Coverage, LayerFacts, Record, SiteFacts, Snapshot
+from torchsat.rows import LayerRow, SiteRow, Stuck, to_record, to_weight
 from torchsat.rules import RULES, Judge, Rule
 from torchsat.schedule import Mark, Schedule
-from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record, trust_kernels
+from torchsat.sharding import is_freed, local, placement
+from torchsat.statistics import accumulator, summarise_units, trust_kernels
 from torchsat.taps import MODEL, PIPELINES, Found, Pass, Site, Stages, Taps, clean, is_compiled
 from torchsat.tensorboard import SUBRUN
-from torchsat.weights import COLUMNS, Layer, is_flattened, is_freed, local, placement, to_weight
-from torchsat.weights import why_not as layer_why_not
+from torchsat.weights import Layer, why_unmeasured
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
@@ -180,7 +183,7 @@ class _InFlight:
             return hosts[device][places[device] - width : places[device]]
 
         sites = [(facts, cut(device, width), dict[str, Any]()) for device, width, facts in self.facts]
-        layers = [(facts, cut(device, len(COLUMNS))) for device, facts in self.weight_facts]
+        layers = [(facts, cut(device, len(LAYER))) for device, facts in self.weight_facts]
         return _Numbers(sites, layers, self.divisor * (1.0 if math.isnan(scale) or scale <= 0 else scale), skipped > 0)
 
 
@@ -633,7 +636,7 @@ class Monitor:
             wires.cut()
             # The slope of RReLU is drawn: it is not known where the output has overwritten z.
             sites = [(name, module) for name, module, row in found.sites if not (row.from_output and getattr(module, "inplace", False))]
-            wires.lay(sites, [(name, module) for name, module in found.layers if layer_why_not(module) is None])
+            wires.lay(sites, [(name, module) for name, module in found.layers if why_unmeasured(module) is None])
 
     def _unwire(self) -> None:
         if self._wires is not None:
@@ -766,7 +769,7 @@ class Monitor:
         weight_facts: list[tuple[torch.device, dict[str, Any]]] = []
         for site in taps.sites.values():
             if site.row is not None:
-                width = len(SUMS) + len(MAXES) + len(UNITS) + (0 if site.heads is None else site.heads.numel())
+                width = len(COLUMN) + len(UNITS) + (0 if site.heads is None else site.heads.numel())
                 facts.append((site.row.device, width, _facts(site)))
                 packed.setdefault(site.row.device, []).extend([site.row, summarise_units(site.block, site.row.device)])
                 if site.heads is not None:
@@ -1028,16 +1031,17 @@ class Monitor:
         records: list[Record] = []
         for facts, row, of_ranks in numbers.sites:
             name = facts["site"]
-            record, stuck = to_record(facts, row, numbers.scale, self._stuck.get(name))
+            known = self._stuck.get(name)
+            record, stuck = to_record(_site_row(facts, row, of_ranks), numbers.scale, None if known is None else Stuck(*known))
             if stuck is not None:
-                self._stuck[name] = stuck
+                self._stuck[name] = (stuck.share, stuck.samples)
             if record.n or record.nonfinite:
-                records.append(replace(record, **of_ranks) if of_ranks else record)
+                records.append(record)
         if not records and isinstance(flight, Round):
             if not flight.layout.sites and not self._taps.names:
                 self._warn_of_nothing()
             return
-        weights = [to_weight(facts, row) for facts, row in numbers.layers]
+        weights = [to_weight(_layer_row(dict(facts), row)) for facts, row in numbers.layers]
         snapshot = Snapshot(flight.step, flight.time, tuple(records), tuple(weights), overhead=self._schedule.overhead)
         snapshot = replace(snapshot, alerts=self._verdict(snapshot))
         self._latest = snapshot
@@ -1237,6 +1241,18 @@ def _facts(site: Site) -> dict[str, Any]:
         "normal_high": constants.normal_high if constants else None,
         "normal_derivative": constants.normal_derivative if constants else None,
     }
+
+
+def _site_row(facts: dict[str, Any], row: list[float], of_ranks: dict[str, Any]) -> SiteRow:
+    """A row with UNITS and the heads behind it, as a value."""
+    units, heads = row[len(COLUMN) :][: len(UNITS)], row[len(COLUMN) + len(UNITS) :]
+    count = len(heads) // len(HEADS)
+    return SiteRow(SiteFacts(**facts), row[: len(COLUMN)], units, [heads[at : at + count] for at in range(0, len(heads), count or 1)], **of_ranks)
+
+
+def _layer_row(facts: dict[str, Any], row: list[float]) -> LayerRow:
+    values = {name: facts.pop(name) for name in ("n", "numel", "learning_rate")}
+    return LayerRow(LayerFacts(**facts), row, **values)
 
 
 def _number(value: Tensor | None, device: torch.device) -> Tensor:

@@ -35,9 +35,9 @@ from torch._C._distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from torchsat.columns import HEADS, INPUT, MAXES, SUMS, UNITS, WEIGHT
 from torchsat.record import SITE_FACTS, WEIGHT_FACTS
-from torchsat.statistics import HEADS, MAXES, SUMS, UNIT_SAMPLES, UNITS, accumulator, empty_row, summarise_features, summarise_units
-from torchsat.weights import COLUMNS as LAYER_COLUMNS
+from torchsat.statistics import UNIT_SAMPLES, accumulator, empty_row, summarise_features, summarise_units
 
 GRACE = 5.0
 """Seconds that a rank waits, once, for others: for those that have not begun to train a watched model, or for a result that is late."""
@@ -601,10 +601,10 @@ def _decode(codes: list[float]) -> dict[str, Any]:
 
 def _layer_sums(parts: list[LayerPart | None], device: torch.device) -> Tensor:
     """[layers, LAYER_SUMS] but the last two, of this rank's parts of weights: the sample of a part stands for all of it."""
-    zeros = torch.zeros(len(LAYER_COLUMNS), dtype=accumulator(device), device=device)
+    zeros = torch.zeros(len(WEIGHT), dtype=accumulator(device), device=device)
     numbers = torch.stack([zeros if part is None or part.numbers is None else part.numbers.to(device) for part in parts])
     n, numel = (_numbers([0 if part is None else getattr(part, size) for part in parts], device) for size in ("n", "numel"))
-    weight, change, grad = (numbers[:, LAYER_COLUMNS.index(name)] for name in ("weight_sq", "change_sq", "grad_sq"))
+    weight, change, grad = (numbers[:, WEIGHT.index(name)] for name in ("weight_sq", "change_sq", "grad_sq"))
     scale, nothing = numel / n.clamp(min=1), torch.zeros_like(n)
     columns = [weight * scale]
     for each in (change, grad):
@@ -635,7 +635,7 @@ def _weight(facts: dict[str, Any], values: dict[str, float], inputs: Tensor | No
     per = n / numel
     change = values["change_sq"] * per if values["change_n"] else math.nan
     grad = values["grad_sq"] * per if values["grad_n"] else math.nan
-    summed = [math.nan] * 3
+    summed = [math.nan] * len(INPUT)
     if inputs is not None and values["input_elements"]:
         summed = summarise_features(inputs * (values["input_n"] / values["input_elements"])).tolist()
     given = {key: tuple(facts[key]) if key == "feeds" else facts[key] for key in WEIGHT_FACTS}

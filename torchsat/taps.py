@@ -34,20 +34,21 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import Node
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._python_dispatch import _disable_current_modes
 
-from torchsat.activations import ACTIVATIONS, Activation, Bound, Edges, bind, bind_call, bind_plain, differentiated, fits, is_function, recognise
+from torchsat.activations import ACTIVATIONS, Activation, Bound, Edges, bind, bind_call, bind_plain
+from torchsat.attention import Logits, SoftmaxRows, attention_logits
 from torchsat.calls import ROLES, UNSEEN, Frame, Listener, Role, takes_fused_path
 from torchsat.graph import MOST_NODES, Survey, derivative, ends, has_weight, saving_is_hooked
 from torchsat.kernels import reads_whole
 from torchsat.kernels.formulas import Formula
+from torchsat.recognise import differentiated, fits, is_function, recognise
 from torchsat.record import Kind
-from torchsat.replay import Gate, Logits, NotRebuiltError, SoftmaxRows, attention_logits, cell_gates, rnn_gates
+from torchsat.replay import Gate, NotRebuiltError, cell_gates, rnn_gates
+from torchsat.sampling import Sample, Units
+from torchsat.sharding import is_pending, part_of, placement
 from torchsat.statistics import (
-    Sample,
-    Units,
     empty_row,
     known_slope,
     merge_,
@@ -58,7 +59,7 @@ from torchsat.statistics import (
     start_over_if_full_,
     upcast,
 )
-from torchsat.weights import Layer, feature_axis, input_sums, is_layer, is_pending, local, placement, why_not, width
+from torchsat.weights import Layer, feature_axis, input_sums, is_layer, why_unmeasured, width
 
 MODEL = "(model)"
 """The place of a fault that ends the whole observation."""
@@ -278,7 +279,7 @@ class Found:
     def structure(self) -> tuple[tuple[str, int, str | None], ...]:
         """What two models of the same sites and layers have in common."""
         sites = ((name, id(module), None) for name, module, _ in self.sites)
-        return (*sites, *((name, id(module), why_not(module)) for name, module in self.layers))
+        return (*sites, *((name, id(module), why_unmeasured(module)) for name, module in self.layers))
 
 
 def clean(name: str) -> str:
@@ -526,7 +527,7 @@ class Taps:
         feeders = self.feeders()
         self._weights, self._alive, self.layers = {}, [], {}
         for name, module in found.layers:
-            reason = why_not(module)
+            reason = why_unmeasured(module)
             if reason is not None:
                 self.unseen.append((name, reason))
             if reason is None and name not in self.failed and (self._deciding or name in feeders):
@@ -1408,12 +1409,6 @@ def _first_tensor(args: Iterable[Any], kwargs: dict[str, Any]) -> Tensor:
 def _is_real(z: Tensor) -> bool:
     """Whether the tensor holds numbers of this run: not a stand-in for shapes, nor one row of a torch.func transform."""
     return not (z.is_meta or isinstance(z, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(z))
-
-
-def part_of(tensor: Tensor) -> Tensor:
-    """The elements that this rank has, as a plain tensor."""
-    part = local(tensor)
-    return cast(Tensor, part.trigger_wait()) if isinstance(part, AsyncCollectiveTensor) else part  # type: ignore[no-untyped-call]
 
 
 def _check_plain(z: Tensor) -> None:
