@@ -17,7 +17,8 @@ from torch import Tensor
 from workloads import machine
 
 from torchsat.kernels.formulas import GELU, LOGISTIC, Formula
-from torchsat.statistics import Sample, Units, empty_row, observe, observe_gradient, trust_kernels
+from torchsat.sampling import Sample, Units
+from torchsat.statistics import empty_row, observe, observe_gradient, trust_kernels
 
 UNITS = 1024
 

@@ -21,10 +21,11 @@ from overhead import put, table
 from torch import Tensor
 from workloads import machine
 
+from torchsat.columns import COLUMN, MAXES, SUMS, WEIGHT
 from torchsat.ranks import LayerPart, Layout, Ranks, Round, SitePart
-from torchsat.record import SITE_FACTS
-from torchsat.statistics import MAXES, SUMS, empty_row, to_record
-from torchsat.weights import COLUMNS
+from torchsat.record import SITE_FACTS, SiteFacts
+from torchsat.rows import SiteRow, to_record
+from torchsat.statistics import empty_row
 
 DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
 NETWORKS = ((10, 1024), (50, 1024), (50, 4096), (500, 1024), (5000, 1024))
@@ -59,7 +60,7 @@ def alone(agreed: Layout, rank: int = 0) -> Ranks:
 def parts(agreed: Layout, width: int) -> tuple[dict[str, SitePart], dict[str, LayerPart]]:
     row, block = empty_row(CPU), torch.ones(2, width, dtype=torch.float64)
     row[: len(SUMS)] = 1.0
-    numbers, inputs = torch.ones(len(COLUMNS), dtype=torch.float64), torch.ones(3, width, dtype=torch.float64)
+    numbers, inputs = torch.ones(len(WEIGHT), dtype=torch.float64), torch.ones(3, width, dtype=torch.float64)
     sites = {name: SitePart(told, row, block, None) for name, told in agreed.sites.items()}
     return sites, {name: LayerPart(told, numbers, inputs, 1, 1, 0.1, input_elements=width) for name, told in agreed.layers.items()}
 
@@ -117,7 +118,7 @@ def simulated(ranks: int, sites: int) -> str:
         share = flat / taken
         where, worst = torch.where(share > worst, at, where), torch.maximum(share.double(), worst)
     found = alone(agreed).read(Round(0, 0, 0.0, agreed, total, total, [], None, print)).sites
-    records = [to_record(told, row, 1.0, None)[0] for told, row, _ in found]
+    records = [to_record(SiteRow(SiteFacts(**told), row[: len(COLUMN)]), 1.0, None)[0] for told, row, _ in found]
     wrong = sum(
         record.n != n_ or round((record.low or 0) * record.n) != s for record, n_, s in zip(records, counts.tolist(), saturated.tolist(), strict=True)
     )

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchsat import ACTIVATIONS, Activation
-from torchsat.activations import bind, fits, is_function, recognise
+from torchsat.activations import bind
+from torchsat.recognise import fits, is_function, recognise
 
 MODULES = [
     nn.Sigmoid(),

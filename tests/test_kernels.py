@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from tests.test_activations import row as row_of
 from torchsat.activations import Activation, bind
+from torchsat.columns import COLUMN
 from torchsat.kernels import cpu
 from torchsat.kernels.formulas import formula
-from torchsat.statistics import MAXES, SUMS, Sample, Units, known_slope, observe, observe_features, observe_gradient, observe_softmax, put_squares
+from torchsat.sampling import Sample, Units
+from torchsat.statistics import known_slope, observe, observe_features, observe_gradient, observe_softmax, put_squares
 
 compiled = pytest.mark.skipif(not cpu.reads(), reason="no C compiler")
-COLUMNS = (*SUMS, *MAXES)
+COLUMNS = tuple(COLUMN)
 
 
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +114,7 @@ def test_the_formulas_of_the_kernels_are_the_derivatives_of_the_table(module: nn
         [torch.linspace(-40, 40, 4001, dtype=torch.float64), torch.tensor([0.0, -0.0, 0.3, 3.0, 6.0, -0.5, 2.0, 1e4, -1e4, 700, -700, 1e-300])]
     )
     # One element a row: what comes back is its derivative.
-    found = torch.stack([observe(each.reshape(1), each.reshape(1), of, 1.0, (None, None), 1)[0] for each in z])[:, SUMS.index("derivative")]
+    found = torch.stack([observe(each.reshape(1), each.reshape(1), of, 1.0, (None, None), 1)[0] for each in z])[:, COLUMN["derivative"]]
     expected = bound.evaluate(z, z, {})[0]
     assert torch.allclose(found, expected, rtol=1e-11, atol=1e-15)
 

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
-from torchsat import activations, taps
+from torchsat import activations, numeric, taps
 from torchsat.kernels import cpu
 from torchsat.weights import fan_in
 
@@ -917,7 +917,7 @@ def test_tails_that_are_not_known_are_not_zero() -> None:
 
 
 def test_a_default_device_does_not_reach_into_the_table() -> None:
-    activations._grid.cache_clear()
+    numeric.grid.cache_clear()
     activations._constants.cache_clear()
     with torch.device("meta"):
         monitor = torchsat.watch(nn.Sequential(nn.GELU()), errors="raise")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
-from torchsat.replay import Gate, Logits, NotRebuiltError, Queries, SoftmaxRows, attention_logits, cell_gates, rnn_gates
+from torchsat.attention import Logits, Queries, SoftmaxRows, attention_logits
+from torchsat.replay import Gate, NotRebuiltError, cell_gates, rnn_gates
 from torchsat.statistics import observe_softmax
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]

@@ -11,19 +11,18 @@ from torch import nn
 
 from tests.test_activations import MODULES, row
 from torchsat.activations import bind
+from torchsat.columns import BINS, COLUMN
 from torchsat.kernels import cpu
-from torchsat.record import HISTOGRAM_EDGES, Record
+from torchsat.record import HISTOGRAM_EDGES, Record, SiteFacts
+from torchsat.rows import SiteRow, to_record
+from torchsat.sampling import Sample, Units
 from torchsat.statistics import (
-    SUMS,
-    Sample,
-    Units,
     empty_row,
     merge_,
     observe,
     observe_gradient,
     start_over_if_full_,
     summarise_units,
-    to_record,
     upcast,
 )
 
@@ -38,19 +37,19 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-FACTS = {
-    "site": "act",
-    "activation": "tanh",
-    "kind": "module",
-    "tails": "both",
-    "output": False,
-    "gate": False,
-    "after": (),
-    "units": None,
-    "normal_low": None,
-    "normal_high": None,
-    "normal_derivative": None,
-}
+FACTS = SiteFacts(
+    site="act",
+    activation="tanh",
+    kind="module",
+    tails="both",
+    output=False,
+    gate=False,
+    after=(),
+    units=None,
+    normal_low=None,
+    normal_high=None,
+    normal_derivative=None,
+)
 
 
 def make_row(module: nn.Module, z: torch.Tensor) -> torch.Tensor:
@@ -62,7 +61,7 @@ def make_row(module: nn.Module, z: torch.Tensor) -> torch.Tensor:
 
 
 def to_host(row: torch.Tensor, block: torch.Tensor | None = None) -> Record:
-    return to_record(FACTS, torch.cat([row, summarise_units(block, row.device)]).tolist(), 1.0, None)[0]
+    return to_record(SiteRow(FACTS, row.tolist(), summarise_units(block, row.device).tolist()), 1.0, None)[0]
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 2.0, 4.0, 8.0])
@@ -186,7 +185,7 @@ def test_the_histogram_tells_a_millionth_from_a_hundredth() -> None:
     assert list(HISTOGRAM_EDGES) == sorted(HISTOGRAM_EDGES)
     relative = torch.tensor([0.0, 1e-9, 1e-6, 1e-4, 1e-2, 0.5, 0.74, 0.75, 1.0], dtype=torch.float64)
     row = observe(relative, relative, relative * 3, 3.0, (None, None), len(relative))[0]
-    counts = row[len(SUMS) - len(HISTOGRAM_EDGES) + 1 : len(SUMS)]
+    counts = row[COLUMN[BINS[0]] : COLUMN[BINS[-1]] + 1]
     for value in relative.tolist():
         place = next(k for k in range(len(counts)) if value < HISTOGRAM_EDGES[k + 1] or k == len(counts) - 1)
         assert counts[place] > 0, value
@@ -197,9 +196,7 @@ def test_the_histogram_tells_a_millionth_from_a_hundredth() -> None:
 def test_attenuation_and_gradient_rms_by_hand() -> None:
     grad_a, grad_z = torch.tensor([3.0, 4.0]), torch.tensor([0.3, 0.4])
     forward = make_row(nn.Tanh(), torch.zeros(2))
-    record = to_record(
-        FACTS, torch.cat([merge_(forward, observe_gradient(grad_a, grad_z)), summarise_units(None, grad_a.device)]).tolist(), 8.0, None
-    )[0]
+    record = to_record(SiteRow(FACTS, merge_(forward, observe_gradient(grad_a, grad_z)).tolist()), 8.0, None)[0]
     assert record.attenuation == pytest.approx(0.1)
     assert record.grad_a_rms == pytest.approx(math.sqrt(12.5) / 8)  # a GradScaler's factor of 8 taken out
     assert record.grad_z_rms == pytest.approx(math.sqrt(0.125) / 8)
@@ -218,9 +215,9 @@ def test_a_unit_is_stuck_only_after_a_thousand_samples_and_windows_start_over() 
     # units, measured, stuck, least samples: 400, 800, then 1200 is a full window, then 400 of the next.
     assert values == [[3, 0, 0, 400], [3, 0, 0, 800], [3, 3, 1, 1200], [3, 0, 0, 400]]
     host = make_row(nn.Tanh(), torch.zeros(2))
-    record, window = to_record(FACTS, [*host.tolist(), *values[2]], 1.0, None)
+    record, window = to_record(SiteRow(FACTS, host.tolist(), values[2]), 1.0, None)
     assert (record.stuck, record.stuck_n) == (pytest.approx(1 / 3), 1200)
-    record, _ = to_record(FACTS, [*host.tolist(), *values[3]], 1.0, window)
+    record, _ = to_record(SiteRow(FACTS, host.tolist(), values[3]), 1.0, window)
     assert (record.stuck, record.stuck_n) == (pytest.approx(1 / 3), 1200)  # the last full window stands
 
 

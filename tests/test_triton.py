@@ -19,7 +19,8 @@ from torchsat import kernels as package
 from torchsat import statistics, taps
 from torchsat.activations import bind
 from torchsat.kernels.formulas import formula
-from torchsat.statistics import Sample, Units, disagreement, observe, observe_gradient
+from torchsat.sampling import Sample, Units
+from torchsat.statistics import disagreement, observe, observe_gradient
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
@@ -190,7 +191,7 @@ def to_ptx(kernel, pointers, floats, **constants):
 
 floats = ("low", "high", "peak", "per_peak", "b", "c", "d")
 rest = dict(out_ptr="*fp64", block_ptr="*fp64", slope_ptr="*fp32")
-sizes = dict(bins=cuda.HISTOGRAM_BINS, room=cuda._ROOM, first_bin=cuda.FIRST_BIN, block=cuda._BLOCK, z_step=1, a_step=1)
+sizes = dict(block=cuda._BLOCK, z_step=1, a_step=1)
 for kind in sorted(cuda.KINDS):
     dtype = "*bf16" if kind % 2 else "*fp32"
     for flag in (True, False) if kind < 2 else (True,):

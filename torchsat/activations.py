@@ -1,14 +1,13 @@
 """Activation functions: their derivative, its peak, and where their tails begin.
 
-One row of `ACTIVATIONS` is one function. Every derivative is computed from the pre-activation z in a stable form: from the output it would
-be wrong in low precision (a bfloat16 sigmoid rounds to 1 at z = 6.25, where f' is not 0) and impossible for SiLU, Mish or Hardswish.
+One row of `ACTIVATIONS` is one function. Every derivative is computed from the pre-activation z in a stable form. Computed from the output it would
+be wrong in low precision (a bfloat16 sigmoid rounds to 1 at z = 6.25, where f' is not 0), and impossible for SiLU, Mish or Hardswish.
 
-A *tail* is where |f'| stays below epsilon of its peak, all the way out. Its edges are inclusive, since torch's own derivative is 0 on the
-kink of a hard function (ReLU at 0, Hardtanh at 1). A zero of f' elsewhere (GELU near -0.75, Tanhshrink at 0) is not a tail.
+A *tail* is where |f'| stays below epsilon times its peak, all the way out. A z on the edge of a tail belongs to it, since torch's own derivative is 0
+on the kink of a hard function (ReLU at 0, Hardtanh at 1). A zero of f' elsewhere (GELU near -0.75, Tanhshrink at 0) is not a tail.
 
-A user's function is a longer tuple: `activations=(*ACTIVATIONS, Activation("snake", modules=(Snake,)))`. What such a row leaves out is
-found numerically: the derivative by automatic differentiation, peak and tails on a grid. A module that is in no row is judged by what it makes
-of real data, never by running it: if its numbers are those of a row, it is that function (`recognise`).
+Users add rows of their own: `activations=(*ACTIVATIONS, Activation("snake", modules=(Snake,)))`. What such a row leaves out is found numerically
+(numeric.py). A module that no row names is recognised by its numbers (recognise.py).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchsat.numeric import check_elementwise, derivative_of, grid, normal_mean, peak_on_grid, tails_on_grid, twin
 from torchsat.record import Tails
 
 Edges = tuple[float | Tensor | None, float | Tensor | None]
+"""(z_L, z_R): where the low tail ends and where the high one begins; None where there is none."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,23 @@ class Activation:
     """One element-wise activation function.
 
     Args:
-        name: for people; letters, digits, `_`, `.` and `-`.
+        name: the name that users see; letters, digits, `_`, `.` and `-`.
         modules: the module classes that compute it. A subclass counts as long as it keeps the class's `forward`.
-        parameters: attributes of the module, handed by name to `derivative`, `peak`, `tails` and `function`. A tensor of more than one
+        parameters: attributes of the module, which are passed by name to `derivative`, `peak`, `tails` and `function`. A tensor of more than one
             element is spread over z as `torch.nn.PReLU` does it (dimension 1), or broadcast if it has several dimensions.
-        derivative: f'(z) for a float32 or float64 tensor of any shape. None: automatic differentiation of `function`.
-        peak: sup|f'|, a number or a function of the parameters; None: found on a grid, unknown if |f'| has no bound there or the parameters
-            are learned.
-        tails: (z_L, z_R) as a function of (epsilon, **parameters), an absent tail being None; None: found on a grid, unknown where there is no
-            peak or where the parameters are learned.
-        function: f(z); None: the module or call itself. Used only where there is no `derivative`.
-        from_output: `derivative` is also given the output, as keyword `a` (the slope of RReLU is drawn in the forward pass).
-        calls: functions and tensor methods of torch that compute it: z first, then `parameters` in their order or by name. A Python function
-            of your own is heard where it is decorated with `torch.overrides.wrap_torch_function(lambda z: (z,))`.
-        defaults: of `parameters`, where a call leaves them out.
+        derivative: f'(z) for a float32 or float64 tensor of any shape. None: `function` is differentiated automatically.
+        peak: sup|f'|, a number or a function of the parameters. None: it is searched on a grid, and unknown if |f'| has no bound there or the
+            parameters are learned.
+        tails: (z_L, z_R) as a function of (epsilon, **parameters), with None for a tail that is absent. None: they are searched on a grid, and
+            unknown where there is no peak or where the parameters are learned.
+        function: f(z). None: the module or call itself. It is used only where there is no `derivative`, and to recognise modules by their numbers.
+        from_output: whether `derivative` is also given the output, as keyword `a` (the slope of RReLU is drawn in the forward pass).
+        calls: functions and tensor methods of torch that compute it. Their arguments are z, then `parameters` in their order or by name. Calls of a
+            Python function of your own are seen if it is decorated with `torch.overrides.wrap_torch_function(lambda z: (z,))`.
+        defaults: the values of `parameters` where a call leaves them out.
 
     Raises:
-        ValueError: `defaults` are not as many as `parameters`, or torch does not let a function in `calls` be heard.
+        ValueError: `defaults` and `parameters` differ in number, or calls of a function in `calls` cannot be seen.
     """
 
     name: str
@@ -83,44 +84,61 @@ class Activation:
 
 @dataclass(frozen=True)
 class Constants:
-    """What follows from an activation, its plain parameters and epsilon alone."""
+    """What follows from an activation, its plain parameters and epsilon, whatever z is."""
 
     peak: float | None
+    """sup|f'|; None where |f'| has no bound."""
     low: float | None
+    """The upper edge of the low tail; None where there is no low tail."""
     high: float | None
+    """The lower edge of the high tail; None where there is no high tail."""
     tails_known: bool
-    """False where there is no peak to measure them by."""
+    """False where there is no peak, on which the level of the tails depends."""
     normal_low: float
+    """The share of z ~ N(0, 1) in the low tail."""
     normal_high: float
+    """The share of z ~ N(0, 1) in the high tail."""
     normal_derivative: float | None
+    """E|f'(z)| / peak for z ~ N(0, 1); None without a peak."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """An activation with the parameters of one module: all that a site needs to know of its function."""
+    """An activation with the parameters of one module or call: all that a site needs to know of its function."""
 
     activation: Activation
     derivative: Callable[..., Tensor]
+    """f'(z), as a function of z and the parameters by name."""
     plain: Mapping[str, Any]
+    """The parameters that are no tensors."""
     learned: Mapping[str, Tensor]
+    """The parameters that are tensors."""
     epsilon: float
+    """An element is saturated where |f'| stays below this share of the peak."""
     constants: Constants | None
-    """None where the function has learned parameters: peak and tails then live on the device."""
+    """None where the function has learned parameters. Peak and tails then depend on tensors, and are computed on the device at each call."""
 
     @property
     def tails_known(self) -> bool:
-        """Whether it is known which elements are saturated: not for a function without bound, nor for learned parameters without `tails`."""
+        """Whether it is known which elements are saturated. It is not where |f'| has no bound, nor where parameters are learned and the row has no
+        `tails`."""
         return self.activation.tails is not None or (self.constants is not None and self.constants.tails_known)
 
     @property
     def tails(self) -> Tails:
+        """Which sides of the function have a tail; "none" where the parameters are learned."""
         if self.constants is None:
             return "none"
         low, high = self.constants.low is not None, self.constants.high is not None
         return "both" if low and high else "low" if low else "high" if high else "none"
 
     def evaluate(self, z: Tensor, a: Tensor, learned: Mapping[str, Tensor]) -> tuple[Tensor, float | Tensor | None, Edges]:
-        """|f'(z)|, the peak, and the edges of the tails, for learned parameters already spread over z."""
+        """|f'(z)|, the peak, and the edges of the tails.
+
+        Args:
+            a: the output, which only a function with `from_output` reads.
+            learned: the learned parameters, each as one number or with one value for each element of z.
+        """
         given = {**self.plain, **learned}
         slope = self.derivative(z, **given, **({"a": a} if self.activation.from_output else {})).abs()
         if self.constants is not None:
@@ -142,13 +160,17 @@ def bind(activation: Activation, module: nn.Module, epsilon: float) -> Bound:
         raise ValueError(
             f"activation {activation.name!r} names the parameters {activation.parameters}, but {type(module).__name__} lacks one: {error}"
         ) from None
-    return _bind(activation, values, epsilon, module.forward, lambda: _twin(module).forward)
+    return _bind(activation, values, epsilon, module.forward, lambda: twin(module).forward)
 
 
 def bind_call(
     activation: Activation, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], epsilon: float, known: Bound | None = None
 ) -> Bound:
-    """The activation as a call computes it; `args` are those after z. `known` is that of an earlier call, to save work.
+    """The activation as a call computes it.
+
+    Args:
+        args: the positional arguments after z.
+        known: the activation of an earlier call of the same site. It is used again if the plain parameters are the same.
 
     Raises:
         ValueError: a parameter is missing, or the function is not element-wise.
@@ -163,171 +185,40 @@ def bind_call(
     return _bind(activation, values, epsilon, function, lambda: function)
 
 
-def bind_plain(activation: Activation, epsilon: float) -> Bound:
-    """An activation without parameters, as the kernels of recurrent layers compute it."""
+def bind_plain(activation: Activation, epsilon: float, values: Mapping[str, Any] | None = None) -> Bound:
+    """An activation with a `derivative` and with these plain parameters, without a module or call to read them from."""
     assert activation.derivative is not None
-    return Bound(activation, activation.derivative, {}, {}, epsilon, _constants(activation, activation.derivative, (), epsilon))
+    plain = dict(values or {})
+    return Bound(activation, activation.derivative, plain, {}, epsilon, _constants(activation, activation.derivative, _key(plain), epsilon))
 
 
 def _bind(
     activation: Activation, values: Mapping[str, Any], epsilon: float, function: Callable[..., Any], testable: Callable[[], Callable[..., Any]]
 ) -> Bound:
-    """`testable` makes the function again, for float64 on the CPU and without a trace on the module."""
+    """The activation with these values of its parameters.
+
+    Args:
+        function: what computes it in the model.
+        testable: makes a function that computes the same in float64 on the CPU, and leaves no trace on the module.
+    """
     learned = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
     plain = {name: value for name, value in values.items() if name not in learned}
     derivative = activation.derivative
     if derivative is None:
         given = {name: value.cpu().double() if isinstance(value, Tensor) else value for name, value in {**plain, **learned}.items()}
         differentiate = check_elementwise(activation.name, activation.function or testable(), given)
-        derivative = functools.partial(_slope, differentiate, activation.function or function)
+        derivative = functools.partial(derivative_of, differentiate, activation.function or function)
     constants = None
     if not learned:
-        # A derivative made here holds the module: it must not enter the cache.
+        # A derivative that was made here holds the user's module, which a cache would keep alive.
         make = _constants if activation.derivative is not None else _constants.__wrapped__
-        constants = make(activation, derivative, tuple(sorted(plain.items())), epsilon)
+        constants = make(activation, derivative, _key(plain), epsilon)
     return Bound(activation, derivative, plain, learned, epsilon, constants)
 
 
-def recognise(z: Tensor, a: Tensor, rows: Sequence[Activation], epsilon: float) -> Bound | None:
-    """The function that made a of z, elements of a module of no row: a row at its defaults, GELU by tanh, quick GELU or squared ReLU.
-
-    Only the numbers are compared, in the precision of a; no function of the module is called. None where no row fits, or too many do.
-    """
-    tolerance = _tolerance(a.dtype)
-    z, a = z.double(), a.double()
-    finite = torch.isfinite(z) & torch.isfinite(a)
-    z, a = z[finite], a[finite]
-    if z.numel() < 16 or not bool((z > 0.1).any()) or not bool((z < -0.1).any()) or bool(torch.isclose(a, z, rtol=tolerance, atol=0).all()):
-        return None
-    for row in (*rows, *_WITHOUT_MODULE):
-        if row.derivative is None or row.from_output or len(row.defaults) != len(row.parameters) or not (row.calls or row.function):
-            continue
-        function = row.function or row.calls[0]
-        for values in (row.defaults, *([("tanh",)] if row.name == "gelu" else [])):
-            given = dict(zip(row.parameters, values, strict=True))
-            # Near a zero of the function the rounding is that of its terms, which are as large as z.
-            made = function(z.clone(), **given)
-            if bool(((made - a).abs() <= tolerance * (a.abs() + 0.1 * z.abs().clamp(max=1))).all()):
-                return Bound(row, row.derivative, given, {}, epsilon, _constants(row, row.derivative, tuple(sorted(given.items())), epsilon))
-    return None
-
-
-def fits(bound: Bound, z: Tensor, a: Tensor) -> Tensor:
-    """Whether a recognised function still makes a of z: a boolean on the device, true where they differ."""
-    function = bound.activation.function or bound.activation.calls[0]
-    made = function(z.clone(), **bound.plain)
-    return ((made - a.to(made)).abs() > 4 * _tolerance(a.dtype) * (made.abs() + z.abs().clamp(max=1))).any()
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    """How far two ways of writing a function may lie apart; of the low precisions only the result is rounded."""
-    return torch.finfo(dtype).eps * (4 if dtype in (torch.float16, torch.bfloat16) else 64)
-
-
-def is_function(z: Tensor, slope: Tensor, axes: Sequence[Tensor | None]) -> bool:
-    """Whether a derivative that differs from element to element is a function of z, alone or within each unit of an axis.
-
-    Sorted by z, neighbours have nearly the same slope if it is one; the slopes of a random mask have nothing to do with each other
-    (von Neumann's ratio: 0 and 1).
-
-    Args:
-        z, slope: vectors.
-        axes: for each grouping, the unit of each element; None: no grouping.
-    """
-    spread = slope.double().var(correction=0)
-    if not float(spread) > 1e-10 * float(slope.double().square().mean()):
-        return False
-    for units in axes:
-        order = z.argsort() if units is None else z.argsort()[units[z.argsort()].argsort(stable=True)]
-        jumps = slope.double()[order].diff().square()
-        within = slope.double()
-        if units is not None:
-            sorted_units = units[order]
-            jumps = jumps[sorted_units.diff() == 0]
-            count = torch.zeros(int(units.max()) + 1, dtype=torch.float64, device=z.device).index_add_(0, units, torch.ones_like(within))
-            mean = torch.zeros_like(count).index_add_(0, units, within) / count.clamp(min=1)
-            within = within - mean[units]
-            spread = within.square().mean()
-            if not float(spread) > 1e-10 * float(slope.double().square().mean()):
-                continue
-        if jumps.numel() and float(jumps.mean()) < 0.5 * 2 * float(spread):
-            return True
-    return False
-
-
-def differentiated(name: str, epsilon: float) -> Bound:
-    """A function of which only the derivative at each element is known, from autograd: neither peak nor tails."""
-    return Bound(Activation(name), lambda z: torch.full_like(z, math.nan), {}, {}, epsilon, None)
-
-
-def _twin(module: nn.Module) -> nn.Module:
-    """A module with the same attributes, whose parameters are in float64 on the CPU, without gradients.
-
-    Not a deep copy: an activation may hold a reference to a whole model.
-    """
-    twin = object.__new__(type(module))
-    vars(twin).update(vars(module))
-    plain = vars(module)["_parameters"]
-    vars(twin)["_parameters"] = {name: None if value is None else value.detach().cpu().double() for name, value in plain.items()}
-    vars(twin)["_buffers"] = {name: None if value is None else value.detach().cpu().clone() for name, value in vars(module)["_buffers"].items()}
-    vars(twin)["_modules"] = {name: None if child is None else _twin(child) for name, child in vars(module)["_modules"].items()}
-    return twin
-
-
-Differentiate = Callable[..., Tensor]
-"""From (function, z, direction, **parameters) to f'(z) * direction, for a function that acts on each element alone."""
-
-
-def check_elementwise(name: str, function: Callable[..., Tensor], given: Mapping[str, Any]) -> Differentiate:
-    """How to differentiate a function that maps every element on its own, without drawing random numbers; ValueError for any other."""
-
-    def reject(fact: str) -> ValueError:
-        return ValueError(
-            f"activation {name!r}: {fact}. torchsat can differentiate by itself only functions that act on each element alone "
-            "and draw no random numbers: give `derivative=`, or leave the row out."
-        )
-
-    generator = torch.Generator("cpu").manual_seed(0)
-    z = torch.randn(64, dtype=torch.float64, generator=generator, device="cpu") * 2
-    direction = torch.rand(64, dtype=torch.float64, generator=generator, device="cpu") + 0.5
-    state = torch.get_rng_state()
-    try:
-        full = function(z.clone(), **given)
-        differentiate: Differentiate = _forward_mode
-        try:
-            slope = _slope(differentiate, function, z, **given)
-        except Exception:
-            # An autograd.Function need not have a forward mode; its backward is what training sees.
-            differentiate = _reverse_mode
-            slope = _slope(differentiate, function, z, **given)
-        mixed = differentiate(function, z.clone(), direction, **given)
-        shifted = function(z.roll(7)[:40].clone(), **given)
-    except Exception as error:
-        raise reject(f"f(z) for 64 numbers failed: {type(error).__name__}: {error}") from error
-    finally:
-        drawn = not torch.equal(state, torch.get_rng_state())
-        torch.set_rng_state(state)
-    if drawn:
-        raise reject("it draws random numbers")
-    if not isinstance(full, Tensor) or full.shape != z.shape:
-        raise reject(f"64 numbers become {tuple(getattr(full, 'shape', ()))}")
-    if not torch.allclose(mixed, slope * direction, rtol=1e-9, atol=1e-12) or not torch.allclose(shifted, full.roll(7)[:40], rtol=1e-9, atol=1e-12):
-        raise reject("an element of its output depends on other elements of its input")
-    return differentiate
-
-
-def _slope(differentiate: Differentiate, function: Callable[..., Tensor], z: Tensor, **parameters: Any) -> Tensor:
-    return differentiate(function, z.clone(), torch.ones_like(z), **parameters)
-
-
-def _forward_mode(function: Callable[..., Tensor], z: Tensor, direction: Tensor, **parameters: Any) -> Tensor:
-    return torch.func.jvp(lambda x: function(x, **parameters), (z,), (direction,))[1]  # type: ignore[no-any-return]
-
-
-def _reverse_mode(function: Callable[..., Tensor], z: Tensor, direction: Tensor, **parameters: Any) -> Tensor:
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        return torch.autograd.grad(function(leaf.clone(), **parameters), leaf, direction)[0]
+def _key(plain: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Parameters as a key of a cache."""
+    return tuple(sorted(plain.items()))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -338,16 +229,16 @@ def _constants(activation: Activation, derivative: Callable[..., Tensor], plain:
         unknown = {"a": torch.full_like(z, math.nan)} if activation.from_output else {}
         return derivative(z, **given, **unknown).abs()
 
-    magnitude = slope(_grid())
+    magnitude = slope(grid())
     peak = activation.peak(**given) if callable(activation.peak) else activation.peak
     if peak is None:
-        peak = _grid_peak(slope, magnitude)
+        peak = peak_on_grid(slope, magnitude)
     if activation.tails is not None:
         low, high = activation.tails(epsilon, **given)
     elif peak is None:
         low, high = None, None
     else:
-        low, high = _grid_tails(slope, magnitude, epsilon * float(peak))
+        low, high = tails_on_grid(slope, magnitude, epsilon * float(peak))
     low, high = (None if edge is None else float(edge) for edge in (low, high))
     return Constants(
         peak=None if peak is None else float(peak),
@@ -356,58 +247,8 @@ def _constants(activation: Activation, derivative: Callable[..., Tensor], plain:
         tails_known=peak is not None,
         normal_low=0.0 if low is None else 0.5 * math.erfc(-low / math.sqrt(2)),
         normal_high=0.0 if high is None else 0.5 * math.erfc(high / math.sqrt(2)),
-        normal_derivative=_normal_mean(slope) / float(peak) if peak else None,
+        normal_derivative=normal_mean(slope) / float(peak) if peak else None,
     )
-
-
-_REACH, _PER_UNIT = 60, 500
-
-
-@functools.lru_cache(maxsize=1)
-def _grid() -> Tensor:
-    """z from -1e6 to 1e6: even steps to +-60, then geometric ones, for functions with algebraic tails or stretched by a parameter."""
-    even = torch.linspace(-_REACH, _REACH, 2 * _REACH * _PER_UNIT + 1, dtype=torch.float64, device="cpu")
-    far = torch.logspace(math.log10(_REACH), 6, 4001, dtype=torch.float64, device="cpu")[1:]
-    return torch.cat([-far.flip(0), even, far])
-
-
-def _grid_peak(slope: Callable[[Tensor], Tensor], magnitude: Tensor) -> float | None:
-    """sup|f'|, or None where it is not finite or still grows at the end of the grid."""
-    top = int(magnitude.argmax())
-    peak = float(magnitude[top])
-    ends = max(float(magnitude[0]), float(magnitude[-1]))
-    inner = float(magnitude[4000:-4000].max())
-    if not math.isfinite(peak) or peak == 0 or ends > 1.001 * inner:
-        return None
-    left, right = (float(_grid()[min(max(at, 0), len(_grid()) - 1)]) for at in (top - 1, top + 1))
-    return max(peak, float(slope(torch.linspace(left, right, 4001, dtype=torch.float64, device="cpu")).max()))
-
-
-def _grid_tails(slope: Callable[[Tensor], Tensor], magnitude: Tensor, level: float) -> tuple[float | None, float | None]:
-    grid = _grid()
-    above = (magnitude >= level).nonzero()
-    if not len(above):
-        return None, None
-    edges: list[float | None] = []
-    for outer, inner in ((int(above[0]) - 1, int(above[0])), (int(above[-1]) + 1, int(above[-1]))):
-        if not 0 <= outer < len(grid):
-            edges.append(None)
-            continue
-        flat, steep = float(grid[outer]), float(grid[inner])
-        for _ in range(60):
-            middle = (flat + steep) / 2
-            if float(slope(torch.tensor([middle], dtype=torch.float64, device="cpu"))) < level:
-                flat = middle
-            else:
-                steep = middle
-        edges.append((flat + steep) / 2)
-    return edges[0], edges[1]
-
-
-def _normal_mean(slope: Callable[[Tensor], Tensor]) -> float:
-    """E|f'(z)| for z ~ N(0, 1), by the midpoint rule: the kinks of hard functions lie between the points."""
-    z = (torch.arange(-20_000, 20_000, dtype=torch.float64, device="cpu") + 0.5) / 2000
-    return float((slope(z) * torch.exp(-0.5 * z * z)).sum()) / 2000 / math.sqrt(2 * math.pi)
 
 
 def _sigmoid(z: Tensor) -> Tensor:
@@ -478,12 +319,12 @@ def _outside(z: Tensor, lambd: float) -> Tensor:
 
 
 def _fixed(low: float | None, high: float | None) -> Callable[..., Edges]:
-    """Tails that begin at the same place whatever epsilon is: those of hard functions."""
+    """Tails that begin at the same place whatever epsilon is, as those of hard functions do."""
     return lambda epsilon, **parameters: (low, high)
 
 
 def _cosh_tails(scale: float) -> Callable[..., Edges]:
-    """Tails of f' = peak / cosh(z / scale)^2."""
+    """The tails of f' = peak / cosh(z / scale)^2."""
 
     def tails(epsilon: float) -> Edges:
         edge = scale * math.acosh(epsilon**-0.5)
@@ -493,7 +334,7 @@ def _cosh_tails(scale: float) -> Callable[..., Edges]:
 
 
 def _leaky_tails(epsilon: float, **slopes: float | Tensor) -> Edges:
-    """A leaky rectifier never saturates, unless its slope is exactly 0 and it is a ReLU."""
+    """A leaky rectifier never saturates, unless its slope is exactly 0, which makes it a ReLU."""
     (slope,) = (value for name, value in slopes.items() if name in ("negative_slope", "weight"))
     if isinstance(slope, Tensor):
         return torch.where(slope == 0, torch.zeros_like(slope), torch.full_like(slope, -math.inf)), None
@@ -501,7 +342,7 @@ def _leaky_tails(epsilon: float, **slopes: float | Tensor) -> Edges:
 
 
 def _exponential_tails(epsilon: float, alpha: float) -> Edges:
-    """ELU: |alpha| e^z falls below epsilon of max(1, |alpha|)."""
+    """The low tail of ELU begins where |alpha| e^z falls below epsilon * max(1, |alpha|)."""
     if alpha == 0:
         return 0.0, None
     return min(0.0, math.log(epsilon * max(1.0, abs(alpha)) / abs(alpha))), None
@@ -521,7 +362,7 @@ _NAMESPACES = (torch, torch.special, F, Tensor)
 
 
 def _calls(*names: str) -> tuple[Callable[..., Any], ...]:
-    """Every function and tensor method of torch of these names, and their in-place forms."""
+    """Every function and tensor method of torch that has one of these names, and its in-place form."""
     spellings = [name + ending for name in names for ending in ("", "_")]
     found = [getattr(place, name) for place in _NAMESPACES for name in spellings if callable(getattr(place, name, None))]
     return tuple(dict.fromkeys(found))
@@ -531,7 +372,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
     Activation("sigmoid", (nn.Sigmoid,), (), _sigmoid, 0.25, _cosh_tails(2.0), calls=_calls("sigmoid", "expit")),
     Activation("tanh", (nn.Tanh,), (), _tanh, 1.0, _cosh_tails(1.0), calls=_calls("tanh")),
     Activation("relu", (nn.ReLU,), (), lambda z: (z > 0).to(z.dtype), 1.0, _fixed(0.0, None), calls=_calls("relu")),
-    # ReLU6 is a Hardtanh in torch, with min_val and max_val of its own, and shares its forward: it must come first.
+    # ReLU6 must come before Hardtanh: in torch it is a subclass of it, with other limits and the same forward.
     Activation("relu6", (nn.ReLU6,), (), lambda z: _between(z, 0.0, 6.0), 1.0, _fixed(0.0, 6.0), calls=_calls("relu6")),
     Activation(
         "leaky_relu",
@@ -615,14 +456,4 @@ ACTIVATIONS: tuple[Activation, ...] = (
         calls=_calls("threshold"),
     ),
 )
-"""The element-wise activations of torch.nn. GELU, SiLU and Mish have their peak (sup|f'| > 1) and tails found on the grid."""
-
-_WITHOUT_MODULE = (
-    Activation(
-        "quick_gelu",
-        derivative=lambda z: torch.sigmoid(1.702 * z) * (1 + 1.702 * z * torch.sigmoid(-1.702 * z)),
-        function=lambda z: z * torch.sigmoid(1.702 * z),
-    ),
-    Activation("squared_relu", derivative=lambda z: 2 * F.relu(z), function=lambda z: F.relu(z).square()),
-)
-"""Functions that models write out by hand, known only by their numbers."""
+"""The element-wise activations of torch.nn. Peak (sup|f'| > 1) and tails of GELU, SiLU and Mish have no closed form and are searched on the grid."""

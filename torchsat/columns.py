@@ -78,6 +78,8 @@ COLUMN = {name: at for at, name in enumerate((*SUMS, *MAXES))}
 assert tuple(COLUMN) == tuple(column.name for column in ROW), "in ROW the sum columns come first"
 BACKWARD = tuple(column.name for column in ROW if column.measured is Direction.BACKWARD)
 """The columns that the backward pass writes: neighbours, so that one slice of a row holds them."""
+BINS = tuple(column.name for column in ROW if column.name.startswith("bin"))
+"""The histogram: neighbours, from the smallest |f'| / peak to the largest."""
 LOSS_SCALED = tuple(column.name for column in ROW if column.loss_scaled)
 
 HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "logit_max")
@@ -87,6 +89,11 @@ UNITS = ("units", "units_measured", "units_stuck", "unit_samples")
 these are stuck, and the samples of the least sampled unit."""
 FEATURES = ("samples", "x", "x_sq")
 """Rows of the block [3, features] of a layer's input: samples, sum of x, sum of x^2 of each feature."""
-LAYER = ("weight_sq", "change_sq", "grad_sq", "input_n", "input_sq", "input_offset_sq")
-"""Numbers of a layer: sums of squares over the elements of its weight that were read (of the weight, of its change by the optimizer's step, of its
-gradient), then of its input the samples, the mean square, and the mean over features of the squared mean."""
+WEIGHT = ("weight_sq", "change_sq", "grad_sq")
+"""Numbers of a layer's weight: sums of squares over the elements that were read, of the weight, of its change by the optimizer's step, and of its
+gradient."""
+INPUT = ("input_n", "input_sq", "input_offset_sq")
+"""Numbers of a layer's input, derived from its FEATURES: the samples of all features together, the mean square, and the mean over features of the
+squared mean."""
+LAYER = (*WEIGHT, *INPUT)
+"""All numbers of a layer."""

@@ -1,29 +1,32 @@
 """From merged rows to records: means, shares and ratios of the sums that came from the device; standard library only.
 
-A transport reads its numbers into `SiteRow` and `LayerRow`; `to_record` and `to_weight` make of them what a Snapshot shows.
+A transport reads its numbers into `SiteRow` and `LayerRow`; `to_record` and `to_weight` make of them what a Snapshot shows. What cannot be known of a
+row (no element was finite, no gradient was seen, a function has no peak) is None in the record, never 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torchsat.record import LayerFacts, SiteFacts
+from torchsat.columns import BINS, COLUMN, HEADS, LAYER, UNITS
+from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 
 
 @dataclass(frozen=True)
 class Stuck:
-    """The last full window of a site's units."""
+    """The stuck units of a site in its last full window: one in which every unit had enough samples."""
 
     share: float
-    """Of its units, those that are stuck."""
+    """The share of its units that were stuck."""
     samples: int
-    """Of the least sampled unit."""
+    """The samples of the least sampled unit."""
 
 
 @dataclass(frozen=True)
 class SiteRow:
-    """The numbers of one site, merged over calls and ranks, on the host."""
+    """The numbers of one site on the host, merged over calls and ranks."""
 
     facts: SiteFacts
     numbers: Sequence[float]
@@ -31,20 +34,182 @@ class SiteRow:
     units: Sequence[float] | None = None
     """columns.UNITS of the window; None where the units are not always as many."""
     heads: Sequence[Sequence[float]] = ()
-    """columns.HEADS, each with one number per head; empty where this is no softmax."""
+    """For each name in columns.HEADS one number per head; empty where this is no softmax."""
     worst: float | None = None
-    """Of several ranks: the highest saturated share of one rank alone, and that rank."""
+    """Where several ranks observe together: the highest saturated share of one rank alone."""
     worst_rank: int | None = None
+    """The rank with that share."""
     nonfinite_rank: int | None = None
+    """The rank on which most elements were inf or nan, if any were."""
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """The numbers of one layer, on the host."""
+    """The numbers of one layer on the host."""
 
     facts: LayerFacts
     numbers: Sequence[float]
-    """columns.LAYER, over `n` elements of the weight; NaN where unknown."""
+    """columns.LAYER, NaN where unknown."""
     n: int
+    """Elements of the weight that were read."""
     numel: int
+    """Elements that the weight has."""
     learning_rate: float | None = None
+    """The learning rate of the optimizer's group that owns the weight."""
+
+
+def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, Stuck | None]:
+    """The record of a row, and the last full window of its units.
+
+    Args:
+        scale: the factor that the gradients carry (GradScaler, data parallelism).
+        stuck: the last full window before this observation. It stands until another one is full.
+    """
+    facts, at, of_heads = row.facts, _Columns(row.numbers), _Heads(row.heads)
+    stuck = _full_window(row.units) or stuck
+    is_sigmoid, is_softmax, has_tails = facts.activation == "sigmoid", facts.kind == "softmax", facts.tails != "unknown"
+    low, high = (at.mean("low"), at.mean("high")) if has_tails else (None, None)
+    derivative, peak = None if is_softmax else at.mean("derivative"), at.largest("peak")
+    grad_a, grad_z = (at.rms(f"{name}_sq", at[f"{name}_n"], scale) for name in ("grad_a", "grad_z"))
+    record = Record(
+        **vars(facts),
+        n=round(at.n),
+        elements=round(at["elements"]),
+        saturated=None if low is None or high is None else low + high,
+        low=low,
+        high=high,
+        derivative=derivative,
+        derivative_rms=None if is_softmax else at.rms("derivative_sq", at.n),
+        peak=peak,
+        relative_derivative=derivative / peak if derivative is not None and peak else None,
+        stuck=stuck.share if stuck and low is not None else None,
+        stuck_n=stuck.samples if stuck and low is not None else None,
+        z_mean=at.mean("z"),
+        z_std=at.std("z", "z_sq"),
+        z_rms=at.rms("z_sq", at.n),
+        z_min=at.smallest("z_min_negated"),
+        z_max=at.largest("z_max"),
+        a_mean=at.mean("a"),
+        a_std=at.std("a", "a_sq"),
+        a_min=at.smallest("a_min_negated"),
+        a_max=at.largest("a_max"),
+        gate_left=at.mean("gate_left") if is_sigmoid else None,
+        gate_right=at.mean("gate_right") if is_sigmoid else None,
+        zeros=at.mean("zeros"),
+        nonfinite=round(at["nonfinite"]),
+        grad_n=round(max(at["grad_a_n"], at["grad_z_n"])),
+        grad_nonfinite=round(at["grad_nonfinite"]),
+        attenuation=grad_z / grad_a if grad_z is not None and grad_a else None,
+        grad_a_rms=grad_a,
+        grad_z_rms=grad_z,
+        entropy=of_heads.mean("entropy"),
+        jacobian=of_heads.mean("jacobian"),
+        logit_std=None if (variance := of_heads.mean("logit_variance")) is None else math.sqrt(variance),
+        log_keys=of_heads.mean("log_keys"),
+        entropy_min=of_heads.lowest("entropy"),
+        worst=row.worst,
+        worst_rank=row.worst_rank,
+        nonfinite_rank=row.nonfinite_rank,
+        histogram=tuple(at[name] / at.n for name in BINS) if at.n and peak else None,
+        heads=of_heads.each() if is_softmax else None,
+    )
+    return record, stuck
+
+
+def to_weight(row: LayerRow) -> Weight:
+    """The record of a layer.
+
+    Its weight and gradient were read at `n` of `numel` elements, whose mean square stands for that of all of them.
+    """
+    known = {name: float(value) if math.isfinite(value) else None for name, value in zip(LAYER, row.numbers, strict=True)}
+    offset = _ratio(known["input_offset_sq"], known["input_sq"])
+
+    def norm(name: str) -> float | None:
+        square = known[name]
+        return None if square is None or not row.n else math.sqrt(square / row.n * row.numel)
+
+    whole = norm("weight_sq")
+    return Weight(
+        **vars(row.facts),
+        learning_rate=row.learning_rate,
+        n=row.n,
+        gain=None if whole is None else whole * math.sqrt(row.facts.fan_in / row.numel),
+        norm=whole,
+        grad_norm=norm("grad_sq"),
+        update_ratio=_root(_ratio(known["change_sq"], known["weight_sq"])),
+        input_rms=_root(known["input_sq"]),
+        input_centred_share=None if offset is None else max(0.0, 1 - offset),
+        input_n=round(known["input_n"] or 0),
+    )
+
+
+class _Columns:
+    """The columns of one row by name, and what is derived from them: `n` is how many elements the sums of the forward pass are over."""
+
+    def __init__(self, numbers: Sequence[float]) -> None:
+        self._values = dict(zip(COLUMN, numbers, strict=True))
+        self.n = self["n"]
+
+    def __getitem__(self, name: str) -> float:
+        return self._values[name]
+
+    def mean(self, name: str) -> float | None:
+        return self[name] / self.n if self.n else None
+
+    def std(self, first: str, second: str) -> float | None:
+        """The standard deviation from a sum and a sum of squares."""
+        return math.sqrt(max(0.0, self[second] / self.n - (self[first] / self.n) ** 2)) if self.n else None
+
+    def rms(self, name: str, n: float, scale: float = 1.0) -> float | None:
+        """The root of a mean of squares over n elements, divided by the scale that these elements carry."""
+        return math.sqrt(self[name] / n) / scale if n else None
+
+    def largest(self, name: str) -> float | None:
+        return self[name] if math.isfinite(self[name]) else None
+
+    def smallest(self, negated: str) -> float | None:
+        """The smallest value from the column of the largest negated one."""
+        return -self[negated] if math.isfinite(self[negated]) else None
+
+
+class _Heads:
+    """The block of heads of a softmax, and the means over its query rows; all unknown where there is none."""
+
+    def __init__(self, block: Sequence[Sequence[float]]) -> None:
+        self._block = dict(zip(HEADS, block, strict=True)) if block else dict.fromkeys(HEADS, ())
+        self._rows = sum(self._block["rows"])
+
+    def mean(self, name: str) -> float | None:
+        """Over the rows of all heads."""
+        return sum(self._block[name]) / self._rows if self._rows else None
+
+    def lowest(self, name: str) -> float | None:
+        """The lowest of the means that single heads have."""
+        return min((value / rows for value, rows in zip(self._block[name], self._block["rows"], strict=True) if rows), default=None)
+
+    def each(self) -> tuple[Head, ...]:
+        return tuple(_head(*values) for values in zip(*self._block.values(), strict=True))
+
+
+def _head(rows: float, entropy: float, jacobian: float, variance: float, log_keys: float, logit_max: float) -> Head:
+    if not rows:
+        return Head(0, None, None, None, None)
+    return Head(round(rows), entropy / rows, jacobian / rows, math.sqrt(variance / rows), logit_max)
+
+
+def _full_window(units: Sequence[float] | None) -> Stuck | None:
+    """The stuck units of a window; None while some unit has too few samples."""
+    if units is None:
+        return None
+    values = dict(zip(UNITS, units, strict=True))
+    if values["units_measured"] != values["units"]:
+        return None
+    return Stuck(values["units_stuck"] / values["units"], round(values["unit_samples"]))
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or not below else max(0.0, above) / below
+
+
+def _root(value: float | None) -> float | None:
+    return None if value is None else math.sqrt(max(0.0, value))

@@ -1,144 +1,48 @@
-"""What is computed from z, a and their gradients, and how it is laid out: every statistic merges.
+"""What is computed of z, a and their gradients at the elements that were read; columns.py says what each number is.
 
-A *row* is one float64 vector per site: sum columns, then max columns. A column adds (or maxes) over elements and depends on its element
-alone, so that micro-batches, repeated calls of a shared module and, later, ranks all merge by the same operation; whatever is not such a
-column (means, shares, ratios) is derived on the host by `to_record`. Beside the row a site keeps a *unit block* [2, units], samples and
-saturated samples of each unit, which adds up over observations until every unit has `UNIT_SAMPLES`: stuck units are found in O(units) memory.
+`observe` and `observe_gradient` fill the row of a site, the first in a forward pass and the second in a backward pass. Beside its row a site keeps a
+*unit block* [2, units] with the samples and the saturated samples of each unit. The block is added to from observation to observation until every
+unit has `UNIT_SAMPLES`, so that stuck units are found in memory that grows with the units and not with the samples. A softmax has a block of heads
+instead, a layer a block of features.
 
-Nothing here waits for the device: no `.item()`, no branch on a device tensor. Non-finite elements are counted and enter nothing else.
+Each function exists twice: in kernels/, which read every element once, and here in plain torch, which runs on any device and is what the kernels are
+tested against. Nothing here waits for the device: there is no `.item()` and no branch on a device tensor. Non-finite elements are counted and enter
+no other number.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from torchsat.activations import Bound, Edges
+from torchsat.columns import BACKWARD, BINS, COLUMN, FEATURES, HEADS, INPUT, MAXES, SUMS, UNITS
 from torchsat.kernels import cpu, engine, gpu
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, LOGISTIC, Formula, formula
-from torchsat.record import HISTOGRAM_BINS, Head, Record
+from torchsat.sampling import Sample, Units
 
 UNIT_SAMPLES = 1000
-"""Samples of a unit before anything is said of it: at 50 % saturation, 128 samples all alike happen by chance once in 10^38, but the
-samples of one batch are not independent."""
+"""How many samples a unit must have before it can be called stuck. At 50 % saturation 128 independent samples are all alike once in 10^38 times, but
+the samples of one batch are not independent."""
 STUCK_SHARE = 0.99
+"""A unit is stuck if at least this share of its samples is saturated."""
 _PART = 65536
-
-SUMS = (
-    *("n", "elements", "nonfinite", "low", "high", "derivative", "derivative_sq", "z", "z_sq", "a", "a_sq", "zeros", "gate_left", "gate_right"),
-    *("grad_a_n", "grad_a_sq", "grad_z_n", "grad_z_sq", "grad_nonfinite"),
-    *(f"bin{k}" for k in range(HISTOGRAM_BINS)),
-)
-MAXES = ("peak", "z_max", "z_min_negated", "a_max", "a_min_negated")
-HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "logit_max")
-"""Columns of the block [6, heads] of a softmax; the last is a max, the others are sums over query rows."""
-UNITS = ("units", "units_measured", "units_stuck", "unit_samples")
-"""Derived from a merged unit block, behind the row on its way to the host."""
-_AT = {name: index for index, name in enumerate((*SUMS, *MAXES, *UNITS))}
-_BINS = slice(_AT["bin0"], _AT["bin0"] + HISTOGRAM_BINS)
-_GRADIENT = slice(_AT["grad_a_n"], _AT["grad_nonfinite"] + 1)
+"""Elements that a norm in float64 copies at a time."""
+_GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
 
 
 def accumulator(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that lacks it."""
+    """The type of all sums: float64, or float32 on a device that lacks it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Which elements of a tensor are read: every `step`-th in memory order, from `start`.
-
-    The step shares no factor with any dimension, so that the elements read visit all units, positions and samples evenly; a step that
-    divides the width would see some units only. `start` moves from observation to observation.
-    """
-
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    start: int
-    step: int
-
-    @staticmethod
-    def of(tensor: Tensor, limit: int | None, turn: int) -> Sample:
-        """At most `limit` elements of a tensor (None: all) at the turn-th observation."""
-        return _sample(tuple(tensor.shape), tensor.stride(), limit, turn)
-
-    def take(self, tensor: Tensor) -> Tensor:
-        """The elements of this tensor, or of one that broadcasts to the same shape, as a vector; a view where that is possible."""
-        if tensor.stride() == self.strides and tuple(tensor.shape) == self.shape:
-            return tensor.as_strided((self.n,), (self.step,), tensor.storage_offset() + self.start)
-        flat = tensor.expand(self.shape).permute(self.order).reshape(-1)
-        return flat if self.step == 1 else flat[self.start :: self.step]
-
-    @functools.cached_property
-    def n(self) -> int:
-        """How many are taken."""
-        return max(0, -(-(math.prod(self.shape) - self.start) // self.step))
-
-    @functools.cached_property
-    def strides(self) -> tuple[int, ...]:
-        """Of a dense tensor with this order."""
-        strides, inner = [0] * len(self.shape), 1
-        for axis in reversed(self.order):
-            strides[axis] = inner
-            inner *= self.shape[axis]
-        return tuple(strides)
-
-    def spread(self, parameter: Tensor) -> Tensor:
-        """A learned parameter at each element taken: one value, one per channel (dimension 1, as PReLU), or broadcast."""
-        if parameter.numel() == 1:
-            return parameter.reshape(())
-        if parameter.ndim == 1 and len(self.shape) > 1:
-            parameter = parameter.reshape(-1, *([1] * (len(self.shape) - 2)))
-        return self.take(parameter)
-
-
-@functools.lru_cache(maxsize=4096)
-def _sample(shape: tuple[int, ...], strides: tuple[int, ...], limit: int | None, turn: int) -> Sample:
-    order = tuple(sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis)))
-    step = 1 if limit is None else -(-math.prod(shape) // limit) or 1
-    if step > 1:
-        while any(math.gcd(step, size) != 1 for size in shape):
-            step += 1
-    return Sample(shape, order, turn * 7919 % min(step, max(math.prod(shape), 1)), step)
-
-
-@dataclass(eq=False)
-class Units:
-    """Which unit each element of a sample belongs to: the index along `axis`."""
-
-    sample: Sample
-    axis: int
-
-    @property
-    def size(self) -> int:
-        return self.sample.shape[self.axis]
-
-    @property
-    def place(self) -> tuple[int, int, int, int]:
-        """Element i of the sample is element start + i * step of the tensor, whose units lie `inner` elements apart: (start, step, inner, size)."""
-        sample = self.sample
-        after = sample.order[sample.order.index(self.axis) + 1 :]
-        return sample.start, sample.step, math.prod(sample.shape[dim] for dim in after), self.size
-
-    def index(self, device: torch.device) -> Tensor:
-        """The unit of each element."""
-        if self._index is None or self._index.device != device:
-            start, step, inner, size = self.place
-            taken = torch.arange(start, math.prod(self.sample.shape), step, device=device)
-            self._index = taken.div(inner, rounding_mode="floor").remainder(size)
-        return self._index
-
-    _index: Tensor | None = None
-
-
 def empty_row(device: torch.device) -> Tensor:
-    """The row of no element: what every merge starts from."""
+    """The row of no element at all, from which every merge starts."""
     return _empty_row(device).clone()
 
 
@@ -146,6 +50,12 @@ def empty_row(device: torch.device) -> Tensor:
 def _empty_row(device: torch.device) -> Tensor:
     dtype = accumulator(device)
     return torch.cat([torch.zeros(len(SUMS), dtype=dtype, device=device), torch.full((len(MAXES),), -math.inf, dtype=dtype, device=device)])
+
+
+def _row(values: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """The row with these columns. Each other one is that of an empty row."""
+    columns = {**dict(zip(COLUMN, _empty_row(device), strict=True)), **values}
+    return torch.stack([column.to(accumulator(device)) for column in columns.values()])
 
 
 def merge_(into: Tensor, row: Tensor) -> Tensor:
@@ -157,7 +67,7 @@ def merge_(into: Tensor, row: Tensor) -> Tensor:
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """float64 as it is, all else as float32."""
+    """The tensor in the precision in which it is measured: float64 as it is, every other type as float32."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -176,13 +86,14 @@ def observe(
     """The row and the unit block of one forward call, merged in place into those given.
 
     Args:
-        z, a: the elements taken, vectors of equal length.
-        slope: |f'(z)|, or its formula, where the kernels read z and a.
-        peak: sup|f'|; None: no relative derivative.
-        edges: (z_L, z_R), tails inclusive; None: no tail on that side.
-        elements: how many the tensor has.
-        sigmoid: count the activations below 0.1 and above 0.9.
-        units: which unit each element belongs to; None: no unit block.
+        z, a: the elements that were read, as vectors of equal length.
+        slope: |f'(z)| at these elements, or its formula if a kernel reads z and a (see `known_slope`).
+        peak: sup|f'|. None: there is no relative derivative, and no histogram.
+        edges: (z_L, z_R), where the tails begin; an element on an edge is saturated. None: there is no tail on that side.
+        elements: how many elements the tensor has, read or not.
+        sigmoid: whether to count the activations below 0.1 and above 0.9.
+        units: which unit each element belongs to. None: there is no unit block.
+        row, block: what to merge into. None: a new row, a new block.
     """
     constant = not isinstance(peak, Tensor) and not any(isinstance(edge, Tensor) for edge in edges)
     kernels = engine(z, a, None if isinstance(slope, Formula) else slope) if constant else None
@@ -200,7 +111,7 @@ def observe(
 
 
 def known_slope(bound: Bound, *tensors: Tensor) -> Formula | None:
-    """The derivative as the kernels that read these tensors compute it, if they do."""
+    """The formula by which a kernel computes |f'(z)| itself while it reads these tensors; None where no kernel can."""
     found = formula(bound)
     kernels = None if found is None else engine(*tensors)
     return found if kernels is not None and found is not None and found.kind in kernels.KINDS else None
@@ -208,9 +119,12 @@ def known_slope(bound: Bound, *tensors: Tensor) -> Formula | None:
 
 @functools.cache
 def trust_kernels(device: torch.device) -> str | None:
-    """Use the kernels on this GPU from now on, if they compute there what plain torch computes; why not, if not.
+    """Use the kernels on this GPU from now on, if they compute there what plain torch computes.
 
-    Waits for the device, and may compile for some seconds: not for a training step.
+    This waits for the device and may compile for some seconds, so it is not called during a training step.
+
+    Returns:
+        Why the kernels are not used; None where they are.
     """
     kernels = gpu()
     if kernels is None:
@@ -225,7 +139,7 @@ def trust_kernels(device: torch.device) -> str | None:
 
 
 def disagreement(kernels: Any, device: torch.device) -> str | None:
-    """Where kernels on a device and plain torch on the host differ by more than rounding."""
+    """The first column in which kernels on a device and plain torch on the host differ by more than rounding, with both numbers; None: they agree."""
     z = torch.linspace(-9, 9, 20_000).roll(7777)
     z[77], z[7777] = math.nan, math.inf
     sample = Sample.of(z.reshape(-1, 5), None, 0)
@@ -241,8 +155,8 @@ def disagreement(kernels: Any, device: torch.device) -> str | None:
             expected, counts = _observe(here, here, slope, 1.0, (-2.0, 2.0), len(z), True, units)
             merge_(expected, observe_gradient(here, here))
             assert counts is not None
-            for name, one, other in zip((*SUMS, *MAXES, "units"), (*row.cpu(), block.cpu()), (*expected, counts), strict=True):
-                # An element may lie in the next bin: the derivative is float32.
+            for name, one, other in zip((*COLUMN, "units"), (*row.cpu(), block.cpu()), (*expected, counts), strict=True):
+                # Near the edge of a bin, an element may be counted in the next one: the derivative is float32.
                 if not torch.allclose(one, other, rtol=1e-5, atol=2.0 if name.startswith("bin") else 1e-3):
                     return f"{name} is {one.tolist()} and should be {other.tolist()}"
     return None
@@ -251,11 +165,11 @@ def disagreement(kernels: Any, device: torch.device) -> str | None:
 def _observe(
     z: Tensor, a: Tensor, slope: Tensor, peak: float | Tensor | None, edges: Edges, elements: int, sigmoid: bool, units: Units | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The same in plain torch, on any device: what the kernels are held against."""
-    dtype = accumulator(z.device)
+    """`observe` in plain torch, without anything to merge into."""
+    dtype, device = accumulator(z.device), z.device
     given = torch.stack([each.to(dtype) for each in (z, a, slope)])
     finite = torch.isfinite(given).all(0)
-    kept = torch.where(finite, given, torch.zeros((), dtype=dtype, device=z.device))
+    kept = torch.where(finite, given, torch.zeros((), dtype=dtype, device=device))
     z, a, slope = kept
     n = finite.sum()
     low, high = edges
@@ -263,45 +177,54 @@ def _observe(
     in_low = (z <= low) & finite if low is not None else nothing
     in_high = (z >= high) & finite if high is not None else nothing
     totals, squares = kept.sum(1), torch.linalg.vecdot(kept, kept)
-    zero = torch.zeros_like(n)
-    sums = [
-        n,
-        torch.full_like(n, elements),
-        finite.numel() - n,
-        in_low.sum(),
-        in_high.sum(),
-        *(totals[2], squares[2], totals[0], squares[0], totals[1], squares[1]),
-        n - (a != 0).sum(),
-        ((a < 0.1) & finite).sum() if sigmoid else zero,
-        ((a > 0.9) & finite).sum() if sigmoid else zero,
-        *[zero] * 5,
-    ]
-    bins = torch.zeros(HISTOGRAM_BINS, dtype=dtype, device=z.device)
-    if peak is None:
-        peak_column = torch.full((), -math.inf, dtype=dtype, device=z.device)
-    else:
+    values = {
+        "n": n,
+        "elements": torch.full_like(n, elements),
+        "nonfinite": finite.numel() - n,
+        "low": in_low.sum(),
+        "high": in_high.sum(),
+        "derivative": totals[2],
+        "derivative_sq": squares[2],
+        "z": totals[0],
+        "z_sq": squares[0],
+        "a": totals[1],
+        "a_sq": squares[1],
+        "zeros": n - (a != 0).sum(),
+    }
+    if sigmoid:
+        values |= {"gate_left": ((a < 0.1) & finite).sum(), "gate_right": ((a > 0.9) & finite).sum()}
+    if peak is not None:
         # torch.full, not torch.tensor: a number copied to a GPU would wait for it.
-        peak_column = peak.to(dtype) if isinstance(peak, Tensor) else torch.full((), peak, dtype=dtype, device=z.device)
-        bins.index_add_(0, _bin(slope / peak_column), finite.to(dtype))
-    far = torch.full((), math.inf, dtype=dtype, device=z.device)
-    tops, bottoms = (
-        (torch.where(finite, given[:2], -far).amax(1), torch.where(finite, given[:2], far).amin(1)) if len(z) else (-far.expand(2), far.expand(2))
-    )
-    maxes = [peak_column, tops[0], -bottoms[0], tops[1], -bottoms[1]]
-    row = torch.cat([torch.stack([value.to(dtype) for value in sums]), bins, torch.stack(maxes)])
+        values["peak"] = peak.to(dtype) if isinstance(peak, Tensor) else torch.full((), peak, dtype=dtype, device=device)
+        bins = torch.zeros(len(BINS), dtype=dtype, device=device).index_add_(0, _bin(slope / values["peak"]), finite.to(dtype))
+        values |= dict(zip(BINS, bins, strict=True))
+    if len(z):
+        far = torch.full((), math.inf, dtype=dtype, device=device)
+        tops, bottoms = torch.where(finite, given[:2], -far).amax(1), torch.where(finite, given[:2], far).amin(1)
+        values |= {"z_max": tops[0], "z_min_negated": -bottoms[0], "a_max": tops[1], "a_min_negated": -bottoms[1]}
+    row = _row(values, device)
     if units is None:
         return row, None
-    block = torch.zeros(2, units.size, dtype=dtype, device=z.device)
-    return row, block.index_add_(1, units.index(z.device), torch.stack([finite, in_low | in_high]).to(dtype))
+    block = torch.zeros(2, units.size, dtype=dtype, device=device)
+    return row, block.index_add_(1, units.index(device), torch.stack([finite, in_low | in_high]).to(dtype))
 
 
 def _bin(relative: Tensor) -> Tensor:
-    """The index in HISTOGRAM_EDGES: exponent and first mantissa bit of the float32 are two bins per octave, with no logarithm taken."""
-    return (relative.float().contiguous().view(torch.int32).bitwise_right_shift(22) - FIRST_BIN).clamp(0, HISTOGRAM_BINS - 1)
+    """The bin of each |f'| / peak in the histogram.
+
+    The exponent and the first bit of the mantissa of a float32 make two bins per octave, so that no logarithm has to be computed.
+    """
+    return (relative.float().contiguous().view(torch.int32).bitwise_right_shift(22) - FIRST_BIN).clamp(0, len(BINS) - 1)
 
 
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, row: Tensor | None = None) -> Tensor:
-    """The row of one backward call, merged in place into the one given. An element counts only if every gradient given is finite there."""
+    """The row of one backward call, merged in place into the one given.
+
+    Args:
+        grad_a, grad_z: dL/da and dL/dz at the elements that were read, as vectors; None where it is not known, but not both. An element counts only
+            if every gradient given is finite there.
+        row: what to merge into. None: a new row.
+    """
     given = [grad for grad in (grad_a, grad_z) if grad is not None]
     row = empty_row(given[0].device) if row is None else row
     kernels = engine(grad_a, grad_z)
@@ -314,21 +237,19 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, row: Tensor |
         finite = finite & torch.isfinite(other)
     n = finite.sum().to(dtype)
     nothing = torch.zeros_like(n)
-    columns = []
-    for grad in (grad_a, grad_z):
-        if grad is None:
-            columns += [nothing, nothing]
-        else:
+    values = {"grad_nonfinite": finite.numel() - n}
+    for name, grad in (("grad_a", grad_a), ("grad_z", grad_z)):
+        if grad is not None:
             kept = torch.where(finite, grad.to(dtype), nothing)
-            columns += [n, kept.dot(kept)]
-    row[_GRADIENT] += torch.stack([*columns, finite.numel() - n]).to(row.device)
+            values |= {f"{name}_n": n, f"{name}_sq": kept.dot(kept)}
+    row[_GRADIENT] += torch.stack([values.get(name, nothing) for name in BACKWARD]).to(row.device)
     return row
 
 
 def observe_features(x: Tensor, units: Units, sums: Tensor | None = None) -> Tensor:
-    """[samples, sum x, sum x^2] of each unit, of the elements x that were taken: [3, units], added in place to the sums given."""
+    """columns.FEATURES of each unit, over the elements x of a layer's input that were read: [3, units], added in place to the sums given."""
     dtype = accumulator(x.device)
-    sums = torch.zeros(3, units.size, dtype=dtype, device=x.device) if sums is None else sums
+    sums = torch.zeros(len(FEATURES), units.size, dtype=dtype, device=x.device) if sums is None else sums
     if cpu.reads(x):
         cpu.add_features(x, units.place, sums)
         return sums
@@ -338,26 +259,33 @@ def observe_features(x: Tensor, units: Units, sums: Tensor | None = None) -> Ten
 
 
 def summarise_features(sums: Tensor) -> Tensor:
-    """Of `observe_features`: all samples, the mean square, and the mean over features of the squared mean."""
+    """columns.INPUT of the sums [3, features] that `observe_features` made.
+
+    The square of a sample mean is too large by 1/n of the variance. The mean over pairs of distinct samples has no such bias, and exists for the
+    features that have two samples or more.
+    """
     if cpu.reads(sums):
-        out = torch.empty(3, dtype=sums.dtype)
+        out = torch.empty(len(INPUT), dtype=sums.dtype)
         cpu.summarise_features(sums, out)
         return out
     n, first, second = sums
-    # Without the 1/n bias of a squared sample mean: pairs of distinct samples only, over the features that have any.
     pairs = n * (n - 1)
     squares = torch.where(pairs > 0, (first * first - second) / pairs.clamp(min=1), torch.zeros_like(pairs))
-    return torch.stack([n.sum(), second.sum() / n.sum(), squares.sum() / (pairs > 0).sum()])
+    values = {"input_n": n.sum(), "input_sq": second.sum() / n.sum(), "input_offset_sq": squares.sum() / (pairs > 0).sum()}
+    return torch.stack([values[name] for name in INPUT])
 
 
 def put_squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:
-    """Write sum x^2 of a vector to out[at], and sum (y - x)^2, if there is another vector, behind it: never in float32, where squares of a
-    gradient that still carries a GradScaler's factor overflow, and those of a vanishing one are 0."""
+    """Write the sum of x^2 of a vector to out[at] and, if there is a second vector y, the sum of (y - x)^2 to out[at + 1].
+
+    The squares are not float32: there the squares of a gradient that still carries a GradScaler's factor overflow, and those of a vanishing one are
+    0.
+    """
     if cpu.reads(x, y):
         cpu.squares(x, y, out, at)
         return
     dtype = out.dtype
-    # On the CPU in parts: there a norm in float64 makes a copy of the whole.
+    # In parts on the CPU, where a norm in float64 copies the whole vector first.
     size = _PART if x.device.type == "cpu" else max(1, len(x))
     for column in range(1 if y is None else 2):
         out[at + column] = 0
@@ -369,21 +297,26 @@ def put_squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:
 
 
 def observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:
-    """The row and the block of heads of one softmax.
+    """The row and the block of heads (columns.HEADS, [6, heads]) of one softmax.
 
     Args:
-        logits: [batch, heads, queries, keys], what masks add included.
-        visible: booleans that broadcast to the same shape: which keys a query sees. A row that sees fewer than two has no entropy and does
-            not count, nor does one with a logit that is inf or nan.
-        elements: how many logits the whole softmax has.
+        logits: [batch, heads, queries, keys], with what masks add.
+        visible: booleans that broadcast to the same shape: which keys a query sees. A query row that sees fewer than two keys has no entropy and does
+            not count; neither does one with a visible logit that is inf or nan.
+        elements: how many logits the whole softmax has, read or not.
     """
-    dtype = accumulator(logits.device)
     visible = visible.expand(logits.shape)
     if cpu.reads(logits):
-        row, heads = empty_row(logits.device), torch.zeros(len(HEADS), logits.shape[1], dtype=dtype)
+        row, heads = empty_row(logits.device), torch.zeros(len(HEADS), logits.shape[1], dtype=accumulator(logits.device))
         heads[-1] = -math.inf
         cpu.observe_softmax(logits, visible, elements, row, heads)
         return row, heads
+    return _observe_softmax(logits, visible, elements)
+
+
+def _observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:
+    """`observe_softmax` in plain torch; `visible` has the shape of the logits."""
+    dtype = accumulator(logits.device)
     z = logits.to(dtype)
     keys = visible.sum(-1)
     finite = (torch.isfinite(z) | ~visible).all(-1)
@@ -398,22 +331,31 @@ def observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Ten
     log_keys = torch.where(counts, keys.to(dtype).clamp(min=2).log(), zero)
     entropy = torch.where(counts, total.squeeze(-1).log() - (p * shifted).sum(-1), zero)
     mean = z.sum(-1) / keys.clamp(min=1)
-    variance = torch.where(seen, z - mean.unsqueeze(-1), zero).square().sum(-1) / keys.clamp(min=1)
-    jacobian = torch.where(counts, 1 - p.square().sum(-1), zero)
-    share = torch.where(counts, entropy / log_keys.clamp(min=math.log(2)), zero)
-    sums = torch.stack([each.to(dtype).sum((0, 2)) for each in (counts, share, jacobian, variance, log_keys)])
     largest = torch.where(seen, z, nothing)
-    heads = torch.cat([sums, largest.amax((0, 2, 3)).unsqueeze(0)])
+    of_rows = {
+        "rows": counts,
+        "entropy": torch.where(counts, entropy / log_keys.clamp(min=math.log(2)), zero),
+        "jacobian": torch.where(counts, 1 - p.square().sum(-1), zero),
+        "logit_variance": torch.where(seen, z - mean.unsqueeze(-1), zero).square().sum(-1) / keys.clamp(min=1),
+        "log_keys": log_keys,
+    }
+    of_heads = {**{name: each.to(dtype).sum((0, 2)) for name, each in of_rows.items()}, "logit_max": largest.amax((0, 2, 3))}
     n = seen.sum()
-    row = empty_row(z.device)
-    bad = ((~finite) & (keys > 0)).unsqueeze(-1) & visible
-    first = [n, torch.full_like(n, elements), bad.sum(), *[torch.zeros_like(n)] * 4]
-    first += [z.sum(), z.square().sum(), p.sum(), p.square().sum(), n - (p != 0).sum()]
-    row[: len(first)] = torch.stack([value.to(dtype) for value in first])
-    row[_AT["z_max"] : _AT["a_min_negated"] + 1] = torch.stack(
-        [largest.amax(), torch.where(seen, -z, nothing).amax(), torch.where(seen, p, nothing).amax(), torch.where(seen, -p, nothing).amax()]
-    )
-    return row, heads
+    values = {
+        "n": n,
+        "elements": torch.full_like(n, elements),
+        "nonfinite": (((~finite) & (keys > 0)).unsqueeze(-1) & visible).sum(),
+        "z": z.sum(),
+        "z_sq": z.square().sum(),
+        "a": p.sum(),
+        "a_sq": p.square().sum(),
+        "zeros": n - (p != 0).sum(),
+        "z_max": largest.amax(),
+        "z_min_negated": torch.where(seen, -z, nothing).amax(),
+        "a_max": torch.where(seen, p, nothing).amax(),
+        "a_min_negated": torch.where(seen, -p, nothing).amax(),
+    }
+    return _row(values, z.device), torch.stack([of_heads[name] for name in HEADS])
 
 
 def merge_heads_(into: Tensor, heads: Tensor) -> Tensor:
@@ -424,7 +366,7 @@ def merge_heads_(into: Tensor, heads: Tensor) -> Tensor:
 
 
 def summarise_units(block: Tensor | None, device: torch.device) -> Tensor:
-    """UNITS of a unit block; all NaN where the site has none."""
+    """columns.UNITS of a unit block; all NaN where the site has none."""
     dtype = accumulator(device)
     if block is None:
         return torch.full((len(UNITS),), math.nan, dtype=dtype, device=device)
@@ -435,103 +377,18 @@ def summarise_units(block: Tensor | None, device: torch.device) -> Tensor:
     samples, saturated = block
     measured = samples >= UNIT_SAMPLES
     stuck = measured & (saturated >= STUCK_SHARE * samples)
-    return torch.stack([torch.full_like(samples[0], len(samples)), measured.sum().to(dtype), stuck.sum().to(dtype), samples.amin()])
+    values = {
+        "units": torch.full_like(samples[0], len(samples)),
+        "units_measured": measured.sum().to(dtype),
+        "units_stuck": stuck.sum().to(dtype),
+        "unit_samples": samples.amin(),
+    }
+    return torch.stack([values[name] for name in UNITS])
 
 
 def start_over_if_full_(block: Tensor) -> None:
-    """Begin a new window once every unit of the block has its samples, without asking the device."""
+    """Set the block to 0 if every unit has UNIT_SAMPLES samples, so that a new window begins. The decision is taken on the device."""
     if cpu.reads(block):
         cpu.start_over_if_full(block, UNIT_SAMPLES)
     else:
         block.mul_((block[0].amin() < UNIT_SAMPLES).to(block.dtype))
-
-
-def to_record(facts: dict[str, Any], row: Sequence[float], scale: float, stuck: tuple[float, int] | None) -> tuple[Record, tuple[float, int] | None]:
-    """The record of a merged row (with UNITS behind it, and the block of heads where there is one).
-
-    Args:
-        facts: the SITE_FACTS of the record.
-        row: the numbers, on the host.
-        scale: what the loss was multiplied with (GradScaler).
-        stuck: share and samples of the last full window of units, if there was one.
-
-    Returns:
-        The record, and share and samples of the last full window now.
-    """
-
-    values = dict(zip(_AT, row, strict=False))
-    get = values.__getitem__
-    n = get("n")
-
-    def mean(name: str, per: float = n) -> float | None:
-        return get(name) / per if per else None
-
-    def std(first: str, second: str) -> float | None:
-        return math.sqrt(max(0.0, get(second) / n - (get(first) / n) ** 2)) if n else None
-
-    def rms(name: str, per: float = n, by: float = 1.0) -> float | None:
-        return math.sqrt(get(name) / per) / by if per else None
-
-    def extreme(name: str, sign: int = 1) -> float | None:
-        return sign * get(name) if math.isfinite(get(name)) else None
-
-    if get("units_measured") == get("units"):
-        stuck = (get("units_stuck") / get("units"), round(get("unit_samples")))
-    low, high = (mean("low"), mean("high")) if facts["tails"] != "unknown" else (None, None)
-    peak = extreme("peak")
-    softmax = facts["kind"] == "softmax"
-    derivative = None if softmax else mean("derivative")
-    block = row[len(_AT) :]
-    heads = {name: block[at * len(block) // len(HEADS) : (at + 1) * len(block) // len(HEADS)] for at, name in enumerate(HEADS)}
-    rows = sum(heads["rows"])
-
-    def over_rows(name: str) -> float | None:
-        return sum(heads[name]) / rows if rows else None
-
-    grad_a, grad_z = rms("grad_a_sq", get("grad_a_n"), scale), rms("grad_z_sq", get("grad_z_n"), scale)
-    record = Record(
-        **facts,
-        n=round(n),
-        elements=round(get("elements")),
-        saturated=None if low is None or high is None else low + high,
-        low=low,
-        high=high,
-        derivative=derivative,
-        derivative_rms=None if softmax else rms("derivative_sq"),
-        peak=peak,
-        relative_derivative=derivative / peak if derivative is not None and peak else None,
-        stuck=stuck[0] if stuck and low is not None else None,
-        stuck_n=stuck[1] if stuck and low is not None else None,
-        z_mean=mean("z"),
-        z_std=std("z", "z_sq"),
-        z_rms=rms("z_sq"),
-        z_min=extreme("z_min_negated", -1),
-        z_max=extreme("z_max"),
-        a_mean=mean("a"),
-        a_std=std("a", "a_sq"),
-        a_min=extreme("a_min_negated", -1),
-        a_max=extreme("a_max"),
-        gate_left=mean("gate_left") if facts["activation"] == "sigmoid" else None,
-        gate_right=mean("gate_right") if facts["activation"] == "sigmoid" else None,
-        zeros=mean("zeros"),
-        nonfinite=round(get("nonfinite")),
-        grad_n=round(max(get("grad_a_n"), get("grad_z_n"))),
-        grad_nonfinite=round(get("grad_nonfinite")),
-        attenuation=grad_z / grad_a if grad_z is not None and grad_a else None,
-        grad_a_rms=grad_a,
-        grad_z_rms=grad_z,
-        entropy=over_rows("entropy"),
-        jacobian=over_rows("jacobian"),
-        logit_std=None if (variance := over_rows("logit_variance")) is None else math.sqrt(variance),
-        log_keys=over_rows("log_keys"),
-        entropy_min=min((heads["entropy"][at] / n for at, n in enumerate(heads["rows"]) if n), default=None),
-        heads=tuple(_head(*values) for values in zip(*heads.values(), strict=True)) if softmax else None,
-        histogram=tuple(count / n for count in row[_BINS]) if n and peak else None,
-    )
-    return record, stuck
-
-
-def _head(rows: float, entropy: float, jacobian: float, variance: float, log_keys: float, logit_max: float) -> Head:
-    if not rows:
-        return Head(0, None, None, None, None)
-    return Head(round(rows), entropy / rows, jacobian / rows, math.sqrt(variance / rows), logit_max)

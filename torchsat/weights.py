@@ -1,9 +1,11 @@
 """The layers that feed a site: gain, gradient norm, update ratio, and what their input looks like.
 
-A layer is an `nn.Linear`, a convolution, or one of the matrices of a recurrent layer. Its input is measured in a forward pre-hook, per feature,
-in three sums that merge (samples, x, x^2); its weight is measured just before the optimizer's step, as it made z. Weight, gradient and change
-are read at the same sample of elements, so that no copy of the model is made: short runs that lie next to each other in memory, since single
-elements far apart would cost as much as all of them.
+A layer is an `nn.Linear`, a convolution, or one of the matrices of a recurrent layer. Its input is measured in a forward pre-hook as three sums per
+feature, which merge. Its weight is measured just before the optimizer's step, as it was when it made z, and again just after it.
+
+Weight, gradient and change are read at the same sample of elements, so that no copy of the model is made. The sample consists of short runs of
+elements
+that are neighbours in memory: a processor fetches memory a cache line at a time, so that single elements far apart would cost as much as all of them.
 """
 
 from __future__ import annotations
@@ -11,84 +13,34 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from torchsat.record import Weight
-from torchsat.statistics import Sample, Units, accumulator, observe_features, put_squares, summarise_features
-
-COLUMNS = ("weight_sq", "change_sq", "grad_sq", "input_n", "input_sq", "input_offset_sq")
-_AT = {name: index for index, name in enumerate(COLUMNS)}
+from torchsat.columns import INPUT, WEIGHT
+from torchsat.internals import Convolution, TransposedConvolution
+from torchsat.sampling import Sample, Units, beginning, coprime
+from torchsat.sharding import is_pending, local
+from torchsat.statistics import accumulator, observe_features, put_squares, summarise_features
 
 _RUN = 16
-"""Elements that lie in one line of a processor's cache, in float32."""
+"""Elements of a run: as many float32 as one cache line holds."""
 _LESS = 4
-"""By this much fewer elements are read of a weight or an input than of a site: what is asked of them are means, not shares of units."""
-
+"""A weight or an input is read at this many times fewer elements than a site. Only means are derived from them, and no shares of single units."""
 _PER_FEATURE = 8
 """Elements of an input that are read of each feature, at least, as far as the limit of a site allows."""
 
 
-@dataclass(frozen=True)
-class Placement:
-    """How the ranks hold one tensor of which each has a part."""
-
-    counts: bool
-    """False where another rank holds the very same part."""
-    first: tuple[int, ...]
-    """Where this rank's part begins, along each axis."""
-    is_first: bool
-    """Whether this rank is the first of all that have a part."""
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is spread over ranks; any other one as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def is_freed(weight: Tensor) -> bool:
-    """Whether there is nothing to read: some that shard or offload free the memory of a weight between its uses."""
-    part = local(weight)
-    return part.numel() > 0 and part.layout is torch.strided and part.untyped_storage().nbytes() == 0
-
-
-def is_flattened(model: nn.Module) -> bool:
-    """Whether FullyShardedDataParallel has made flat parameters of its weights; fully_shard never does."""
-    return any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
-
-
-def placement(tensor: Tensor) -> Placement | None:
-    """Of a tensor that is spread over ranks; None: it is not, or it is a sum that has not been taken."""
-    if not isinstance(tensor, DTensor):
-        return None
-    at = tensor.device_mesh.get_coordinate()
-    if at is None or is_pending(tensor):
-        return None
-    counts = all(where == 0 for where, each in zip(at, tensor.placements, strict=True) if each.is_replicate())
-    _, first = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Placement(counts, tuple(first), not any(at))
-
-
-def is_pending(tensor: Tensor) -> bool:
-    """Whether the tensor is a sum over ranks that has not been taken: no rank has an element of it."""
-    return isinstance(tensor, DTensor) and any(each.is_partial() for each in tensor.placements)
-
-
 def is_layer(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, _ConvNd))
+    """Whether this module is a layer whose weight and input are measured."""
+    return isinstance(module, (nn.Linear, Convolution))
 
 
 def why_unmeasured(module: nn.Module) -> str | None:
-    """Why the weight of this layer cannot be measured, or None."""
+    """Why the weight of this layer cannot be measured; None where it can."""
     if is_parametrized(module, "weight"):
         return "its weight is computed from others, and reading it can change them"
     weight = getattr(module, "weight", None)
@@ -100,31 +52,38 @@ def why_unmeasured(module: nn.Module) -> str | None:
 
 
 def fan_in(module: nn.Module) -> int:
-    """Input elements that one output element is a sum of."""
+    """How many input elements one output element is a sum of."""
     if isinstance(module, nn.Linear):
         return module.in_features
-    assert isinstance(module, _ConvNd)
+    assert isinstance(module, Convolution)
     taps = module.in_channels // module.groups * math.prod(module.kernel_size)
-    return max(1, taps // math.prod(module.stride)) if isinstance(module, _ConvTransposeNd) else taps
+    return max(1, taps // math.prod(module.stride)) if isinstance(module, TransposedConvolution) else taps
 
 
 def width(module: nn.Module) -> int:
+    """How many features the output of this layer has."""
     return module.out_features if isinstance(module, nn.Linear) else int(module.out_channels)  # type: ignore[arg-type]
 
 
 def feature_axis(module: nn.Module, ndim: int) -> int:
-    """The axis of features in this layer's input and output."""
+    """The axis of the features in an input or output of this layer that has `ndim` axes."""
     return ndim - 1 if isinstance(module, nn.Linear) else ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
 
 
 def input_sums(x: Tensor, axis: int, limit: int | None, turn: int, sums: Tensor | None = None) -> Tensor:
-    """[samples, sum x, sum x^2] of each feature of one input, features along `axis`: [3, features], added in place to the sums given."""
+    """columns.FEATURES of one input, [3, features], added in place to the sums given.
+
+    Args:
+        axis: the axis of the features.
+        limit: the most elements read of a site, of which an input gets its share; None: all.
+        turn: which observation this is.
+    """
     sample = Sample.of(x, None if limit is None else min(limit, max(1, limit // _LESS, _PER_FEATURE * x.shape[axis])), turn)
     return observe_features(sample.take(x.detach()), Units(sample, axis), sums)
 
 
 def elements(weight: Tensor, limit: int | None, turn: int) -> Tensor:
-    """A vector of about `limit` / 4 elements of a weight (None: all), in runs spread evenly over it; the same ones for the same turn."""
+    """About `limit` / 4 elements of a weight (None: all) as a vector, in runs that are spread evenly. They are the same ones for the same turn."""
     start, step, runs = _runs(tuple(weight.shape), limit, turn)
     flat = weight.detach() if weight.is_contiguous() else Sample.of(weight, None, 0).take(weight.detach())
     if step == 1:
@@ -134,22 +93,22 @@ def elements(weight: Tensor, limit: int | None, turn: int) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def _runs(shape: tuple[int, ...], limit: int | None, turn: int) -> tuple[int, int, int]:
-    """The first run, every how manieth is taken, and how many these are."""
+    """Which runs of a weight are read: the first one, the step from one to the next, and how many. A step of 1 stands for the whole weight."""
     whole = math.prod(shape) // _RUN
     wanted = max(1, (limit or 0) // _LESS // _RUN)
     if limit is None or math.prod(shape) <= max(limit // _LESS, 2 * _RUN):
         return 0, 1, 0
-    step = -(-whole // wanted)
-    while step > 1 and any(math.gcd(step, size) != 1 for size in (whole, *shape)):
-        step += 1
-    start = turn * 7919 % step
+    step = coprime(-(-whole // wanted), (whole, *shape))
+    start = beginning(turn, step)
     return start, step, -(-(whole - start) // step)
 
 
 class Layer:
-    """What one layer shows during one observation, on its device.
+    """The numbers of one layer during one observation, on its device.
 
     Args:
+        name: the path of the module; for a recurrent layer the path of the matrix.
+        parameter: the attribute of the module that holds the weight.
         limit: the most elements read of a site; None: all.
         turn: which observation this is.
     """
@@ -157,99 +116,71 @@ class Layer:
     def __init__(self, name: str, module: nn.Module, parameter: str = "weight", limit: int | None = None, turn: int = 0) -> None:
         self.name = name
         self.module = weakref.ref(module)
+        """Weak, so that a layer does not keep the user's model alive."""
         self.parameter = parameter
         self.fan_in = fan_in(module) if parameter == "weight" else int(getattr(module, parameter).shape[1])
         self.limit, self.turn = limit, turn
         self.inputs: Tensor | None = None
-        """`input_sums` over the passes of the observation."""
+        """columns.FEATURES of its input, [3, features], over all passes of the observation."""
         self.input_counts: bool | None = None
-        """Whether this rank is to count its input where others hold the same one; None: its input does not tell."""
+        """Whether this rank counts its input, where other ranks are given the same one. None: the input is no DTensor, which would say so."""
         self.first = 0
-        """Where the features of its input begin among those of all ranks."""
+        """The index of this rank's first input feature among those of all ranks."""
         self.input_elements = 0
-        """Of all inputs, read or not."""
+        """How many elements its inputs had together, read or not."""
         self.before: Tensor | None = None
-        """The elements of the weight before the step."""
+        """The elements of the weight as they were before the optimizer's step."""
         self.n = 0
-        """Elements of the weight that were read."""
+        """How many elements of the weight were read."""
         self.numbers: Tensor | None = None
-        """COLUMNS, NaN where unknown."""
+        """columns.WEIGHT, NaN where unknown; None where nothing was measured."""
 
     def before_step(self, weight: Tensor) -> None:
-        """Keep the elements of the weight."""
+        """Keep the elements of the weight for a comparison after the optimizer's step."""
         weight = local(weight)
         taken = elements(weight, self.limit, self.turn)
+        # A view of the weight would change with it.
         self.before = taken.clone() if taken.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() else taken
 
     def observe_grad(self, weight: Tensor, divisor: Tensor | None) -> None:
-        """Measure the gradient; `divisor` is the loss scale it still carries."""
+        """Measure the gradient. `divisor` is the factor of a GradScaler that it still carries."""
         if weight.is_leaf and weight.grad is not None and not weight.grad.is_sparse and not is_pending(weight.grad):
-            numbers = self._on(weight)
-            put_squares(elements(local(weight.grad), self.limit, self.turn), None, numbers, _AT["grad_sq"])
+            numbers, at = self._on(weight), WEIGHT.index("grad_sq")
+            put_squares(elements(local(weight.grad), self.limit, self.turn), None, numbers, at)
             if divisor is not None:
-                numbers[_AT["grad_sq"]] /= divisor.to(numbers) ** 2
+                numbers[at] /= divisor.to(numbers) ** 2
 
     def after_step(self, weight: Tensor) -> None:
+        """Measure the weight as it was before the optimizer's step, and its change; of a weight that does not learn there is no change to measure."""
         if self.n:
             return
         now = elements(local(weight), self.limit, self.turn)
         self.n = now.shape[0]
         known = self.before is not None and weight.requires_grad
         first, second = (self.before, now) if self.before is not None and known else (now, None)
-        put_squares(first, second, self._on(weight), _AT["weight_sq"])
+        # "change_sq" stands behind "weight_sq", where the sum of squares of the difference is written.
+        put_squares(first, second, self._on(weight), WEIGHT.index("weight_sq"))
 
     @property
     def features(self) -> int:
-        """Of its input; 0 where that is not measured."""
+        """How many features its input has; 0 where the input is not measured."""
         module = self.module()
         if isinstance(module, nn.Linear):
             return module.in_features
-        if isinstance(module, _ConvNd):
+        if isinstance(module, Convolution):
             return module.in_channels
         measured = self.parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
         return self.fan_in if measured else 0
 
     def row(self) -> Tensor | None:
-        """COLUMNS as one vector, NaN where unknown; None where nothing was measured."""
-        if self.numbers is not None and self.inputs is not None:
-            self.numbers[_AT["input_n"] :] = summarise_features(self.inputs.to(self.numbers.device))
-        return self.numbers if self.n else None
+        """columns.LAYER as one vector, NaN where unknown; None where nothing was measured."""
+        if self.numbers is None or not self.n:
+            return None
+        unknown = self.numbers.new_full((len(INPUT),), math.nan)
+        return torch.cat([self.numbers, unknown if self.inputs is None else summarise_features(self.inputs.to(self.numbers.device))])
 
     def _on(self, weight: Tensor) -> Tensor:
+        """The numbers, on the device of the weight."""
         if self.numbers is None:
-            self.numbers = torch.full((len(COLUMNS),), math.nan, dtype=accumulator(weight.device), device=weight.device)
+            self.numbers = torch.full((len(WEIGHT),), math.nan, dtype=accumulator(weight.device), device=weight.device)
         return self.numbers
-
-
-def to_weight(facts: dict[str, Any], row: Sequence[float]) -> Weight:
-    """The value of one row, on the host. `facts` are the WEIGHT_FACTS, and how many elements the weight has (numel) and were read (n)."""
-    facts = dict(facts)
-
-    def get(name: str) -> float | None:
-        value = float(row[_AT[name]])
-        return value if math.isfinite(value) else None
-
-    def ratio(above: str, below: str) -> float | None:
-        numerator, denominator = get(above), get(below)
-        return None if numerator is None or not denominator else max(0.0, numerator) / denominator
-
-    def root(value: float | None) -> float | None:
-        return None if value is None else math.sqrt(max(0.0, value))
-
-    offset = ratio("input_offset_sq", "input_sq")
-    numel, n = facts.pop("numel"), facts["n"]
-
-    def norm(name: str) -> float | None:
-        square = get(name)
-        return None if square is None or not n else math.sqrt(square / n * numel)
-
-    return Weight(
-        **facts,
-        gain=None if (whole := norm("weight_sq")) is None else whole * math.sqrt(facts["fan_in"] / numel),
-        norm=whole,
-        grad_norm=norm("grad_sq"),
-        update_ratio=root(ratio("change_sq", "weight_sq")),
-        input_rms=root(get("input_sq")),
-        input_centred_share=None if offset is None else max(0.0, 1 - offset),
-        input_n=round(get("input_n") or 0),
-    )

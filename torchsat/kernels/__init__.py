@@ -1,7 +1,7 @@
-"""The statistics of statistics.py in one pass over memory: C on the CPU (cpu.py, cpu.c) and Triton on NVIDIA GPUs (cuda.py).
+"""The rows of statistics.py in one pass over memory: in C on the CPU (cpu.py, cpu.c) and in Triton on NVIDIA GPUs (cuda.py).
 
-Both are optional and give the rows of the plain implementation, which is used where there is no compiler, or where the environment variable
-TORCHSAT_KERNELS is 0.
+Both are optional and give the same rows as the plain implementation in statistics.py. That one is used where there is no compiler, and everywhere if
+the environment variable TORCHSAT_KERNELS is 0.
 """
 
 from __future__ import annotations
@@ -14,22 +14,23 @@ from torch import Tensor
 from torchsat.kernels import cpu
 
 _gpu: ModuleType | None = None
+"""The kernels for GPUs, once they are imported."""
 
 
 def engine(*tensors: Tensor | None) -> ModuleType | None:
-    """The kernels that can read these vectors: `cpu`, `cuda`, or None."""
+    """The module with the kernels that can read these vectors: `cpu` or `cuda`; None where neither can."""
     if cpu.reads(*tensors):
         return cpu
     return _gpu if _gpu is not None and _gpu.reads(*tensors) else None
 
 
 def reads_whole(tensor: Tensor) -> bool:
-    """Whether kernels read this tensor so quickly that there is no need to take a sample."""
+    """Whether a kernel reads this tensor so quickly that all of it can be read instead of a sample."""
     return _gpu is not None and bool(_gpu.reads(tensor))
 
 
 def gpu() -> ModuleType | None:
-    """The kernels for NVIDIA GPUs, whether or not they are trusted; None where Triton is not installed."""
+    """The kernels for NVIDIA GPUs, whether or not any device trusts them; None where Triton is not installed, or the user does not want kernels."""
     global _gpu
     if _gpu is None and os.environ.get("TORCHSAT_KERNELS") != "0":
         try:

@@ -1,10 +1,17 @@
-/* The rows of statistics.py in one pass over memory; compiled on the user's machine, where there is a C compiler (cpu.py).
+/* The rows of statistics.py in one pass over memory. cpu.py compiles this file on the user's machine, if there is a C compiler.
 
-   Elements are taken `stride` apart and read in blocks that stay in the first-level cache: converted to double once, then reduced by loops
-   that the compiler vectorises. All sums are double. An element counts only if all that is read of it is finite.
+   The elements of a vector lie `stride` apart. They are read in blocks that stay in the first-level cache: each block is converted to double once,
+   and then reduced by loops that the compiler vectorises. All sums are double. An element counts only if all that is read of it is finite.
 
-   BINS, FIRST (the first histogram bin, counted in half octaves of float32) and the order of the columns are those of statistics.py;
-   tests/test_kernels.py compares every column with the plain implementation there. */
+   cpu.py passes these macros, made from columns.py and formulas.py:
+   COLUMNS          the columns of a row in their order, in upper case
+   SUMS             how many of them are sums; the others, behind them, take the largest
+   BINS             how many columns the histogram has, from BIN0 on
+   FIRST            the exponent and first mantissa bit of the float32 at the upper edge of the first bin
+   HEAD_COLUMNS     the rows of a block of heads, FEATURE_COLUMNS those of a block of features
+   UNIT_COLUMNS     what is derived of a block of units, INPUT_COLUMNS of a block of features
+
+   tests/test_kernels.py compares every column with the plain implementation. */
 
 #include <math.h>
 #include <stdint.h>
@@ -17,23 +24,25 @@
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
-enum { N, ELEMENTS, NONFINITE, LOW, HIGH, SLOPE, SLOPE_SQ, Z, Z_SQ, A, A_SQ, ZEROS, GATE_LEFT, GATE_RIGHT,
-       GRAD_A_N, GRAD_A_SQ, GRAD_Z_N, GRAD_Z_SQ, GRAD_NONFINITE, HISTOGRAM,
-       PEAK = HISTOGRAM + BINS, Z_MAX, Z_MIN_NEGATED, A_MAX, A_MIN_NEGATED, WIDTH };
+enum { COLUMNS, WIDTH };
+enum { HEAD_COLUMNS };
+enum { UNIT_COLUMNS };
+enum { FEATURE_COLUMNS };
+enum { INPUT_COLUMNS };
 
-/* A vector in memory: one of the four kinds, its elements `stride` apart. */
+/* A vector in memory: its type is one of the four above, its elements lie `stride` apart. */
 typedef struct { const void *data; int64_t kind, stride; } vector;
 
-/* |f'| as a formula of z, or GIVEN as a vector:
-   LOGISTIC  c s(b z) s(-b z) with s the logistic function
+/* |f'|, as a formula of z or GIVEN as a vector. The formulas are those of formulas.py:
+   LOGISTIC  c s(b z) s(-b z), where s is the logistic function
    BETWEEN   c where b < z < d, else 0
-   SILU      s(z) (1 + z s(-z))
-   GELU      of the approximation by tanh: s(u) + z s(u) s(-u) u', with u = 2 sqrt(2 / pi) (z + 0.044715 z^3) */
+   SILU      |s(z) (1 + z s(-z))|
+   GELU      |s(u) + z s(u) s(-u) u'|, where u = 2 sqrt(2 / pi) (z + 0.044715 z^3): the approximation by tanh */
 enum { GIVEN, LOGISTIC, BETWEEN, SILU, GELU };
 typedef struct { int64_t kind; double b, c, d; vector given; } derivative;
 
-/* Which unit each element belongs to: the one at `start` + i * `step` of a dense tensor whose unit axis has `size` entries, `inner` elements
-   apart. */
+/* Which unit each element of a vector belongs to: element i is element `start` + i * `step` of a dense tensor, whose unit axis has `size` entries
+   that lie `inner` elements apart. */
 typedef struct { int64_t start, step, inner, size; } axis;
 
 static float from_bits(uint32_t bits)
@@ -43,16 +52,18 @@ static float from_bits(uint32_t bits)
     return value;
 }
 
+/* The value of a float16. */
 static float half(uint16_t bits)
 {
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = (uint32_t)(bits & 0x7fff) << 13;
     if (rest >= 0x7c00u << 13)
         return from_bits(sign | 0x7f800000u | rest);
-    /* The exponent moves from bias 15 to 127 by a product, which is exact and sets subnormal numbers right as well. */
+    /* The exponent is moved from bias 15 to bias 127 by a product. It is exact, and right for subnormal numbers too. */
     float magnitude = from_bits(rest) * 0x1p112f;
     return sign ? -magnitude : magnitude;
 }
 
+/* Elements `first` to `first` + `count` of a vector, as doubles. */
 static void load(const vector *from, int64_t first, int count, double *to)
 {
     int64_t stride = from->stride;
@@ -71,12 +82,12 @@ static void load(const vector *from, int64_t first, int count, double *to)
     }
 }
 
-/* e^x for x <= 0: x = k ln 2 + r with |r| <= ln 2 / 2, the series of e^r to r^11 (the next term is below 1e-14), and k added to the exponent.
-   Below -700 it is e^-700, which no sum of float64 can see. */
+/* e^x for x <= 0. x is split into k ln 2 + r with |r| <= ln 2 / 2; e^r is its series up to r^11 (the next term is below 1e-14), and k is added to the
+   exponent. For x below -700 it returns e^-700, which is too small to change any sum in float64. */
 static inline double exp_negative(double x)
 {
     x = x > -700 ? x : -700;
-    /* 1.5 * 2^52 as a double ends in the integer that was added to it. */
+    /* The last bits of 1.5 * 2^52 + k, as a double, are the integer k. */
     double shifted = x * 1.4426950408889634 + 0x1.8p52, k = shifted - 0x1.8p52;
     double r = (x - k * 0x1.62e42fefa39efp-1) - k * 0x1.abc9e3b39803fp-56, sum;
     int64_t bits;
@@ -93,44 +104,45 @@ static inline double exp_negative(double x)
     return sum;
 }
 
-static void differentiate(const derivative *of, int64_t first, int m, const double *restrict z, double *restrict slope)
+/* |f'| of the `m` elements z that begin at element `first` of the call. */
+static void differentiate(const derivative *of, int64_t first, int m, const double *restrict z, double *restrict derivatives)
 {
     double b = of->b, c = of->c, d = of->d;
     switch (of->kind) {
     case GIVEN:
-        load(&of->given, first, m, slope);
+        load(&of->given, first, m, derivatives);
         break;
     case LOGISTIC:
 #pragma omp simd
         for (int i = 0; i < m; i++) {
             double e = exp_negative(-fabs(b * z[i]));
-            slope[i] = c * e / ((1 + e) * (1 + e));
+            derivatives[i] = c * e / ((1 + e) * (1 + e));
         }
         break;
     case BETWEEN:
 #pragma omp simd
-        for (int i = 0; i < m; i++) slope[i] = (z[i] > b ? c : 0) * (z[i] < d ? 1.0 : 0.0);
+        for (int i = 0; i < m; i++) derivatives[i] = (z[i] > b ? c : 0) * (z[i] < d ? 1.0 : 0.0);
         break;
     case SILU:
 #pragma omp simd
         for (int i = 0; i < m; i++) {
             double v = z[i], e = exp_negative(-fabs(v)), whole = 1 / (1 + e), up = v > 0 ? whole : e * whole;
-            slope[i] = fabs(up * (1 + v * (1 - up)));
+            derivatives[i] = fabs(up * (1 + v * (1 - up)));
         }
         break;
     case GELU:
 #pragma omp simd
         for (int i = 0; i < m; i++) {
-            /* Beyond 30 the second term is 0. */
+            /* Beyond |z| = 30 the second term is 0. */
             double v = z[i] > 30 ? 30 : z[i] < -30 ? -30 : z[i];
             double u = 1.5957691216057308 * (v + 0.044715 * v * v * v), e = exp_negative(-fabs(u)), whole = 1 / (1 + e);
             double up = u > 0 ? whole : e * whole;
-            slope[i] = fabs(up + v * e * whole * whole * 1.5957691216057308 * (1 + 0.134145 * v * v));
+            derivatives[i] = fabs(up + v * e * whole * whole * 1.5957691216057308 * (1 + 0.134145 * v * v));
         }
     }
 }
 
-/* Units of successive elements, without a division for each. */
+/* The units of successive elements, found without a division per element. */
 typedef struct { int64_t unit, rest, unit_step, rest_step, inner, size; } walk;
 
 static walk begin(const axis *of)
@@ -153,16 +165,32 @@ static int64_t next(walk *at)
     return unit;
 }
 
+/* What a forward call is measured with. An edge of a tail, and the peak, are NaN where there is none. */
 typedef struct {
     const vector *z, *a;
     const derivative *of;
     double low, high, peak;
+    int64_t sigmoid;
 } call;
 
-/* The columns of a forward pass over some of the elements, and their samples and saturated samples by unit, added to block [2, size]. */
+/* The row of no element. */
+static void clear(double *row)
+{
+    for (int i = 0; i < WIDTH; i++) row[i] = i < SUMS ? 0.0 : -INFINITY;
+}
+
+/* Merge one row into another. */
+static void merge(double *into, const double *row)
+{
+    for (int i = 0; i < SUMS; i++) into[i] += row[i];
+    for (int i = SUMS; i < WIDTH; i++) into[i] = row[i] > into[i] ? row[i] : into[i];
+}
+
+/* The row of elements `begin_at` to `end_at` of a forward call, without the column ELEMENTS. Unless block [2, size] is NULL, the samples and the
+   saturated samples of each unit are added to it. */
 static void observe(const call *in, int64_t begin_at, int64_t end_at, double *row, const axis *units, double *block)
 {
-    double z[BLOCK], a[BLOCK], slope[BLOCK], ok[BLOCK], out[BLOCK];
+    double z[BLOCK], a[BLOCK], slope[BLOCK], ok[BLOCK], saturated[BLOCK];
     int32_t bin[BLOCK];
     int64_t counted[BANKS][BINS];
     double n = 0, lows = 0, highs = 0, s1 = 0, s2 = 0, z1 = 0, z2 = 0, a1 = 0, a2 = 0, nonzero = 0, left = 0, right = 0;
@@ -197,7 +225,7 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double *ro
         for (int i = 0; i < m; i++) {
             double v = z[i], is_low = v <= low ? ok[i] : 0.0, is_high = v >= high ? ok[i] : 0.0;
             double top = ok[i] != 0 ? v : -INFINITY, bottom = ok[i] != 0 ? v : INFINITY;
-            out[i] = is_low + is_high;
+            saturated[i] = is_low + is_high;
             lows += is_low;
             highs += is_high;
             z1 += v;
@@ -231,33 +259,34 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double *ro
                 index = index < 0 ? 0 : index;
                 bin[i] = index > BINS - 1 ? BINS - 1 : index;
             }
-            /* Several tables, since neighbours often fall into one bin and would wait for each other. */
+            /* Neighbours often fall into the same bin, and an addition would wait for the one before: hence several tables. */
             for (int i = 0; i < m; i++) counted[i % BANKS][bin[i]] += ok[i] != 0;
         }
         if (block)
             for (int i = 0; i < m; i++) {
                 int64_t unit = next(&at);
                 block[unit] += ok[i];
-                block[at.size + unit] += out[i];
+                block[at.size + unit] += saturated[i];
             }
     }
+    clear(row);
     row[N] = n;
     row[NONFINITE] = (double)(end_at - begin_at) - n;
     row[LOW] = lows;
     row[HIGH] = highs;
-    row[SLOPE] = s1;
-    row[SLOPE_SQ] = s2;
+    row[DERIVATIVE] = s1;
+    row[DERIVATIVE_SQ] = s2;
     row[Z] = z1;
     row[Z_SQ] = z2;
     row[A] = a1;
     row[A_SQ] = a2;
     row[ZEROS] = n - nonzero;
-    row[GATE_LEFT] = left;
-    row[GATE_RIGHT] = right;
+    row[GATE_LEFT] = in->sigmoid ? left : 0;
+    row[GATE_RIGHT] = in->sigmoid ? right : 0;
     for (int i = 0; i < BINS; i++) {
         int64_t sum = 0;
         for (int bank = 0; bank < BANKS; bank++) sum += counted[bank][i];
-        row[HISTOGRAM + i] = (double)sum;
+        row[BIN0 + i] = (double)sum;
     }
     row[PEAK] = measured ? in->peak : -INFINITY;
     row[Z_MAX] = z_max;
@@ -266,12 +295,12 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double *ro
     row[A_MIN_NEGATED] = -a_min;
 }
 
-/* Merge the columns of one forward call into a row. low, high, peak: NaN where there is none. The elements are shared out to `parts` threads.
-   block: samples and saturated samples of each unit are added to it, unless it is NULL. */
+/* Merge one forward call into a row, and add the samples and the saturated samples of each unit to block [2, size], unless it is NULL.
+   low, high, peak: NaN where there is none. The elements are divided among `parts` threads. */
 void torchsat_observe(const vector *z, const vector *a, const derivative *of, int64_t count, double elements, double low, double high,
                       double peak, int64_t sigmoid, int64_t parts, double *row, const axis *units, double *block)
 {
-    call in = { z, a, of, low, high, peak };
+    call in = { z, a, of, low, high, peak, sigmoid };
     double rows[PARTS][WIDTH], *others = 0;
     int64_t size = block ? 2 * units->size : 0;
     if (parts > PARTS) parts = PARTS;
@@ -282,20 +311,15 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
 #endif
     for (int64_t part = 0; part < parts; part++)
         observe(&in, count * part / parts, count * (part + 1) / parts, rows[part], units, part ? others ? others + (part - 1) * size : 0 : block);
-    for (int64_t part = 0; part < parts; part++) {
-        const double *found = rows[part];
-        for (int i = 0; i < PEAK; i++)
-            if (i != ELEMENTS && (i < GRAD_A_N || i >= HISTOGRAM) && (sigmoid || (i != GATE_LEFT && i != GATE_RIGHT))) row[i] += found[i];
-        for (int i = PEAK; i < WIDTH; i++) row[i] = found[i] > row[i] ? found[i] : row[i];
-    }
+    for (int64_t part = 0; part < parts; part++) merge(row, rows[part]);
     for (int64_t part = 1; others && part < parts; part++)
         for (int64_t i = 0; i < size; i++) block[i] += others[(part - 1) * size + i];
     free(others);
     row[ELEMENTS] += elements;
 }
 
-/* The row and the block of heads [6, heads] of a softmax, as observe_softmax of statistics.py states them.
-   z: [batch, heads, queries, keys] with these sizes and strides; visible: bytes, with strides of its own (0 where it is broadcast). */
+/* The row and the block of heads of a softmax, as observe_softmax in statistics.py describes them. Both are empty when they are passed.
+   z: [batch, heads, queries, keys], with these sizes and strides. visible: bytes, with strides of their own (0 where they are broadcast). */
 void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t *sizes, const int64_t *z_strides, const int64_t *visible_strides,
                       double elements, double *row, double *heads)
 {
@@ -336,7 +360,7 @@ void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t 
 #pragma omp simd reduction(+ : total, weighted, total_square, nonzero, deviation) reduction(min : least)
             for (int i = 0; i < m; i++) {
                 double shifted = seen[i] != 0 ? z[i] - top : 0, off = seen[i] != 0 ? z[i] - mean : 0;
-                /* e^-745 is the least number above 0 in float64. */
+                /* e^-745 is the smallest number above 0 in float64. */
                 double e = shifted < -745 ? 0 : exp_negative(shifted) * seen[i], low = seen[i] != 0 ? e : INFINITY;
                 total += e;
                 weighted += e * shifted;
@@ -348,12 +372,12 @@ void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t 
         }
         log_total = log(total);
         log_keys = log(n);
-        heads[at[1]] += 1;
-        heads[size + at[1]] += (log_total - weighted / total) / log_keys;
-        heads[2 * size + at[1]] += 1 - total_square / (total * total);
-        heads[3 * size + at[1]] += deviation / n;
-        heads[4 * size + at[1]] += log_keys;
-        if (top > heads[5 * size + at[1]]) heads[5 * size + at[1]] = top;
+        heads[ROWS * size + at[1]] += 1;
+        heads[ENTROPY * size + at[1]] += (log_total - weighted / total) / log_keys;
+        heads[JACOBIAN * size + at[1]] += 1 - total_square / (total * total);
+        heads[LOGIT_VARIANCE * size + at[1]] += deviation / n;
+        heads[LOG_KEYS * size + at[1]] += log_keys;
+        if (top > heads[LOGIT_MAX * size + at[1]]) heads[LOGIT_MAX * size + at[1]] = top;
         row[N] += n;
         row[Z] += sum;
         row[Z_SQ] += square;
@@ -367,7 +391,7 @@ void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t 
     }
 }
 
-/* Merge the gradient's columns into a row; either vector may be missing (data NULL). */
+/* Merge one backward call into a row. The data of a vector are NULL where that gradient is not known. */
 void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count, double *row)
 {
     double a[BLOCK] = { 0 }, z[BLOCK] = { 0 };
@@ -392,12 +416,12 @@ void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count
     row[GRAD_NONFINITE] += (double)count - n;
 }
 
-/* [samples, sum x, sum x^2] of each unit: added to sums [3, size]. */
+/* Add the samples, the sum of x and the sum of x^2 of each unit to sums [3, size]. */
 void torchsat_features(const vector *x_in, int64_t count, const axis *units, double *sums)
 {
     double x[BLOCK];
     walk at = begin(units);
-    double *samples = sums, *first_power = sums + units->size, *second_power = sums + 2 * units->size;
+    double *samples = sums + SAMPLES * units->size, *first_power = sums + X * units->size, *second_power = sums + X_SQ * units->size;
     for (int64_t first = 0; first < count; first += BLOCK) {
         int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
         load(x_in, first, m, x);
@@ -411,7 +435,7 @@ void torchsat_features(const vector *x_in, int64_t count, const axis *units, dou
     }
 }
 
-/* The sum of squares, and where `other` has data, also that of the differences (out[1]). */
+/* Write the sum of squares of a vector to out[0] and, if `other` has data, the sum of squares of their difference to out[1]. */
 void torchsat_squares(const vector *x_in, const vector *other, int64_t count, double *out)
 {
     double total = 0, change = 0;
@@ -436,7 +460,8 @@ void torchsat_squares(const vector *x_in, const vector *other, int64_t count, do
     if (other->data) out[1] = change;
 }
 
-/* UNITS of a unit block [2, size]: units, those with `enough` samples, those of them saturated in `share` of these, the least samples. */
+/* Of a block of units [2, size]: how many units there are, how many have `enough` samples, in how many of these at least `share` of the samples are
+   saturated, and the samples of the least sampled unit. */
 void torchsat_units(const double *block, int64_t size, double enough, double share, double *out)
 {
     double measured = 0, stuck = 0, least = INFINITY;
@@ -446,13 +471,13 @@ void torchsat_units(const double *block, int64_t size, double enough, double sha
         stuck += block[size + unit] >= share * samples ? full : 0;
         least = samples < least ? samples : least;
     }
-    out[0] = (double)size;
-    out[1] = measured;
-    out[2] = stuck;
-    out[3] = least;
+    out[UNITS] = (double)size;
+    out[UNITS_MEASURED] = measured;
+    out[UNITS_STUCK] = stuck;
+    out[UNIT_SAMPLES] = least;
 }
 
-/* Set a unit block to 0 if every unit has `enough` samples. */
+/* Set a block of units [2, size] to 0 if every unit has `enough` samples. */
 void torchsat_restart(double *block, int64_t size, double enough)
 {
     for (int64_t unit = 0; unit < size; unit++)
@@ -460,19 +485,19 @@ void torchsat_restart(double *block, int64_t size, double enough)
     memset(block, 0, (size_t)(2 * size) * sizeof *block);
 }
 
-/* Of [3, size] as torchsat_features fills it: all samples, the mean square, and the mean over features of the squared mean, without the 1/n
-   bias of a squared sample mean: of pairs of distinct samples only. */
+/* Of a block of features [3, size]: the samples of all features together, the mean square, and the mean over features of the squared mean. The last
+   one is a mean over pairs of distinct samples, since the square of a sample mean is too large by 1/n of the variance. */
 void torchsat_inputs(const double *sums, int64_t size, double *out)
 {
     double samples = 0, square = 0, offset = 0, features = 0;
     for (int64_t at = 0; at < size; at++) {
-        double n = sums[at], first = sums[size + at], second = sums[2 * size + at], pairs = n * (n - 1);
+        double n = sums[SAMPLES * size + at], first = sums[X * size + at], second = sums[X_SQ * size + at], pairs = n * (n - 1);
         samples += n;
         square += second;
         offset += pairs > 0 ? (first * first - second) / pairs : 0;
         features += pairs > 0 ? 1 : 0;
     }
-    out[0] = samples;
-    out[1] = square / samples;
-    out[2] = offset / features;
+    out[INPUT_N] = samples;
+    out[INPUT_SQ] = square / samples;
+    out[INPUT_OFFSET_SQ] = offset / features;
 }

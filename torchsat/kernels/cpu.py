@@ -1,8 +1,9 @@
-"""The kernels of cpu.c: compiled where there is a C compiler, kept in the user's cache, called through ctypes.
+"""The kernels in cpu.c: compiled if there is a C compiler, kept in the user's cache, and called through ctypes.
 
-Plain C and ctypes rather than torch.compile: it builds in a second and not in ten, needs no headers of torch, and leaves the compiler state of
-the user's process (recompile limits, stance, caches of Dynamo) alone. A library is built for the very processor it will run on, so the name
-under which it is kept holds what that processor can do.
+They are plain C and not torch.compile, because C compiles in one second and not in ten, needs no headers of torch, and leaves the state of torch's
+compiler in the user's process alone (recompile limits, stance, caches of Dynamo). The library is compiled for the processor it runs on. The name of
+its file is a hash over the source, the command and what that processor can do, so that machines which share a home folder do not load each other's
+library.
 """
 
 from __future__ import annotations
@@ -21,19 +22,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from torchsat.columns import BINS, COLUMN, FEATURES, HEADS, INPUT, SUMS, UNITS
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, GELU, GIVEN, LOGISTIC, SILU, Formula
-from torchsat.record import HISTOGRAM_BINS
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_BASE = ["-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", f"-DBINS={HISTOGRAM_BINS}", f"-DFIRST={FIRST_BIN}"]
+"""The number of each type in cpu.c."""
+_NAMES = {"COLUMNS": COLUMN, "HEAD_COLUMNS": HEADS, "UNIT_COLUMNS": UNITS, "FEATURE_COLUMNS": FEATURES, "INPUT_COLUMNS": INPUT}
+_MACROS = {"SUMS": len(SUMS), "BINS": len(BINS), "FIRST": FIRST_BIN, **{macro: ",".join(names).upper() for macro, names in _NAMES.items()}}
+_BASE = ["-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", *(f"-D{macro}={value}" for macro, value in _MACROS.items())]
 _ATTEMPTS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], [])
-"""Best first. OpenMP is compiled in but not linked: its functions are those of the library that torch has loaded, with torch's threads."""
+"""Flags to try, the best first. OpenMP is compiled in but not linked: its functions are found in the library that torch has loaded, with torch's
+threads."""
 KINDS = frozenset((GIVEN, LOGISTIC, BETWEEN, SILU, GELU))
-"""The formulas in cpu.c."""
+"""The kinds of derivatives that cpu.c computes from z."""
 _SECONDS = 60
+"""Seconds after which a compiler is given up."""
 _PART = 16384
-"""Elements that are worth a thread of their own."""
+"""With fewer elements than this, a thread costs more than it saves."""
 
 
 class _Vector(ctypes.Structure):
@@ -52,7 +58,7 @@ _NOTHING = _Vector(None, 0, 0)
 
 
 def reads(*tensors: Tensor | None) -> bool:
-    """Whether the kernels are there and can read these vectors."""
+    """Whether the kernels are compiled and can read these vectors."""
     for each in tensors:
         if each is not None and (not each.is_cpu or each.dtype not in _KINDS):
             return False
@@ -71,7 +77,10 @@ def observe(
     place: tuple[int, int, int, int] | None = None,
     block: Tensor | None = None,
 ) -> None:
-    """Merge the columns of a forward call into a row, and add samples and saturated samples of each unit to a block, if there is one."""
+    """Merge a forward call into a row, and add the samples and saturated samples of each unit to a block, if there is one.
+
+    The arguments are those of statistics.observe; `place` is that of the units.
+    """
     low, high = (float("nan") if edge is None else edge for edge in edges)
     if isinstance(slope, Formula):
         derivative = _Derivative(slope.kind, slope.b, slope.c, slope.d, _NOTHING)
@@ -95,7 +104,7 @@ def observe(
 
 
 def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor, heads: Tensor) -> None:
-    """Write the columns of a softmax into an empty row and an empty block of heads; `visible` has the shape of the logits."""
+    """Write a softmax into an empty row and an empty block of heads. `visible` has the shape of the logits."""
     four = ctypes.c_int64 * 4
     _loaded().torchsat_softmax(
         ctypes.byref(_Vector(logits.data_ptr(), _KINDS[logits.dtype], 1)),
@@ -110,22 +119,27 @@ def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor,
 
 
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, row: Tensor) -> None:
-    """Merge the gradient's columns into a row."""
+    """Merge a backward call into a row. `count` is the length of the gradients, of which one may be missing."""
     _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, row.data_ptr())
 
 
 def add_features(x: Tensor, place: tuple[int, int, int, int], sums: Tensor) -> None:
-    """Add [samples, sum x, sum x^2] of each unit to [3, size]."""
+    """Add columns.FEATURES of each unit to [3, size]."""
     _loaded().torchsat_features(_vector(x), x.shape[0], ctypes.byref(_Axis(*place)), sums.data_ptr())
 
 
 def squares(x: Tensor, other: Tensor | None, out: Tensor, at: int) -> None:
-    """Write the sum of squares of a vector to out[at], and that of its difference to another, if given, behind it."""
+    """Write the sum of squares of a vector to out[at] and, if there is another one, the sum of squares of their difference to out[at + 1]."""
     _loaded().torchsat_squares(_vector(x), _vector(other), x.shape[0], out.data_ptr() + 8 * at)
 
 
 def summarise_units(block: Tensor, enough: float, share: float, out: Tensor) -> None:
-    """Write UNITS of a unit block."""
+    """Write columns.UNITS of a unit block.
+
+    Args:
+        enough: the samples that a unit must have before it can be called stuck.
+        share: a unit is stuck if at least this share of its samples is saturated.
+    """
     _loaded().torchsat_units(block.data_ptr(), block.shape[1], enough, share, out.data_ptr())
 
 
@@ -135,7 +149,7 @@ def start_over_if_full(block: Tensor, enough: float) -> None:
 
 
 def summarise_features(sums: Tensor, out: Tensor) -> None:
-    """Write samples, mean square and squared mean (see cpu.c) of what `add_features` made."""
+    """Write columns.INPUT of the sums that `add_features` made."""
     _loaded().torchsat_inputs(sums.data_ptr(), sums.shape[1], out.data_ptr())
 
 
@@ -153,7 +167,7 @@ def _loaded() -> ctypes.CDLL:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had."""
+    """The compiled kernels; None where there is no compiler, none of the commands works, or the user does not want them."""
     compiler = os.environ.get("CC") or next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
     if os.environ.get("TORCHSAT_KERNELS") == "0" or compiler is None or os.name != "posix":
         return None
@@ -166,7 +180,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _built(command: list[str]) -> Path:
-    """The library that this command makes: from the cache, or made now."""
+    """The library that this command compiles, from the cache if it is there."""
     source = _SOURCE.read_bytes()
     name = hashlib.sha256(b"\0".join([source, *(part.encode() for part in command), _processor()])).hexdigest()[:32] + ".so"
     for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchsat", _private()):
@@ -180,7 +194,7 @@ def _built(command: list[str]) -> Path:
                     part, whole = str(Path(work) / "cpu.o"), Path(work) / name
                     _run([*command, "-c", str(_SOURCE), "-o", part])
                     _run([command[0], "-shared", part, "-o", str(whole), "-lm"])
-                    # At once, so that a process beside this one never loads half a library.
+                    # A rename, which is atomic, so that another process never loads half a library.
                     whole.replace(kept)
         except (PermissionError, FileNotFoundError, NotADirectoryError):
             continue
@@ -189,6 +203,7 @@ def _built(command: list[str]) -> Path:
 
 
 def _private() -> Path:
+    """The folder to build in where the user's cache cannot be written."""
     return Path(tempfile.gettempdir()) / f"torchsat-{os.getuid()}"
 
 
@@ -197,7 +212,7 @@ def _run(command: list[str]) -> None:
 
 
 def _processor() -> bytes:
-    """What this processor can do: a folder of a user may be shared by many machines."""
+    """The model and the features of this processor, as the system describes them."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:
@@ -206,7 +221,11 @@ def _processor() -> bytes:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    """Load the kernels; OSError if a function is missing or the sum of squares of 3 and 4 is not 25."""
+    """Load the kernels.
+
+    Raises:
+        OSError: the file is no library, a function is missing in it, or the sum of squares of 3 and 4 is not 25.
+    """
     library = ctypes.CDLL(str(path))
     pointer, number, integer = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
     signatures = {

@@ -1,11 +1,11 @@
 """The rows of statistics.py on NVIDIA GPUs: one Triton kernel per call, which reads every element once. Not run on a GPU yet.
 
-A program takes one block of elements and writes one row; two small operations merge the rows. Sums are float64, where neither a mean far from 0
-nor a gradient that vanishes does harm. Units are counted on a sample, by the first programs: two atomic additions for every element would cost
-many times the reading.
+A program of the kernel reads one block of elements and writes one row; two small operations then merge the rows. Sums are float64, so that neither a
+mean far from 0 nor a vanishing gradient loses its digits. Units are counted at a sample of the elements, by the first programs: two atomic additions
+for every element would cost many times as much as reading it.
 
-Triton ships with torch's CUDA builds. The kernels are used on a device once statistics.py has found there that they are right (`trust`). Whatever
-differs between observations is no constant of a kernel, so that none is compiled anew.
+Triton comes with the CUDA builds of torch. The kernels are used on a device as soon as statistics.trust_kernels has found that they compute the right
+numbers there. What differs between observations is no constant of a kernel, so that no kernel is compiled again.
 """
 
 from __future__ import annotations
@@ -18,24 +18,65 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from torchsat.columns import BACKWARD, BINS, COLUMN, SUMS
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, GELU, GELU_ERF, GIVEN, LOGISTIC, SILU, Formula
-from torchsat.record import HISTOGRAM_BINS
+from torchsat.sampling import beginning, coprime
 
 KINDS = frozenset((GIVEN, LOGISTIC, BETWEEN, SILU, GELU, GELU_ERF))
+"""The kinds of derivatives that the kernel computes from z; GIVEN is read."""
 _BLOCK = 2048
 _WARPS = 8
-_ROOM = 64
-"""HISTOGRAM_BINS as a power of two; what does not count falls into the last."""
 _UNIT_SAMPLES = 65536
-_SUMS, _MAXES = 19 + HISTOGRAM_BINS, 5
+"""At most this many elements of a call are counted by unit."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _turns = itertools.count()
+"""Numbers the calls, so that another sample is counted by unit in each."""
 _trusted: set[int] = set()
-"""The devices on which the kernels were found right."""
+"""The devices on which the kernels compute the right numbers."""
+
+_GATES = slice(COLUMN["gate_left"], COLUMN["gate_right"] + 1)
+_GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
+
+# A kernel can read no global of Python but constants of this type: the places of the columns in a row.
+_WIDTH = tl.constexpr(len(COLUMN))
+_N = tl.constexpr(COLUMN["n"])
+_ELEMENTS = tl.constexpr(COLUMN["elements"])
+_NONFINITE = tl.constexpr(COLUMN["nonfinite"])
+_LOW = tl.constexpr(COLUMN["low"])
+_HIGH = tl.constexpr(COLUMN["high"])
+_DERIVATIVE = tl.constexpr(COLUMN["derivative"])
+_DERIVATIVE_SQ = tl.constexpr(COLUMN["derivative_sq"])
+_Z = tl.constexpr(COLUMN["z"])
+_Z_SQ = tl.constexpr(COLUMN["z_sq"])
+_A = tl.constexpr(COLUMN["a"])
+_A_SQ = tl.constexpr(COLUMN["a_sq"])
+_ZEROS = tl.constexpr(COLUMN["zeros"])
+_GATE_LEFT = tl.constexpr(COLUMN["gate_left"])
+_GATE_RIGHT = tl.constexpr(COLUMN["gate_right"])
+_BIN0 = tl.constexpr(COLUMN[BINS[0]])
+_BINS = tl.constexpr(len(BINS))
+_FIRST_BIN = tl.constexpr(FIRST_BIN)
+_ROOM = tl.constexpr(64)
+"""The number of bins as a power of two, which Triton wants. Elements that do not count fall into the last one."""
+_PEAK = tl.constexpr(COLUMN["peak"])
+_Z_MAX = tl.constexpr(COLUMN["z_max"])
+_Z_MIN_NEGATED = tl.constexpr(COLUMN["z_min_negated"])
+_A_MAX = tl.constexpr(COLUMN["a_max"])
+_A_MIN_NEGATED = tl.constexpr(COLUMN["a_min_negated"])
+_BACKWARD_FROM = tl.constexpr(_GRADIENT.start)
+_BACKWARD_TO = tl.constexpr(_GRADIENT.stop)
+
+# The same in the short row of a backward call.
+_BACKWARD_WIDTH = tl.constexpr(len(BACKWARD))
+_GRAD_A_N = tl.constexpr(BACKWARD.index("grad_a_n"))
+_GRAD_A_SQ = tl.constexpr(BACKWARD.index("grad_a_sq"))
+_GRAD_Z_N = tl.constexpr(BACKWARD.index("grad_z_n"))
+_GRAD_Z_SQ = tl.constexpr(BACKWARD.index("grad_z_sq"))
+_GRAD_NONFINITE = tl.constexpr(BACKWARD.index("grad_nonfinite"))
 
 
 def reads(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can read these vectors."""
+    """Whether the kernels can read these vectors, and are trusted on their device."""
     return all(each is None or (each.is_cuda and each.device.index in _trusted and each.dtype in _DTYPES) for each in tensors)
 
 
@@ -46,7 +87,7 @@ def trust(device: torch.device) -> None:
 
 @triton.jit
 def _logistic(z):
-    """s(z) and s(-z), neither of which overflows."""
+    """The logistic function at z and at -z, in a form that does not overflow."""
     e = tl.exp(-tl.abs(z))
     whole = 1 / (1 + e)
     return tl.where(z > 0, whole, e * whole), tl.where(z > 0, e * whole, whole)
@@ -54,7 +95,7 @@ def _logistic(z):
 
 @triton.jit
 def _slope(z, kind: tl.constexpr, b, c, d):
-    """The kinds of formulas.py, by number."""
+    """|f'(z)| by a formula; the numbers of the kinds are those of formulas.py, except GIVEN."""
     if kind == 1:
         up, down = _logistic(b * z)
         out = c * up * down
@@ -64,7 +105,7 @@ def _slope(z, kind: tl.constexpr, b, c, d):
         up, down = _logistic(z)
         out = tl.abs(up * (1 + z * down))
     elif kind == 4:
-        # Beyond 30 the second term is 0.
+        # Beyond |z| = 30 the second term is 0.
         v = tl.minimum(tl.maximum(z, -30.0), 30.0)
         up, down = _logistic(1.5957691216057308 * (v + 0.044715 * v * v * v))
         out = tl.abs(up + v * up * down * 1.5957691216057308 * (1 + 0.134145 * v * v))
@@ -76,7 +117,7 @@ def _slope(z, kind: tl.constexpr, b, c, d):
 
 @triton.jit
 def _load(ptr, at, inside, whole):
-    """Elements as float32. What has a mask is loaded one by one: only the last block needs it."""
+    """The elements at these places, as float32. Only the last block, which is not `whole`, needs a mask: a load with one reads element by element."""
     if whole:
         values = tl.load(ptr + at).to(tl.float32)
     else:
@@ -86,7 +127,7 @@ def _load(ptr, at, inside, whole):
 
 @triton.jit
 def _read(z_ptr, a_ptr, slope_ptr, at, inside, whole, z_step, a_step, kind: tl.constexpr, b, c, d):
-    """z, a and |f'| of some elements, 0 where one of them is not finite, and whether all are."""
+    """z, a and |f'| of the elements at these places, and whether all three are finite; where they are not, all three are 0."""
     z = _load(z_ptr, at * z_step, inside, whole)
     a = _load(a_ptr, at * a_step, inside, whole)
     if kind == 0:
@@ -111,6 +152,52 @@ def _square(values):
 @triton.jit
 def _count(values):
     return tl.sum(values.to(tl.int32), axis=0).to(tl.float64)
+
+
+@triton.jit
+def _write_sums(row, z, a, slope, ok, inside, low, high):
+    """The sum columns of a block but the histogram."""
+    n = _count(ok)
+    tl.store(row + _N, n)
+    tl.store(row + _ELEMENTS, 0.0)
+    tl.store(row + _NONFINITE, _count(inside) - n)
+    tl.store(row + _LOW, _count(ok & (z <= low)))
+    tl.store(row + _HIGH, _count(ok & (z >= high)))
+    tl.store(row + _DERIVATIVE, _total(slope))
+    tl.store(row + _DERIVATIVE_SQ, _square(slope))
+    tl.store(row + _Z, _total(z))
+    tl.store(row + _Z_SQ, _square(z))
+    tl.store(row + _A, _total(a))
+    tl.store(row + _A_SQ, _square(a))
+    tl.store(row + _ZEROS, _count(ok & (a == 0)))
+    tl.store(row + _GATE_LEFT, _count(ok & (a < 0.1)))
+    tl.store(row + _GATE_RIGHT, _count(ok & (a > 0.9)))
+    for column in tl.static_range(_BACKWARD_FROM, _BACKWARD_TO):
+        tl.store(row + column, 0.0)
+
+
+@triton.jit
+def _write_histogram(row, slope, ok, peak, per_peak, has_peak: tl.constexpr):
+    """The histogram of |f'| / peak, and the peak."""
+    at = tl.arange(0, _ROOM)
+    if has_peak:
+        index = ((slope * per_peak).to(tl.int32, bitcast=True) >> 22) - _FIRST_BIN
+        index = tl.minimum(tl.maximum(index, 0), _BINS - 1)
+        counts = tl.histogram(tl.where(ok, index, _ROOM - 1), _ROOM)
+        tl.store(row + _BIN0 + at, counts.to(tl.float64), mask=at < _BINS)
+        tl.store(row + _PEAK, peak)
+    else:
+        tl.store(row + _BIN0 + at, tl.zeros([_ROOM], tl.float64), mask=at < _BINS)
+        tl.store(row + _PEAK, float("-inf"))
+
+
+@triton.jit
+def _write_extremes(row, z, a, ok):
+    """The max columns but the peak."""
+    tl.store(row + _Z_MAX, tl.max(tl.where(ok, z, float("-inf")), axis=0))
+    tl.store(row + _Z_MIN_NEGATED, tl.max(tl.where(ok, -z, float("-inf")), axis=0))
+    tl.store(row + _A_MAX, tl.max(tl.where(ok, a, float("-inf")), axis=0))
+    tl.store(row + _A_MIN_NEGATED, tl.max(tl.where(ok, -a, float("-inf")), axis=0))
 
 
 @triton.jit(do_not_specialize=["count", "start", "step", "inner", "size", "unit_start", "unit_step", "unit_count"])
@@ -140,49 +227,20 @@ def _observe(
     kind: tl.constexpr,
     has_peak: tl.constexpr,
     has_units: tl.constexpr,
-    bins: tl.constexpr,
-    room: tl.constexpr,
-    first_bin: tl.constexpr,
     block: tl.constexpr,
 ):
-    mine = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    """The row of one block of elements, at out_ptr; the first programs also count elements by unit, at block_ptr."""
+    program = tl.program_id(0).to(tl.int64)
+    mine = program * block + tl.arange(0, block)
     inside = mine < count
-    whole = (tl.program_id(0).to(tl.int64) + 1) * block <= count
+    whole = (program + 1) * block <= count
     z, a, slope, ok = _read(z_ptr, a_ptr, slope_ptr, mine, inside, whole, z_step, a_step, kind, b, c, d)
-    n = _count(ok)
-    row = out_ptr + tl.program_id(0).to(tl.int64) * (19 + bins + 5)
-    tl.store(row + 0, n)
-    tl.store(row + 1, 0.0)
-    tl.store(row + 2, _count(inside) - n)
-    tl.store(row + 3, _count(ok & (z <= low)))
-    tl.store(row + 4, _count(ok & (z >= high)))
-    tl.store(row + 5, _total(slope))
-    tl.store(row + 6, _square(slope))
-    tl.store(row + 7, _total(z))
-    tl.store(row + 8, _square(z))
-    tl.store(row + 9, _total(a))
-    tl.store(row + 10, _square(a))
-    tl.store(row + 11, _count(ok & (a == 0)))
-    tl.store(row + 12, _count(ok & (a < 0.1)))
-    tl.store(row + 13, _count(ok & (a > 0.9)))
-    for column in tl.static_range(14, 19):
-        tl.store(row + column, 0.0)
-    bin_at = tl.arange(0, room)
-    if has_peak:
-        index = ((slope * per_peak).to(tl.int32, bitcast=True) >> 22) - first_bin
-        index = tl.minimum(tl.maximum(index, 0), bins - 1)
-        counts = tl.histogram(tl.where(ok, index, room - 1), room)
-        tl.store(row + 19 + bin_at, counts.to(tl.float64), mask=bin_at < bins)
-        tl.store(row + 19 + bins, peak)
-    else:
-        tl.store(row + 19 + bin_at, tl.zeros([room], tl.float64), mask=bin_at < bins)
-        tl.store(row + 19 + bins, float("-inf"))
-    tl.store(row + 20 + bins, tl.max(tl.where(ok, z, float("-inf")), axis=0))
-    tl.store(row + 21 + bins, tl.max(tl.where(ok, -z, float("-inf")), axis=0))
-    tl.store(row + 22 + bins, tl.max(tl.where(ok, a, float("-inf")), axis=0))
-    tl.store(row + 23 + bins, tl.max(tl.where(ok, -a, float("-inf")), axis=0))
+    row = out_ptr + program * _WIDTH
+    _write_sums(row, z, a, slope, ok, inside, low, high)
+    _write_histogram(row, slope, ok, peak, per_peak, has_peak)
+    _write_extremes(row, z, a, ok)
     if has_units:
-        if tl.program_id(0).to(tl.int64) * block < unit_count:
+        if program * block < unit_count:
             at = unit_start + mine * unit_step
             z, a, slope, ok = _read(z_ptr, a_ptr, slope_ptr, at, mine < unit_count, False, z_step, a_step, kind, b, c, d)
             unit = ((start + at * step) // inner) % size
@@ -192,9 +250,11 @@ def _observe(
 
 @triton.jit(do_not_specialize=["count"])
 def _gradient(a_ptr, z_ptr, out_ptr, count, a_step, z_step, has_a: tl.constexpr, has_z: tl.constexpr, block: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    """The short row of one block of a backward call, at out_ptr."""
+    program = tl.program_id(0).to(tl.int64)
+    at = program * block + tl.arange(0, block)
     inside = at < count
-    whole = (tl.program_id(0).to(tl.int64) + 1) * block <= count
+    whole = (program + 1) * block <= count
     a = tl.zeros([block], tl.float32)
     z = tl.zeros([block], tl.float32)
     if has_a:
@@ -203,18 +263,18 @@ def _gradient(a_ptr, z_ptr, out_ptr, count, a_step, z_step, has_a: tl.constexpr,
         z = _load(z_ptr, at * z_step, inside, whole)
     ok = inside & (a * 0 + z * 0 == 0)
     n = _count(ok)
-    row = out_ptr + tl.program_id(0).to(tl.int64) * 5
+    row = out_ptr + program * _BACKWARD_WIDTH
     if has_a:
-        tl.store(row + 0, n)
+        tl.store(row + _GRAD_A_N, n)
     else:
-        tl.store(row + 0, 0.0)
-    tl.store(row + 1, _square(tl.where(ok, a, 0.0)))
+        tl.store(row + _GRAD_A_N, 0.0)
+    tl.store(row + _GRAD_A_SQ, _square(tl.where(ok, a, 0.0)))
     if has_z:
-        tl.store(row + 2, n)
+        tl.store(row + _GRAD_Z_N, n)
     else:
-        tl.store(row + 2, 0.0)
-    tl.store(row + 3, _square(tl.where(ok, z, 0.0)))
-    tl.store(row + 4, _count(inside) - n)
+        tl.store(row + _GRAD_Z_N, 0.0)
+    tl.store(row + _GRAD_Z_SQ, _square(tl.where(ok, z, 0.0)))
+    tl.store(row + _GRAD_NONFINITE, _count(inside) - n)
 
 
 def observe(
@@ -229,19 +289,20 @@ def observe(
     place: tuple[int, int, int, int] | None = None,
     block: Tensor | None = None,
 ) -> None:
-    """Merge the columns of a forward call into a row, and add samples and saturated samples of each unit to a block, if there is one."""
+    """Merge a forward call into a row, and add the samples and saturated samples of each unit to a block, if there is one.
+
+    The arguments are those of statistics.observe; `place` is that of the units.
+    """
     count = z.shape[0]
-    row[1] += elements
+    row[COLUMN["elements"]] += elements
     if not count:
         return
     formula = slope if isinstance(slope, Formula) else Formula(GIVEN)
     start, step, inner, size = (0, 1, 1, 1) if place is None else place
-    unit_step = max(1, -(-count // _UNIT_SAMPLES))
-    while math.gcd(unit_step, size) != 1 or math.gcd(unit_step, inner) != 1:
-        unit_step += 1
-    unit_start = next(_turns) * 7919 % unit_step
+    unit_step = coprime(max(1, -(-count // _UNIT_SAMPLES)), (size, inner))
+    unit_start = beginning(next(_turns), unit_step)
     programs = triton.cdiv(count, _BLOCK)
-    out = torch.empty(programs, _SUMS + _MAXES, dtype=torch.float64, device=z.device)
+    out = torch.empty(programs, len(COLUMN), dtype=torch.float64, device=z.device)
     low, high = edges
     with torch.cuda.device_of(z):
         _observe[(programs,)](
@@ -270,26 +331,23 @@ def observe(
             kind=formula.kind,
             has_peak=peak is not None,
             has_units=block is not None,
-            bins=HISTOGRAM_BINS,
-            room=_ROOM,
-            first_bin=FIRST_BIN,
             block=_BLOCK,
             num_warps=_WARPS,
             enable_fp_fusion=True,
         )
-    sums = out[:, :_SUMS].sum(0)
+    sums = out[:, : len(SUMS)].sum(0)
     if not sigmoid:
-        sums[12:14] = 0
-    row[:_SUMS] += sums
-    torch.maximum(row[_SUMS:], out[:, _SUMS:].amax(0), out=row[_SUMS:])
+        sums[_GATES] = 0
+    row[: len(SUMS)] += sums
+    torch.maximum(row[len(SUMS) :], out[:, len(SUMS) :].amax(0), out=row[len(SUMS) :])
 
 
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, row: Tensor) -> None:
-    """Merge the gradient's columns into a row."""
+    """Merge a backward call into a row. `count` is the length of the gradients, of which one may be missing."""
     if not count:
         return
     programs = triton.cdiv(count, _BLOCK)
-    out = torch.empty(programs, 5, dtype=torch.float64, device=row.device)
+    out = torch.empty(programs, len(BACKWARD), dtype=torch.float64, device=row.device)
     a, z = (row if each is None else each for each in (grad_a, grad_z))
     with torch.cuda.device_of(row):
         _gradient[(programs,)](
@@ -300,4 +358,4 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, r
             num_warps=_WARPS,
             enable_fp_fusion=True,
         )
-    row[14:19] += out.sum(0)
+    row[_GRADIENT] += out.sum(0)
