@@ -284,7 +284,8 @@ def _worst(rows: Tensor, rank: int) -> Tensor:
     """WORST of each row: the share in the tails, and the count of what is not finite, each with this rank behind it."""
     n, low, high, bad, bad_grad = (rows[:, COLUMN[name]] for name in ("n", "low", "high", "nonfinite", "grad_nonfinite"))
     share = (low + high) / n.clamp(min=1)
-    code = torch.stack([(share * _FINE).round(), (bad + bad_grad).clamp(max=_FINE)], 1) * _FINE + (_FINE - 1 - rank)
+    # Weighing makes fractions of counts; only a whole number leaves the place of the rank alone.
+    code = torch.stack([(share * _FINE).round(), (bad + bad_grad).round().clamp(max=_FINE)], 1) * _FINE + (_FINE - 1 - rank)
     return torch.where(torch.stack([n > 0, bad + bad_grad > 0], 1), code, torch.full_like(code, -math.inf))
 
 
