@@ -1,0 +1,535 @@
+"""One packing for one process and for many: what is sent is what is read, and two ranks that share a batch give what one process does."""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchsat.columns import COLUMN, MAXES, SUMS, UNITS
+from torchsat.diagnosis import Diagnosis
+from torchsat.parts import LayerPart, Parts, SitePart, Span
+from torchsat.record import LayerFacts, SiteFacts, Snapshot
+from torchsat.rules import RULES, Judge
+from torchsat.statistics import UNIT_SAMPLES, summarise_features
+from torchsat.transport.agreement import decode, encode
+from torchsat.transport.flight import Copy, Flight
+from torchsat.transport.layout import ENDS, LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST, LayerEntry, Layout, SiteEntry, told
+from torchsat.transport.local import Local, _by_device
+from torchsat.transport.packing import Ends, Numbers, Vectors, merge, pack, unpack
+from torchsat.transport.windows import Windows
+
+from .conftest import record
+
+CPU = torch.device("cpu")
+NOT_SUMMED = {"elements"}
+
+
+def site_facts(name: str = "act", **given: Any) -> SiteFacts:
+    values = {"activation": "tanh", "kind": "module", "tails": "both", "output": False, "gate": False, "after": (), "units": 4}
+    normal = {"normal_low": 0.01, "normal_high": 0.01, "normal_derivative": 0.6}
+    return SiteFacts(site=name, **{**values, **normal, **given})
+
+
+def layer_facts(name: str = "layer", **given: Any) -> LayerFacts:
+    return LayerFacts(**{"name": name, "feeds": ("act",), "fan_in": 3, "data": False, **given})
+
+
+def row(**columns: float) -> Tensor:
+    """A row that has these columns, and otherwise those of no element."""
+    found = torch.cat([torch.zeros(len(SUMS)), torch.full((len(MAXES),), -math.inf)]).double()
+    for name, value in columns.items():
+        found[COLUMN[name]] = value
+    return found
+
+
+def measured(z: Tensor, grad: Tensor, elements: int | None = None) -> Tensor:
+    """A row of the columns that can be told from z and one gradient; beyond 1 lie the plateaus."""
+    return row(
+        n=z.numel(),
+        elements=z.numel() if elements is None else elements,
+        low=float((z < -1).sum()),
+        high=float((z > 1).sum()),
+        z=float(z.sum()),
+        z_sq=float(z.square().sum()),
+        grad_z_n=grad.numel(),
+        grad_z_sq=float(grad.square().sum()),
+        peak=1.0,
+        z_max=float(z.max()),
+        z_min_negated=-float(z.min()),
+    )
+
+
+def block(z: Tensor) -> Tensor:
+    """[2, units] of z [samples, units]."""
+    return torch.stack([torch.full((z.shape[1],), float(len(z))), (z.abs() > 1).sum(0)]).double()
+
+
+def features(x: Tensor) -> Tensor:
+    return torch.stack([torch.full((x.shape[1],), float(len(x))), x.sum(0), x.square().sum(0)]).double()
+
+
+def heads(logits: Tensor) -> Tensor:
+    """HEADS of logits [rows, heads], of which only some are filled."""
+    count = torch.full((logits.shape[1],), float(len(logits)))
+    return torch.stack([count, logits.sum(0), logits.square().sum(0), count, count, logits.amax(0)]).double()
+
+
+WEIGHT = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
+
+
+def layer(x: Tensor, grad: Tensor, **given: Any) -> LayerPart:
+    numbers = torch.stack([WEIGHT.square().sum(), (0.1 * WEIGHT).square().sum(), grad.square().sum()])
+    values = {"numbers": numbers, "n": 12, "numel": 12, "rate": 0.1, "inputs": features(x), "input_elements": x.numel(), "features": 3}
+    return LayerPart(**{"facts": layer_facts(), **values, **given})
+
+
+def batch(rows: slice = slice(None), **given: Any) -> Parts:
+    """What one process measures that was given these rows of a batch of 24: an element-wise site, a softmax and a layer."""
+    torch.manual_seed(0)
+    z, grad, logits, x = (2 * torch.randn(24, columns, dtype=torch.float64) for columns in (4, 4, 2, 3))
+    mean = 1 / len(z[rows])
+    sites = {
+        "act": SitePart(site_facts(), measured(z[rows], grad[rows] * mean), block(z[rows]), span=Span(4)),
+        "soft": SitePart(
+            site_facts("soft", kind="softmax", activation="softmax", units=None, after=("act",)),
+            row(n=logits[rows].numel(), elements=logits[rows].numel()),
+            heads=heads(logits[rows]),
+            span=Span(2),
+        ),
+    }
+    return Parts(sites, {"layer": layer(x[rows], WEIGHT)}, **given)
+
+
+def sent(parts: Parts, local: Local | None = None) -> Numbers:
+    local = local or Local()
+    flight = local.send(3, parts)
+    assert flight is not None
+    assert flight.arrived()
+    flight.wait(0)
+    return local.read(flight)
+
+
+def joined(ranks: Sequence[Parts]) -> Layout:
+    texts: dict[bytes, int] = {}
+    for rank, parts in enumerate(ranks):
+        texts.setdefault(told(parts), rank)
+    return Layout.joined({rank: text for text, rank in texts.items()})
+
+
+def together(*ranks: Parts, layout: Layout | None = None, ends: Sequence[Ends] = (), windows: Windows | None = None) -> Numbers:
+    """What several ranks read that observe together, without a process for each."""
+    layout = layout or joined(ranks)
+    own_ends = ends or [Ends(3, 3)] * len(ranks)
+    pairs = [pack(parts, layout, CPU, own_ends[rank], rank=rank, everywhere=10 + rank) for rank, parts in enumerate(ranks)]
+    assert all((len(pair.sums), len(pair.maxes)) == (layout.places.sums, layout.places.maxes) for pair in pairs)
+    return unpack(merge(pairs), layout, windows or Windows())
+
+
+def column(numbers: Numbers, site: str, name: str) -> float:
+    (found,) = [each for each in numbers.sites if each.facts.site == site]
+    return found.numbers[COLUMN[name]]
+
+
+def same(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Bit for bit; NaN is the same as NaN."""
+    return len(one) == len(other) and all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one, other, strict=True))
+
+
+def test_one_process_reads_what_it_sent_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    numbers = torch.rand(len(COLUMN), dtype=torch.float64) * 1e6 / 3
+    # Of 1000 elements 7 were read: ranks would weigh these numbers, and weighing rounds.
+    numbers[COLUMN["n"]], numbers[COLUMN["elements"]] = 7, 1000
+    of_layer = torch.rand(3, dtype=torch.float64) / 3
+    x, logits = torch.rand(5, 3, dtype=torch.float64) / 3, torch.rand(5, 2, dtype=torch.float64) / 3
+    parts = Parts(
+        {"act": SitePart(site_facts(), numbers, block(torch.rand(9, 4)), heads(logits), Span(8, 4, counts=False))},
+        {
+            "layer": layer(x, WEIGHT, numbers=of_layer, n=7, numel=30, input_elements=999, first=3, features=6, counts=False, input_counts=False),
+            "new": layer(x, WEIGHT, facts=layer_facts("new"), numbers=torch.tensor([2.0, math.nan, math.nan]).double(), inputs=None, rate=None),
+        },
+    )
+    found = sent(parts)
+    (site,) = found.sites
+    assert same(site.numbers, numbers.tolist())
+    assert (site.worst, site.worst_rank, site.nonfinite_rank) == (None, None, None)
+    assert site.heads == heads(logits).tolist()
+    assert site.units is not None
+    assert dict(zip(UNITS, site.units, strict=True)) == {"units": 4, "units_measured": 0, "units_stuck": 0, "unit_samples": 9}
+    first, second = found.layers
+    assert same(first.numbers, [*of_layer.tolist(), *summarise_features(features(x)).tolist()])
+    assert (first.n, first.numel, first.learning_rate) == (7, 30, 0.1)
+    assert same(second.numbers, [2.0, *[math.nan] * 5])
+    assert second.learning_rate is None
+    assert (found.scale, found.skipped, found.differing) == (1.0, False, ())
+
+
+def test_two_halves_of_a_batch_are_the_batch() -> None:
+    # The loss is the mean over a batch: data parallelism averages the gradients of two halves.
+    alone, merged = sent(batch()), together(batch(slice(0, 12), averages=2.0), batch(slice(12, None), averages=2.0))
+    for one, other in zip(merged.sites, alone.sites, strict=True):
+        assert one.facts == other.facts
+        assert one.numbers == pytest.approx(other.numbers, rel=1e-12)
+        assert one.units == other.units
+        assert len(one.heads) == len(other.heads)
+        for ours, theirs in zip(one.heads, other.heads, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-12)
+    (ours,), (theirs,) = merged.layers, alone.layers
+    assert ours.numbers == pytest.approx(theirs.numbers, rel=1e-12)
+    assert (ours.facts, ours.n, ours.numel, ours.learning_rate) == (theirs.facts, theirs.n, theirs.numel, theirs.learning_rate)
+    assert (merged.scale, merged.skipped, merged.differing) == (1.0, False, ())
+
+
+def test_unequal_parts_merge_too() -> None:
+    alone, merged = sent(batch()), together(batch(slice(0, 5)), batch(slice(5, None)))
+    for name in ("n", "elements", "low", "high", "z", "z_sq", "z_max", "z_min_negated", "peak"):
+        assert column(merged, "act", name) == pytest.approx(column(alone, "act", name), rel=1e-12), name
+    assert merged.sites[0].units == alone.sites[0].units
+    assert merged.layers[0].numbers == pytest.approx(alone.layers[0].numbers, rel=1e-12)
+
+
+def test_a_rank_weighs_by_its_elements_not_by_what_it_read_of_them() -> None:
+    few = Parts({"act": SitePart(site_facts(), row(n=9, nonfinite=1, elements=100, low=9, z=18), span=Span(4))})
+    many = Parts({"act": SitePart(site_facts(), row(n=10, elements=10, high=4, z=-5), span=Span(4))})
+    found = together(few, many)
+    # 100 and 10 elements stand for what was read of them: 10 and 10. The sums are 10 and 1 times as large, and 110 elements became of 20.
+    scale = 20 / 110
+    expected = {"n": (90 + 10) * scale, "nonfinite": 10 * scale, "low": 90 * scale, "high": 4 * scale, "z": (180 - 5) * scale, "elements": 110}
+    assert {name: column(found, "act", name) for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_what_is_read_of_an_input_stands_for_all_of_it() -> None:
+    x, y = torch.tensor([[1.0, 2.0, 3.0]] * 2), torch.tensor([[-1.0, 0.0, 5.0]] * 2)
+    found = together(Parts(layers={"layer": layer(x, WEIGHT, input_elements=60)}), Parts(layers={"layer": layer(y, WEIGHT, input_elements=6)}))
+    whole = torch.stack([features(x) * 10, features(y)]).sum(0) * (12 / 66)
+    assert found.layers[0].numbers[3:] == pytest.approx(summarise_features(whole).tolist(), rel=1e-12)
+    assert found.layers[0].numbers[3] == pytest.approx(12)
+
+
+def test_ranks_divide_by_the_loss_scale_and_one_process_says_it() -> None:
+    scale = torch.tensor(1024.0)
+    plain = batch()
+    grown = {"act": replace(plain.sites["act"], row=(larger := plain.sites["act"].row.clone()))}
+    larger[COLUMN["grad_z_sq"]] *= (1024 * 3) ** 2
+    scaled = replace(plain, sites={**plain.sites, **grown}, scale=scale, averages=3.0)
+    alone, merged = sent(scaled), together(scaled)
+    assert alone.scale == 3 * 1024
+    assert column(alone, "act", "grad_z_sq") == float(larger[COLUMN["grad_z_sq"]])
+    assert merged.scale == 1.0
+    assert column(merged, "act", "grad_z_sq") == pytest.approx(column(sent(plain), "act", "grad_z_sq"), rel=1e-12)
+    assert column(merged, "act", "z_sq") == column(sent(plain), "act", "z_sq")
+
+
+@pytest.mark.parametrize("factor", [math.nan, 0.0, -4.0])
+def test_a_scale_that_is_none_counts_as_1(factor: float) -> None:
+    assert sent(batch(scale=torch.tensor(factor), averages=2.0)).scale == 2.0
+
+
+@pytest.mark.parametrize("flag", [None, 0.0, 1.0])
+def test_an_overflow_on_one_rank_is_one_of_all(flag: float | None) -> None:
+    skipped = None if flag is None else torch.tensor([flag])
+    assert sent(batch(skipped=skipped)).skipped is (flag == 1.0)
+    assert together(batch(), batch(skipped=skipped)).skipped is (flag == 1.0)
+
+
+def test_nothing_ran() -> None:
+    idle = Parts({"act": SitePart(site_facts(), span=Span(4))}, {"layer": LayerPart(layer_facts(), features=3)})
+    assert Local().send(0, idle) is None
+    # Beside a rank that ran, an idle one changes nothing.
+    one, both = together(batch()), together(batch(), idle)
+    for ours, theirs in zip(both.sites, one.sites, strict=True):
+        assert ours.numbers == theirs.numbers
+        assert ours.heads == theirs.heads
+    assert [each.numbers for each in both.layers] == [each.numbers for each in one.layers]
+    nobody = together(idle, idle)
+    assert column(nobody, "act", "n") == 0
+    assert nobody.layers == []
+    assert (nobody.sites[0].worst, nobody.sites[0].worst_rank) == (None, None)
+    assert together(Parts(), Parts()).sites == []
+
+
+def test_a_process_sends_one_pair_for_each_device() -> None:
+    whole = batch(scale=torch.tensor(8.0), skipped=torch.tensor(1.0))
+    layout = Layout.of(whole)
+    first = replace(whole, sites={"act": whole.sites["act"]}, layers={}, skipped=None)
+    second = replace(whole, sites={"soft": whole.sites["soft"]}, scale=None)
+    pairs = [pack(parts, layout, CPU, Ends(3, 3)) for parts in (first, second, Parts())]
+    found, expected = unpack(merge(pairs), layout, Windows()), sent(whole)
+    assert [each.numbers for each in found.sites] == [each.numbers for each in expected.sites]
+    assert [each.heads for each in found.sites] == [each.heads for each in expected.sites]
+    assert [each.numbers for each in found.layers] == [each.numbers for each in expected.layers]
+    assert (found.scale, found.skipped) == (8.0, True)
+
+
+def test_everything_is_packed_on_the_device_that_it_lies_on() -> None:
+    whole = batch()
+    assert list(_by_device(whole, Layout.of(whole))) == [CPU]
+    elsewhere, meta = torch.zeros((), device="meta"), torch.device("meta")
+    spread = replace(whole, scale=elsewhere, sites={**whole.sites, "far": SitePart(site_facts("far"), torch.zeros(len(COLUMN), device="meta"))})
+    found = _by_device(spread, Layout.of(spread))
+    assert {device: (list(parts.sites), list(parts.layers), parts.scale) for device, parts in found.items()} == {
+        CPU: (["act", "soft"], ["layer"], None),
+        meta: (["far"], [], elsewhere),
+    }
+
+
+def test_each_rank_of_tensor_parallelism_has_its_own_units_and_heads() -> None:
+    z, logits, x = torch.randn(6, 5).double(), torch.randn(6, 3).double(), torch.randn(6, 4).double()
+
+    def part(units: slice, of_heads: slice, of_features: slice) -> Parts:
+        rows = [row(n=3, elements=3)] * 2
+        return Parts(
+            {
+                "act": SitePart(site_facts(), rows[0], block(z[:, units]), span=Span(5, units.start)),
+                "soft": SitePart(
+                    site_facts("soft", kind="softmax", units=None), rows[1], heads=heads(logits[:, of_heads]), span=Span(3, of_heads.start)
+                ),
+            },
+            {"layer": layer(x[:, of_features], WEIGHT, input_elements=len(x) * 2, features=4, first=of_features.start, sharded=True, numel=6, n=6)},
+        )
+
+    windows = Windows()
+    found = together(part(slice(0, 2), slice(0, 1), slice(0, 2)), part(slice(2, 5), slice(1, 3), slice(2, 4)), windows=windows)
+    assert found.sites[0].facts.units == 5
+    assert torch.equal(windows._blocks["act"], block(z))
+    assert found.sites[1].heads == heads(logits).tolist()
+    (of_layer,) = found.layers
+    assert (of_layer.n, of_layer.numel) == (12, 12)
+    assert of_layer.numbers[0] == pytest.approx(2 * float(WEIGHT.square().sum()))
+    assert of_layer.numbers[3:] == pytest.approx(summarise_features(features(x)).tolist())
+
+
+def test_what_another_rank_counts_is_left_out() -> None:
+    whole = batch()
+    repeated = replace(
+        whole,
+        sites={name: replace(part, span=replace(part.span, counts=False)) for name, part in whole.sites.items()},
+        layers={"layer": replace(whole.layers["layer"], counts=False, input_counts=False, sharded=True)},
+    )
+    found, expected = together(whole, repeated), together(whole)
+    assert [each.numbers for each in found.sites] == [each.numbers for each in expected.sites]
+    assert found.layers[0].n == 12
+    assert found.layers[0].numbers == expected.layers[0].numbers
+
+
+def test_one_rank_speaks_for_a_weight_that_all_hold() -> None:
+    found = together(batch(), batch(), batch())
+    assert (found.layers[0].n, found.layers[0].numel) == (12, 12)
+    assert found.layers[0].numbers[0] == float(WEIGHT.square().sum())
+    assert found.differing == ()
+    other = batch()
+    changed = replace(other.layers["layer"], numbers=other.layers["layer"].numbers * 1.1)
+    assert together(batch(), replace(other, layers={"layer": changed})).differing == ("layer",)
+    # Parts of one weight differ, of course.
+    halves = [replace(parts, layers={"layer": replace(each, sharded=True)}) for parts, each in ((batch(), batch().layers["layer"]), (other, changed))]
+    assert together(*halves).differing == ()
+
+
+def test_the_part_of_a_weight_that_was_read_stands_for_all_of_it() -> None:
+    def part(square: float, n: int, numel: int) -> Parts:
+        numbers = torch.tensor([square, math.nan, 2 * square]).double()
+        return Parts(layers={"layer": LayerPart(layer_facts(), numbers, n, numel, sharded=True)})
+
+    (found,) = together(part(8.0, 2, 10), part(3.0, 3, 3)).layers
+    # 8 of 2 elements are 40 of 10, and 3 are 3: 43 of 13 elements, of which 5 were read.
+    assert (found.n, found.numel) == (5, 13)
+    assert found.numbers[0] == pytest.approx(43 * 5 / 13)
+    assert math.isnan(found.numbers[1])
+    assert found.numbers[2] == pytest.approx(2 * 43 * 5 / 13)
+    assert all(math.isnan(each) for each in found.numbers[3:])
+
+
+def test_the_worst_rank_is_named_as_people_know_it() -> None:
+    def part(**columns: float) -> Parts:
+        return Parts({"act": SitePart(site_facts(), row(**columns), span=Span(4))})
+
+    found = together(part(n=10, elements=10, low=1), part(n=10, elements=11, low=3, high=4, nonfinite=1), part(n=10, elements=37, nonfinite=5))
+    (site,) = found.sites
+    assert site.worst == pytest.approx(0.7, abs=2e-6)
+    assert (site.worst_rank, site.nonfinite_rank) == (11, 12)
+
+
+def test_ranks_tell_each_other_step_interval_and_change() -> None:
+    found = together(Parts(), Parts(), Parts(), ends=[Ends(4, 4, 50), Ends(6, 6, 200, changed=True), Ends(5, 5, 100)])
+    assert found.ends == Ends(4, 6, 200, changed=True)
+    assert together(Parts(), Parts()).ends == Ends(3, 3, 1, changed=False)
+
+
+def test_layouts_join() -> None:
+    first = Parts(
+        {"a": SitePart(site_facts("a", after=("x",)), span=Span(4)), "b": SitePart(site_facts("b"), span=Span(4))},
+        {"l": LayerPart(layer_facts("l", feeds=("a",)), features=3), "m": LayerPart(layer_facts("m"), features=3)},
+    )
+    second = Parts(
+        {
+            "a": SitePart(site_facts("a", after=("y", "x")), span=Span(4)),
+            "b": SitePart(site_facts("b"), span=Span(5)),
+            "c": SitePart(site_facts("c")),
+        },
+        {
+            "m": LayerPart(layer_facts("m"), features=2),
+            "l": LayerPart(layer_facts("l", feeds=("b", "a")), features=3),
+            "n": LayerPart(layer_facts("n")),
+        },
+    )
+    layout = joined([first, first, second])
+    assert layout.shared
+    assert list(layout.sites) == ["a", "b", "c"]
+    assert layout.sites["a"] == SiteEntry(site_facts("a", after=("x", "y")), 4)
+    # Ranks disagree about the units of b, and c has no fixed number of them.
+    assert layout.sites["b"] == SiteEntry(site_facts("b", units=None), None)
+    assert layout.sites["c"] == SiteEntry(site_facts("c", units=None), None)
+    assert layout.layers["l"] == LayerEntry(layer_facts("l", feeds=("a", "b")), 3)
+    assert layout.layers["m"].features == 0
+    assert layout.owners == {"l": 0, "m": 0, "n": 2}
+    json.loads(told(first))
+
+
+def test_a_stage_follows_what_leaves_the_stage_before() -> None:
+    def stage(number: int, *names: str, leaves: str = "") -> Parts:
+        return Parts(
+            {name: SitePart(site_facts(name, output=name == leaves), span=Span(4), stage=number, leaves=name == leaves) for name in names},
+            {f"layer{number}": LayerPart(layer_facts(f"layer{number}"), stage=number)},
+        )
+
+    layout = joined([stage(1, "c", leaves="c"), stage(0, "a", "b", leaves="b"), stage(2, "d")])
+    assert [(name, entry.facts.after, entry.facts.output) for name, entry in layout.sites.items()] == [
+        ("a", (), False),
+        ("b", (), False),
+        ("c", ("b",), False),
+        ("d", ("c",), False),
+    ]
+    assert list(layout.layers) == ["layer0", "layer1", "layer2"]
+
+
+def test_the_formula_of_the_docs_is_what_is_sent() -> None:
+    site, softmax = SiteEntry(site_facts(), 30), SiteEntry(site_facts(kind="softmax", units=None), None, 4)
+    entry = LayerEntry(layer_facts(), 20)
+    layout = Layout({"a": site, "b": site, "c": softmax}, {"l": entry, "m": entry}, {}, shared=True)
+    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    (formula,) = re.findall(r"^    8 bytes x \((.*)\)$", text, re.MULTILINE)
+    sizes = {"sites": 3, "units": 60, "heads": 4, "layers": 2, "features": 40}
+    assert 8 * eval(formula.replace("x", "*"), sizes) == layout.bytes
+    assert (len(SITE_SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (69, 5, 2, 9, 3, 5)
+
+
+def samples(count: int, saturated: int = 0, units: int = 4) -> Tensor:
+    return torch.tensor([[count] * units, [saturated] * units]).double()
+
+
+def test_a_window_ends_with_the_observation_that_filled_it() -> None:
+    windows = Windows()
+    assert windows.add("a", samples(UNIT_SAMPLES - 1)) == [4, 0, 0, UNIT_SAMPLES - 1]
+    assert windows.add("a", samples(1)) == [4, 4, 0, UNIT_SAMPLES]
+    assert windows.add("a", samples(2)) == [4, 0, 0, 2]
+    assert windows.add("b", samples(UNIT_SAMPLES, UNIT_SAMPLES)) == [4, 4, 4, UNIT_SAMPLES]
+    assert windows.add("a", samples(3)) == [4, 0, 0, 5]
+    assert windows.add("a", samples(3, units=5)) == [5, 0, 0, 3]
+    windows.drop("a")
+    assert windows.add("a", samples(7, units=5)) == [5, 0, 0, 7]
+    windows.keep({"a": 5, "b": None})
+    assert windows.add("a", samples(1, units=5)) == [5, 0, 0, 8]
+    assert windows.add("b", samples(1)) == [4, 0, 0, 1]
+    windows.start_over()
+    assert windows.add("a", samples(1, units=5)) == [5, 0, 0, 1]
+
+
+def test_a_window_is_not_changed_by_what_was_added_to_it() -> None:
+    windows, given = Windows(), samples(3)
+    windows.add("a", given)
+    windows.add("a", samples(4))
+    assert torch.equal(given, samples(3))
+
+
+def test_the_windows_of_one_process() -> None:
+    local = Local()
+
+    def observe(block: Tensor | None, structure: int = 0, ran: bool = True) -> float | None:
+        part = SitePart(site_facts(), row(n=1, elements=1) if ran else None, block)
+        other = SitePart(site_facts("other"), row(n=1, elements=1))
+        found = sent(Parts({"act": part, "other": other}, structure=structure), local)
+        by_name = {each.facts.site: each.units for each in found.sites}
+        assert by_name["other"] is None
+        units = by_name.get("act")
+        return None if units is None else units[-1]
+
+    assert observe(samples(5)) == 5
+    assert observe(samples(5)) == 10
+    # It did not run: its window is kept.
+    assert observe(None, ran=False) is None
+    assert observe(samples(5)) == 15
+    # It ran and has units no more.
+    assert observe(None) is None
+    assert observe(samples(5)) == 5
+    # Another model.
+    assert observe(samples(5), structure=1) == 5
+    assert observe(samples(5), structure=1) == 10
+
+
+class Work:
+    """A collective: completed or not, or failed."""
+
+    def __init__(self, completed: bool = True, error: Exception | None = None) -> None:
+        self.completed, self.error = completed, error
+
+    def is_completed(self) -> bool:
+        return self.completed
+
+    def wait(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+def flight(*works: Work) -> tuple[Flight, list[str]]:
+    reasons: list[str] = []
+    merged, mine = (Copy(Vectors(torch.tensor([value]), torch.tensor([value])), None) for value in (7.0, 1.0))
+    return Flight(3, 0.0, Layout(), [merged], works, [mine], give_up=reasons.append), reasons
+
+
+def test_a_flight_arrives_with_the_last_collective() -> None:
+    late = Work(completed=False)
+    found, reasons = flight(Work(), late)
+    assert not found.arrived()
+    late.completed = True
+    assert found.arrived()
+    found.wait()
+    assert float(found.merged().sums) == 7
+    assert not reasons
+
+
+def test_what_never_arrives_is_replaced_by_the_own_numbers() -> None:
+    found, reasons = flight(Work(), Work(completed=False))
+    found.wait(0.01)
+    assert found.failed
+    assert found.arrived()
+    assert float(found.merged().sums) == 1
+    assert reasons == ["nothing was heard of them for 0.01 s"]
+    found, reasons = flight(Work(error=RuntimeError("connection closed\nat 0x1")))
+    assert found.arrived()
+    assert float(found.merged().maxes) == 1
+    assert reasons == ["connection closed"]
+
+
+def test_what_is_remembered_comes_through_json() -> None:
+    judge, diagnosis = Judge(RULES), Diagnosis()
+    for step in range(8):
+        bad = record("1", saturated=0.9, low=0.5, high=0.4, z_mean=math.inf, a_mean=math.nan, after=("0",), histogram=(0.25, 0.75))
+        snapshot = Snapshot(step, 1.5e9 + step / 3, (record("0"), bad))
+        diagnosis.judge(judge.judge(snapshot), judge.firing, snapshot)
+    assert diagnosis.firing
+    history = {"stuck": {"0": [1 / 3, 1000]}, "judge": judge.state_dict(), "diagnosis": diagnosis.state_dict()}
+    came = decode(encode(history))
+    other_judge, other_diagnosis = Judge(RULES), Diagnosis()
+    other_judge.load_state_dict(came["judge"])
+    other_diagnosis.load_state_dict(came["diagnosis"])
+    assert repr(other_judge.state_dict()) == repr(judge.state_dict())
+    assert repr(other_diagnosis.state_dict()) == repr(diagnosis.state_dict())
+    assert other_diagnosis.firing == diagnosis.firing
+    assert came["stuck"] == {"0": (1 / 3, 1000)}

@@ -1,0 +1,223 @@
+"""Where each number of an observation lies in the two vectors that travel: the same order on every device and every rank.
+
+The layout of one process (`Layout.of`) holds what ran there. The layout of several ranks (`Layout.joined`) is made of what each rank tells the others
+about its sites and layers (`told`), as JSON: the text comes from another process, and reading JSON cannot run code.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+from torchsat.columns import FEATURES, HEADS, MAXES, SUMS
+from torchsat.parts import LayerPart, Parts, SitePart
+from torchsat.record import LayerFacts, SiteFacts
+
+SITE_SUMS = (*SUMS, "read")
+"""Sum columns of a site. The last one counts the elements that were read. Where several ranks share a layout, the columns before it stand for all
+elements of the site, so that ranks which have read different shares of theirs weigh as they should; the reader scales them back."""
+WORST = ("worst", "nonfinite")
+"""Max columns of a site: the highest saturated share and the highest non-finite count of one rank, each with that rank, in one float64."""
+LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "numel", "input_n", "input_elements")
+"""Sum columns of a layer. change_n and grad_n are 0 where no rank knows the change or the gradient."""
+LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated")
+"""Max columns of a layer. The last two are filled where every rank holds the whole weight: they tell whether all hold the same one."""
+ENDS = ("step", "step_negated", "interval", "changed", "skipped")
+"""Max columns of the whole observation."""
+
+
+@dataclass(frozen=True)
+class SiteEntry:
+    """One site of a layout."""
+
+    facts: SiteFacts
+    units: int | None = None
+    """Columns of its unit block [2, units]; None where it has none."""
+    heads: int | None = None
+    """Columns of its block of heads [6, heads]; None where it is no softmax."""
+    stage: int | None = None
+    """The stage of a pipeline that it is in."""
+    leaves: bool = False
+    """Its output leaves the stage for the next one."""
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One layer of a layout."""
+
+    facts: LayerFacts
+    features: int = 0
+    """Columns of the sums of its input [3, features]; 0 where its input is not measured."""
+    stage: int | None = None
+
+
+@dataclass(frozen=True)
+class Places:
+    """The lengths of the two vectors, and the slice of each table in one of them."""
+
+    site_sums: slice
+    """[sites, SITE_SUMS] in the sums."""
+    layer_sums: slice
+    """[layers, LAYER_SUMS] in the sums."""
+    blocks: dict[str, slice]
+    """[2, units] of each site that has units, in the sums."""
+    heads: dict[str, slice]
+    """[5, heads] of each softmax, in the sums."""
+    inputs: dict[str, slice]
+    """[3, features] of each layer whose input is measured, in the sums."""
+    site_maxes: slice
+    """[sites, MAXES] in the maxes."""
+    worst: slice
+    """[sites, WORST] in the maxes."""
+    layer_maxes: slice
+    """[layers, LAYER_MAXES] in the maxes."""
+    ends: slice
+    """ENDS in the maxes."""
+    scale: slice
+    """In the maxes of one process: the GradScaler's factor. Ranks divide by it before they send, so there the slice is empty."""
+    tops: dict[str, slice]
+    """The last row of HEADS [1, heads] of each softmax, in the maxes."""
+    sums: int
+    """Length of the vector whose elements add up."""
+    maxes: int
+    """Length of the vector whose elements take the largest."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The sites and layers whose numbers travel, in order."""
+
+    sites: dict[str, SiteEntry] = field(default_factory=dict)
+    layers: dict[str, LayerEntry] = field(default_factory=dict)
+    owners: dict[str, int] = field(default_factory=dict)
+    """Of several ranks: the rank, counted in their group, that speaks for each layer whose weight every rank holds."""
+    shared: bool = False
+    """Whether several ranks have agreed on it. Then each rank weighs its numbers and leaves out what another rank counts; one process sends its
+    numbers as they are."""
+
+    @staticmethod
+    def of(parts: Parts) -> Layout:
+        """The layout of this process alone: the sites that ran and the layers that were measured."""
+        sites = {name: _site_alone(part) for name, part in parts.sites.items() if part.row is not None}
+        layers = {name: _layer_alone(part) for name, part in parts.layers.items() if part.numbers is not None and part.n}
+        return Layout(sites, layers)
+
+    @staticmethod
+    def joined(texts: Mapping[int, bytes]) -> Layout:
+        """The layout of several ranks.
+
+        Args:
+            texts: what ranks have `told`, by the first rank of those that told the same, in the order of ranks.
+        """
+        sites: dict[str, SiteEntry] = {}
+        layers: dict[str, LayerEntry] = {}
+        owners: dict[str, int] = {}
+        for rank, text in texts.items():
+            told = json.loads(text)
+            for name, given in told["sites"].items():
+                site = SiteEntry(**{**given, "facts": SiteFacts(**{**given["facts"], "after": tuple(given["facts"]["after"])})})
+                sites[name] = _join_sites(sites[name], site) if name in sites else site
+            for name, given in told["layers"].items():
+                layer = LayerEntry(**{**given, "facts": LayerFacts(**{**given["facts"], "feeds": tuple(given["facts"]["feeds"])})})
+                layers[name] = _join_layers(layers[name], layer) if name in layers else layer
+                owners.setdefault(name, rank)
+        sites = dict(sorted(sites.items(), key=lambda item: item[1].stage or 0))
+        layers = dict(sorted(layers.items(), key=lambda item: item[1].stage or 0))
+        return Layout(_join_stages(sites), layers, owners, shared=True)
+
+    @functools.cached_property
+    def places(self) -> Places:
+        """Where everything lies: first what has as many columns everywhere, then blocks, heads and inputs."""
+        sums, maxes = _Vector(), _Vector()
+        units = {name: entry.units for name, entry in self.sites.items() if entry.units}
+        heads = {name: entry.heads for name, entry in self.sites.items() if entry.heads}
+        features = {name: entry.features for name, entry in self.layers.items() if entry.features}
+        return Places(
+            site_sums=sums.append(len(SITE_SUMS) * len(self.sites)),
+            layer_sums=sums.append(len(LAYER_SUMS) * len(self.layers)),
+            blocks={name: sums.append(2 * count) for name, count in units.items()},
+            heads={name: sums.append((len(HEADS) - 1) * count) for name, count in heads.items()},
+            inputs={name: sums.append(len(FEATURES) * count) for name, count in features.items()},
+            site_maxes=maxes.append(len(MAXES) * len(self.sites)),
+            worst=maxes.append(len(WORST) * len(self.sites)),
+            layer_maxes=maxes.append(len(LAYER_MAXES) * len(self.layers)),
+            ends=maxes.append(len(ENDS)),
+            scale=maxes.append(0 if self.shared else 1),
+            tops={name: maxes.append(count) for name, count in heads.items()},
+            sums=sums.length,
+            maxes=maxes.length,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """What a rank hands to the two all-reduces of one observation."""
+        return 8 * (self.places.sums + self.places.maxes)
+
+
+def told(parts: Parts) -> bytes:
+    """What this rank tells the others about its sites and layers, run or not: JSON, the same bytes for the same facts."""
+    sites = {name: asdict(_site_of_all(part)) for name, part in parts.sites.items()}
+    layers = {name: asdict(LayerEntry(part.facts, part.features, part.stage)) for name, part in parts.layers.items()}
+    return json.dumps({"sites": sites, "layers": layers}, separators=(",", ":")).encode()
+
+
+class _Vector:
+    """A vector whose tables are laid out one behind the other."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def append(self, size: int) -> slice:
+        self.length += size
+        return slice(self.length - size, self.length)
+
+
+def _site_alone(part: SitePart) -> SiteEntry:
+    """Of this process: its units and heads are those that it holds itself."""
+    units, heads = (None if block is None else block.shape[1] for block in (part.block, part.heads))
+    return SiteEntry(part.facts, units, heads, part.stage, part.leaves)
+
+
+def _layer_alone(part: LayerPart) -> LayerEntry:
+    return LayerEntry(part.facts, 0 if part.inputs is None else part.inputs.shape[1], part.stage)
+
+
+def _site_of_all(part: SitePart) -> SiteEntry:
+    """Of all ranks together: what leaves a stage of a pipeline is no output of the model."""
+    facts = replace(part.facts, output=part.facts.output and not part.leaves)
+    if facts.kind == "softmax":
+        return SiteEntry(facts, facts.units, part.span.count, part.stage, part.leaves)
+    return SiteEntry(replace(facts, units=part.span.count), part.span.count, None, part.stage, part.leaves)
+
+
+def _join_sites(known: SiteEntry, new: SiteEntry) -> SiteEntry:
+    """The site on two ranks: it comes after what it follows on either; where they disagree about its units or heads, it has none."""
+    units, heads = (one if one == other else None for one, other in ((known.units, new.units), (known.heads, new.heads)))
+    facts = replace(known.facts, after=_union(known.facts.after, new.facts.after), units=known.facts.units if known.units == new.units else None)
+    return replace(known, facts=facts, units=units, heads=heads)
+
+
+def _join_layers(known: LayerEntry, new: LayerEntry) -> LayerEntry:
+    """The layer on two ranks: it feeds what it feeds on either; where they disagree about its features, its input is not measured."""
+    facts = replace(known.facts, feeds=_union(known.facts.feeds, new.facts.feeds))
+    return replace(known, facts=facts, features=known.features if known.features == new.features else 0)
+
+
+def _union(known: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*known, *new)))
+
+
+def _join_stages(sites: dict[str, SiteEntry]) -> dict[str, SiteEntry]:
+    """A site that begins a stage of a pipeline comes after the sites whose output leaves the stage before."""
+    leaving: dict[int | None, list[str]] = {}
+    for name, entry in sites.items():
+        if entry.leaves:
+            leaving.setdefault(entry.stage, []).append(name)
+    return {
+        name: replace(entry, facts=replace(entry.facts, after=tuple(leaving.get(entry.stage - 1, ()))))
+        if entry.stage and not entry.facts.after
+        else entry
+        for name, entry in sites.items()
+    }

@@ -1,0 +1,323 @@
+"""From the parts of an observation to two vectors, and from the merged vectors to rows: one packing for one process and for many.
+
+`pack` runs on the device and never waits for it: numbers of the host go there in one copy from pinned memory. `unpack` runs on the host.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchsat.columns import COLUMN, HEADS, LAYER, LOSS_SCALED, MAXES, SUMS
+from torchsat.parts import LayerPart, Parts, SitePart
+from torchsat.rows import LayerRow, SiteRow
+from torchsat.statistics import accumulator, empty_row, summarise_features
+from torchsat.transport.layout import LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST, LayerEntry, Layout
+from torchsat.transport.windows import Windows
+
+_FINE = 2**20
+"""How finely a saturated share is coded, and the most ranks. The code of a share and a rank lie beside each other in the 53 bits of a float64."""
+
+
+class Vectors(NamedTuple):
+    """The numbers of one observation, in the order of a layout."""
+
+    sums: Tensor
+    """Elements that add up."""
+    maxes: Tensor
+    """Elements that take the largest."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What ranks tell each other beside the numbers."""
+
+    first_step: int = 0
+    """The lowest step number of a rank for this observation."""
+    last_step: int = 0
+    """The highest one. It is the same as the lowest, or ranks have come to different steps."""
+    interval: int = 1
+    """The longest interval between observations that a rank wants."""
+    changed: bool = False
+    """Some rank has other sites or layers than it told the others."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """One observation on the host."""
+
+    sites: list[SiteRow]
+    layers: list[LayerRow]
+    scale: float = 1.0
+    """What gradients are still to be divided by: the factor of a GradScaler times what data parallelism averages over."""
+    skipped: bool = False
+    """The optimizer found an overflow and skipped the step."""
+    differing: tuple[str, ...] = ()
+    """Layers of which every rank holds the whole weight, but not the same one."""
+    ends: Ends = Ends()
+
+
+def merge(pairs: Sequence[Vectors]) -> Vectors:
+    """One pair of vectors, float64, of several pairs that have the same layout and are on the host."""
+    sums, maxes = (vector.double() for vector in pairs[0])
+    for pair in pairs[1:]:
+        sums, maxes = sums + pair.sums, torch.maximum(maxes, pair.maxes.double())
+    return Vectors(sums, maxes)
+
+
+def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank: int = 0, everywhere: int = 0) -> Vectors:
+    """The vectors of what one process measured.
+
+    In a shared layout the sums are weighed by the elements that they stand for, gradients are divided by the loss scale and by what data parallelism
+    averages over, and what another rank counts is left out. In the layout of one process the numbers stay as they are.
+
+    Args:
+        device: where the vectors are made. What lies on another device is copied there.
+        ends: what this process tells the others: its own step, interval and changes.
+        rank: the number of this process in the group of those that share the layout.
+        everywhere: its number in the whole job, by which people know it.
+    """
+    sites = [_counted(parts.sites.get(name), layout) for name in layout.sites]
+    layers = [parts.layers.get(name) for name in layout.layers]
+    weights = [part if part is not None and _speaks_for(part, layout, rank) else None for part in layers]
+    inputs = [part if part is not None and part.inputs is not None and (part.input_counts or not layout.shared) else None for part in layers]
+    n, numel, input_elements, rates, told = _from_host(
+        [
+            [0 if part is None else part.n for part in weights],
+            [0 if part is None else part.numel for part in weights],
+            [0 if part is None else part.input_elements for part in inputs],
+            [-math.inf if part is None or part.rate is None else part.rate for part in layers],
+            [ends.last_step, -ends.first_step, ends.interval, ends.changed],
+        ],
+        device,
+    )
+    rows = _rows(sites, device)
+    if layout.shared:
+        _unscale(rows, parts)
+    read, scales = _weigh(rows, layout.shared)
+    blocks, heads, tops = _unit_pieces(sites, scales, layout, device)
+    input_read, input_elements, sums_of_inputs = _input_pieces(inputs, input_elements, layout, device)
+    squares = _layer_sums(weights, n, numel, layout.shared, device)
+    sums = [torch.cat([rows[:, : len(SUMS)], read.unsqueeze(1)], 1), torch.cat([squares, torch.stack([input_read, input_elements], 1)], 1)]
+    worst = _worst(rows, everywhere) if layout.shared else torch.full((len(sites), len(WORST)), -math.inf, dtype=rows.dtype, device=device)
+    maxes = [rows[:, len(SUMS) :], worst, _layer_maxes(layers, rates, device), told, _number(parts.skipped, 0.0, device)]
+    if not layout.shared:
+        maxes.append(_number(parts.scale, -math.inf, device))
+    return Vectors(
+        torch.cat([each.reshape(-1) for each in (*sums, *blocks, *heads, *sums_of_inputs)]),
+        torch.cat([each.reshape(-1) for each in (*maxes, *tops)]),
+    )
+
+
+def unpack(vectors: Vectors, layout: Layout, windows: Windows) -> Numbers:
+    """The rows of merged vectors, on the host.
+
+    Args:
+        vectors: float64, as `merge` gives them.
+        windows: what the unit blocks are added to.
+    """
+    sums, maxes = vectors
+    places, count = layout.places, len(layout.sites)
+    table = sums[places.site_sums].reshape(count, len(SITE_SUMS))
+    elements = table[:, _ELEMENTS].clone()
+    # Exactly 1 in the layout of one process, where what was read is what was packed as the elements.
+    scales = torch.where(elements > 0, table[:, -1] / elements.clamp(min=1), torch.ones_like(elements))
+    table = table[:, :-1] * scales.unsqueeze(1)
+    table[:, _ELEMENTS] = elements
+    rows = torch.cat([table, maxes[places.site_maxes].reshape(count, len(MAXES))], 1).tolist()
+    worst = maxes[places.worst].reshape(count, len(WORST)).tolist()
+    sites = []
+    for (name, entry), row, codes, scale in zip(layout.sites.items(), rows, worst, scales, strict=True):
+        units = None
+        if name in places.blocks:
+            units = windows.add(name, sums[places.blocks[name]].reshape(2, -1))
+        else:
+            windows.drop(name)
+        heads = []
+        if name in places.heads:
+            heads = [*(sums[places.heads[name]].reshape(len(HEADS) - 1, -1) * scale).tolist(), maxes[places.tops[name]].tolist()]
+        (share, worst_rank), (_, nonfinite_rank) = map(_decode, codes)
+        sites.append(SiteRow(entry.facts, row, units, heads, share, worst_rank, nonfinite_rank))
+    layers, differing = _unpack_layers(sums, maxes, layout)
+    last_step, negated, interval, changed, skipped = maxes[places.ends].tolist()
+    ends = Ends(round(-negated), round(last_step), round(interval), changed > 0)
+    factor = 1.0 if layout.shared else float(maxes[places.scale])
+    return Numbers(sites, layers, factor if factor > 0 else 1.0, skipped > 0, differing, ends)
+
+
+_N, _NONFINITE, _ELEMENTS = (COLUMN[name] for name in ("n", "nonfinite", "elements"))
+
+
+def _counted(part: SitePart | None, layout: Layout) -> SitePart | None:
+    """The part, unless another rank counts the same elements."""
+    return None if part is None or (layout.shared and not part.span.counts) else part
+
+
+def _speaks_for(part: LayerPart, layout: Layout, rank: int) -> bool:
+    """Whether this process's numbers of a weight are counted."""
+    if part.numbers is None or not part.n:
+        return False
+    return not layout.shared or (part.counts and (part.sharded or layout.owners.get(part.facts.name) == rank))
+
+
+def _from_host(lists: Sequence[Sequence[float]], device: torch.device) -> tuple[Tensor, ...]:
+    """Numbers of the host on a device, in one copy that nobody waits for: from pinned memory, where the device has such."""
+    numbers = torch.tensor([float(each) for values in lists for each in values], dtype=accumulator(device), pin_memory=device.type == "cuda")
+    return torch.split(numbers.to(device, non_blocking=True), [len(values) for values in lists])
+
+
+def _number(value: Tensor | None, absent: float, device: torch.device) -> Tensor:
+    """One number of the device as a vector."""
+    if value is None:
+        return torch.full((1,), absent, dtype=accumulator(device), device=device)
+    return value.detach().reshape(1).to(device, accumulator(device))
+
+
+def _rows(sites: Sequence[SitePart | None], device: torch.device) -> Tensor:
+    """[sites, ROW]; of a site that did not run, the row of no element."""
+    nothing = empty_row(device)
+    rows = [nothing if part is None or part.row is None else part.row.to(device) for part in sites]
+    return torch.stack(rows) if rows else nothing.new_empty(0, len(COLUMN))
+
+
+def _unscale(rows: Tensor, parts: Parts) -> None:
+    """Divide the squares of gradients, in place, by the square of what the loss was multiplied with and averaged over."""
+    divisor = torch.full((), parts.averages, dtype=rows.dtype, device=rows.device)
+    if parts.scale is not None:
+        divisor *= parts.scale.detach().reshape(()).to(rows.device, rows.dtype)
+    for name in LOSS_SCALED:
+        rows[:, COLUMN[name]] /= divisor * divisor
+
+
+def _weigh(rows: Tensor, shared: bool) -> tuple[Tensor, Tensor | None]:
+    """Make the sums stand for all elements of the site, in place, where ranks share them.
+
+    Returns:
+        The column `read`, and by how much each row was multiplied; None where it was not.
+    """
+    elements = rows[:, _ELEMENTS].clone()
+    if not shared:
+        return elements, None
+    read = rows[:, _N] + rows[:, _NONFINITE]
+    scales = torch.where(read > 0, elements / read.clamp(min=1), torch.ones_like(read))
+    rows[:, : len(SUMS)] *= scales.unsqueeze(1)
+    rows[:, _ELEMENTS] = elements
+    return read, scales
+
+
+def _unit_pieces(
+    sites: Sequence[SitePart | None], scales: Tensor | None, layout: Layout, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """What lies behind the tables of sites: unit blocks, blocks of heads without their last row, and the last rows."""
+    blocks, heads, tops = [], [], []
+    for at, (part, entry) in enumerate(zip(sites, layout.sites.values(), strict=True)):
+        first = part.span.first if part is not None and layout.shared else 0
+        if entry.units:
+            blocks.append(_piece(None if part is None else part.block, (2, entry.units), first, 0.0, device))
+        if entry.heads:
+            given = None if part is None else part.heads
+            added, largest = (None, None) if given is None else (given[:-1].to(device), given[-1:])
+            if added is not None and scales is not None:
+                added = added * scales[at]
+            heads.append(_piece(added, (len(HEADS) - 1, entry.heads), first, 0.0, device))
+            tops.append(_piece(largest, (1, entry.heads), first, -math.inf, device))
+    return blocks, heads, tops
+
+
+def _input_pieces(layers: Sequence[LayerPart | None], elements: Tensor, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Of the inputs of layers: the elements that were read, the elements that their sums stand for, and the sums [3, features]."""
+    nothing = torch.zeros((), dtype=accumulator(device), device=device)
+    given = [None if part is None or part.inputs is None else part.inputs.to(device) for part in layers]
+    reads = [nothing if inputs is None else inputs[0].sum() for inputs in given]
+    read = torch.stack(reads) if reads else nothing.new_empty(0)
+    if not layout.shared:
+        elements = read
+    pieces = []
+    for at, (part, inputs, entry) in enumerate(zip(layers, given, layout.layers.values(), strict=True)):
+        if not entry.features:
+            continue
+        if inputs is not None and layout.shared:
+            inputs = inputs * (elements[at] / read[at].clamp(min=1))
+        first = part.first if part is not None and layout.shared else 0
+        pieces.append(_piece(inputs, (3, entry.features), first, 0.0, device))
+    return read, elements, pieces
+
+
+def _piece(values: Tensor | None, shape: tuple[int, int], first: int, empty: float, device: torch.device) -> Tensor:
+    """[rows, all columns] with these values from column `first` on. Values that do not fit are left out: ranks disagree about the size."""
+    if values is not None and values.shape == shape:
+        return values.to(device)
+    whole = torch.full(shape, empty, dtype=accumulator(device), device=device)
+    if values is not None and first + values.shape[1] <= shape[1]:
+        whole[:, first : first + values.shape[1]] = values
+    return whole
+
+
+def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, shared: bool, device: torch.device) -> Tensor:
+    """[layers, LAYER_SUMS] but the last two. Where ranks share them, the sample of this rank's part of a weight stands for all of the part."""
+    zeros = torch.zeros(3, dtype=n.dtype, device=device)
+    given = [zeros if part is None or part.numbers is None else part.numbers.to(device) for part in parts]
+    numbers = torch.stack(given) if given else zeros.new_empty(0, 3)
+    scale = numel / n.clamp(min=1) if shared else torch.ones_like(n)
+    weight, change, grad = numbers.unbind(1)
+    columns = [weight * scale]
+    for each in (change, grad):
+        known = torch.isfinite(each)
+        columns += [torch.where(known, each * scale, torch.zeros_like(n)), torch.where(known, numel, torch.zeros_like(n))]
+    return torch.stack([*columns, n, numel], 1)
+
+
+def _layer_maxes(parts: Sequence[LayerPart | None], rates: Tensor, device: torch.device) -> Tensor:
+    """[layers, LAYER_MAXES]."""
+    nothing = torch.full((), -math.inf, dtype=rates.dtype, device=device)
+    given = [nothing if part is None or part.numbers is None or part.sharded else part.numbers[0].to(device) for part in parts]
+    squares = torch.stack(given) if given else torch.empty_like(rates)
+    return torch.stack([rates, squares, torch.where(torch.isfinite(squares), -squares, nothing)], 1)
+
+
+def _worst(rows: Tensor, rank: int) -> Tensor:
+    """WORST of each row: the share in the tails, and the count of what is not finite, each with this rank behind it."""
+    n, low, high, bad, bad_grad = (rows[:, COLUMN[name]] for name in ("n", "low", "high", "nonfinite", "grad_nonfinite"))
+    share = (low + high) / n.clamp(min=1)
+    # Weighing makes fractions of counts; only a whole number leaves the place of the rank alone.
+    code = torch.stack([(share * _FINE).round(), (bad + bad_grad).round().clamp(max=_FINE)], 1) * _FINE + (_FINE - 1 - rank)
+    return torch.where(torch.stack([n > 0, bad + bad_grad > 0], 1), code, torch.full_like(code, -math.inf))
+
+
+def _decode(code: float) -> tuple[float | None, int | None]:
+    """The share and the rank of one column of WORST; None where no rank had any."""
+    return (None, None) if code < 0 else (code // _FINE / _FINE, round(_FINE - 1 - code % _FINE))
+
+
+def _unpack_layers(sums: Tensor, maxes: Tensor, layout: Layout) -> tuple[list[LayerRow], tuple[str, ...]]:
+    """The rows of layers that were measured, and the names of those whose weight is not the same on all ranks that hold it whole."""
+    places, count = layout.places, len(layout.layers)
+    rows = sums[places.layer_sums].reshape(count, len(LAYER_SUMS)).tolist()
+    tops = maxes[places.layer_maxes].reshape(count, len(LAYER_MAXES)).tolist()
+    found, differing = [], []
+    for (name, entry), row, (rate, most, least_negated) in zip(layout.layers.items(), rows, tops, strict=True):
+        if math.isfinite(most) and most + least_negated > 1e-6 * most:
+            differing.append(name)
+        values = dict(zip(LAYER_SUMS, row, strict=True))
+        if values["n"]:
+            place = places.inputs.get(name)
+            found.append(_layer_row(entry, values, None if place is None else sums[place].reshape(3, -1), rate, layout.shared))
+    return found, tuple(differing)
+
+
+def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Tensor | None, rate: float, shared: bool) -> LayerRow:
+    n, numel = values["n"], values["numel"]
+    per = n / numel if shared else 1.0
+    change = values["change_sq"] * per if values["change_n"] else math.nan
+    grad = values["grad_sq"] * per if values["grad_n"] else math.nan
+    summed = [math.nan] * 3
+    if inputs is not None and values["input_elements"]:
+        summed = summarise_features(inputs * (values["input_n"] / values["input_elements"])).tolist()
+    numbers = [values["weight_sq"] * per, change, grad, *summed]
+    assert len(numbers) == len(LAYER)
+    return LayerRow(entry.facts, numbers, round(n), round(numel), rate if math.isfinite(rate) else None)

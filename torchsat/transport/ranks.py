@@ -1,0 +1,184 @@
+"""The transport of a process that observes together with others."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from torchsat.internals import default_store
+from torchsat.parts import Parts
+from torchsat.transport.agreement import Agreement, Collectives, agree, agree_on_history
+from torchsat.transport.flight import Flight, copy_after
+from torchsat.transport.layout import Layout, told
+from torchsat.transport.meeting import LAG, Meeting, Rendezvous
+from torchsat.transport.packing import Ends, Numbers, Vectors, pack, unpack
+from torchsat.transport.windows import Windows
+
+_met: dict[str, int] = {}
+"""How many monitors of this process have announced themselves to each group, by kind of model."""
+
+
+class Ranks:
+    """One monitor's view of the processes that observe with it.
+
+    Args:
+        group: the process group; None where there is none, so that this process is alone.
+        kind: of the model. Ranks meet over the n-th model of a kind that each of them trains.
+        give_up: told once why the others are no longer heard.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, kind: str, give_up: Callable[[str], None]) -> None:
+        self.meeting = Meeting.UNMET
+        self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        self.everywhere = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        """The rank in the whole job, by which people know it."""
+        self.layout = Layout()
+        """What all ranks have agreed upon; empty before they have."""
+        self.history: dict[str, Any] | None = None
+        """What the furthest rank remembers of an earlier session, for the ranks that do not; None once it has been taken up."""
+        self.interval = 0
+        """The interval between observations that the ranks have agreed upon; 0: none yet."""
+        self._group = group
+        self._give_up = give_up
+        self._collectives: Collectives | None = None
+        self._said = b""
+        """What this rank has told the others of its sites and layers."""
+        self._told: dict[int, Ends] = {}
+        """By step: what the ranks told each other then, and have not acted upon yet."""
+        self._windows = Windows()
+        self._rendezvous: Rendezvous | None = None
+        if group is not None:
+            name = hashlib.sha256(json.dumps([dist.get_process_group_ranks(group), kind]).encode()).hexdigest()[:12]
+            number = _met.setdefault(name, 0)
+            _met[name] += 1
+            self._store = dist.PrefixStore(f"torchsat/{name}/{number}", default_store())  # type: ignore[attr-defined]
+            self._rendezvous = Rendezvous(self._store, self.size, f"{kind} no. {number + 1}")
+
+    @property
+    def together(self) -> bool:
+        """Whether this rank observes with the others now."""
+        return self.meeting is Meeting.TOGETHER
+
+    def meet(self, device: torch.device) -> str | None:
+        """At the end of the first observed step, on every rank: decide whether all observe together.
+
+        Args:
+            device: that of the model.
+
+        Returns:
+            Why this rank observes by itself although it has a group; None where it does not, or has none.
+        """
+        if self.meeting is not Meeting.UNMET:
+            return None
+        if self._group is None or self._rendezvous is None:
+            self.meeting = Meeting.ALONE
+            return None
+        try:
+            why_apart = self._rendezvous.decide()
+            if why_apart is not None:
+                self.meeting = Meeting.ALONE
+                return why_apart
+            store = dist.PrefixStore("group", self._store)  # type: ignore[attr-defined]
+            self._collectives = Collectives.like(self._group, store, device, self.rank, self.size)
+        except Exception as error:
+            self.meeting = Meeting.LOST
+            return f"{type(error).__name__}: {error}"
+        self.meeting = Meeting.TOGETHER
+        return None
+
+    def leave(self) -> None:
+        """Observe with nobody any more, and say so to those who will miss this rank."""
+        if self.together and self._rendezvous is not None:
+            with contextlib.suppress(Exception):
+                self._rendezvous.say_left(self.everywhere)
+        self.meeting = self.meeting.without_others()
+        if self._collectives is not None:
+            self._collectives.let_go()
+            self._collectives = None
+
+    def send(
+        self,
+        step: int,
+        parts: Parts,
+        *,
+        interval: int = 1,
+        before: Callable[[], None] = lambda: None,
+        history: Callable[[], dict[str, Any]] = dict,
+    ) -> Flight | None:
+        """Hand this rank's numbers to the others. Every rank calls it at the end of the same observed steps, whether or not it has any.
+
+        Args:
+            interval: the interval between observations that this rank wants.
+            before: reads the flights that are LAG steps old.
+            history: what this rank remembers of an earlier session, in plain types.
+
+        Returns:
+            The flight, which has the step that the ranks agree upon; None where the others were lost just now.
+
+        Raises:
+            TimeoutError: the others did not answer when all were to agree.
+        """
+        facts = told(parts)
+        step = self._settle(step, facts, before, history)
+        collectives = self._collectives
+        if collectives is None:
+            return None
+        ends = Ends(step, step, interval, facts != self._said)
+        vectors = pack(parts, self.layout, collectives.device, ends, rank=self.rank, everywhere=self.everywhere)
+        own = Vectors(*(vector.clone() for vector in vectors))
+        # A rank that observes by itself has no worst rank.
+        own.maxes[self.layout.places.worst] = -math.inf
+        works = collectives.merge(vectors)
+        merged, mine = copy_after(works, vectors, own)
+        return Flight(step, time.time(), self.layout, [merged], works, [mine], structure=parts.structure, give_up=self._lose)
+
+    def read(self, flight: Flight) -> Numbers:
+        """The numbers of a flight that has arrived, also after the others were lost."""
+        numbers = unpack(flight.merged(), flight.layout, self._windows)
+        if not flight.failed:
+            self._told[flight.step] = numbers.ends
+            if numbers.ends.first_step != numbers.ends.last_step:
+                self._lose(f"they are at other steps ({numbers.ends.first_step} to {numbers.ends.last_step} in one observation)")
+        return numbers
+
+    def _settle(self, step: int, facts: bytes, before: Callable[[], None], history: Callable[[], dict[str, Any]]) -> int:
+        """Agree with the others on what is open before this rank sends. Returns the number of the step, on which the first agreement decides."""
+        if self._collectives is None:
+            return step
+        if not self._said:
+            agreement = self._agree(self._collectives, facts, step)
+            if agreement.step:
+                self.history = agree_on_history(self._collectives, agreement.furthest, history)
+            return agreement.step
+        before()
+        # What was read before its time (by `flush`) is acted upon only now too, as on the other ranks.
+        due = [self._told.pop(at) for at in sorted(self._told) if at + LAG <= step]
+        self.interval = due[-1].interval if due else self.interval
+        # Reading may have lost the others.
+        if self.together and any(ends.changed for ends in due):
+            self._agree(self._collectives, facts, step)
+        return step
+
+    def _agree(self, collectives: Collectives, facts: bytes, step: int) -> Agreement:
+        agreement = agree(collectives, facts, step)
+        self.layout, self._said = agreement.layout, facts
+        self._windows.keep({name: entry.units for name, entry in self.layout.sites.items()})
+        return agreement
+
+    def _lose(self, why: str) -> None:
+        """The others are no longer heard, or not to be trusted."""
+        if not self.together:
+            return
+        with contextlib.suppress(Exception):
+            left = self._rendezvous.who_left() if self._rendezvous is not None else None
+            why = why if left is None else f"rank {left} no longer observes"
+        self.leave()
+        self._give_up(why)
