@@ -13,7 +13,7 @@ PACKAGE = Path(torchsat.__file__).parent
 
 # Who may import whom; a file not named here may import nothing of ours.
 ARROWS = {
-    "__init__": {"activations", "monitor", "record", "rules", "tensorboard.reader", "tensorboard.stock", "trial"},
+    "__init__": {"activations", "monitor", "record", "remedies", "rules", "tensorboard.reader", "tensorboard.stock", "trial"},
     "record": set(),
     "rules": {"record"},
     "diagnosis": {"record", "rules"},
@@ -40,7 +40,9 @@ ARROWS = {
     "process": set(),
     "replay": set(),
     "taps": {"activations", "calls", "graph", "kernels", "kernels.formulas", "record", "replay", "statistics", "weights"},
-    "trial": {"monitor", "record", "report", "rules", "taps", "weights"},
+    "remedies": {"internals", "record", "weights"},
+    "picture": set(),
+    "trial": {"internals", "monitor", "picture", "record", "remedies", "report", "rules", "taps"},
     "monitor": {
         *("__init__", "activations", "calls", "diagnosis", "ingraph", "process", "ranks", "record", "rules", "schedule", "statistics", "taps"),
         *("tensorboard", "tensorboard.reader", "tensorboard.writer", "weights"),
