@@ -37,7 +37,8 @@ ARROWS = {
     "weights": {"record", "statistics"},
     "calls": set(),
     "graph": set(),
-    "process": set(),
+    "compile_settings": {"internals"},
+    "process": {"compile_settings"},
     "replay": set(),
     "taps": {"activations", "calls", "graph", "kernels", "kernels.formulas", "record", "replay", "statistics", "weights"},
     "remedies": {"internals", "record", "weights"},
@@ -50,7 +51,7 @@ ARROWS = {
     "integrations": {"monitor"},
     "integrations.accelerate": {"integrations", "monitor", "record", "tensorboard.stock"},
     "integrations.lightning": {"integrations", "monitor", "record", "tensorboard.stock"},
-    "integrations.transformers": {"integrations", "monitor", "record", "tensorboard.stock"},
+    "integrations.transformers": {"integrations", "internals", "monitor", "record", "tensorboard.stock"},
 }
 HOST = [
     *("record", "rules", "diagnosis", "report", "view", "tensorboard", "tensorboard.loader", "tensorboard.plugin"),

@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchsat import process
+from torchsat import compile_settings, internals, process
 from torchsat.activations import ACTIVATIONS, Activation
 from torchsat.calls import uses_flex_attention
 from torchsat.diagnosis import Diagnosis, verdict
@@ -407,7 +407,7 @@ class Monitor:
     def _begin_at(self, step: int) -> None:
         """The next step has this number. It is observed, as every first one is."""
         self._taps.close()
-        process.release(self._watcher)
+        compile_settings.release(self._watcher)
         self._step = self._schedule.first = step
         self._open()
 
@@ -461,7 +461,7 @@ class Monitor:
         self._closed = True
         self._taps.close()
         self._unwire()
-        process.release(self._watcher)
+        compile_settings.release(self._watcher)
 
     def __enter__(self) -> Monitor:
         return self
@@ -494,7 +494,7 @@ class Monitor:
             return
         if self._stepping:
             # Not what we remember but what is on the stack: a step that raised never reached its end.
-            self._stepping = [each for each in process.steps_on_stack()[:-1] if self._owns(each)]
+            self._stepping = [each for each in internals.steps_on_stack()[:-1] if self._owns(each)]
         self._stepping.append(optimizer)
         if len(self._stepping) > 1 or not (self._taps.is_open or optimizer in self._round):
             return
@@ -503,7 +503,7 @@ class Monitor:
                 self._taps.drop_after(self._mark)
                 self._finish_round()
             if self._taps.is_open:
-                scale, self._skipped = process.gradient_scale(optimizer)
+                scale, self._skipped = internals.gradient_scale(optimizer)
                 self._scale = scale if scale is not None else self._scale
                 self._before_weights(optimizer, _has_closure(args, kwargs))
 
@@ -513,7 +513,7 @@ class Monitor:
         self._waited += 1
         if self._waited == _STEPS_OF_OTHERS:
             self._taps.close()
-            process.release(self._watcher)
+            compile_settings.release(self._watcher)
             self._again = True
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -605,7 +605,7 @@ class Monitor:
             if self._wires is not None:
                 self._lay(self._wires, found)
                 # What feeds what is seen in eager; a model that cannot run eager does without. While another monitor makes all run eager, so it is.
-                if self._compiled is not None and not process.forces_eager() and (self._flex or self._taps.knows(found)):
+                if self._compiled is not None and not compile_settings.forces_eager() and (self._flex or self._taps.knows(found)):
                     self._taps.open(model, found, in_graph=True)
                     return
             self._taps.open(model, found)
@@ -620,10 +620,10 @@ class Monitor:
         if reason is not None:
             log.warning('torchsat: compiled="in_graph" is not possible, observed steps run eager: %s.', reason)
             return
-        process.heed_hooks(self._watcher)
+        compile_settings.heed_hooks(self._watcher)
         model = self._model()
         if model is not None:
-            process.forget_graphs(model)
+            internals.forget_graphs(model)
         self._wires = Wires(self._taps)
 
     def _lay(self, wires: Wires, found: Found) -> None:
@@ -639,13 +639,13 @@ class Monitor:
         if self._wires is not None:
             self._wires.cut()
             self._wires = None
-            process.ignore_hooks(self._watcher)
+            compile_settings.ignore_hooks(self._watcher)
 
     def _entered(self, training: bool) -> None:
         """The model was entered during an observation: torch has decided between graph and eager, so the stance has done its work."""
         model = self._model()
-        self._compiled = process.inside_compiled_code()
-        process.release(self._watcher)
+        self._compiled = internals.inside_compiled_code()
+        compile_settings.release(self._watcher)
         if not training or model is None:
             return
         self._schedule.enter(Mark.now(self._device))
@@ -657,7 +657,7 @@ class Monitor:
         if any(is_compiled(module) for module in model.modules()):
             self._force_eager(model)
         if self._stepping:
-            self._stepping = [each for each in process.steps_on_stack() if self._owns(each)]
+            self._stepping = [each for each in internals.steps_on_stack() if self._owns(each)]
         self._passes += 1
         if self._passes == _PASSES_WITHOUT_STEP and not self._manual:
             log.warning(
@@ -668,20 +668,20 @@ class Monitor:
             )
 
     def _left(self, training: bool) -> None:
-        process.release(self._watcher)
+        compile_settings.release(self._watcher)
         # A validation runs its graph, even if that means to miss this observation; the next one then holds on.
         model = self._model()
         if (training or self._misses) and self._compiled and self._taps.is_open and model is not None:
             self._force_eager(model)
         elif self._compiled:
-            process.linger(self._watcher)
+            compile_settings.linger()
 
     def _force_eager(self, model: nn.Module) -> None:
         """Run the model eager, unless that would build the T x T matrices which flex_attention is there to avoid."""
         if self._flex is None:
             self._flex = uses_flex_attention(model)
         if not self._flex:
-            process.force_eager(self._watcher)
+            compile_settings.force_eager(self._watcher)
 
     def _gradients(self, earlier: bool) -> tuple[bool, bool | Tensor]:
         """In a backward: whether it will add to `.grad` of our parameters, and whether what earlier ones added is still there."""
@@ -734,7 +734,7 @@ class Monitor:
         taps = self._taps
         layers = self._weights_of(None)
         taps.close()
-        process.release(self._watcher)
+        compile_settings.release(self._watcher)
         together = self._meets()
         if taps.saw_pass:
             self._misses = self._silent = 0
@@ -1093,7 +1093,7 @@ class Monitor:
         if place == MODEL:
             self._taps.failed[MODEL] = str(error)
             self._taps.close()
-            process.release(self._watcher)
+            compile_settings.release(self._watcher)
             if self._ranks is not None:
                 # The others are not to wait for what never comes.
                 self._ranks.leave()
