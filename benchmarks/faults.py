@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import torchsat
 from torchsat.diagnosis import Diagnosis
-from torchsat.monitor import due
 from torchsat.rules import Judge
+from torchsat.schedule import Schedule
 
 STEPS, EVERY = 120, 10
 HEALTHY_STEPS = 600
@@ -348,9 +348,10 @@ def run(case: Case) -> Result:
     others = Others(model, rate)
     steps = STEPS if case.fault else HEALTHY_STEPS
     correct: list[float] = []
+    schedule = Schedule(EVERY, budget=None)
     with torchsat.watch(model, every=EVERY, budget=None, sinks=[result.snapshots.append], rules=()), warnings.catch_warnings():
         for step, (x, y) in enumerate(batches(case, steps)):
-            observed = due(step, EVERY)
+            observed = schedule.due(step)
             handles = others.watch() if observed else []
             output = model(x)
             loss = nn.functional.cross_entropy(output, y)

@@ -1039,7 +1039,7 @@ def test_between_observations_nothing_of_ours_runs_but_the_hook_on_the_optimizer
         "monitor._before_step",
         "process._after_step",
         "process._before_step",
-        "process._give_back_stance",
+        "compile_settings.restore_stance",
         "process._tell",
     ]
     for step in (5, 6, 9, 10, 11):

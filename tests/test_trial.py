@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import torchsat
 from tests.test_diagnosis import stack
-from torchsat import REMEDIES, Remedy
+from torchsat import REMEDIES, Remedy, Trial, Trials
 from torchsat.report import report
 
 
@@ -193,6 +194,29 @@ def test_a_picture(tmp_path: Path) -> None:
     trials = torchsat.try_remedies(stack(nn.Tanh), data(), loss, steps=12, remedies=REMEDIES[:2])
     trials.picture(tmp_path / "trials.png")
     assert (tmp_path / "trials.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_says_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match="a picture needs matplotlib: pip install matplotlib"):
+        Trials((Trial("as it is", "nothing", (1.0,)),)).picture(tmp_path / "trials.png")
+
+
+def test_a_module_that_is_given_a_list_can_be_tried() -> None:
+    class Join(nn.Module):
+        def forward(self, parts: list[Tensor]) -> Tensor:
+            return torch.cat(parts, 1)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.join, self.inner = Join(), stack(nn.Tanh)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.join([x[:, :32], x[:, 32:]]))  # type: ignore[no-any-return]
+
+    trials = torchsat.try_remedies(Net(), data(2), loss, steps=2)
+    assert all(trial.tried for trial in trials.trials), [trial.change for trial in trials.trials]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.LBFGS, torch.optim.RMSprop])

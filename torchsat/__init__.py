@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from torchsat.activations import ACTIVATIONS, Activation
     from torchsat.monitor import Monitor, watch
     from torchsat.record import Alert, Cause, Coverage, Head, Record, Snapshot, Weight
+    from torchsat.remedies import REMEDIES, Remedy
     from torchsat.rules import RULES, Rule
     from torchsat.tensorboard.reader import read
     from torchsat.tensorboard.stock import scalars
-    from torchsat.trial import REMEDIES, Remedy, Trial, Trials, probe, try_remedies
+    from torchsat.trial import Trial, Trials, probe, try_remedies
 
 __version__ = "0.1.0"
 
@@ -29,10 +30,10 @@ _HOME = {
     "Coverage": "record",
     "Head": "record",
     "Monitor": "monitor",
-    "REMEDIES": "trial",
+    "REMEDIES": "remedies",
     "RULES": "rules",
     "Record": "record",
-    "Remedy": "trial",
+    "Remedy": "remedies",
     "Rule": "rules",
     "Snapshot": "record",
     "Trial": "trial",

@@ -166,7 +166,7 @@ def without_function_modes() -> contextlib.AbstractContextManager[Any, Any]:
 
 
 def set_grad_enabled(on: bool) -> None:
-    """torch.set_grad_enabled without its object and without telling function modes: it is called twice in every hook."""
+    """torch.set_grad_enabled without the object that it makes, since every hook calls this twice. Function modes see both alike."""
     torch._C._set_grad_enabled(on)
 
 

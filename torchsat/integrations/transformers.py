@@ -12,7 +12,6 @@ each checkpoint beside the Trainer's state.
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -21,6 +20,7 @@ import torch
 from torch import nn
 
 from torchsat.integrations import log, take_up
+from torchsat.internals import caller_of_hook
 from torchsat.monitor import Monitor, watch
 from torchsat.record import Snapshot
 from torchsat.tensorboard.stock import scalars
@@ -53,7 +53,7 @@ class Torchsat(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._close()
-        handler = sys._getframe(1).f_locals.get("self")
+        handler = caller_of_hook()
         callbacks = handler.callbacks if isinstance(handler, CallbackHandler) else []
         if not callbacks:
             log.warning(

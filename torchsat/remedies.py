@@ -1,0 +1,160 @@
+"""The changes that `try_remedies` makes to copies of a model, one function for each kind.
+
+A remedy is a value: a name, a function that changes a model in place, and a factor for the learning rate. Users can write their own; the function
+is given a `Context`, which tells what one batch showed about the model.
+
+A remedy that replaces activations also draws the weights anew, with the initialisation that belongs to the new activation. With the old weights the
+trial would judge the old gain and not the new activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from torchsat.internals import tree_leaves, tree_map
+from torchsat.record import Record
+from torchsat.weights import is_layer
+
+
+@dataclass(frozen=True)
+class Context:
+    """What one batch showed about the model that a remedy changes."""
+
+    sites: tuple[Record, ...]
+    """The records of the hidden activations that are modules, in the order of data flow. Only these can be replaced."""
+    feeds: dict[str, tuple[str, ...]]
+    """The names of the sites that each layer feeds, by the name of the layer."""
+    shapes: dict[str, tuple[int, ...]]
+    """The shape of the first input of each module that ran, by site name. At an activation this is the shape of z."""
+    batches: Sequence[Any]
+    """All batches that the trials train on."""
+    paths: dict[str, str]
+    """The path of each module as `named_modules` gives it, by site or layer name. The two differ where torch wraps a module."""
+    input_leaf: int | None
+    """The index, among the leaves of a batch, of the tensor that is the input of the model. None: the model is given no tensor of the batch."""
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change of a model, of its training, or of both."""
+
+    name: str
+    apply: Callable[[nn.Module, Context], str]
+    """Changes a copy of the model in place and returns a sentence that says what it did. It raises ValueError where it cannot be applied."""
+    learning_rate: float = 1.0
+    """The factor that the learning rate of every parameter group is multiplied by."""
+
+
+def _module(model: nn.Module, context: Context, name: str) -> nn.Module:
+    return model.get_submodule(context.paths[name])
+
+
+def _replace(model: nn.Module, context: Context, name: str, module: nn.Module) -> None:
+    parent, _, attribute = context.paths[name].rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def _layers(model: nn.Module, context: Context) -> list[nn.Module]:
+    """The linear and convolutional layers that feed a hidden site and that are trained.
+
+    Frozen layers are left out: with weights drawn anew they could not recover what they had learned.
+    """
+    sites = {record.site for record in context.sites}
+    feeding = [_module(model, context, name) for name, feeds in context.feeds.items() if name in context.paths and sites & set(feeds)]
+    return [layer for layer in feeding if is_layer(layer) and cast(Tensor, layer.weight).requires_grad]
+
+
+_DRAW: dict[str, Callable[[Tensor], Any]] = {
+    "Xavier": nn.init.xavier_normal_,
+    "He": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
+    "LeCun": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="linear"),
+}
+"""How each initialisation draws a weight. LeCun's is Kaiming's with gain 1."""
+
+
+def _initialise(model: nn.Module, context: Context, rule: str) -> str:
+    """Draw the weights of all layers that feed hidden sites anew, and set their biases to zero."""
+    layers = _layers(model, context)
+    if not layers:
+        raise ValueError("no linear or convolutional layer with a weight of its own that learns feeds a hidden activation")
+    for layer in layers:
+        _DRAW[rule](cast(Tensor, layer.weight))
+        if isinstance(layer.bias, Tensor):
+            nn.init.zeros_(layer.bias)
+    return f"{len(layers)} layers drawn anew, {rule}"
+
+
+def _activate(model: nn.Module, context: Context, kind: type[nn.Module]) -> str:
+    """Replace every hidden activation by one of this kind, and draw the weights of the layers before them anew."""
+    for record in context.sites:
+        _replace(model, context, record.site, kind())
+    return f"{len(context.sites)} activations are {kind.__name__}; {_initialise(model, context, 'He')}"
+
+
+class _TokenBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation of a tensor of shape [batch, tokens, features], over batch and tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, 1)).reshape(x.shape)
+
+
+def _norm(shape: tuple[int, ...], layer_norm: bool) -> nn.Module:
+    """The normalisation for z of this shape: [batch, features], [batch, tokens, features] or [batch, channels, height, width]."""
+    if len(shape) == 4:
+        return nn.GroupNorm(1, shape[1]) if layer_norm else nn.BatchNorm2d(shape[1])
+    if layer_norm:
+        return nn.LayerNorm(shape[-1])
+    return nn.BatchNorm1d(shape[-1]) if len(shape) == 2 else _TokenBatchNorm(shape[-1])
+
+
+def _normalise(model: nn.Module, context: Context, layer_norm: bool) -> str:
+    """Put a normalisation before every hidden activation."""
+    device = next(model.parameters()).device
+    for record in context.sites:
+        shape = context.shapes.get(record.site, ())
+        if len(shape) not in (2, 3, 4):
+            raise ValueError(f"z of {record.site} has {len(shape)} axes; known are 2, 3 and 4")
+        activation = _module(model, context, record.site)
+        _replace(model, context, record.site, nn.Sequential(_norm(shape, layer_norm).to(device), activation))
+    return f"{'LayerNorm' if layer_norm else 'BatchNorm'} before {len(context.sites)} activations"
+
+
+def _standardise(model: nn.Module, context: Context) -> str:
+    """Add a pre-hook to the copy that subtracts the mean of each feature over all batches and divides by its standard deviation."""
+    if context.input_leaf is None:
+        raise ValueError("no tensor of numbers reaches the model from the batch as it is")
+    inputs = [tree_leaves(batch)[context.input_leaf] for batch in context.batches]
+    if any(tensor.shape[1:] != inputs[0].shape[1:] for tensor in inputs):
+        raise ValueError("the inputs in the batches are not of one shape")
+    data = torch.cat([tensor.detach().double() for tensor in inputs])
+    mean, std = data.mean(0), data.std(0, correction=0)
+    # A feature that is constant, or nearly so, is only centred: to divide by its deviation would amplify rounding errors.
+    std = torch.where(std < 1e-3 * std.max().clamp(min=1e-12), torch.ones_like(std), std)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def scaled(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[1:] == mean.shape:
+                return (value - mean.to(value)) / std.to(value)
+            return value
+
+        return tree_map(scaled, args), tree_map(scaled, kwargs)
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    return "inputs standardised per feature"
+
+
+REMEDIES: tuple[Remedy, ...] = (
+    *(Remedy(kind.__name__, partial(_activate, kind=kind)) for kind in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)),
+    *(Remedy(f"{rule} init", partial(_initialise, rule=rule)) for rule in _DRAW),
+    Remedy("standardised inputs", _standardise),
+    Remedy("BatchNorm", partial(_normalise, layer_norm=False)),
+    Remedy("LayerNorm", partial(_normalise, layer_norm=True)),
+    Remedy("lower learning rate", lambda model, context: "a tenth of the learning rate", 0.1),
+)
+"""What `try_remedies` tries by default. Those that replace activations also draw the weights anew, by the rule of He."""
