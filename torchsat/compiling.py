@@ -1,11 +1,11 @@
 """How a model that torch.compile has compiled is observed.
 
 Hooks that are added after a model was compiled never run, or worse, are compiled into it. So an observed step runs eager: the stance "force_eager" of
-torch's compiler holds from the start of an observation until the model is entered, which is when torch has decided between graph and eager. The stance
-belongs to the whole process, hence so short. What is compiled inside the model stays compiled, unless it is a submodule and hides sites.
+torch's compiler holds from the start of an observation until the model is entered, which is when torch has decided between graph and eager. The
+stance belongs to the whole process, hence so short. What is compiled inside the model stays compiled, unless it is a submodule and hides sites.
 
-With `compiled="in_graph"` the measurement itself is compiled into the graph (observe/ingraph.py). A model with flex_attention is never run eager: there
-the attention would build the matrices of T x T that it exists to avoid.
+With `compiled="in_graph"` the measurement itself is compiled into the graph (observe/ingraph.py). A model with flex_attention is never run eager:
+there the attention would build the matrices of T x T that it exists to avoid.
 
     from \\ event   entered, not compiled   entered, compiled   a step without a pass   graph silent twice
     UNKNOWN        EAGER                   COMPILED            COMPILED                -

@@ -1,7 +1,7 @@
 """What becomes of an observation once it is under way: numbers that arrive are judged, made a Snapshot, and handed to the sinks.
 
-Nothing here waits for a device. What has arrived is delivered at the end of a later step, in the order of steps. What all ranks know becomes visible on
-all of them at the end of the same step, so that a loop that stops on an alert stops everywhere.
+Nothing here waits for a device. What has arrived is delivered at the end of a later step, in the order of steps. What all ranks know becomes visible
+on all of them at the end of the same step, so that a loop that stops on an alert stops everywhere.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from torchsat.alerts import verdict
+from torchsat.diagnosis import verdict
 from torchsat.diagnosis import Diagnosis
 from torchsat.faults import Faults
-from torchsat.judge import Judge
+from torchsat.rules import Judge
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.record import Alert, Coverage, Snapshot

@@ -1,8 +1,8 @@
 """The training loop as torchsat sees it: when a step ends, whether the next one is observed, and what becomes of its observation.
 
-Steps are found by a hook that torch runs around every optimizer's step (process.py, steps.py). Hooks are on the model only during an observed step, from
-the end of the step before; at the end of the step the observation's parts go on their way to the host (transport/), and what has arrived of earlier ones
-is delivered (delivery.py).
+Steps are found by a hook that torch runs around every optimizer's step (process.py, steps.py). Hooks are on the model only during an observed step,
+from the end of the step before; at the end of the step the observation's parts go on their way to the host (transport/), and what has arrived of
+earlier ones is delivered (delivery.py).
 
 A step is observed where the schedule says so, or where there is a reason to observe again (`Retry`):
 
@@ -367,9 +367,7 @@ class Loop:
 
     def _send(self, observation: Observation, parts: Parts) -> None:
         averaged = parts.averaged(averages(self._model(), observation.unspread, self._wrapper_ranks, self._stages.values()))
-        flight = self.route.send(
-            self.step, averaged, interval=self.schedule.wanted, before=self.drain, history=self.delivery.history
-        )
+        flight = self.route.send(self.step, averaged, interval=self.schedule.wanted, before=self.drain, history=self.delivery.history)
         if flight is not None:
             # The ranks agree on the first step.
             self.step = flight.step

@@ -62,11 +62,19 @@ def watch(
     return Monitor(model, options_of({**options, "log_dir": log_dir}), schedule.CLOCK)
 
 
+class _Name(str):
+    """Shown without quotes: the name of a long default."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
 def _signature() -> inspect.Signature:
     """What `help(torchsat.watch)` shows: every option with its default, as Options has them."""
+    long = {"activations": _Name("torchsat.ACTIVATIONS"), "rules": _Name("torchsat.RULES")}
     given = list(inspect.signature(watch).parameters.values())[:2]
-    options = inspect.signature(Options).parameters
-    named = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, each in options.items() if name != "log_dir"]
+    named = [each for name, each in inspect.signature(Options).parameters.items() if name != "log_dir"]
+    named = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY, default=long.get(each.name, each.default)) for each in named]
     return inspect.Signature([*given, *named], return_annotation="Monitor")
 
 

@@ -1,12 +1,12 @@
 """When to observe: step 0, the powers of two below `every`, its multiples; and less often where that would cost more than the budget.
 
-What an observation costs is measured in two ways, and the larger counts: the time that our own code took, and by how much the observed step was longer
-than the few steps behind it (which also sees what our code does to others: caches, a compiled model run eager). On a GPU only the second means anything;
-it is taken from events on the device's own clock, read once they have passed, so that nobody waits. One step is not like another, hence medians; the
-first observation, which finds out the structure of the model, does not count.
+What an observation costs is measured in two ways, and the larger counts: the time that our own code took, and by how much the observed step was
+longer than the few steps behind it (which also sees what our code does to others: caches, a compiled model run eager). On a GPU only the second means
+anything; it is taken from events on the device's own clock, read once they have passed, so that nobody waits. One step is not like another, hence
+medians; the first observation, which finds out the structure of the model, does not count.
 
-What lies between two steps (a batch is loaded, a whole validation runs) is no cost of ours: the time before the model is entered counts for at most one
-step.
+What lies between two steps (a batch is loaded, a whole validation runs) is no cost of ours: the time before the model is entered counts for at most
+one step.
 
 The handful of observations below `every` is outside the budget: it is what tells early that an initialisation is bad.
 

@@ -368,4 +368,3 @@ class Sites:
         """Whether this is a leaf of the user's own type that has not been found to be something else."""
         leaf = next(module.children(), None) is None and not type(module).__module__.startswith("torch.")
         return leaf and (module not in self.own or self.own[module] is not None)
-

@@ -1,8 +1,8 @@
 """When a training step is over: the steps of optimizers, put together into rounds.
 
-One step of ours is one round in which every optimizer that owns parameters of the model steps once: a GAN's two optimizers make one step together. Which
-optimizers take part is learned from the first round: it is over when no gradient is left to another optimizer. Later rounds are over when all members
-of the last one have stepped, or when one of them steps a second time.
+One step of ours is one round in which every optimizer that owns parameters of the model steps once: a GAN's two optimizers make one step together.
+Which optimizers take part is learned from the first round: it is over when no gradient is left to another optimizer. Later rounds are over when all
+members of the last one have stepped, or when one of them steps a second time.
 
 An optimizer's step may run another one inside it (a wrapper, SAM); only the outermost counts. A step that raised never reaches its end, so what is
 running is not remembered but looked up on the stack.

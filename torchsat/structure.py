@@ -149,9 +149,7 @@ def _add_recurrent(found: Found, name: str, module: nn.Module, selects: Callable
     found.callers.append(CallingModule(name, module, explained=True))
 
 
-def _add_other(
-    found: Found, name: str, module: nn.Module, may_be_own: Callable[[nn.Module], bool], selects: Callable[[str], bool]
-) -> None:
+def _add_other(found: Found, name: str, module: nn.Module, may_be_own: Callable[[nn.Module], bool], selects: Callable[[str], bool]) -> None:
     if is_layer(module):
         found.layers.append(NamedModule(name or "layer", module))
     call = next((call for kind, call in _CALLERS if isinstance(module, kind)), None)
@@ -189,16 +187,17 @@ def unwrap(model: Any) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; allowed are a torch.nn.Module and stages of torch.distributed.pipelining")
+    plain: nn.Module = model
     while True:
-        inner = internals.compiled_inside(model)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
+        inner = internals.compiled_inside(plain)
+        if inner is None and isinstance(plain, nn.parallel.DistributedDataParallel):
+            inner = plain.module
         if inner is None:
             break
-        model = inner
-    for name, module in model.named_modules():
+        plain = inner
+    for name, module in plain.named_modules():
         if isinstance(module, (nn.DataParallel, torch.jit.ScriptModule)):
             raise TypeError(f"{clean(name)} is a {type(module).__name__}, which cannot be watched; see torchsat.watch(exclude=...) only for sites")
-    if internals.is_flattened(model):
+    if internals.is_flattened(plain):
         raise TypeError(FLATTENED)
-    return model
+    return plain

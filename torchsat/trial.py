@@ -33,7 +33,7 @@ from torchsat.picture import Curve, Panel, draw
 from torchsat.record import Snapshot
 from torchsat.remedies import REMEDIES, Context, Remedy
 from torchsat.rules import RULES
-from torchsat.taps import clean
+from torchsat.structure import clean
 
 log = logging.getLogger("torchsat")
 

@@ -1,11 +1,11 @@
 """Function calls: `F.gelu(x)`, `x.tanh()`, softmax, attention, GLU. A mode of torch hears them, a stack of modules says where they happen.
 
-The mode costs about 2 us per call of torch. So it is open only in an observation, only between entering and leaving the outermost module, and not inside
-modules that are sites themselves. A call is named after the module in whose forward it happens and numbered within one run of that forward:
+The mode costs about 2 us per call of torch. So it is open only in an observation, only between entering and leaving the outermost module, and not
+inside modules that are sites themselves. A call is named after the module in whose forward it happens and numbered within one run of that forward:
 `blocks.0/gelu`, `blocks.0/gelu_1`; directly in the model, `gelu`.
 
-With a mode open, torch.nn's encoder layers and attention leave their fused inference path. Where they would take it, nothing is heard, so that training
-stays bit for bit the same. A function compiled by the user is compiled once more for calls under the mode, and not heard.
+With a mode open, torch.nn's encoder layers and attention leave their fused inference path. Where they would take it, nothing is heard, so that
+training stays bit for bit the same. A function compiled by the user is compiled once more for calls under the mode, and not heard.
 """
 
 from __future__ import annotations

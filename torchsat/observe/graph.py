@@ -110,8 +110,8 @@ def _opened(values: Any) -> Any:
 class Survey:
     """Walks over the graph of one pass, and what they have met: a part at a time, as modules are entered and left.
 
-    What a site accounts for is given to `explain`; `explore` then says which of the other nodes are activations. When a chain of nodes that Python has
-    touched is freed, each node frees the next one inside its own destructor, and a chain of tens of thousands overflows the stack. No more than
+    What a site accounts for is given to `explain`; `explore` then says which of the other nodes are activations. When a chain of nodes that Python
+    has touched is freed, each node frees the next one inside its own destructor, and a chain of tens of thousands overflows the stack. No more than
     MOST_NODES are therefore touched.
     """
 

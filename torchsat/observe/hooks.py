@@ -1,8 +1,8 @@
 """The doors between the user's training and our code: hooks that leave no trace in a saved model, and the guard around every one of them.
 
-A hook of ours runs in the middle of the user's forward or backward. So it does nothing while torch compiles or traces, it computes without gradients and
-hidden from the user's modes, and it never raises: the first fault at a place ends the watching of that place, with one line. Once its observation is
-over a hook that fires late finds a closed guard and does nothing.
+A hook of ours runs in the middle of the user's forward or backward. So it does nothing while torch compiles or traces, it computes without gradients
+and hidden from the user's modes, and it never raises: the first fault at a place ends the watching of that place, with one line. Once its observation
+is over a hook that fires late finds a closed guard and does nothing.
 """
 
 from __future__ import annotations

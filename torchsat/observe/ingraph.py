@@ -6,12 +6,12 @@ and then, with the kernels of eager observation, if the step is observed, and re
 compiles nothing anew.
 
 Which site is measured is told by a slot, a tensor of one number on the CPU. A plain number would be compiled into the graph, and each of many equal
-blocks would get a graph of its own. A gradient is reached by an identity with a backward of its own, put before and after the activation: the one before
-sees what reaches z through this activation alone. The identity copies, since a view would forbid an in-place operation behind it; the compiler removes
-the copy.
+blocks would get a graph of its own. A gradient is reached by an identity with a backward of its own, put before and after the activation: the one
+before sees what reaches z through this activation alone. The identity copies, since a view would forbid an in-place operation behind it; the compiler
+removes the copy.
 
-In eager execution these hooks do nothing, so that a step observed in eager counts nothing twice. The hooks live as long as the monitor (`GraphHooks`);
-what they tell goes to the observation that is open (`GraphReceiver`), or to nobody.
+In eager execution these hooks do nothing, so that a step observed in eager counts nothing twice. The hooks live as long as the monitor
+(`GraphHooks`); what they tell goes to the observation that is open (`GraphReceiver`), or to nobody.
 """
 
 from __future__ import annotations

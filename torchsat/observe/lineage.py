@@ -1,7 +1,7 @@
 """Who feeds whom: the layers behind each site, the sites before it, and which sites are gates or make the model's output.
 
-The autograd graph of a pass tells all of it, but to walk over the graph in Python costs more than the measurement itself. So it is done only while the
-structure of the model is new, and kept in `Sites` until the walk over the modules finds other ones.
+The autograd graph of a pass tells all of it, but to walk over the graph in Python costs more than the measurement itself. So it is done only while
+the structure of the model is new, and kept in `Sites` until the walk over the modules finds other ones.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 - z is read before the activation runs: after an in-place activation it is overwritten.
 - Everything is measured at once, inside the hook: what is kept for later may be overwritten by then.
-- Gradients are read at the autograd node of the activation, whose inputs and outputs are dL/dz through this activation alone and dL/da; a tensor hook on
-  z would add what reaches z by other ways (z * sigmoid(z)). An activation of several nodes is read on both sides of it. Module backward hooks are never
-  used: they fail on in-place activations.
+- Gradients are read at the autograd node of the activation, whose inputs and outputs are dL/dz through this activation alone and dL/da; a tensor hook
+on
+  z would add what reaches z by other ways (z * sigmoid(z)). An activation of several nodes is read on both sides of it. Module backward hooks are
+  never used: they fail on in-place activations.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@
        +------------------ abandon(why) -------+----------------> ABANDONED
 
 HOOKED: the hooks are on the model, and nothing has been measured yet. ENTERED: something of a training pass has been measured. FINISHED: `finish` has
-taken the hooks off and given the Parts. ABANDONED: the hooks are off, the schedule's window is void, and what was measured is lost; the monitor observes
-a later step in its place. Nothing leads out of the last two: a hook that fires late finds a closed guard.
+taken the hooks off and given the Parts. ABANDONED: the hooks are off, the schedule's window is void, and what was measured is lost; the monitor
+observes a later step in its place. Nothing leads out of the last two: a hook that fires late finds a closed guard.
 
-The observation owns hooks, passes, rows, the scratch of lineage, learning rates, the loss scale, notes, and its window in the schedule. What outlives it
-is written into `Sites` by `finish`.
+The observation owns hooks, passes, rows, the scratch of lineage, learning rates, the loss scale, notes, and its window in the schedule. What outlives
+it is written into `Sites` by `finish`.
 """
 
 from __future__ import annotations
@@ -288,7 +288,5 @@ class Observation:
             if self._stages and facts.output and not self._stage_object(name).is_last:
                 # An output of a stage that is not the last one is no output of the model.
                 facts, leaves = dataclasses.replace(facts, output=False), True
-            parts[name] = SitePart(
-                facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves
-            )
+            parts[name] = SitePart(facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves)
         return parts

@@ -1,19 +1,18 @@
 """Leaves of the user's own types: whether such a module is an activation is found out from what it makes of real data.
 
-If its numbers are those of a row of the table, it is that function. Otherwise autograd tells its derivative at each element; where that is a function of
-z, the module is an activation without a known peak or known plateaus. A module that acts on several elements at once is none.
+If its numbers are those of a row of the table, it is that function. Otherwise autograd tells its derivative at each element; where that is a function
+of z, the module is an activation without a known peak or known plateaus. A module that acts on several elements at once is none.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from torchsat import internals
-from torchsat.activations import Bound
 from torchsat.observe.graph import derivative
 from torchsat.observe.meter import Call
 from torchsat.recognise import differentiated, fits, is_function, recognise
@@ -117,8 +116,8 @@ def _slope(observation: Observation, call: Call, a: Tensor, direction: Tensor | 
 def _doubt(observation: Observation, site: Site, module: nn.Module, z: Tensor, a: Tensor) -> None:
     """A module may change what it computes; where it no longer is the function that it was taken for, autograd tells its derivative."""
     if site.doubt is not None and bool(site.doubt):
-        bound = differentiated(type(module).__name__, observation.options.epsilon)
-        site.doubt, observation.sites.own[module], site.bound = None, bound, cast(Bound, bound)
+        site.doubt, site.bound = None, differentiated(type(module).__name__, observation.options.epsilon)
+        observation.sites.own[module] = site.bound
         return
     differs = fits(site.bound, z, a)
     if differs.is_cuda:

@@ -1,6 +1,7 @@
 """Which forward passes an observation is made of, and what each of them adds.
 
-- A pass counts if it is a training pass: autograd was on when the model was entered, and some part of the model is in training mode. The passes of one
+- A pass counts if it is a training pass: autograd was on when the model was entered, and some part of the model is in training mode. The passes of
+one
   thread are observed, the first that trains: a model may be used by another thread meanwhile.
 - A recompute of activation checkpointing runs inside a backward and is not counted again. In reentrant mode only the recompute can see gradients.
 - A pass whose gradients were thrown away (a batch that the user skipped) or whose forward raised is forgotten. When the next backward begins tells:

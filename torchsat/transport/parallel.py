@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,3 +34,19 @@ def default_group() -> dist.ProcessGroup | None:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return None
     return dist.group.WORLD
+
+
+def averages(model: nn.Module | None, weights: Iterable[Tensor], wrapper_ranks: int, stages: Iterable[Any]) -> float:
+    """What the loss that is trained on is smaller by than the one whose gradient a rank sees.
+
+    Data parallelism averages over ranks, and a pipeline divides what its micro-batches have added up (torch 2.6 leaves that to the loss).
+
+    Args:
+        weights: those that tensor parallelism does not spread over ranks.
+        wrapper_ranks: over how many ranks the DistributedDataParallel averages whose forward ran the model; 0: none did.
+        stages: of a pipeline that the model is, if it is any.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        return 1.0
+    chunks = max((stage.chunks or 1 for stage in stages if hasattr(stage, "scale_grads")), default=1)
+    return float((wrapper_ranks or averaged_over(model, weights)) * chunks)

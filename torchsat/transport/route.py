@@ -91,9 +91,7 @@ class Route:
         if why_apart is not None:
             self._say_lost(why_apart)
 
-    def send(
-        self, step: int, parts: Parts, *, interval: int, before: Callable[[], None], history: Callable[[], dict[str, Any]]
-    ) -> Flight | None:
+    def send(self, step: int, parts: Parts, *, interval: int, before: Callable[[], None], history: Callable[[], dict[str, Any]]) -> Flight | None:
         """Send what was measured on its way; also if it is nothing, where other ranks wait for it. None where nothing is under way.
 
         Args:
