@@ -1,6 +1,7 @@
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ def _no_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """No test depends on how long a step takes, but those marked `clock`: the interval is not stretched."""
     if "clock" not in request.keywords:
         monkeypatch.setattr(schedule.Schedule, "adjust", lambda self, step: None)
+
+
+@pytest.fixture(scope="session")
+def run() -> Iterator[Callable[..., list[Any]]]:
+    """Runs a function on four ranks and returns what each rank returned. All test files share these processes."""
+    from tests.processes import started
+
+    with started() as everywhere:
+        yield everywhere
 
 
 def record(site: str = "act", **given: object) -> Record:

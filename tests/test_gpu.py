@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import torchsat
+from tests.models import Cnn
 from tests.test_activations import MODULES
-from tests.test_monitor import Cnn
 from torchsat.statistics import trust_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -25,7 +25,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 import torchsat
 from tests.conftest import record
-from tests.test_monitor import mlp, train
+from tests.models import mlp
+from tests.training import train
 from torchsat import Alert, Cause, Snapshot, Weight
 from torchsat.record import HISTOGRAM_BINS
 from torchsat.tensorboard.reader import read_runs

@@ -1,0 +1,67 @@
+"""Small models that several test files train."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.linear, self.act = nn.Linear(8, 8), act or nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.linear(x))
+
+
+def mlp(act: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 32), act(), nn.Linear(32, 32), act(), nn.Linear(32, 3))
+
+
+class Cnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.SiLU(inplace=True))
+        self.drop, self.head = nn.Dropout(0.3), nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(self.body(x.reshape(-1, 1, 8, 8)).flatten(1)))
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Calling(nn.Module):
+    """A layer, and a function called directly in the forward of the model."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(16, 24), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))  # type: ignore[no-any-return]
+
+
+class Everything(nn.Module):
+    """Random numbers, attention, recurrence, in-place and functional activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.lstm = nn.Linear(8, 8), nn.LSTM(8, 8, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.rrelu(self.layer(x), training=True), 0.1)
+        x = self.encoder(self.lstm(x)[0])
+        x = F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True)
+        x = F.glu(x + F.gumbel_softmax(x, dim=-1))
+        return F.log_softmax(self.head(F.elu_(x)), -1)

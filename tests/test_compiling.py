@@ -1,0 +1,201 @@
+"""Compiled models are observed in eager steps, without another compilation."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import eval_frame
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import torchsat
+from tests.models import Wrapped, mlp
+from tests.training import train
+
+
+class Frames:
+    """A compiler backend that counts graphs."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        self.count += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("make", [mlp, Wrapped])
+@pytest.mark.parametrize(
+    "how", ["watch_compiled", "watch_then_compile", "compile_then_watch_inner", "in_place", "function", "submodule", "submodule_later"]
+)
+def test_a_compiled_model_is_observed_in_eager_without_a_recompile(make: Callable[[], nn.Module], how: str) -> None:
+    def run(watched: bool) -> tuple[list[float], int, list[torchsat.Snapshot]]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, frames, snapshots = make(), Frames(), list[torchsat.Snapshot]()
+
+        def watch(module: nn.Module) -> None:
+            if watched:
+                torchsat.watch(module, every=8, errors="raise", sinks=(snapshots.append,))
+
+        call: Callable[[Tensor], Tensor] = model
+        if how == "watch_compiled":
+            call = torch.compile(model, backend=frames)
+            watch(call)
+        elif how == "watch_then_compile":
+            watch(model)
+            call = torch.compile(model, backend=frames, fullgraph=True)
+        elif how == "compile_then_watch_inner":
+            call = torch.compile(model, backend=frames, fullgraph=True)
+            watch(model)
+        elif how == "in_place":
+            watch(model)
+            (model if make is Wrapped else model[0]).compile(backend=frames)
+        elif how == "function":
+            watch(model)
+            call = torch.compile(lambda x: model(x) * 1.0, backend=frames, fullgraph=True)
+        elif how == "submodule":
+            if make is Wrapped:
+                model.net = torch.compile(model.net, backend=frames)
+            else:
+                model[1] = torch.compile(model[1], backend=frames)
+            watch(model)
+        else:
+            watch(model)
+            if make is Wrapped:
+                model.net = torch.compile(model.net, backend=frames)
+            else:
+                model[1] = torch.compile(model[1], backend=frames)
+        generator = torch.Generator().manual_seed(0)
+        optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.1), []
+        for _ in range(20):
+            loss = call(torch.randn(8, 64, generator=generator)).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, frames.count, snapshots
+
+    (plain, graphs, _), (watched, graphs_watched, snapshots) = run(False), run(True)
+    assert watched == pytest.approx(plain, rel=1e-5)
+    assert graphs_watched == graphs
+    assert [snapshot.step for snapshot in snapshots] == [0, 1, 2, 4, 8, 16]
+    assert all([record.n for record in snapshot.records] == [256, 256] for snapshot in snapshots)
+
+
+def test_what_is_compiled_inside_an_uncompiled_model_stays_compiled() -> None:
+    torch._dynamo.reset()
+    frames = Frames()
+    scale = torch.compile(lambda x: x * 2.0 + 1.0, backend=frames)
+    running = []
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            before = frames.count
+            x = scale(x)
+            running.append(frames.count - before)
+            return self.net(x)
+
+    model = Net()
+    torchsat.watch(model, errors="raise")
+    train(model, 3)
+    assert running == [1, 0, 0]
+
+
+def test_an_idle_watched_model_forces_nobody_into_eager_for_long() -> None:
+    torch._dynamo.reset()
+    frames, teacher, student = Frames(), mlp(), mlp()
+    torchsat.watch(teacher, errors="raise")
+    call, optimizer = torch.compile(student, backend=frames), torch.optim.SGD(student.parameters(), lr=0.1)
+    counts = []
+    for _ in range(10):
+        call(torch.randn(4, 64)).sum().backward()
+        optimizer.step()
+        counts.append(frames.count)
+    assert counts == [0] * 8 + [1] * 2
+
+
+@pytest.mark.parametrize("compiled", ["eager", "in_graph"])
+@pytest.mark.parametrize("earlier", [1, 20])
+def test_another_model_that_trains_first_costs_no_compilation(earlier: int, compiled: str) -> None:
+    """Hooks of an observation that were compiled with the model would make every later observation compile it anew."""
+    torch._dynamo.reset()
+    frames, found, trained = Frames(), list[torchsat.Snapshot](), []
+    for model in (mlp(), mlp()):
+        call = torch.compile(model, backend=frames if not trained else "eager", fullgraph=True)
+        trained.append((model, call, torch.optim.SGD(model.parameters(), lr=0.1)))
+    torchsat.watch(trained[0][0], every=4, budget=None, compiled=compiled, errors="raise", sinks=[found.append])  # type: ignore[arg-type]
+
+    def step(which: int) -> None:
+        _, call, optimizer = trained[which]
+        call(torch.randn(4, 64)).sum().backward()
+        optimizer.step()
+
+    for _ in range(earlier):
+        step(1)
+    for _ in range(10):
+        step(0)
+        step(1)
+    # After so long a wait the first step was let go.
+    assert [snapshot.step for snapshot in found] == [0, 1, 2, 4, 8][earlier > 8 :]
+    assert frames.count == 1
+
+
+def test_a_compiled_validation_mostly_runs_its_graph() -> None:
+    torch._dynamo.reset()
+    eager, model, snapshots = [], Wrapped(), list[torchsat.Snapshot]()
+    call, optimizer = torch.compile(model, backend=Frames()), torch.optim.SGD(model.parameters(), lr=0.1)
+    torchsat.watch(call, every=1, errors="raise", sinks=(snapshots.append,))
+    for _ in range(4):
+        call(torch.randn(8, 64)).sum().backward()
+        optimizer.step()
+        model.eval()
+        for _ in range(3):
+            eager.append(eval_frame._stance.stance == "force_eager")
+            with torch.no_grad():
+                call(torch.randn(8, 64))
+        model.train()
+    # A validation that has a graph runs it; only the call that our stance met on its way runs eager. No observation is missed.
+    assert eager == [True, False, False] * 4
+    assert [snapshot.step for snapshot in snapshots] == [0, 1, 2, 3]
+
+
+def test_the_users_own_stance_is_left_alone() -> None:
+    model = mlp()
+    torchsat.watch(model, errors="raise")
+    with torch.compiler.set_stance("eager_on_recompile"):
+        train(model, 3)
+        assert eval_frame._stance.stance == "eager_on_recompile"
+    train(model, 1)
+    assert eval_frame._stance.stance == "default"
+
+
+@pytest.mark.parametrize("mode", ["eager", pytest.param("in_graph", marks=pytest.mark.skipif(torch.__version__ < "2.8", reason="refused"))])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_validation_before_training_keeps_fullgraph_content(mode: str, grad: bool) -> None:
+    """fullgraph=True raises where no graph ran and the stance is the default at the end of the call: that of the first observation is given back
+    in its midst."""
+    torch._dynamo.reset()
+    model = mlp()
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchsat.watch(model, every=2, compiled=mode, errors="raise") as monitor:  # type: ignore[arg-type]
+        for _ in range(4):
+            model.eval()
+            for _ in range(3):
+                with torch.set_grad_enabled(grad):
+                    run(torch.randn(4, 64))
+            model.train()
+            run(torch.randn(4, 64)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert monitor.latest is not None
+        assert monitor.latest.step == 2
+    # Without dropout or hooks of ours in it, one graph serves both modes where gradients are on.
+    assert counter.frame_count == (1 if grad and mode == "eager" else 2)
+    torch._dynamo.reset()

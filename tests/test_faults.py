@@ -1,0 +1,116 @@
+"""A fault of ours never stops training: one warning says what is lost, and the rest goes on."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import torchsat
+from tests.models import Block, Calling, mlp
+from tests.training import traces_of, train
+from torchsat import Activation
+
+
+def test_a_site_that_fails_is_named_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :4]
+
+    model = nn.Sequential(Block(), Broken(), nn.Linear(4, 2), nn.Tanh())
+    row = Activation("broken", (Broken,), derivative=torch.ones_like)
+    monitor = torchsat.watch(model, activations=(*torchsat.ACTIVATIONS, row))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+    monitor.close()
+    assert [record.site for record in monitor.latest.records] == ["0.act", "3"]
+    assert ("1", "TypeError: it maps (4, 8) to (4, 4)") in monitor.coverage.unseen
+    assert [message for message in caplog.messages if "1:" in message] == [
+        "torchsat: 1: TypeError: it maps (4, 8) to (4, 4); 1 is no longer watched. Training is not affected."
+    ]
+
+
+@pytest.mark.parametrize("fault", ["sink", "alert", "rule", "disk"])
+def test_a_fault_never_stops_training(fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Promise 2: one warning that says what is lost, and the rest goes on."""
+
+    def fail(*arguments: object) -> float:
+        raise OSError("no space left on device")
+
+    snapshots: list[torchsat.Snapshot] = []
+    rule = torchsat.Rule("mine", lambda record, snapshot: record.n, 1, None, lambda record, value, limit: "always", patience=1)
+    options: dict[str, object] = {"sinks": [snapshots.append], "rules": (rule,)}
+    if fault == "sink":
+        options["sinks"] = [fail, snapshots.append]
+    elif fault == "alert":
+        options["on_alert"] = fail
+    elif fault == "rule":
+        options["rules"] = (torchsat.Rule("mine", fail, 1, None, lambda *_: ""), *torchsat.RULES)
+    monitor = torchsat.watch(mlp_ := mlp(), tmp_path if fault == "disk" else None, every=1, **options)  # type: ignore[arg-type]
+    if fault == "disk":
+        monkeypatch.setattr(monitor._sinks[0]._ours, "add_event", fail)
+    train(mlp_, 5)
+    monitor.close()
+    assert len(snapshots) == 5
+    assert len([message for message in caplog.messages if "no space left" in message]) == 1
+    assert "Training is not affected." in next(message for message in caplog.messages if "no space left" in message)
+
+
+def test_a_bug_of_ours_ends_monitoring_with_one_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug(*arguments: object) -> None:
+        raise KeyError("bug")
+
+    monkeypatch.setattr("torchsat.monitor.summarise_units", bug)
+    model = mlp()
+    torchsat.watch(model, every=1)
+    train(model, 5)
+    assert len([message for message in caplog.messages if "all monitoring stops" in message]) == 1
+    assert not traces_of(model)
+    with pytest.raises(KeyError, match="bug"):
+        train_watched_raising()
+
+
+def test_an_odd_optimizer_stops_monitoring_not_training(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(torch.optim.SGD):
+        @property
+        def param_groups(self) -> list[dict[str, object]]:
+            if sys._getframe(1).f_code.co_filename.endswith("monitor.py"):
+                raise AttributeError("no groups")
+            return self._groups
+
+        @param_groups.setter
+        def param_groups(self, groups: list[dict[str, object]]) -> None:
+            self._groups = groups
+
+    model = mlp()
+    torchsat.watch(model, every=1)
+    train(model, 3, optimizer=Odd)
+    assert len(caplog.messages) == 1
+    assert "AttributeError: no groups; all monitoring stops. Training is not affected." in caplog.messages[0]
+
+
+def train_watched_raising() -> None:
+    model = mlp()
+    torchsat.watch(model, every=1, errors="raise")
+    train(model, 2)
+
+
+def test_a_call_that_cannot_be_measured_is_named_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Net(Calling):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.tanh(torch.eye(3).to_sparse())
+            return super().forward(x)
+
+    model = Net(F.selu)
+    monitor = torchsat.watch(model, every=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(2):
+        model(torch.randn(4, 16)).sum().backward()
+        optimizer.step()
+    assert monitor.coverage.seen == ("selu",)
+    assert "sparse" in dict(monitor.coverage.unseen)["tanh"]
+    assert len([message for message in caplog.messages if "tanh" in message]) == 1

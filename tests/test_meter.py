@@ -1,0 +1,187 @@
+"""What is measured of z, of a and of their gradients, whatever their shape, layout and precision."""
+
+import copy
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchsat
+from tests.models import Block
+from tests.test_activations import MODULES
+from tests.truth import check, one_step, truth
+
+FUNCTIONS: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
+    (nn.Tanh(), torch.tanh),
+    (nn.Softsign(), F.softsign),
+    (nn.Tanhshrink(), F.tanhshrink),
+    (nn.LogSigmoid(), F.logsigmoid),
+    (nn.Hardsigmoid(), F.hardsigmoid),
+    (nn.PReLU(init=0.3), lambda z: F.prelu(z, torch.tensor([0.3], dtype=z.dtype))),
+    *((kind(), lambda z, kind=kind: kind()(z)) for kind in (nn.Mish, nn.GELU, nn.SELU, nn.CELU, nn.Softshrink, nn.Hardshrink, nn.Softplus)),
+]
+
+
+@pytest.mark.parametrize(("module", "function"), FUNCTIONS, ids=lambda value: type(value).__name__)
+def test_forward_and_gradient_are_those_of_plain_autograd(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(32, 16)
+    model = nn.Sequential(nn.Linear(16, 16), module)
+    check(one_step(model, x=x)["1"], truth(function, model[0](x)))
+
+
+def test_attenuation_is_of_this_activation_alone_where_z_has_other_uses() -> None:
+    class Swish(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.sigmoid = nn.Linear(16, 16), nn.Sigmoid()
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.linear(x)
+            return z * self.sigmoid(z)
+
+    model, x = Swish(), torch.randn(64, 16)
+    record = one_step(model, x=x)["sigmoid"]
+    z = model.linear(x).detach().double()
+    a = torch.sigmoid(z)
+    grad_a = 2 * (z * a) * z
+    grad_z = grad_a * a * (1 - a)
+    assert record.attenuation == pytest.approx((grad_z.norm() / grad_a.norm()).item(), rel=1e-5)
+    assert record.attenuation < 0.25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_measured_in_float32_from_the_low_precision_z(dtype: torch.dtype) -> None:
+    model, x = Block(nn.Sigmoid()), torch.randn(64, 8) * 4
+
+    def forward(model: nn.Module) -> Tensor:
+        with torch.autocast("cpu", dtype):
+            return model(x)
+
+    record = one_step(model, forward)["act"]
+    with torch.autocast("cpu", dtype):
+        z = model.linear(x)
+    assert z.dtype == dtype
+    sigmoid = torch.sigmoid(z.double())
+    check(record, {"derivative": (sigmoid * (1 - sigmoid)).mean().item(), "z_std": z.double().std(correction=0).item()})
+    assert record.attenuation == pytest.approx(record.derivative_rms, rel=0.2)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (4, 8), (2, 3, 8), (2, 8, 3, 3), (2, 8, 2, 3, 3)], ids=str)
+def test_any_rank_is_measured(shape: tuple[int, ...]) -> None:
+    z = torch.randn(shape, requires_grad=True)
+    record = one_step(nn.Sequential(nn.Tanh()), x=z)["0"]
+    check(record, truth(torch.tanh, z))
+    # Documented: without a layer before it, the unit axis is 1 from rank 4 on, the last at rank 2 and 3, none below.
+    assert record.units == (None if len(shape) < 2 else 8)
+    assert not z._backward_hooks
+
+
+def test_the_unit_axis_is_that_of_the_layer_before() -> None:
+    def units(*layers: nn.Module, x: Tensor) -> int | None:
+        return one_step(nn.Sequential(*layers), x=x).records[0].units
+
+    assert units(nn.Linear(6, 5), nn.Tanh(), x=torch.randn(2, 3, 4, 6)) == 5
+    assert units(nn.Linear(6, 5), nn.Tanh(), x=torch.randn(6)) == 5
+    assert units(nn.Conv1d(6, 5, 1), nn.Tanh(), x=torch.randn(2, 6, 9)) == 5
+    assert units(nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5), nn.ReLU(), x=torch.randn(2, 6, 4, 4)) == 5
+    assert units(nn.Conv2d(6, 5, 1), nn.ReLU(), x=torch.randn(6, 4, 4)) == 5
+    assert units(nn.ConvTranspose2d(6, 5, 2), nn.ReLU(), x=torch.randn(2, 6, 4, 4)) == 5
+
+
+def test_channels_last_and_strided_inputs_give_the_same_record() -> None:
+    z = torch.randn(4, 6, 5, 5)
+    wide = torch.zeros(4, 6, 5, 10)
+    wide[..., ::2] = z
+    records = [
+        one_step(nn.Sequential(nn.Tanh()), x=each.detach().requires_grad_())["0"]
+        for each in (z, z.to(memory_format=torch.channels_last), wide[..., ::2], z.transpose(2, 3).contiguous().transpose(2, 3))
+    ]
+    for record in records[1:]:
+        for name in ("n", "units", "derivative", "z_std", "attenuation", "grad_z_rms", "saturated"):
+            assert getattr(record, name) == pytest.approx(getattr(records[0], name), rel=1e-9), name
+
+
+def test_an_expanded_input_is_measured() -> None:
+    z = torch.randn(4, 1).expand(4, 6)
+    check(one_step(nn.Sequential(nn.Tanh()), x=z)["0"], {"n": 24, "z_mean": z.mean().item()})
+
+
+def test_a_sample_is_said_to_be_one() -> None:
+    record = one_step(nn.Sequential(nn.Linear(64, 64), nn.Tanh()), x=torch.randn(512, 64), sample=1000)["1"]
+    assert record.elements == 512 * 64
+    assert 900 <= record.n <= 1000
+    assert record.grad_n == record.n
+
+
+def test_complex_and_integer_inputs_are_refused_with_the_reason() -> None:
+    model = nn.Sequential(nn.Tanh())
+    monitor = torchsat.watch(model)
+    model(torch.randn(3, dtype=torch.complex64, requires_grad=True))
+    assert monitor.coverage.unseen[0][0] == "0"
+    assert "complex64" in monitor.coverage.unseen[0][1]
+
+
+def test_an_inplace_activation_on_a_view() -> None:
+    class Net(nn.Module):
+        def __init__(self, whole: bool) -> None:
+            super().__init__()
+            self.conv, self.act, self.whole = nn.Conv2d(1, 2, 3), nn.SiLU(inplace=True), whole
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.conv(x)
+            if self.whole:
+                return self.act(h.flatten(1))
+            self.act(h[:, :1])
+            return h
+
+    x = torch.randn(4, 1, 6, 6)
+    for whole in (True, False):
+        model = Net(whole)
+        z = model.conv(x).flatten(1) if whole else model.conv(x)[:, :1]
+        expected = truth(F.silu, z)
+        monitor = torchsat.watch(model, errors="raise")
+        model(x).square().sum().backward()
+        monitor.step()
+        if not whole:
+            assert "in-place activation on a part of a tensor" in dict(monitor.coverage.unseen)["act"]
+            for name in ("grad_a_rms", "grad_z_rms", "attenuation", "grad_n"):
+                del expected[name]
+                assert not getattr(monitor.latest["act"], name)
+        check(monitor.latest["act"], expected)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=repr)
+def test_no_tensor_outlives_its_pass(module: nn.Module) -> None:
+    alive: list[weakref.ReferenceType[Tensor]] = []
+    model = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(module).float().train())
+    model[1].register_forward_pre_hook(lambda module, args: alive.append(weakref.ref(args[0])))
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(3):
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+    assert [reference() for reference in alive] == [None] * 3
+    assert monitor.latest.step == 2
+
+
+def test_hooks_never_wait_for_the_device() -> None:
+    """On a CPU: no operator that a GPU would have to be waited for runs in a step."""
+
+    class NoWaiting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: object, types: object, args: tuple[object, ...] = (), kwargs: object = None) -> object:
+            assert not any(name in str(func) for name in ("_local_scalar_dense", "aten.nonzero", "masked_select", "unique", "bincount"))
+            return func(*args, **(kwargs or {}))  # type: ignore[operator]
+
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(48, 8), nn.PReLU(), nn.Softsign())
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 1, 6, 6)
+    for _ in range(3):
+        with NoWaiting():
+            model(x).square().sum().backward()
+            optimizer.step()
+    assert monitor.latest.step == 2

@@ -1,0 +1,132 @@
+"""One observation: that it took place, what it costs in memory, and that it waits for no device."""
+
+import contextlib
+import copy
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import torchsat
+from tests.models import Wrapped, mlp
+from tests.training import train
+from torchsat import taps
+from torchsat.kernels import cpu
+
+
+def test_a_step_that_was_to_be_observed_but_was_not_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """Promise 5."""
+    model = mlp().eval()
+    monitor = torchsat.watch(model, every=1)
+    train(model, 6)
+    assert monitor.latest is None
+    assert [message for message in caplog.messages if "evaluation mode" in message]
+    assert len(caplog.messages) == 1
+
+
+def test_passes_without_any_step_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    torchsat.watch(model, errors="raise")
+    for _ in range(250):
+        model(torch.randn(2, 64)).sum().backward()
+    assert len(caplog.messages) == 1
+    assert "Call monitor.step() at the end of each step." in caplog.messages[0]
+
+
+class Everything(nn.Module):
+    """A site of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.prelu = nn.Linear(64, 32), nn.ReLU(inplace=True), nn.PReLU(8)
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.lstm = nn.LSTM(8, 8, bidirectional=True)
+        self.cell = nn.GRUCell(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.prelu(self.conv(self.relu(self.first(x)).unflatten(1, (4, 8))))
+        x, _ = self.lstm(x.transpose(1, 2))
+        heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        x = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+        x = F.glu(torch.cat([x, F.gelu(x)], -1))
+        return self.cell(x.softmax(-1).sum(1)).tanh()
+
+
+class ToHost(TorchDispatchMode):
+    """Fails on what waits for a device: a number read by Python, a shape that depends on data, a copy to the host."""
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default):
+            raise AssertionError(f"{function} waits for the device")
+        if function is torch.ops.aten.index.Tensor and any(index is not None and index.dtype == torch.bool for index in args[1]):
+            raise AssertionError("a mask as an index waits for the device")
+        target = (kwargs or {}).get("device")
+        if function is torch.ops.aten._to_copy.default and target is not None and torch.device(target) != args[0].device:
+            raise AssertionError(f"{function} copies to {target}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiled_kernels", [False, True])
+@pytest.mark.parametrize("model", [Wrapped, Everything], ids=lambda kind: kind.__name__)
+def test_no_hook_waits_for_a_device(model: type[nn.Module], compiled_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, by what is dispatched; on a GPU by set_sync_debug_mode (tests/test_gpu.py)."""
+    monkeypatch.setattr(taps, "_disable_current_modes", contextlib.nullcontext)
+    if not compiled_kernels:
+        monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
+    watched = model()
+    optimizer = torch.optim.SGD(watched.parameters(), lr=0.01)
+    monitor = torchsat.watch(watched, every=1, errors="raise")
+    for step in range(4):
+        # What a module of the user's computes is found out in the first step, by looking.
+        with ToHost() if step else contextlib.nullcontext():
+            watched(torch.randn(8, 64)).square().mean().backward()
+            optimizer.step()
+    assert monitor.latest is not None
+    assert monitor.latest.step == 3
+
+
+def test_the_test_above_can_fail() -> None:
+    for call in (lambda x: x.sum().item(), torch.nonzero, lambda x: x[x > 0], lambda x: bool(x.sum() > 0)):
+        with ToHost(), pytest.raises(AssertionError, match="waits for the device"):
+            call(torch.ones(3))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def highest(run: Callable[[], object]) -> int:
+    """The most bytes that torch's allocator held at once, more than before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    assert seen.profiler is not None
+    events = sorted((event.start_ns(), event.nbytes()) for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate(size for _, size in events))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_observation_takes_the_memory_of_one_sample_a_site_whatever_the_batch(inplace: bool) -> None:
+    extra = []
+    for batch in (1024, 4096):
+        bare = nn.Sequential(*(each for _ in range(4) for each in (nn.Linear(256, 256), nn.SiLU(inplace))))
+        watched, x = copy.deepcopy(bare), torch.randn(batch, 256)
+        monitor = torchsat.watch(watched, every=1, errors="raise")
+        peaks = []
+        for model in (bare, watched):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+            step(model, optimizer, x)
+            peaks.append(highest(functools.partial(step, model, optimizer, x)))
+        monitor.close()
+        assert monitor.latest.step == 1
+        extra.append(peaks[1] - peaks[0])
+    # Of each of four sites a sample, and of one what is computed from it; one tensor of the larger batch has 4 MiB.
+    assert all(each <= 6 * 65536 * 4 for each in extra), extra

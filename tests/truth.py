@@ -1,0 +1,67 @@
+"""What a record must show, by plain autograd, and the one observed step that shows it."""
+
+from collections.abc import Callable
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import torchsat
+from torchsat import Record, Snapshot
+
+
+def one_step(
+    model: nn.Module,
+    forward: Callable[[nn.Module], Tensor] | None = None,
+    x: Tensor | None = None,
+    **options: object,
+) -> Snapshot:
+    """The snapshot of one step of SGD with learning rate 0 on the sum of squares of the output."""
+    monitor = torchsat.watch(model, errors="raise", **options)  # type: ignore[arg-type]
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.0)
+    output = forward(model) if forward else model(x)
+    loss = output.square().sum()
+    if loss.requires_grad:
+        loss.backward()
+    if parameters:
+        optimizer.step()
+    else:
+        monitor.step()
+    monitor.close()
+    assert monitor.latest is not None
+    return monitor.latest
+
+
+def truth(f: Callable[[Tensor], Tensor], z: Tensor) -> dict[str, float]:
+    """What one activation f at z must show for loss = sum of squares of f(z), by plain autograd."""
+    z = z.detach().double().requires_grad_()
+    a = f(z)
+    (slope,) = torch.autograd.grad(a.sum(), z, retain_graph=True)
+    (grad_z,) = torch.autograd.grad(a.square().sum(), z)
+    grad_a = 2 * a
+    return {
+        "n": z.numel(),
+        "derivative": slope.abs().mean().item(),
+        "derivative_rms": slope.square().mean().sqrt().item(),
+        "z_mean": z.mean().item(),
+        "z_std": z.std(correction=0).item(),
+        "a_mean": a.mean().item(),
+        "grad_a_rms": grad_a.square().mean().sqrt().item(),
+        "grad_z_rms": grad_z.square().mean().sqrt().item(),
+        "attenuation": (grad_z.norm() / grad_a.norm()).item(),
+        "grad_n": z.numel(),
+    }
+
+
+def check(record: torchsat.Record, expected: dict[str, float], rel: float = 1e-5) -> None:
+    for name, value in expected.items():
+        assert getattr(record, name) == pytest.approx(value, rel=rel, abs=1e-7), name
+
+
+def same(first: Record, second: Record) -> None:
+    """To the last digit, in all but the name and kind."""
+    for each in fields(Record):
+        if each.name not in ("site", "kind"):
+            assert getattr(first, each.name) == getattr(second, each.name), each.name
