@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from overhead import put, table
 from torch import Tensor
+from torchsat.ranks import LayerPart, Layout, Ranks, Round, SitePart
 from workloads import machine
 
 from torchsat.columns import COLUMN, MAXES, SUMS, WEIGHT
-from torchsat.ranks import LayerPart, Layout, Ranks, Round, SitePart
 from torchsat.record import SITE_FACTS, SiteFacts
 from torchsat.rows import SiteRow, to_record
 from torchsat.statistics import empty_row

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.models import Calling, Everything
 from tests.truth import one_step
-from torchsat.calls import uses_flex_attention
+from torchsat.compiling import uses_flex_attention
 
 
 def test_a_frozen_encoder_keeps_its_fused_path() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 
 import torchsat
@@ -52,7 +53,7 @@ def test_a_fault_never_stops_training(fault: str, tmp_path: Path, caplog: pytest
         options["rules"] = (torchsat.Rule("mine", fail, 1, None, lambda *_: ""), *torchsat.RULES)
     monitor = torchsat.watch(mlp_ := mlp(), tmp_path if fault == "disk" else None, every=1, **options)  # type: ignore[arg-type]
     if fault == "disk":
-        monkeypatch.setattr(monitor._sinks[0]._ours, "add_event", fail)
+        monkeypatch.setattr(event_file_writer.EventFileWriter, "add_event", fail)
     train(mlp_, 5)
     monitor.close()
     assert len(snapshots) == 5
@@ -64,7 +65,7 @@ def test_a_bug_of_ours_ends_monitoring_with_one_warning(caplog: pytest.LogCaptur
     def bug(*arguments: object) -> None:
         raise KeyError("bug")
 
-    monkeypatch.setattr("torchsat.monitor.summarise_units", bug)
+    monkeypatch.setattr("torchsat.transport.local.pack", bug)
     model = mlp()
     torchsat.watch(model, every=1)
     train(model, 5)

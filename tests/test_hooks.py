@@ -12,7 +12,7 @@ from torch import nn
 
 import torchsat
 from tests.models import Block, Wrapped, mlp
-from tests.training import traces_of, train
+from tests.training import loop_of, traces_of, train
 
 
 def test_a_watched_model_is_pickled_and_copied_without_us() -> None:
@@ -33,10 +33,11 @@ def test_a_watched_model_is_pickled_and_copied_without_us() -> None:
         assert torch.equal(twin(x), model(x))
     model.zero_grad()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    seen = [each.rows["0.act"][0].item() for each in monitor._taps._passes if each.rows]
+    passes = loop_of(monitor).observation.passes
+    seen = [each.rows["0.act"][0].item() for each in passes if each.rows]
     for twin in copies:
         twin(x).sum().backward()
-    assert [each.rows["0.act"][0].item() for each in monitor._taps._passes if each.rows] == seen
+    assert [each.rows["0.act"][0].item() for each in passes if each.rows] == seen
     optimizer.step()
 
 
@@ -94,11 +95,13 @@ def test_between_observations_nothing_of_ours_runs_but_the_hook_on_the_optimizer
         calls.append((passes, len(ours), sorted(set(ours))))
     assert all(calls[step][0] > 20 for step in (0, 1, 2, 4, 8))
     hook = [
-        "monitor._after_step",
-        "monitor._before_step",
+        "loop.after_step",
+        "loop.before_step",
+        "steps.begins_short",
+        "steps.ends",
         "process._after_step",
         "process._before_step",
-        "process._give_back_stance",
+        "compile_settings.restore_stance",
         "process._tell",
     ]
     for step in (5, 6, 9, 10, 11):
@@ -106,4 +109,13 @@ def test_between_observations_nothing_of_ours_runs_but_the_hook_on_the_optimizer
         assert passes == 0
         assert total <= 14
         # Of the first steps behind an observation the clock is read.
-        assert set(names) <= {*hook, "monitor._alone", "process.<listcomp>", "schedule.due", "schedule.follow", "schedule.now"}
+        assert set(names) <= {
+            *hook,
+            "process.<listcomp>",
+            "schedule.due",
+            "schedule.follow",
+            "schedule.mark",
+            "schedule.follows",
+            "schedule.seconds",
+            "delivery.is_idle",
+        }

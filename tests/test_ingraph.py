@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchsat
-from torchsat import ingraph
+from torchsat.observe import ingraph
 
 able = pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.6 and 2.7 are refused: they compile anew for each of many equal blocks")
 
@@ -25,7 +25,7 @@ def _fresh() -> Iterator[None]:
     yield
     torch._dynamo.reset()
     assert torch._dynamo.config.skip_nnmodule_hook_guards
-    assert not ingraph._listening
+    assert not ingraph._slots
 
 
 class Block(nn.Module):
@@ -170,8 +170,8 @@ def test_evaluation_is_not_measured_and_unobserved_steps_reach_no_statistics(mon
     run = torch.compile(model, backend="aot_eager", fullgraph=True)
     counted: list[str] = []
     with torchsat.watch(model, every=4, compiled="in_graph", errors="raise") as monitor:
-        counting = monitor._taps._count_in_graph
-        monkeypatch.setattr(monitor._taps, "_count_in_graph", lambda name, *given: (counted.append(name), counting(name, *given)))
+        counting = ingraph.GraphReceiver.heard_site
+        monkeypatch.setattr(ingraph.GraphReceiver, "heard_site", lambda self, name, *given: (counted.append(name), counting(self, name, *given)))
         for step in range(6):
             counted.clear()
             model.eval()
@@ -241,7 +241,7 @@ def test_a_model_that_no_graph_speaks_for_is_observed_in_eager(hidden: bool, cap
 
 
 def test_a_torch_that_cannot_says_so_at_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr("torchsat.monitor.why_not", lambda: "torch 1.0 has no ordered effects for operators")
+    monkeypatch.setattr("torchsat.compiling.why_not_in_graph", lambda: "torch 1.0 has no ordered effects for operators")
     model, found = net(), []
     with caplog.at_level(logging.WARNING), torchsat.watch(model, every=1, compiled="in_graph", sinks=[found.append], errors="raise"):
         train(model, torch.compile(model, backend="aot_eager", fullgraph=True), 3)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 import torchsat
 from tests.models import Block, Calling
+from tests.training import loop_of
 from tests.truth import one_step
 
 
@@ -80,13 +81,13 @@ def test_outputs_are_found_where_the_root_is_never_called() -> None:
 
 def test_a_weight_that_dies_leaves_its_address_to_no_other() -> None:
     """FSDP2 puts others in its place; a bias at the old address must not be taken for the layer."""
-    taps = torchsat.watch(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))._taps
+    lineage = loop_of(torchsat.watch(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))).observation.lineage
     weight = nn.Parameter(torch.randn(2, 2))
     key = id(weight)
-    taps._know(weight, "layer")
-    assert taps._weights[key] == "layer"
+    lineage.know(weight, "layer")
+    assert lineage._weights[key] == "layer"
     del weight
-    assert key not in taps._weights
+    assert key not in lineage._weights
 
 
 def test_a_sigmoid_that_multiplies_is_a_gate() -> None:

@@ -298,7 +298,7 @@ def test_windows_are_pruned_where_the_units_change(pair: list[Member]) -> None:
     ours = pair[0].ranks
     read(pair, observe(pair, 0))
     assert set(ours._windows._blocks) == {"act"}
-    ours._windows.add("gone", samples(1))
+    ours._windows.add("gone", samples(1).numpy())
     facts = batch().sites["act"]
     wider = Parts({"act": replace(facts, span=replace(facts.span, count=5), row=row(n=1, elements=1), block=samples(2, units=5))})
     for step in range(1, 2 + LAG):

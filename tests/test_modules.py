@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 import torchsat
 from tests.models import mlp
-from tests.training import train
+from tests.training import loop_of, train
 from tests.truth import check, one_step, truth
-from torchsat import activations
+from torchsat import activations, numeric
 
 INPLACE = [nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.SiLU, nn.Mish, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish]
 
@@ -144,8 +144,8 @@ def test_tails_that_are_not_known_are_not_zero() -> None:
 
 
 def test_a_default_device_does_not_reach_into_the_table() -> None:
-    activations._grid.cache_clear()
+    numeric.grid.cache_clear()
     activations._constants.cache_clear()
     with torch.device("meta"):
         monitor = torchsat.watch(nn.Sequential(nn.GELU()), errors="raise")
-    assert monitor._taps._known["0"].bound.constants.peak == pytest.approx(1.12890415, rel=1e-7)
+    assert loop_of(monitor).sites.known["0"].bound.constants.peak == pytest.approx(1.12890415, rel=1e-7)

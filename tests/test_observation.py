@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchsat
 from tests.models import Wrapped, mlp
 from tests.training import train
-from torchsat import taps
+from torchsat import internals
 from torchsat.kernels import cpu
 
 
@@ -77,7 +77,7 @@ class ToHost(TorchDispatchMode):
 @pytest.mark.parametrize("model", [Wrapped, Everything], ids=lambda kind: kind.__name__)
 def test_no_hook_waits_for_a_device(model: type[nn.Module], compiled_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, by what is dispatched; on a GPU by set_sync_debug_mode (tests/test_gpu.py)."""
-    monkeypatch.setattr(taps, "_disable_current_modes", contextlib.nullcontext)
+    monkeypatch.setattr(internals, "_disable_current_modes", contextlib.nullcontext)
     if not compiled_kernels:
         monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
     watched = model()

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.processes import BATCH, STEPS, Run, batches, mlp, part, rank, train, watched
-from torchsat import ranks
+from tests.training import loop_of
+from torchsat.record import LayerFacts, SiteFacts
+from torchsat.transport.layout import LayerEntry, Layout, SiteEntry
+from torchsat.transport.meeting import LAG
 
 
 class Experts(nn.Module):
@@ -48,8 +51,8 @@ def test_ranks_that_run_other_sites_neither_hang_nor_skew(run: Run) -> None:
     found = [{record.site: record.n for record in snapshot.records} for snapshot in kept]
     assert found[0] == {"experts.0.1": 44 * 8, "experts.1.1": 20 * 8}
     # Once all ranks have read that one has a new site it is agreed upon.
-    assert found[4 : 4 + ranks.LAG] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8}] * ranks.LAG
-    assert found[4 + ranks.LAG :] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8, "experts.2.1": 10 * 8}] * 4
+    assert found[4 : 4 + LAG] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8}] * LAG
+    assert found[4 + LAG :] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8, "experts.2.1": 10 * 8}] * 4
 
 
 def idle() -> Any:
@@ -77,22 +80,22 @@ def counted() -> Any:
     model = DistributedDataParallel(mlp())
     monitor, _ = watched(model, every=4)
     train(model, model.parameters(), steps=1)
-    found = monitor._ranks
+    found = loop_of(monitor).route._ranks
     assert found is not None
     calls = []
-    own = found._own
+    own = found._collectives._group
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
             def call(tensors: list[Tensor], *options: Any) -> Any:
-                calls.append((monitor._step, name, str(options[0]), tensors[0].numel() * tensors[0].element_size()))
+                calls.append((loop_of(monitor).step, name, str(options[0]), tensors[0].numel() * tensors[0].element_size()))
                 return getattr(own, name)(tensors, *options)
 
             return call
 
-    found._own = Counting()
+    found._collectives._group = Counting()
     train(model, model.parameters(), steps=12)
-    found._own = own
+    found._collectives._group = own
     monitor.close()
     return calls, found.layout.bytes
 
@@ -105,10 +108,9 @@ def test_two_collectives_per_observation_and_none_between(run: Run) -> None:
 
 
 def test_the_formula_of_the_docs_is_what_is_sent() -> None:
-    site = {"units": 30, "heads": None, "after": ()}
-    softmax = {"units": None, "heads": 4, "after": ()}
-    layer = {"features": 20}
-    layout = ranks.Layout({"a": site, "b": site, "c": softmax}, {"l": layer, "m": layer}, {})
+    facts, fed = SiteFacts("a", "tanh", "module", "both", False, False, (), 30, None, None, None), LayerFacts("l", ("a",), 20, False)
+    site, softmax, layer = SiteEntry(facts, 30), SiteEntry(facts, None, 4), LayerEntry(fed, 20)
+    layout = Layout({"a": site, "b": site, "c": softmax}, {"l": layer, "m": layer}, shared=True)
     text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
     (formula,) = re.findall(r"^    8 bytes x \((.*)\)$", text, re.MULTILINE)
     sizes = {"sites": 3, "units": 60, "heads": 4, "layers": 2, "features": 40}

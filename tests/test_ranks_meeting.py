@@ -11,9 +11,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import torchsat
 from tests.processes import BATCH, SIZE, STEPS, Run, batches, logged, mlp, part, rank, train, watched
-from torchsat import monitor as monitor_
-from torchsat import ranks
+from tests.training import loop_of
 from torchsat.record import Snapshot
+from torchsat.transport import meeting
 
 
 def fails_on_one() -> Any:
@@ -23,7 +23,7 @@ def fails_on_one() -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step, x in enumerate(batches(6)):
         if rank() == 1 and step == 2:
-            monitor._taps.feeders = lambda: 1 / 0  # type: ignore[method-assign]
+            loop_of(monitor).sites.feeders = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
         optimizer.zero_grad()
         model(part(x)).square().mean().backward()
         optimizer.step()
@@ -46,7 +46,7 @@ class Only(nn.Sequential):
 
 
 def only_rank_0(folder: str) -> Any:
-    messages, ranks.GRACE = logged(), 0.3
+    messages, meeting.GRACE = logged(), 0.3
     model = Only(*mlp())
     wrapped = DistributedDataParallel(model)
     kept: list[Snapshot] = []
@@ -68,7 +68,7 @@ def test_a_rank_that_watches_alone_does_not_wait_for_the_others(run: Run, tmp_pa
 
 
 def one_leaves() -> Any:
-    messages, ranks.CLOSING = logged(), 0.5
+    messages, meeting.CLOSING = logged(), 0.5
     model = mlp()
     monitor, _ = watched(model, errors="warn")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -97,8 +97,7 @@ def test_when_a_rank_leaves_the_others_go_on(run: Run) -> None:
 
 def joined(folder: str) -> Any:
     """Ranks with different numbers of batches, as DDP's join allows."""
-    messages, monitor_.GRACE = logged(), 0.3
-    ranks.GRACE = 0.3
+    messages, meeting.GRACE = logged(), 0.3
     model = DistributedDataParallel(mlp())
     monitor, kept = watched(model, errors="warn")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -109,7 +108,7 @@ def joined(folder: str) -> Any:
             optimizer.step()
     dist.barrier()
     monitor.close()
-    return messages, monitor._step, [each["1"].n for each in kept]
+    return messages, loop_of(monitor).step, [each["1"].n for each in kept]
 
 
 def test_ranks_with_fewer_batches_stop_nobody(run: Run, tmp_path: Any) -> None:
@@ -156,7 +155,7 @@ def out_of_step() -> Any:
         dist.barrier()
         if rank() == 1 and step == 2:
             # As if it had been told of a step that the others never took: it passes over step 4.
-            monitor._step += 2
+            loop_of(monitor).step += 2
     monitor.close()
     return messages
 
@@ -211,7 +210,8 @@ def agreed_interval() -> Any:
     wrapped = DistributedDataParallel(model)
     monitor, kept = watched(wrapped, every=2, budget=0.5)
     # One rank is slow to observe.
-    monitor._schedule._stretch = lambda: setattr(monitor._schedule, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign, func-returns-value]
+    plan = loop_of(monitor).schedule
+    plan._stretch = lambda: setattr(plan, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign, func-returns-value]
     train(wrapped, wrapped.parameters(), steps=30)
     monitor.close()
     return [each.step for each in kept], messages
@@ -234,7 +234,7 @@ def resumed(folder: str) -> Any:
     monitor, kept = watched(again, log_dir=folder if rank() == 0 else None, start="resume")
     train(again, again.parameters(), steps=3)
     monitor.close()
-    return [each.step for each in kept], monitor._step, [each.step for each in torchsat.read(folder)] if rank() == 0 else []
+    return [each.step for each in kept], loop_of(monitor).step, [each.step for each in torchsat.read(folder)] if rank() == 0 else []
 
 
 def taken_up(folder: str) -> Any:

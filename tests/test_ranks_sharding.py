@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import torchsat
 from tests.processes import SIZE, Run, alone, assert_equal, fsdp2, hybrid, logged, mlp, rank, train, watched
+from tests.training import loop_of
+from torchsat.compiling import Mode
 
 
 class Checkpointed(nn.Module):
@@ -97,7 +99,7 @@ def in_graph(how: str) -> Any:
     wrapped: nn.Module = model if how == "sharded" else DistributedDataParallel(model)
     monitor, kept = watched(wrapped, compiled="in_graph")
     train(torch.compile(wrapped, backend="aot_eager"), model.parameters())
-    in_graph = monitor._taps.turn > 1 and monitor._silent == 0 and monitor._wires is not None
+    in_graph = loop_of(monitor).turn > 1 and loop_of(monitor).compilation.mode is Mode.IN_GRAPH
     monitor.close()
     return kept, alone(mlp()), in_graph
 

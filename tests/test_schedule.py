@@ -11,8 +11,6 @@ import torchsat
 from torchsat import schedule
 from torchsat.schedule import Mark, Schedule
 
-pytestmark = pytest.mark.clock
-
 
 def test_which_steps_are_observed() -> None:
     plan = Schedule(50, None)
@@ -27,13 +25,13 @@ def train(plan: Schedule, steps: int, cost: float, step: float, own: float | Non
         due = plan.due(at)
         if due:
             observed.append(at)
-            plan.begin(at, Mark(now, None))
-            plan.spend(cost if own is None else own)
+            window = plan.begin(at, Mark(now, None))
+            window.spend(cost if own is None else own)
             now += cost
             spent += cost
         now += step
         if due:
-            plan.end(Mark(now, None))
+            plan.finish(window, Mark(now, None))
             sentence = plan.adjust(at)
             if sentence is not None:
                 said.append(sentence)
@@ -98,11 +96,11 @@ def test_the_first_observation_and_one_slow_step_do_not_count() -> None:
     for at in range(400):
         due = plan.due(at)
         if due:
-            plan.begin(at, Mark(now, None))
+            window = plan.begin(at, Mark(now, None))
             now += 1000.0 if at == 0 else 0.1
         now += 500.0 if at == 41 else 1.0
         if due:
-            plan.end(Mark(now, None))
+            plan.finish(window, Mark(now, None))
             assert plan.adjust(at) is None
         elif plan.compares:
             plan.follow(Mark(now, None))
@@ -115,12 +113,12 @@ def test_what_lies_between_two_steps_is_no_cost_of_ours(seen: bool) -> None:
     plan, now = Schedule(10, 0.1), 0.0
     for at in range(400):
         if plan.due(at):
-            plan.begin(at, Mark(now, None))
+            window = plan.begin(at, Mark(now, None))
             now += 500.0
             if seen:
-                plan.enter(Mark(now, None))
+                window.enter(Mark(now, None))
             now += 1.1
-            plan.end(Mark(now, None))
+            plan.finish(window, Mark(now, None))
             plan.adjust(at)
         else:
             now += 1.0
@@ -150,11 +148,11 @@ def test_a_device_is_never_waited_for() -> None:
     for at in range(12):
         if plan.due(at):
             events.append(Event(now))
-            plan.begin(at, Mark(0.0, events[-1]))  # type: ignore[arg-type]
+            window = plan.begin(at, Mark(0.0, events[-1]))  # type: ignore[arg-type]
         now += 50.0 if plan.due(at) else 10.0
         if plan.due(at):
             events.append(Event(now))
-            plan.end(Mark(0.0, events[-1]))  # type: ignore[arg-type]
+            plan.finish(window, Mark(0.0, events[-1]))  # type: ignore[arg-type]
         else:
             events.append(Event(now))
             plan.follow(Mark(0.0, events[-1]))  # type: ignore[arg-type]
@@ -169,7 +167,12 @@ def test_a_device_is_never_waited_for() -> None:
 
 def test_a_real_training_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [0.0]
-    monkeypatch.setattr(schedule.time, "perf_counter", lambda: now[0])
+
+    class Clock(schedule.Clock):
+        def seconds(self) -> float:
+            return now[0]
+
+    monkeypatch.setattr(schedule, "CLOCK", Clock())
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     steps: list[torchsat.Snapshot] = []

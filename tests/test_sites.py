@@ -44,7 +44,7 @@ def test_include_and_exclude_choose_sites() -> None:
     def sites(**options: object) -> tuple[str, ...]:
         model = nn.ModuleDict({"encoder": mlp(), "decoder": mlp()})
         monitor = torchsat.watch(model, **options)  # type: ignore[arg-type]
-        names = tuple(monitor._taps.names)
+        names = tuple(place for place, _ in monitor.coverage.unseen)
         monitor.close()
         return names
 
@@ -61,7 +61,7 @@ def test_include_and_exclude_choose_sites() -> None:
 def test_site_names_hold_no_markup_and_no_wrappers() -> None:
     model = nn.ModuleDict({"<img src=x>": nn.Sequential(nn.Tanh()), "ok": torch.compile(nn.Sequential(nn.ReLU()))})
     monitor = torchsat.watch(model)
-    assert monitor._taps.names == ["_img_src_x_.0", "ok.0"]
+    assert [place for place, _ in monitor.coverage.unseen] == ["_img_src_x_.0", "ok.0"]
 
 
 def test_a_model_without_activations_is_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -18,11 +18,11 @@ transformers = pytest.importorskip("transformers", reason='transformers is not i
 pytest.importorskip("accelerate", reason='The Trainer needs Accelerate: pip install "transformers[torch]>=4.50"')
 
 import torchsat  # noqa: E402
-from torchsat import monitor  # noqa: E402
 from torchsat.integrations import transformers as ours  # noqa: E402
 from torchsat.integrations.transformers import Torchsat  # noqa: E402
 from torchsat.record import Snapshot  # noqa: E402
 from torchsat.tensorboard.stock import scalars  # noqa: E402
+from torchsat.transport import flight  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -173,7 +173,7 @@ def test_what_else_is_reported_to_gets_the_scalars_each_once(
 
 def test_reporters_hear_what_arrives_late_before_they_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where an observation is read at a later step."""
-    monkeypatch.setattr(monitor._InFlight, "arrived", lambda self: False)
+    monkeypatch.setattr(flight.Flight, "arrived", lambda self: False)
     reporter, _ = reported(tmp_path, monkeypatch, [])
     assert [step for step, logs in reporter.heard if "torchsat/nonfinite" in logs] == [0, 1, 2, 4]
 

@@ -16,9 +16,10 @@ import torchsat
 from tests.test_activations import row as row_of
 from tests.test_kernels import COLUMNS, hostile
 from torchsat import kernels as package
-from torchsat import statistics, taps
+from torchsat import statistics
 from torchsat.activations import bind
 from torchsat.kernels.formulas import formula
+from torchsat.observe import meter
 from torchsat.sampling import Sample, Units
 from torchsat.statistics import disagreement, observe, observe_gradient
 
@@ -143,7 +144,7 @@ def test_the_check_before_training_passes_right_kernels_and_no_others(kernels: M
 def test_a_monitor_reads_all_of_a_call_where_kernels_do(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way, as on a GPU: the kernels of the GPU are handed what the hooks see of a model."""
     monkeypatch.setattr(statistics, "engine", lambda *tensors: kernels)
-    monkeypatch.setattr(taps, "reads_whole", lambda tensor: True)
+    monkeypatch.setattr(meter, "reads_whole", lambda tensor: True)
     torch.manual_seed(0)
     modules = (nn.Tanh(), nn.GELU(), nn.ELU(), nn.ReLU(inplace=True))
     model = nn.Sequential(*(each for act in modules for each in (nn.Linear(300, 300), act)))

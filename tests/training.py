@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import torchsat
+from torchsat.loop import Loop
+
 
 def train(
     model: nn.Module,
@@ -44,3 +47,8 @@ def traces_of(model: nn.Module) -> list[object]:
 def open_files() -> int:
     folder = Path("/proc/self/fd")
     return len(list(folder.iterdir())) if folder.exists() else 0
+
+
+def loop_of(monitor: torchsat.Monitor) -> Loop:
+    """The loop behind a monitor, for what no public name tells."""
+    return monitor._loop

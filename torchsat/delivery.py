@@ -14,18 +14,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from torchsat.diagnosis import verdict
-from torchsat.diagnosis import Diagnosis
+from torchsat.diagnosis import Diagnosis, verdict
 from torchsat.faults import Faults
-from torchsat.rules import Judge
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.record import Alert, Coverage, Snapshot
 from torchsat.rows import Stuck, to_record, to_weight
+from torchsat.rules import Judge
 from torchsat.sites import Sites
 from torchsat.tensorboard import SUBRUN
+from torchsat.transport import meeting
 from torchsat.transport.flight import Flight
-from torchsat.transport.meeting import GRACE, LAG, PATIENCE
 from torchsat.transport.packing import Numbers
 from torchsat.transport.parallel import default_group
 from torchsat.transport.route import Route
@@ -54,7 +53,8 @@ class Delivery:
         self._diagnosis = Diagnosis()
         self._stuck: dict[str, Stuck] = {}
         """Of each site the last full window of its units."""
-        self._in_flight: list[Flight] = []
+        self.in_flight: list[Flight] = []
+        """The observations that are under way, oldest first."""
         self._announced = False
         self._moved = False
         self._nothing = "of its activations, include= and exclude= leave none" if options.include or options.exclude else "no activation was found"
@@ -78,11 +78,6 @@ class Delivery:
     def coverage(self) -> Coverage:
         """What is seen on any rank, and what is not on this one."""
         return self._sites.coverage(self._route.kinds)
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no observation is under way."""
-        return not self._in_flight
 
     def history(self) -> dict[str, Any]:
         """What is remembered of earlier observations, in plain types."""
@@ -121,7 +116,7 @@ class Delivery:
     def add(self, flight: Flight | None) -> None:
         """An observation is under way."""
         if flight is not None:
-            self._in_flight.append(flight)
+            self.in_flight.append(flight)
 
     def drain(self, step: int, overhead: float | None, wait: float = 0.0) -> Retry | None:
         """Deliver, in order, what has arrived; or everything, waiting for so many seconds.
@@ -134,19 +129,19 @@ class Delivery:
             OVERFLOW where one of them turned out to be of a step that its optimizer has skipped.
         """
         retry = None
-        if len(self._in_flight) > _MOST_IN_FLIGHT:
-            wait = max(wait, PATIENCE)
-        while self._in_flight:
-            flight = self._in_flight[0]
+        if len(self.in_flight) > _MOST_IN_FLIGHT:
+            wait = max(wait, meeting.PATIENCE)
+        while self.in_flight:
+            flight = self.in_flight[0]
             if flight.layout.shared and self._route.together:
-                if not wait and step < flight.step + LAG:
+                if not wait and step < flight.step + meeting.LAG:
                     break
-                flight.wait(wait or GRACE)
+                flight.wait(wait or meeting.GRACE)
             elif wait:
                 flight.wait(wait)
             elif not flight.arrived():
                 break
-            self._in_flight.remove(flight)
+            self.in_flight.remove(flight)
             retry = self._deliver(flight, overhead) or retry
         return retry
 

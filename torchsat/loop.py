@@ -41,11 +41,11 @@ from torchsat.observe.observation import Execution, Observation, Retry
 from torchsat.observe.passes import Pass, PassEvent
 from torchsat.options import Options
 from torchsat.parts import Parts
-from torchsat.schedule import Clock, Mark, Schedule
+from torchsat.schedule import Clock, Schedule
 from torchsat.sites import Sites
 from torchsat.steps import Steps, has_closure
 from torchsat.structure import FLATTENED
-from torchsat.transport.meeting import CLOSING, PATIENCE
+from torchsat.transport import meeting
 from torchsat.transport.parallel import averages
 from torchsat.transport.route import Route
 
@@ -70,7 +70,7 @@ class Loop:
     Args:
         model: what is watched; it is not kept alive, unless it is our own module around the stages of a pipeline.
         stages: of a pipeline, by the name that the sites in them begin with; empty for any other model.
-        clock: the host's clock, in seconds.
+        clock: of the host and the device.
     """
 
     def __init__(self, model: nn.Module, stages: Mapping[str, Any], options: Options, clock: Clock) -> None:
@@ -150,7 +150,7 @@ class Loop:
     def flush(self) -> None:
         """Wait for every observation in flight, and for the sinks."""
         with self.never_raising():
-            self.drain(wait=CLOSING if self.is_closed else PATIENCE)
+            self.drain(wait=meeting.CLOSING if self.is_closed else meeting.PATIENCE)
         self.delivery.flush()
 
     def _stop(self) -> None:
@@ -191,11 +191,11 @@ class Loop:
         if self.is_closed or self._driver is Driver.BY_HAND or not self._steps.ends(optimizer):
             return
         self._passes = 0
-        idle = self.observation is None and self._retry is None and self.delivery.is_idle
+        idle = self.observation is None and self._retry is None and not self.delivery.in_flight
         if idle and self._steps.only() is optimizer and not self.schedule.due(self.step + 1):
             self.step += 1
             if self.schedule.compares:
-                self.schedule.follow(Mark.now(self._device, self._clock))
+                self.schedule.follow(self._clock.mark(self._device))
             return
         with torch.no_grad(), self._timed():
             if self.observation is not None:
@@ -224,7 +224,7 @@ class Loop:
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         """What runs inside is time of our own, of the observation that has begun last."""
-        self._since = self._clock()
+        self._since = self._clock.seconds()
         try:
             yield
         finally:
@@ -232,7 +232,7 @@ class Loop:
 
     def _spend(self) -> None:
         """Count the time since `_since` as our own."""
-        now = self._clock()
+        now = self._clock.seconds()
         self.schedule.spend(now - self._since)
         self._since = now
 
@@ -243,12 +243,12 @@ class Loop:
         if observation is not None:
             self._finish(observation)
             self._spend()
-            self.schedule.finish(observation.window, Mark.now(self._device, self._clock))
+            self.schedule.finish(observation.window, self._clock.mark(self._device))
             changed = self.schedule.adjust(self.step)
             if changed is not None:
                 log.warning("torchsat: step %d: %s", self.step, changed)
         elif self.schedule.compares:
-            self.schedule.follow(Mark.now(self._device, self._clock))
+            self.schedule.follow(self._clock.mark(self._device))
         self.step += 1
         self._steps.end_round()
         self._newest_pass = None
@@ -264,8 +264,9 @@ class Loop:
             why, self._retry = self._retry, None
             first = next(model.parameters(), None)
             self._device = None if first is None else first.device
-            window = self.schedule.begin(self.step, Mark.now(self._device, self._clock))
+            window = self.schedule.begin(self.step, self._clock.mark(self._device))
             found = self.sites.walk(model, self._options.selects)
+            self.sites.expect(found, [name for name in found.calls if self._options.selects(name)], self._options.calls)
             observation = self.observation = Observation(
                 self.sites,
                 self._options,
@@ -276,7 +277,6 @@ class Loop:
                 on_pass=self._on_pass,
                 stages=self._stages,
             )
-            self.sites.expect(found, [name for name in found.calls if self._options.selects(name)], self._options.calls)
             execution = self.compilation.prepare(found, self.sites)
             observation.open(found, self.compilation.graph_hooks, execution)
             if execution is Execution.EAGER:
@@ -298,7 +298,7 @@ class Loop:
         observation = self.observation
         if not training or observation is None:
             return
-        observation.window.enter(Mark.now(self._device, self._clock))
+        observation.window.enter(self._clock.mark(self._device))
         self.route.enter()
         wrapper = internals.wrapped_by_data_parallel()
         if wrapper is not None:

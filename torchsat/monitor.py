@@ -85,7 +85,7 @@ class Monitor:
     """What `watch` returns. A context manager: leaving it closes it.
 
     Args:
-        clock: the host's clock, in seconds.
+        clock: of the host and the device.
     """
 
     def __init__(self, model: nn.Module | PipelineStage | Sequence[PipelineStage], options: Options, clock: Clock) -> None:

@@ -56,6 +56,8 @@ class LayerPart:
     """Elements of the weight that were read."""
     numel: int = 0
     """Elements of this process's part of the weight."""
+    whole: int | None = None
+    """Elements of the weight on all ranks together; None where this process holds all of it."""
     rate: float | None = None
     """The learning rate of the optimizer's group that owns the weight."""
     inputs: Tensor | None = None

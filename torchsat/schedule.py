@@ -21,15 +21,10 @@ import itertools
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
-
-Clock = Callable[[], float]
-CLOCK: Clock = time.perf_counter
-"""The host's clock, in seconds, that `torchsat.watch` hands to a monitor. Tests put a clock of their own here."""
 
 _WINDOWS = 8
 """The cost of an observation is the median over so many."""
@@ -47,15 +42,6 @@ class Mark:
     host: float
     event: torch.cuda.Event | None
 
-    @staticmethod
-    def now(device: torch.device | None, clock: Clock) -> Mark:
-        """This moment; on a GPU also the moment at which it will have done what it has been given so far."""
-        event = None
-        if device is not None and device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record(torch.cuda.current_stream(device))
-        return Mark(clock(), event)
-
     def passed(self) -> bool:
         """Whether the device has come to this moment."""
         return self.event is None or self.event.query()  # type: ignore[no-untyped-call]
@@ -65,6 +51,26 @@ class Mark:
         if self.event is None or later.event is None:
             return later.host - self.host
         return float(self.event.elapsed_time(later.event)) / 1e3
+
+
+class Clock:
+    """The clocks of the host and of the device. A test hands a monitor a clock of its own."""
+
+    def seconds(self) -> float:
+        """The host's time, from any fixed moment on."""
+        return time.perf_counter()
+
+    def mark(self, device: torch.device | None) -> Mark:
+        """This moment; on a GPU also the moment at which the device will have done what it has been given so far."""
+        event = None
+        if device is not None and device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+        return Mark(self.seconds(), event)
+
+
+CLOCK = Clock()
+"""The clock that `torchsat.watch` hands to a monitor. Tests put another one here."""
 
 
 class WindowState(Enum):
@@ -111,11 +117,6 @@ class Window:
         """The observation was abandoned: nothing is concluded from its time."""
         if self.state is WindowState.OPEN:
             self.state = WindowState.VOID
-
-    @property
-    def follows(self) -> bool:
-        """Whether the ends of the next steps are asked for."""
-        return self.state is WindowState.FINISHED and len(self.followers) < _FOLLOWERS
 
     def passed(self) -> bool:
         """Whether all its marks have passed."""
@@ -189,14 +190,15 @@ class Schedule:
 
     def follow(self, mark: Mark) -> None:
         """A step without an observation is over, while `compares`."""
-        if self._windows and self._windows[-1].follows:
-            self._windows[-1].followers.append(mark)
-        self.compares = bool(self._windows) and self._windows[-1].follows
+        if self.compares:
+            followers = self._windows[-1].followers
+            followers.append(mark)
+            self.compares = len(followers) < _FOLLOWERS
 
     def finish(self, window: Window, mark: Mark) -> None:
         """The observation of this window is over."""
         window.finish(mark)
-        self.compares = window.follows
+        self.compares = window.state is WindowState.FINISHED
 
     def spend(self, seconds: float) -> None:
         """Our own code ran for so long, outside of hooks: it counts for the observation that has begun last."""

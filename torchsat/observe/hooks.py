@@ -48,7 +48,7 @@ class Guard:
     Args:
         fail: told of a place and an exception when something of ours raised there.
         window: where the time that hooks take is added up.
-        clock: seconds.
+        clock: of the host.
     """
 
     def __init__(self, fail: Callable[[str, Exception], None], window: Window, clock: Clock) -> None:
@@ -78,7 +78,7 @@ class Guard:
         def run(*args: Any) -> Any:
             if not self.is_open or place in self._closed_places:
                 return None
-            begun = self._clock()
+            begun = self._clock.seconds()
             with internals.without_function_modes():
                 self._local.grad_enabled = enabled = torch.is_grad_enabled()
                 internals.set_grad_enabled(False)
@@ -94,6 +94,6 @@ class Guard:
                     return None
                 finally:
                     internals.set_grad_enabled(enabled)
-                    self._window.spend(self._clock() - begun)
+                    self._window.spend(self._clock.seconds() - begun)
 
         return run

@@ -131,6 +131,7 @@ class Layers:
                 numbers=layer.numbers,
                 n=layer.n,
                 numel=local(weight).numel(),
+                whole=weight.numel(),
                 rate=self._rates.get(id(weight)),
                 inputs=given,
                 input_elements=layer.input_elements,

@@ -85,7 +85,7 @@ class Observation:
         options: of the monitor.
         turn: which observation this is: it decides which elements are read.
         window: of the schedule, where its time is added up.
-        clock: seconds.
+        clock: of the host and the device.
         faults: where faults are reported.
         on_pass: told when the model is entered and left, and when a fault ends everything.
         stages: of a pipeline, by the name that the sites in them begin with; empty for any other model.

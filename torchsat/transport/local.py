@@ -22,7 +22,7 @@ class Local:
     """
 
     def __init__(self) -> None:
-        self._windows = Windows()
+        self.windows = Windows()
         self._structure: int | None = None
         """The structure of the model that the windows are of."""
 
@@ -38,8 +38,8 @@ class Local:
         """The numbers of a flight that has arrived. Flights are to be read in the order in which they were sent."""
         if flight.structure != self._structure:
             self._structure = flight.structure
-            self._windows.start_over()
-        numbers = unpack(flight.merged(), flight.layout, self._windows)
+            self.windows.start_over()
+        numbers = unpack(flight.merged(), flight.layout, self.windows)
         return replace(numbers, scale=numbers.scale * flight.averages)
 
 

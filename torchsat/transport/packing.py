@@ -10,18 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchsat.columns import COLUMN, HEADS, LAYER, LOSS_SCALED, MAXES, SUMS
 from torchsat.parts import LayerPart, Parts, SitePart
 from torchsat.rows import LayerRow, SiteRow
-from torchsat.statistics import accumulator, empty_row, summarise_features
+from torchsat.statistics import accumulator, empty_row
 from torchsat.transport.layout import LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST, LayerEntry, Layout
 from torchsat.transport.windows import Windows
 
 _FINE = 2**20
 """How finely a saturated share is coded, and the most ranks. The code of a share and a rank lie beside each other in the 53 bits of a float64."""
+
+
+Vector = NDArray[np.float64]
 
 
 class Vectors(NamedTuple):
@@ -89,7 +94,7 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
     n, numel, input_elements, rates, told = _from_host(
         [
             [0 if part is None else part.n for part in weights],
-            [0 if part is None else part.numel for part in weights],
+            [0 if part is None else part.numel if layout.shared or part.whole is None else part.whole for part in weights],
             [0 if part is None else part.input_elements for part in inputs],
             [-math.inf if part is None or part.rate is None else part.rate for part in layers],
             [ends.last_step, -ends.first_step, ends.interval, ends.changed],
@@ -121,18 +126,18 @@ def unpack(vectors: Vectors, layout: Layout, windows: Windows) -> Numbers:
         vectors: float64, as `merge` gives them.
         windows: what the unit blocks are added to.
     """
-    sums, maxes = vectors
+    sums, maxes = (vector.numpy() for vector in vectors)
     places, count = layout.places, len(layout.sites)
     table = sums[places.site_sums].reshape(count, len(SITE_SUMS))
-    elements = table[:, _ELEMENTS].clone()
+    elements = table[:, _ELEMENTS].copy()
     # Exactly 1 in the layout of one process, where what was read is what was packed as the elements.
-    scales = torch.where(elements > 0, table[:, -1] / elements.clamp(min=1), torch.ones_like(elements))
-    table = table[:, :-1] * scales.unsqueeze(1)
+    scales = np.where(elements > 0, table[:, -1] / np.maximum(elements, 1), 1.0)
+    table = table[:, :-1] * scales[:, None]
     table[:, _ELEMENTS] = elements
-    rows = torch.cat([table, maxes[places.site_maxes].reshape(count, len(MAXES))], 1).tolist()
+    rows = np.concatenate([table, maxes[places.site_maxes].reshape(count, len(MAXES))], 1).tolist()
     worst = maxes[places.worst].reshape(count, len(WORST)).tolist()
     sites = []
-    for (name, entry), row, codes, scale in zip(layout.sites.items(), rows, worst, scales, strict=True):
+    for (name, entry), row, codes, scale in zip(layout.sites.items(), rows, worst, scales.tolist(), strict=True):
         units = None
         if name in places.blocks:
             units = windows.add(name, sums[places.blocks[name]].reshape(2, -1))
@@ -146,7 +151,7 @@ def unpack(vectors: Vectors, layout: Layout, windows: Windows) -> Numbers:
     layers, differing = _unpack_layers(sums, maxes, layout)
     last_step, negated, interval, changed, skipped = maxes[places.ends].tolist()
     ends = Ends(round(-negated), round(last_step), round(interval), changed > 0)
-    factor = 1.0 if layout.shared else float(maxes[places.scale])
+    factor = 1.0 if layout.shared else float(maxes[places.scale][0])
     return Numbers(sites, layers, factor if factor > 0 else 1.0, skipped > 0, differing, ends)
 
 
@@ -233,10 +238,9 @@ def _input_pieces(layers: Sequence[LayerPart | None], elements: Tensor, layout: 
     """Of the inputs of layers: the elements that were read, the elements that their sums stand for, and the sums [3, features]."""
     nothing = torch.zeros((), dtype=accumulator(device), device=device)
     given = [None if part is None or part.inputs is None else part.inputs.to(device) for part in layers]
-    reads = [nothing if inputs is None else inputs[0].sum() for inputs in given]
+    # One process reads both from the sums themselves, on the host.
+    reads = [nothing if inputs is None or not layout.shared else inputs[0].sum() for inputs in given]
     read = torch.stack(reads) if reads else nothing.new_empty(0)
-    if not layout.shared:
-        elements = read
     pieces = []
     for at, (part, inputs, entry) in enumerate(zip(layers, given, layout.layers.values(), strict=True)):
         if not entry.features:
@@ -294,7 +298,7 @@ def _decode(code: float) -> tuple[float | None, int | None]:
     return (None, None) if code < 0 else (code // _FINE / _FINE, round(_FINE - 1 - code % _FINE))
 
 
-def _unpack_layers(sums: Tensor, maxes: Tensor, layout: Layout) -> tuple[list[LayerRow], tuple[str, ...]]:
+def _unpack_layers(sums: Vector, maxes: Vector, layout: Layout) -> tuple[list[LayerRow], tuple[str, ...]]:
     """The rows of layers that were measured, and the names of those whose weight is not the same on all ranks that hold it whole."""
     places, count = layout.places, len(layout.layers)
     rows = sums[places.layer_sums].reshape(count, len(LAYER_SUMS)).tolist()
@@ -310,14 +314,27 @@ def _unpack_layers(sums: Tensor, maxes: Tensor, layout: Layout) -> tuple[list[La
     return found, tuple(differing)
 
 
-def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Tensor | None, rate: float, shared: bool) -> LayerRow:
+def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | None, rate: float, shared: bool) -> LayerRow:
     n, numel = values["n"], values["numel"]
     per = n / numel if shared else 1.0
     change = values["change_sq"] * per if values["change_n"] else math.nan
     grad = values["grad_sq"] * per if values["grad_n"] else math.nan
     summed = [math.nan] * 3
-    if inputs is not None and values["input_elements"]:
-        summed = summarise_features(inputs * (values["input_n"] / values["input_elements"])).tolist()
+    if inputs is not None and not shared:
+        summed = _summary(inputs)
+    elif inputs is not None and values["input_elements"]:
+        summed = _summary(inputs * (values["input_n"] / values["input_elements"]))
     numbers = [values["weight_sq"] * per, change, grad, *summed]
     assert len(numbers) == len(LAYER)
     return LayerRow(entry.facts, numbers, round(n), round(numel), rate if math.isfinite(rate) else None)
+
+
+def _summary(features: Vector) -> list[float]:
+    """columns.INPUT of columns.FEATURES: all samples, the mean square, and the mean over features of the squared mean."""
+    n, first, second = features
+    whole = float(n.sum())
+    # Without the 1/n bias of a squared sample mean: pairs of distinct samples only, over the features that have any.
+    pairs = n * (n - 1)
+    known = pairs > 0
+    squares = (first * first - second)[known] / pairs[known]
+    return [whole, float(second.sum()) / whole if whole else math.nan, float(squares.mean()) if len(squares) else math.nan]

@@ -34,7 +34,7 @@ class Route:
         self._group = group
         self._kind = kind
         self._raises = raises
-        self._local = Local()
+        self.local = Local()
         self._ranks: Ranks | None = None
         """The view of the other ranks; None before this one has entered. It is kept after they are lost, for what is under way."""
         self._differing_said = False
@@ -100,7 +100,7 @@ class Route:
             history: what this rank remembers of an earlier session.
         """
         if self._ranks is None or not self._ranks.together:
-            return self._local.send(step, parts)
+            return self.local.send(step, parts)
         try:
             return self._ranks.send(step, parts, interval=interval, before=before, history=history)
         except Exception as error:
@@ -120,7 +120,7 @@ class Route:
     def read(self, flight: Flight) -> Numbers:
         """The numbers of a flight that has arrived."""
         if not flight.layout.shared:
-            return self._local.read(flight)
+            return self.local.read(flight)
         assert self._ranks is not None
         numbers = self._ranks.read(flight)
         if numbers.differing and not self._differing_said and self.speaks:

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from torchsat.statistics import UNIT_SAMPLES, summarise_units
+from torchsat.columns import UNITS
+from torchsat.statistics import STUCK_SHARE, UNIT_SAMPLES
+
+Block = NDArray[np.float64]
+"""[2, units]: samples and saturated samples of each unit."""
 
 
 class Windows:
-    """The window of each site: its unit block [2, units] (samples, saturated samples), summed since the last full window.
+    """The window of each site: its unit block, summed since the last full window.
 
     A window is full once every unit has UNIT_SAMPLES samples. It is kept as it is until the next observation, which begins a new one.
     """
 
     def __init__(self) -> None:
-        self._blocks: dict[str, Tensor] = {}
+        self._blocks: dict[str, Block] = {}
 
-    def add(self, site: str, block: Tensor) -> list[float]:
-        """Add the block of one observation.
+    def get(self, site: str) -> Block | None:
+        """The window of a site as it is now; None where it has none."""
+        return self._blocks.get(site)
 
-        Args:
-            block: float64 [2, units]. Another number of units than before begins a new window.
+    def add(self, site: str, block: Block) -> list[float]:
+        """Add the block of one observation. Another number of units than before begins a new window.
 
         Returns:
             The numbers of columns.UNITS of the window, this observation included.
         """
         known = self._blocks.get(site)
-        begins = known is None or known.shape != block.shape or float(known[0].min()) >= UNIT_SAMPLES
-        window = block.clone() if known is None or begins else known.add_(block)
-        self._blocks[site] = window
-        summed: list[float] = summarise_units(window, torch.device("cpu")).tolist()
-        return summed
+        begins = known is None or known.shape != block.shape or known[0].min() >= UNIT_SAMPLES
+        window = self._blocks[site] = block.copy() if known is None or begins else known + block
+        return _summary(window)
 
     def drop(self, site: str) -> None:
         """Forget the window of a site that has no block any more."""
@@ -46,3 +49,13 @@ class Windows:
     def start_over(self) -> None:
         """Forget every window."""
         self._blocks.clear()
+
+
+def _summary(window: Block) -> list[float]:
+    """columns.UNITS of a window."""
+    samples, saturated = window
+    measured = samples >= UNIT_SAMPLES
+    stuck = measured & (saturated >= STUCK_SHARE * samples)
+    summary = [float(len(samples)), float(measured.sum()), float(stuck.sum()), float(samples.min())]
+    assert len(summary) == len(UNITS)
+    return summary
