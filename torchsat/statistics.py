@@ -33,6 +33,7 @@ STUCK_SHARE = 0.99
 """A unit is stuck if at least this share of its samples is saturated."""
 _PART = 65536
 """Elements that a norm in float64 copies at a time."""
+_HISTOGRAM = slice(COLUMN[BINS[0]], COLUMN[BINS[-1]] + 1)
 _GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
 
 
@@ -53,9 +54,15 @@ def _empty_row(device: torch.device) -> Tensor:
 
 
 def _row(values: Mapping[str, Tensor], device: torch.device) -> Tensor:
-    """The row with these columns. Each other one is that of an empty row."""
-    columns = {**dict(zip(COLUMN, _empty_row(device), strict=True)), **values}
-    return torch.stack([column.to(accumulator(device)) for column in columns.values()])
+    """The row with these columns, given by name. Every other column is that of an empty row."""
+    row = empty_row(device)
+    return row.index_copy_(0, _places(tuple(values), device), torch.stack([value.to(row.dtype) for value in values.values()]))
+
+
+@functools.lru_cache(maxsize=64)
+def _places(names: tuple[str, ...], device: torch.device) -> Tensor:
+    """Where these columns lie in a row. Cached, since a copy to a GPU would wait for it."""
+    return torch.tensor([COLUMN[name] for name in names], device=device)
 
 
 def merge_(into: Tensor, row: Tensor) -> Tensor:
@@ -196,13 +203,13 @@ def _observe(
     if peak is not None:
         # torch.full, not torch.tensor: a number copied to a GPU would wait for it.
         values["peak"] = peak.to(dtype) if isinstance(peak, Tensor) else torch.full((), peak, dtype=dtype, device=device)
-        bins = torch.zeros(len(BINS), dtype=dtype, device=device).index_add_(0, _bin(slope / values["peak"]), finite.to(dtype))
-        values |= dict(zip(BINS, bins, strict=True))
     if len(z):
         far = torch.full((), math.inf, dtype=dtype, device=device)
         tops, bottoms = torch.where(finite, given[:2], -far).amax(1), torch.where(finite, given[:2], far).amin(1)
         values |= {"z_max": tops[0], "z_min_negated": -bottoms[0], "a_max": tops[1], "a_min_negated": -bottoms[1]}
     row = _row(values, device)
+    if peak is not None:
+        row[_HISTOGRAM].index_add_(0, _bin(slope / values["peak"]), finite.to(dtype))
     if units is None:
         return row, None
     block = torch.zeros(2, units.size, dtype=dtype, device=device)
