@@ -1,7 +1,8 @@
-"""How fast the kernels read: `python benchmarks/bandwidth.py [--device cuda] [--megabytes 256] [--write]`.
+"""How fast the kernels read memory: `python benchmarks/bandwidth.py [--device cuda] [--megabytes 256] [--write]`.
 
-Per kernel and element type: the bytes that must be read (each tensor once), divided by the time, beside the speed at which the device copies (bytes
-read and written). Runs of copy and kernel alternate; medians with quartiles of the ratio. `--write` puts the table into docs/cost.md.
+For each kernel and element type it measures the bytes that must be read (each tensor once) divided by the time, and compares that with the speed at
+which the device copies a tensor (bytes read and bytes written). A run of the copy and a run of the kernel take turns. The table gives medians, and
+the quartiles of the ratio. `--write` puts it into docs/cost.md.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def kernels(x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
-    """What is timed; each reads both tensors once."""
+    """The functions that are timed, by the name of their kernel. Each of them reads both tensors once."""
     row, block = empty_row(x.device), torch.zeros(2, UNITS, dtype=torch.float64, device=x.device)
     units = Units(Sample.of(x.view(-1, UNITS), None, 0), 1)
 

@@ -1,9 +1,9 @@
-"""Whether the budget holds: `python benchmarks/budget.py [--budgets 0.005,0.02] [--steps 8000] [--write]`.
+"""Whether the budget of `torchsat.watch` is kept: `python benchmarks/budget.py [--budgets 0.005,0.02] [--steps 8000] [--write]`.
 
-A network so small that an observation costs several steps, trained as it is and watched, in turn, 50 steps of each. Counted are the steps from 500
-on: by then the interval has been stretched. "Measured" is by how much the watched training took longer, "monitor.overhead" what the monitor says of
-itself; "nothing watched" is the noise.
-`--write` puts the table into docs/cost.md.
+A network is trained that is so small that an observation costs as much as several steps. A bare copy and a watched copy take turns, 50 steps each.
+The steps from 500 on are counted, since by then the monitor has stretched the interval between its observations. The column "measured" says by how
+much longer the watched training took, and "monitor.overhead" what the monitor says about itself. The row "nothing watched" compares two bare copies,
+so it shows the noise. `--write` puts the table into docs/cost.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def seconds(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> f
 
 
 def row(budget: float | None, steps: int) -> tuple[str, ...]:
-    """None: nothing is watched, and what is measured is noise."""
+    """The row of the table for one budget. None: the second copy is not watched either, and the row shows the noise."""
     torch.manual_seed(0)
     bare = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1))
     watched = copy.deepcopy(bare)

@@ -1,7 +1,7 @@
 """What writing to TensorBoard costs: `python benchmarks/dashboard.py`.
 
-Networks of 50 and 200 tanh layers are trained, every step observed. `training thread` is the time until training goes on, per observation;
-`all threads` what the process computes for it, pictures (heatmap and layout) included.
+Networks of 50 and 200 tanh layers are trained, and every step is observed. "training thread" is the time per observation for which the training
+waits. "all threads" is the processor time per observation of the whole process, which includes drawing the pictures (the heatmap and the layout).
 """
 
 import logging
@@ -21,7 +21,7 @@ STEPS = 200
 
 
 class Timed:
-    """A writer, timed."""
+    """A sink that gives each snapshot to a TensorBoard writer and measures the time that this takes."""
 
     def __init__(self, folder: str) -> None:
         self.writer = TensorBoardWriter(folder)

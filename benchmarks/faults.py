@@ -1,11 +1,11 @@
-"""How often the alerts are right: seeded faults in networks that are otherwise healthy, and healthy networks trained to convergence.
+"""How often the alerts are right, in networks with faults that were put in on purpose and in healthy networks that are trained to convergence.
 
-    python benchmarks/faults.py             all runs; half of them, which no limit was tuned on, make the table
+    python benchmarks/faults.py             all runs; the table shows the half of them that no limit was tuned on
     python benchmarks/faults.py --quick     one run in ten
 
-A scenario is an architecture, an activation, a fault of some severity, and a seed. Its cause is known because it was put there. The rules of
-other projects judge the same tensors at the same steps, by their published thresholds. Data: scikit-learn's digits (8 x 8), and a synthetic
-classification of 64 Gaussian features.
+A case is an architecture, an activation, a fault with its severity, and a seed. The true cause is known, because the fault was put in. The rules of
+other projects judge the same tensors at the same steps, with their published thresholds. The data are the digits of scikit-learn (8 x 8 pixels) and a
+synthetic classification of 64 Gaussian features.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ RECTIFIERS = ("relu", "gelu", "silu")
 
 @dataclass(frozen=True)
 class Case:
-    """One run. `fault` None: healthy."""
+    """One run. A healthy network has no fault: `fault` is None."""
 
     architecture: str
     activation: str
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def held_out(self) -> bool:
-        """Whether it is in the half that is reported."""
+        """Whether the case is in the half that no limit was tuned on, and which the tables show."""
         return (self.seed + self.severity) % 2 == 1
 
 
@@ -69,8 +69,9 @@ class Result:
     case: Case
     snapshots: list[torchsat.Snapshot]
     others: dict[str, int] = field(default_factory=dict)
-    """The first step at which a rule set of others fired, by its name."""
+    """The first step at which each rule set of another project fired, by the name of the rule set. Those that never fired are missing."""
     accuracy: float = math.nan
+    """The share of right answers on the batches of the last 20 steps."""
 
 
 class Residual(nn.Module):
@@ -83,7 +84,7 @@ class Residual(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Reads the rows of the image."""
+    """A recurrent network that reads an image row by row."""
 
     def __init__(self, kind: type[nn.RNNBase]) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class Recurrent(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Rows of the image are tokens."""
+    """A transformer encoder whose tokens are the rows of an image."""
 
     def __init__(self, norm_first: bool, activation: str) -> None:
         super().__init__()
@@ -108,7 +109,7 @@ class Transformer(nn.Module):
 
 
 def build(architecture: str, activation: str) -> nn.Module:
-    """A network as it should be: the init that fits the activation."""
+    """A healthy network, with the initialisation that suits its activation."""
     act = ACTIVATIONS.get(activation, nn.ReLU)
     kind, _, size = architecture.partition("-")
     if kind == "mlp":
@@ -152,6 +153,7 @@ SEVERITIES: dict[str, tuple[float, ...]] = {
     "numeric_range": (0.0, 1.0, 2.0, 3.0),
     "softmax_logits": (6.0, 8.0, 12.0, 16.0),
 }
+"""The strengths of each fault, by its severity from 0 to 3. `break_model`, `batches` and `run` say what a strength means."""
 
 
 WIDER: dict[tuple[str, str], float] = {
@@ -162,16 +164,16 @@ WIDER: dict[tuple[str, str], float] = {
     ("inputs_unscaled", "lstm"): 10.0,
     ("inputs_unscaled", "gru"): 10.0,
 }
-"""What a wider linear range needs for the same harm: a sigmoid saturates where z is twice that of a tanh."""
+"""Factors of the strength for activations with a wider linear range. A sigmoid, for example, saturates at twice the z of a tanh."""
 
 
 def strength(case: Case) -> float:
-    """How strong the fault of a case is."""
+    """The strength of the fault, in units that depend on the fault: a factor, an offset, or a multiple of a learning rate. 0 without a fault."""
     return SEVERITIES[case.fault][case.severity] * WIDER.get((case.fault, case.activation), 1.0) if case.fault else 0.0
 
 
 def hidden_weights(model: nn.Module) -> list[Tensor]:
-    """Of all layers but the last; of recurrent layers and of attention the stacked ones."""
+    """The weights of all linear and convolutional layers but the last, and of recurrent layers, whose gates are stacked in one tensor."""
     layers = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
     recurrent = [
         weight for module in model.modules() if isinstance(module, nn.RNNBase) for name, weight in module.named_parameters() if "weight" in name
@@ -181,11 +183,12 @@ def hidden_weights(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def break_model(model: nn.Module, fault: str, amount: float) -> None:
+    """Put a fault that concerns the weights into a healthy network. Other faults change the batches or the optimizer."""
     if fault in ("init_too_large", "init_too_small"):
         for weight in hidden_weights(model):
             weight *= amount
     elif fault == "dead_units":
-        # A bias far below zero in most units, as after one step that was too big.
+        # Most units get a bias far below zero, as one step that was too large would leave them.
         for module in list(model.modules()):
             if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.shape[0] != 10:
                 chosen = torch.rand(module.bias.shape) < 0.75  # type: ignore[union-attr]
@@ -197,7 +200,7 @@ def break_model(model: nn.Module, fault: str, amount: float) -> None:
 
 
 def batches(case: Case, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Standardised inputs and labels, with the faults of inputs put in."""
+    """Batches of standardised inputs and labels. Faults that concern the inputs are put in here."""
     inputs, labels = dataset(case.data)
     generator = torch.Generator().manual_seed(case.seed + 1)
     amount = strength(case)
@@ -232,14 +235,17 @@ def dataset(name: str) -> tuple[Tensor, Tensor]:
 
 
 class Others:
-    """The rules of other projects, on the outputs and inputs of activation modules and on gradients, from their published thresholds.
+    """The rules of other projects, with their published thresholds, applied to inputs and outputs of activation modules and to gradients.
 
-    SageMaker Debugger: a unit is inactive that is active in at most 1 % of its samples, and a layer with more than 50 % inactive units fires
-    (a ReLU is active above 0, a tanh within +-9.4999, a sigmoid within -23 and 17); mean |gradient| of a weight below 1e-7; NaN or inf.
-    DeepDiagnosis: 70 % of a ReLU's outputs are 0; |z| >= 5 in more than 50 % of tanh or sigmoid; mean |gradient| below 1e-7; variance of a
-    weight outside 1e-5..10; lr |gradient| / |weight| outside 1e-5..1e-1. TheDeepChecker (from step 10, every 10, five times in a row): 95th
-    percentile of |a| below 1e-5, or saturation rho above 0.85, for more than 50 % of units; std of activations outside 0.5..2; update
-    outside 1e-4..1e-1; mean |gradient| below 1e-6. |a| > 0.95: in more than 70 % of an activation's outputs.
+    - SageMaker Debugger fires if more than 50 % of the units of a layer are inactive, that is active in at most 1 % of their samples. A ReLU is
+      active above 0, a tanh between -9.4999 and 9.4999, a sigmoid between -23 and 17. It also fires if the mean |gradient| of a weight is below 1e-7,
+      and on NaN or infinite values.
+    - DeepDiagnosis fires if 70 % of the outputs of a ReLU are 0, if |z| >= 5 in more than 50 % of the elements of a tanh or a sigmoid, if the mean
+      |gradient| of a weight is below 1e-7, if the variance of a weight is outside 1e-5..10, and if lr |gradient| / |weight| is outside 1e-5..1e-1.
+    - TheDeepChecker looks at the observed steps from step 10 on, and fires if one of these holds five times in a row: the 95th percentile of |a| is
+      below 1e-5, or the saturation measure rho is above 0.85, for more than 50 % of the units; the standard deviation of an activation is outside
+      0.5..2; the update is outside 1e-4..1e-1; the mean |gradient| is below 1e-6.
+    - |a| > 0.95 fires if that holds for more than 70 % of the outputs of an activation.
     """
 
     def __init__(self, model: nn.Module, rate: float) -> None:
@@ -249,6 +255,7 @@ class Others:
         self.values: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
 
     def watch(self) -> list[torch.utils.hooks.RemovableHandle]:
+        """Keep the input and the output of every activation module in the next forward pass. The handles that are returned end this."""
         known = tuple(ACTIVATIONS.values())
         return [
             module.register_forward_hook(
@@ -259,9 +266,11 @@ class Others:
         ]
 
     def fire(self, rules: str, step: int) -> None:
+        """Keep the step at which a rule set fires for the first time."""
         self.first.setdefault(rules, step)
 
     def judge(self, step: int) -> None:
+        """Apply all rules after the backward pass of an observed step."""
         for name, (module, z, a) in self.values.items():
             units = [each.transpose(1, -1).reshape(-1, each.shape[1 if each.ndim == 4 else -1]) if each.ndim > 2 else each for each in (z, a)]
             z, a = units
@@ -312,6 +321,7 @@ class Others:
                 self._streak(name + " gradient", gradient < 1e-6, step)
 
     def _streak(self, what: str, beyond: bool, step: int) -> None:
+        """Let TheDeepChecker fire if a value is beyond its limit for the fifth time in a row."""
         key = ("TheDeepChecker", what)
         self.streaks[key] = self.streaks[key] + 1 if beyond else 0
         if self.streaks[key] >= 5:
@@ -319,7 +329,10 @@ class Others:
 
 
 def _rho(a: Tensor, bins: int = 50) -> Tensor:
-    """The saturation measure of Rakitianskaia and Engelbrecht: |mean of each bin| weighted by its count, per unit, of outputs in [-1, 1]."""
+    """The saturation measure of Rakitianskaia and Engelbrecht for outputs in [-1, 1], of shape [samples, units]: one number for each unit.
+
+    It is the mean over the bins of a histogram of |mean of the outputs in the bin|, weighted by the number of outputs in the bin.
+    """
     place = ((a.clamp(-1, 1) + 1) / 2 * bins).long().clamp(max=bins - 1)
     count = torch.zeros(bins, a.shape[1]).scatter_add_(0, place, torch.ones_like(a))
     total = torch.zeros(bins, a.shape[1]).scatter_add_(0, place, a)
@@ -330,7 +343,7 @@ OTHERS = ("SageMaker Debugger", "DeepDiagnosis", "TheDeepChecker", "|a| > 0.95")
 
 
 def run(case: Case) -> Result:
-    """Train the network of one case, watched."""
+    """Train the network of one case while torchsat and the rules of the other projects watch it."""
     torch.manual_seed(case.seed)
     torch.set_num_threads(1)
     model = build(case.architecture, case.activation)
@@ -370,7 +383,7 @@ def run(case: Case) -> Result:
 
 
 def cases() -> list[Case]:
-    """Every scenario: faults where they do harm, and each network without one."""
+    """All cases: each network without a fault, and with every fault that harms a network of its kind."""
     mlps = ("mlp-3x64", "mlp-6x64", "mlp-3x256")
     plain: dict[str, tuple[str, ...]] = {
         **dict.fromkeys(mlps, tuple(ACTIVATIONS)),
@@ -424,7 +437,7 @@ def cases() -> list[Case]:
 
 
 def verdicts(snapshots: Sequence[torchsat.Snapshot]) -> list[torchsat.Alert]:
-    """What a monitor with the default rules tells of a run."""
+    """The alerts that a monitor with the default rules would raise in a run."""
     judge, diagnosis = Judge(), Diagnosis()
     told = [diagnosis.judge(judge.judge(snapshot), judge.firing, snapshot) for snapshot in snapshots]
     return [alert for alerts in told for alert in alerts if alert.firing]
@@ -432,11 +445,17 @@ def verdicts(snapshots: Sequence[torchsat.Snapshot]) -> list[torchsat.Alert]:
 
 @dataclass
 class Score:
+    """How well the faults of one kind, or in one architecture, were found."""
+
     runs: int = 0
     found: int = 0
+    """The number of runs with an alert."""
     first: int = 0
+    """The number of runs whose first alert names the true cause as the most likely one."""
     second: int = 0
+    """The number of runs whose first alert names the true cause as one of the two most likely ones."""
     steps: list[int] = field(default_factory=list)
+    """The step of the first alert, for each run with an alert."""
 
     def add(self, case: Case, told: list[torchsat.Alert]) -> None:
         self.runs += 1
@@ -455,7 +474,7 @@ class Score:
 
 
 def evaluate(results: Sequence[Result]) -> None:
-    """The tables, of one half of the runs."""
+    """Print the tables for these runs, with the recall and the causes first and the false alarms last."""
     faulty = [result for result in results if result.case.fault]
     healthy = [result for result in results if not result.case.fault and result.accuracy >= 0.9]
     failed = sum(not result.case.fault for result in results) - len(healthy)

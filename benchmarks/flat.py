@@ -1,4 +1,4 @@
-"""Ten thousand observed steps: memory, threads and open files stay flat.
+"""Whether memory, threads and open files stay constant over ten thousand observed steps.
 
 python benchmarks/flat.py [--steps 10000]
 """
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     steps = parser.parse_args().steps
     torch.manual_seed(0)
-    # One of each kind of tap: one autograd node, several, a learned parameter, in place.
+    # These activations are observed in different ways: f is one autograd node, several nodes, has a learned parameter, or works in place.
     model = nn.Sequential(
         *(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Softsign(), nn.Linear(32, 32), nn.PReLU()),
         *(nn.Linear(32, 32), nn.ReLU(inplace=True), nn.Linear(32, 1)),

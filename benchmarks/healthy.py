@@ -1,8 +1,9 @@
-"""How far the activations of healthy networks close when they are trained to convergence: the limits of the rules stand beyond this.
+"""How far the activations of healthy networks saturate when the networks are trained to convergence. The limits of the rules lie beyond these values.
 
     python benchmarks/healthy.py
 
-Three hidden layers of 128 on scikit-learn's digits, inputs standardised, Xavier or He initialisation; no alert may fire.
+The networks have three hidden layers of 128 units and learn the digits of scikit-learn, with standardised inputs and with the initialisation of
+Xavier or He. No alert may fire.
 """
 
 import torch

@@ -1,8 +1,9 @@
 """What watching costs: `python benchmarks/overhead.py [--device cuda] [--only MLP,GPT] [--pairs 30] [--write]`.
 
-Per training, eager and compiled: the ratio of the watched to the bare step for a step that is observed, one that is not, and for a whole training at
-the default settings; beside it the same training against itself, which is the noise. Memory is the highest sum of live bytes of torch's allocator
-within a step; bytes are those of the event file. `--write` puts the table into docs/cost.md.
+For each training, eager and compiled, the table gives the ratio of the time of a watched step to that of a bare step: for a step that is observed,
+for a step that is not, and for a whole training with the default settings. The column "noise" gives the ratio of two bare trainings. "memory" is by
+how much the highest sum of live bytes of torch's allocator within a step grows, and "kB" is the size of the event file per observation. `--write`
+puts the table into docs/cost.md.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ MODES = {"eager": None, "compiled, observed in eager": "default", "compiled, in 
 
 
 def peak(training: Training) -> float:
-    """The highest sum of live bytes that torch's allocator saw within a step, less that before it, in MB."""
+    """By how many MB the sum of live bytes of torch's allocator rises within a step, at its highest."""
     batch = training.work.batch()
     if training.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -44,7 +45,7 @@ def peak(training: Training) -> float:
 
 
 def after(training: Training, monitor: torchsat.Monitor, step: int) -> None:
-    """Go on as if this were the step."""
+    """Train until the monitor has left its first steps behind, and then let it believe that this is the number of the step."""
     for _ in range(3):
         training.step(training.work.batch())
     monitor._step = step
@@ -57,7 +58,7 @@ def measure(work: Workload, mode: str, device: torch.device, pairs: int) -> tupl
         return Training(work, next(models), device, MODES[mode])
 
     inside = "in_graph" if mode.endswith("graph") else "eager"
-    # Before anything is compiled: a graph that is made while hooks are not looked at would have to be made again.
+    # The monitor is made before any step has compiled a graph. A graph without guards on hooks would have to be compiled again.
     watched = make()
     bare = make()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +92,7 @@ def measure(work: Workload, mode: str, device: torch.device, pairs: int) -> tupl
 def rows(device: torch.device, only: list[str], modes: list[str], pairs: int) -> Iterator[tuple[str, ...]]:
     for work in workloads(device).values():
         for mode, how in MODES.items():
-            # Recurrent layers are no part of a graph: torch.compile calls their kernel.
+            # torch.compile does not trace recurrent layers, it calls their kernel. So a compiled LSTM is the same as an eager one.
             if (not only or work.name in only) and (not modes or mode in modes) and not (work.name == "LSTM" and how):
                 torch._dynamo.reset()
                 row = measure(work, mode, device, pairs)
@@ -104,7 +105,7 @@ def table(titles: tuple[str, ...], found: list[tuple[str, ...]]) -> str:
 
 
 def put(text: str, name: str, page: Path = DOCS) -> None:
-    """Between the marks of that name in a page of the docs."""
+    """Put a text between the marks of this name in a page of the docs, in place of what stands there."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     head, rest = page.read_text().split(begin)
     page.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")

@@ -1,9 +1,11 @@
 """What other monitors cost: `python benchmarks/peers.py [--device cpu] [--only MLP,GPT] [--peers wandb,delve] [--pairs 20] [--whole 100] [--write]`.
 
-Needs `pip install wandb fastai torchexplorer delve` and Graphviz's `dot`; what is missing is named below the tables. The trainings of workloads.py
-run eagerly, watched and bare in turn: whole ones with the peer as it comes, and steps with the peer measuring at every step. What its user calls
-after a step is part of that step. Peers measure different things, so each row says what. Nothing is sent anywhere, and files go to temporary folders.
-`--write` puts the tables into docs/cost.md.
+It needs `pip install wandb fastai torchexplorer delve` and the program `dot` of Graphviz. Monitors that are not installed are named below the tables.
+
+The trainings of workloads.py run eager, and a watched and a bare one take turns. The first table is of whole trainings with the default settings of
+each monitor, the second of single steps with the monitor measuring at every step. What the user of a monitor calls after each step is counted as part
+of the step. The monitors measure different things, so each row says what is measured. Nothing is sent over the network, and all files are written to
+temporary folders. `--write` puts the tables into docs/cost.md.
 """
 
 from __future__ import annotations
@@ -39,11 +41,11 @@ HEARD = ("torch.nn.modules.activation", "torch.nn.modules.rnn")
 
 AfterStep = Callable[[], object]
 Attach = Callable[[Training, Path], AbstractContextManager[AfterStep]]
-"""Watches a training while it is entered, with a folder to write to; gives what is to be called after each step."""
+"""A context manager that watches a training, with a folder to write to. It gives the function that the user calls after each step."""
 
 
 def nothing() -> None:
-    """What most peers ask of their user after a step."""
+    """Most monitors need no call after a step."""
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def with_wandb(training: Training, folder: Path, **how: Any) -> Iterator[AfterSt
         steps = count()
         with wandb.init(dir=folder) as run:
             run.watch(training.model, **how)
-            # The histograms wait for the next thing that is logged.
+            # wandb keeps its histograms until something else is logged.
             yield lambda: run.log({"step": next(steps)})
             run.unwatch(training.model)
 
@@ -77,7 +79,7 @@ def with_fastai(training: Training, folder: Path, **how: Any) -> Iterator[AfterS
     from fastai.callback.hook import ActivationStats
 
     callback = ActivationStats(**how)
-    # All that it asks of a Learner.
+    # The callback uses only these attributes of a Learner.
     callback.learn = SimpleNamespace(model=training.model, training=True)
     callback.before_fit()
     yield callback.after_batch
@@ -88,7 +90,8 @@ def with_fastai(training: Training, folder: Path, **how: Any) -> Iterator[AfterS
 def with_torchexplorer(training: Training, folder: Path, **how: Any) -> Iterator[AfterStep]:
     import torchexplorer
 
-    # It would serve its page from a thread that never ends; the page's data are written all the same. Its hooks cannot be taken off.
+    # torchexplorer would serve its page from a thread that never ends. Without the server it still writes the data of the page. There is no way to
+    # remove its hooks.
     unserved = SimpleNamespace(app=SimpleNamespace(run=lambda port: None))
     with mock.patch.dict(sys.modules, app=unserved), mock.patch.object(sys, "path", [*sys.path]):
         torchexplorer.watch(training.model, backend="standalone", standalone_dir=str(folder / "page"), verbose=False, **how)
@@ -135,7 +138,7 @@ def with_tensorboard(training: Training, folder: Path) -> Iterator[AfterStep]:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to watch: what its user calls, and what that measures."""
+    """One row of a table: a monitor with the call that its user writes and what that measures."""
 
     peer: str
     about: str
@@ -183,7 +186,7 @@ EVERY = (
 
 
 class Watched(Training):
-    """A training whose step ends with what the user of a peer calls."""
+    """A training whose steps include the function that the user of a monitor calls after each step."""
 
     finish: AfterStep = staticmethod(nothing)
 
@@ -212,7 +215,7 @@ def measure(work: Workload, way: Way, device: torch.device, pairs: int, whole: b
 
 
 def absence(peer: str) -> str:
-    """Why it cannot be measured here; empty if it can."""
+    """Why this monitor cannot be measured here. The text is empty where it can."""
     reasons = [PINNED[peer]] if peer in PINNED else []
     try:
         importlib.import_module(MODULES[peer])

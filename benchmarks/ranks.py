@@ -1,10 +1,14 @@
-"""What observing together costs at scale: `python benchmarks/ranks.py [--latency 10e-6] [--bandwidth 25e9] [--write]`.
+"""What an observation costs in a job of many ranks: `python benchmarks/ranks.py [--latency 10e-6] [--bandwidth 25e9] [--write]`.
 
-Three tables, for networks of so many layers of one width, each with an activation. The first is on paper: the bytes that a rank hands to the two
-all-reduces of an observation are those of the layout that the ranks agree upon, and their time follows from latency and bandwidth of the wire by
-the usual formula of a tree, 2 log2(R) x latency + 2 x bytes / bandwidth. The second is measured: the milliseconds that packing takes on the
-training thread and reading on the host. The third is simulated: the packed vectors of 10,000 ranks are merged as the collectives do it, and
-counts, means and the worst rank compared with what was put in. `--write` puts the tables into docs/distributed.md.
+The networks have many layers of one width, each with an activation. There are three parts:
+
+- Computed: the bytes that a rank gives to the two all-reduces of an observation follow from the layout that the ranks agree on. Their time follows
+  from the latency and the bandwidth of the network, by the usual formula for a tree: 2 log2(R) x latency + 2 x bytes / bandwidth.
+- Measured: the milliseconds for packing the vectors on the training thread, and for reading them on the host.
+- Simulated: the packed vectors of 10,000 ranks are merged as the collectives merge them. The counts, the means and the worst rank are compared with
+  the values that were put in.
+
+`--write` puts the tables into docs/distributed.md.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ def layout(sites: int, width: int | None) -> Layout:
 
 
 def alone(agreed: Layout, rank: int = 0) -> Ranks:
-    """A rank that has agreed upon a layout with nobody."""
+    """The `Ranks` of one rank with this layout, made without any communication."""
     made = Ranks.__new__(Ranks)
     made.rank, made.everywhere, made.size, made.layout = rank, rank, 1, agreed
     made._device, made._windows, made._told, made.together = CPU, {}, {}, False
@@ -94,7 +98,7 @@ def measured() -> str:
 
 
 def simulated(ranks: int, sites: int) -> str:
-    """Ranks of different share of saturation, merged; what comes out against what went in."""
+    """Merge ranks whose saturated shares differ, and compare the result with the values that were put in."""
     agreed = layout(sites, None)
     drawn = torch.Generator().manual_seed(0)
     n, low, z, elements = (SUMS.index(name) for name in ("n", "low", "z", "elements"))

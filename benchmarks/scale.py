@@ -1,8 +1,8 @@
 """How the cost of an observation grows: `python benchmarks/scale.py [--device cuda] [--pairs 5] [--write]`.
 
-Three series, of each the milliseconds that an observed step takes longer than a bare one: the number of sites (tanh networks of width 32, batch 64),
-the width of four layers (batch 256), and the length of the sequences of a small GPT. An observation costs a fixed time per site, and the elements
-read, of which there are at most as many as a sample holds. `--write` puts the tables into docs/cost.md.
+Three tables give by how many milliseconds an observed step takes longer than a bare one: over the number of sites (tanh networks of width 32, batch
+64), over the width of four layers (batch 256), and over the length of the sequences of a small GPT. An observation costs a fixed time per site, and a
+time per element that is read. No more elements are read than a sample holds. `--write` puts the tables into docs/cost.md.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def extra(work: Workload, device: torch.device, pairs: int) -> tuple[float, float, int]:
-    """Milliseconds of a bare step, how much longer an observed one takes, and how many sites it has."""
+    """The milliseconds of a bare step, by how many milliseconds an observed step takes longer, and the number of sites."""
     torch.manual_seed(0)
     bare = work.model().to(device)
     watched = copy.deepcopy(bare)

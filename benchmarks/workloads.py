@@ -1,7 +1,7 @@
-"""The models that the benchmarks train, and how two trainings are compared: step by step, interleaved in one process.
+"""The models that the benchmarks train, and how two trainings are compared: by steps that take turns in one process.
 
-Machines are noisy, so every figure is a ratio: two equal models take their steps in turn (ABBA), a pair of steps gives one ratio, and their
-median is reported with its quartiles. The same training against itself says how much of that is noise.
+The speed of a machine varies, so every figure is a ratio. Two equal models take their steps in turn, in the order ABBA, and each pair of steps gives
+one ratio. The median of the ratios is reported with the quartiles. The same comparison of two bare trainings shows how much of that is noise.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Workload:
 
 
 class Mlp(nn.Sequential):
-    """Ten tanh layers of one width."""
+    """A network of ten tanh layers of one width."""
 
     def __init__(self, width: int = 1024, depth: int = 10, classes: int = 10) -> None:
         hidden = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())]
@@ -46,7 +46,7 @@ class Mlp(nn.Sequential):
 
 
 class Block(nn.Module):
-    """The basic block of a ResNet."""
+    """The basic block of a ResNet: two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Sequential):
-    """ResNet-18 as it is used on images of 32 x 32: 17 ReLUs."""
+    """ResNet-18 with 17 ReLUs, in the variant for images of 32 x 32 pixels: the first convolution has a stride of 1, and there is no max pooling."""
 
     def __init__(self, width: int, classes: int = 10) -> None:
         widths = [width, width, 2 * width, 4 * width, 8 * width]
@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """One layer of a transformer, normalised first."""
+    """A transformer layer with the normalisation before attention and MLP (pre-norm)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Layer(nn.Module):
 
 
 class Gpt(nn.Module):
-    """A GPT."""
+    """A language model of pre-norm transformer layers with causal attention and learned positions."""
 
     def __init__(self, width: int, layers: int, heads: int, length: int, vocabulary: int) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def _tokens(rows: int, length: int, vocabulary: int, device: torch.device) -> Ca
 
 
 def workloads(device: torch.device) -> dict[str, Workload]:
-    """By name; larger ones where there is a GPU."""
+    """All trainings by their names. On a GPU the models are larger."""
     cuda = device.type == "cuda"
 
     def sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -177,7 +177,13 @@ def workloads(device: torch.device) -> dict[str, Workload]:
 
 
 class Training:
-    """One of two equal trainings: `step` trains once, and returns how many seconds it took."""
+    """One of two trainings that are compared.
+
+    Args:
+        work: what is trained.
+        model: the model, which must be on the device already.
+        compiled: the mode for torch.compile. None: the model runs eager.
+    """
 
     def __init__(self, work: Workload, model: nn.Module, device: torch.device, compiled: str | None = None) -> None:
         self.work, self.model, self.device = work, model, device
@@ -185,6 +191,7 @@ class Training:
         self.optimizer = work.optimizer(model)
 
     def step(self, batch: Batch) -> float:
+        """Train one step and return the seconds that it took."""
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
@@ -201,24 +208,31 @@ class Training:
 
 @dataclass(frozen=True)
 class Ratio:
-    """What B's step costs over A's."""
+    """How the time of the steps of a training B compares with that of a training A."""
 
     median: float
+    """The median of the ratios of the pairs of steps."""
     low: float
     high: float
-    """Quartiles of the ratio of a pair of steps."""
+    """The lower and the upper quartile of the ratios."""
     total: float
-    """Of the sums of all steps: what a whole training costs."""
+    """The ratio of the sums of all steps, which is that of the whole trainings."""
     milliseconds: float
-    """Of A's step, the median."""
+    """The median time of a step of A."""
     pairs: int
+    """The number of pairs of steps."""
 
     def __str__(self) -> str:
         return f"{self.median:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def compare(a: Training, b: Training, pairs: int, warm: int = 3) -> Ratio:
-    """B's steps over A's, interleaved."""
+    """Let two trainings take their steps in turn and compare the times.
+
+    Args:
+        pairs: the number of pairs of steps that are measured.
+        warm: the number of steps of each training before that.
+    """
     for _ in range(warm):
         batch = a.work.batch()
         a.step(batch)
@@ -236,7 +250,7 @@ def compare(a: Training, b: Training, pairs: int, warm: int = 3) -> Ratio:
 
 
 def twins(work: Workload, device: torch.device, seed: int = 0) -> Iterator[nn.Module]:
-    """Equal models, as many as are asked for."""
+    """Equal models of a workload, without end."""
     torch.manual_seed(seed)
     model = work.model().to(device)
     while True:
@@ -244,7 +258,7 @@ def twins(work: Workload, device: torch.device, seed: int = 0) -> Iterator[nn.Mo
 
 
 def machine(device: torch.device) -> str:
-    """What a figure was measured on."""
+    """A text that says on what machine and with which torch a figure was measured."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     name = platform.processor() or platform.machine()

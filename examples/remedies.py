@@ -1,9 +1,9 @@
-"""What helps a deep sigmoid network on raw pixels: every remedy is tried on a copy, and measured.
+"""Find out what helps a deep sigmoid network on raw pixels: every remedy is tried on a copy of the network and measured.
 
-    python examples/remedies.py                       the table, and what the numbers say of each remedy
-    python examples/remedies.py --picture trials.png
+    python examples/remedies.py                       prints a table, and what the numbers say about each remedy
+    python examples/remedies.py --picture trials.png  also draws the curves
 
-The data are the 1797 handwritten digits that ship with scikit-learn; the network is that of examples/digits.py.
+The data are the 1797 handwritten digits that ship with scikit-learn. The network is that of examples/digits.py.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torchsat
 
 
 def network() -> nn.Sequential:
-    """Four hidden layers of 64 sigmoids, weights drawn from N(0, 1) whatever the width."""
+    """A network with four hidden layers of 64 sigmoids. The weights are drawn from N(0, 1) regardless of the width, which is far too large."""
     model = nn.Sequential()
     for k in range(1, 5):
         linear = nn.Linear(64, 64)

@@ -170,7 +170,7 @@ print(json.dumps([list(runs) == [active] and "torchsat.derivative/000_1" not in 
 def test_the_ignite_example_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ignite", reason="Ignite is not installed: pip install pytorch-ignite")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ignite.py", "--epochs", "2"])
-    runpy.run_path(str(ROOT / "examples" / "ignite.py"), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", ["ignite_digits.py", "--epochs", "2"])
+    runpy.run_path(str(ROOT / "examples" / "ignite_digits.py"), run_name="__main__")
     assert "1 (tanh) is saturated" in capsys.readouterr().out
     assert [snapshot.step for snapshot in torchsat.read(tmp_path / "runs" / "ignite")] == [0, 1, 2, 4, 8, 16, 32, 50]

@@ -1,4 +1,4 @@
-"""Probe and trials: right numbers, and a model, an optimizer and random numbers left as they were."""
+"""`probe` and `try_remedies` give the right numbers and leave the model, the optimizer and the random numbers as they were."""
 
 import io
 import itertools
@@ -30,7 +30,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def state(model: nn.Module) -> list[Tensor]:
-    """Everything that training could change, random numbers included."""
+    """Copies of everything that training could change, random numbers included."""
     values = [*model.state_dict().values(), *(each.grad for each in model.parameters() if each.grad is not None), torch.get_rng_state()]
     return [value.clone() for value in values]
 

@@ -1,4 +1,7 @@
-"""torchsat in loops that belong to other libraries, each in a module of its name that imports it."""
+"""torchsat in training loops that belong to other libraries.
+
+Each library has a module of its name here, and only that module imports the library, so none of them is needed otherwise.
+"""
 
 import logging
 from typing import Any
@@ -9,7 +12,10 @@ log = logging.getLogger("torchsat")
 
 
 def take_up(monitor: Monitor, state: dict[str, Any]) -> None:
-    """What a checkpoint holds of a monitor; one that another version wrote does not stop the training that it resumes."""
+    """Load the state of a monitor from a checkpoint.
+
+    A state that another version of torchsat wrote, and that cannot be read, is reported in the log. It does not stop the training that is resumed.
+    """
     try:
         monitor.load_state_dict(state)
     except ValueError as error:

@@ -1,8 +1,8 @@
 """`watch(accelerator, model)` for a loop that uses Accelerate.
 
-`accelerator.prepare` wraps model and optimizer; what is watched is the module inside, and its steps are those of the torch optimizer inside, which
-only steps when gradients are synchronised and no overflow was found. Which process writes, and where to, is known to the accelerator. It is asked
-for its trackers at each observation, so `init_trackers` may come later.
+`accelerator.prepare` wraps the model and the optimizer. We watch the module inside the wrapper and count the steps of the torch optimizer inside its
+wrapper, which steps only when the gradients are synchronised and no overflow was found. The accelerator knows which process writes, and where to. We
+ask it for its trackers at each observation, so `init_trackers` may be called after `watch`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ except ImportError as error:
 
 
 def watch(accelerator: Accelerator, model: nn.Module, log_dir: str | os.PathLike[str] | None = None, **options: Any) -> Monitor:
-    """Watch a model, before or after `accelerator.prepare`. Its scalars go to the trackers of the accelerator.
+    """Watch a model, before or after `accelerator.prepare`, and send the scalars of each observation to the trackers of the accelerator.
 
     Args:
-        log_dir: as of `torchsat.watch`. None: the directory of the TensorBoard tracker, if there is one already; it gets no scalars then, since it
-            has the sub-run `torchsat` beside its curves.
-        options: the others of `torchsat.watch`. In a resumed run `start=` is the number of optimizer steps already taken.
+        accelerator: the accelerator that prepares the model.
+        model: the model, wrapped by the accelerator or not.
+        log_dir: the same as of `torchsat.watch`. None: the directory of the TensorBoard tracker, if there is one already. That tracker gets no
+            scalars then, since TensorBoard shows the sub-run `torchsat` next to its curves.
+        options: all other arguments of `torchsat.watch`. In a resumed run `start=` must be the number of optimizer steps already taken.
     """
     beside = None
     if log_dir is None and options.get("writer") is None and accelerator.is_main_process:
@@ -40,7 +42,7 @@ def watch(accelerator: Accelerator, model: nn.Module, log_dir: str | os.PathLike
         values = scalars(snapshot, len(monitor.alerts))
         for tracker in accelerator.trackers:
             if tracker.name == "wandb":
-                # W&B drops what comes for a step before its last; on a GPU an observation may come that late.
+                # W&B drops values for a step before its last one, and on a GPU an observation may arrive that late.
                 tracker.log({**values, "torchsat/step": snapshot.step}, step=max(snapshot.step, tracker.tracker.step))
             elif tracker is not beside:
                 tracker.log(values, step=snapshot.step)

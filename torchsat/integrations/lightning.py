@@ -1,8 +1,10 @@
 """`Torchsat`, a callback of PyTorch Lightning's Trainer: `Trainer(callbacks=[Torchsat()])`.
 
-A step of ours is a batch after which the optimizers have stepped, however many there are. Lightning's loggers count so too; `trainer.global_step`
-counts the step of every optimizer, which is the same with one, as in automatic optimization. Watching begins with the first batch of a `fit`: by then
-a run that goes on from a checkpoint has its numbers, and sanity check, validation or test alone open nothing.
+A step is a batch after which the optimizers have stepped, however many there are. The loggers of Lightning count in the same way.
+`trainer.global_step` counts the step of each optimizer instead, which makes no difference with one optimizer, as in automatic optimization.
+
+Watching begins with the first batch of a `fit`. By then a run that is resumed from a checkpoint knows the number of its step, and a sanity check, a
+validation or a test without training opens no files.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers import Logger
 else:
-    # Two packages of the same content; the one that is in use first.
+    # Lightning is distributed as two packages with the same content. We take the one that is imported already, and otherwise the first one found.
     for _name in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
         try:
             Callback = import_module(_name).Callback
@@ -33,13 +35,14 @@ else:
 
 
 class Torchsat(Callback):
-    """Watches the LightningModule in each `fit`.
+    """A callback that watches the LightningModule during each `fit`.
 
     Args:
-        options: those of `torchsat.watch`. Without `log_dir` or `writer` the sub-run `torchsat` goes into the directory of the Trainer's
-            TensorBoardLogger, else of its first logger; without a logger no files are written. Loggers other than TensorBoard's get the scalars.
+        options: the arguments of `torchsat.watch`. Without `log_dir` or `writer` the sub-run `torchsat` is written into the directory of the
+            Trainer's TensorBoardLogger, or else into that of its first logger. Without a logger no files are written. All loggers but
+            TensorBoardLogger get the scalars of each observation.
 
-    `monitor` is that of the last `fit`: `callback.monitor.alerts`.
+    The attribute `monitor` is the monitor of the last `fit`, so that `callback.monitor.alerts` tells which alerts fire.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -50,7 +53,7 @@ class Torchsat(Callback):
 
     @property
     def state_key(self) -> str:
-        """By which checkpoints tell several apart."""
+        """The key by which a checkpoint tells several of these callbacks apart."""
         own = {name: str(value) for name, value in self._options.items() if name in ("log_dir", "include", "exclude")}
         return self._generate_state_key(**own) if own else super().state_key
 
@@ -93,12 +96,15 @@ class Torchsat(Callback):
 
 
 def _is_tensorboard(logger: Logger) -> bool:
-    """Lightning has a class of this name for each of its packages."""
+    """Whether this is a TensorBoardLogger, of whichever package of Lightning. Each package has a class of this name."""
     return any(each.__name__ == "TensorBoardLogger" for each in type(logger).__mro__)
 
 
 def _directory(trainer: Trainer) -> str | None:
-    """Of the first logger, TensorBoard's before others; on the first process, which is the one that writes."""
+    """The directory of a TensorBoardLogger, or else of the first logger.
+
+    None where nothing is written: without a logger, in a `fast_dev_run`, and on all processes but the first.
+    """
     if not trainer.loggers or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
         return None
     logger = min(trainer.loggers, key=lambda each: not _is_tensorboard(each))

@@ -1,12 +1,12 @@
 """`Torchsat`, a callback of transformers.Trainer and of the trainers made from it (TRL): `Trainer(..., callbacks=[Torchsat()])`.
 
-A callback is handed neither the Trainer nor the other callbacks, and `Trainer.log` would also print all it is given. But it is the Trainer's
-CallbackHandler that calls us, so it is found one frame up. Of its callbacks those of `report_to` get our scalars, each through the method by which it
-gets the Trainer's own; TensorBoard's gets none, since it has our sub-run beside its curves. Nothing of ours comes back to us, nor to the
-console or the Trainer's log history.
+The scalars of each observation go to the trackers that `report_to` names. A callback is given neither the Trainer nor the other callbacks, and
+`Trainer.log` cannot be used, since it also prints all values and keeps them in the log history. But our caller is the Trainer's CallbackHandler, so
+we find it one frame up the stack. Those of its callbacks that belong to `report_to` get our scalars through `on_log`, the method through which they
+also get the values of the Trainer. TensorBoard's callback gets none, since TensorBoard shows our sub-run next to its curves.
 
-A step is one step of the optimizer, which is what the Trainer counts too; a resumed run goes on with its number. What the alerts remember is saved in
-each checkpoint beside the Trainer's state.
+A step is one step of the optimizer, as the Trainer counts it too. A resumed run goes on with the number of its step. The state of the monitor, such
+as which alerts fire, is saved in each checkpoint next to the state of the Trainer.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ _FILE = "torchsat.pt"
 
 
 class Torchsat(TrainerCallback):
-    """Watches the Trainer's model in each `train`.
+    """A callback that watches the Trainer's model during each `train`.
 
     Args:
-        options: those of `torchsat.watch`. Without `log_dir` or `writer` the sub-run `torchsat` goes into the Trainer's TensorBoard directory, if it
-            reports to TensorBoard. All else in `report_to` gets the scalars.
+        options: the arguments of `torchsat.watch`. Without `log_dir` or `writer` the sub-run `torchsat` is written into the Trainer's TensorBoard
+            directory, if the Trainer reports to TensorBoard. All other trackers in `report_to` get the scalars of each observation.
 
-    `monitor` is that of the last `train`: `callback.monitor.alerts`.
+    The attribute `monitor` is the monitor of the last `train`, so that `callback.monitor.alerts` tells which alerts fire.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -62,7 +62,7 @@ class Torchsat(TrainerCallback):
         reporters: list[Any] = [each for each in callbacks if isinstance(each, _REPORTERS)]
         options = {"start": state.global_step, **self._options}
         if "log_dir" not in options and "writer" not in options and state.is_world_process_zero:
-            # Ours are called after the Trainer's own, so there it has its writer.
+            # The Trainer calls its own callbacks before those of the user, so the one for TensorBoard has made its writer by now.
             writers = [each.tb_writer for each in reporters if isinstance(each, TensorBoardCallback) and each.tb_writer is not None]
             options["log_dir"] = writers[0].log_dir if writers else None
         model: nn.Module = kwargs["model"]
@@ -75,7 +75,7 @@ class Torchsat(TrainerCallback):
                     reporter.on_log(args, then, TrainerControl(), model=model, logs=scalars(snapshot, len(monitor.alerts)))
 
         options["sinks"] = [*(options.get("sinks") or ()), report]
-        # The Trainer puts more than one GPU of one process under nn.DataParallel, which watch refuses with its reason.
+        # With several GPUs in one process the Trainer will wrap the model in nn.DataParallel. `watch` refuses that and says why.
         monitor = self.monitor = watch(nn.DataParallel(model) if args.n_gpu > 1 else model, **options)
         self._run = _mark(state)
         kept = _saved(args, state)
@@ -91,7 +91,7 @@ class Torchsat(TrainerCallback):
             log.warning("torchsat: its state is not in the checkpoint of step %d: %s: %s", state.global_step, type(error).__name__, error)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # At the end of training reporters close before we are called: MLflow's would begin another run for what comes late.
+        # At the end of the training the trackers close before we are called. MLflow would begin another run for scalars that arrive after that.
         if self.monitor is not None:
             self.monitor.flush()
 
@@ -104,13 +104,16 @@ class Torchsat(TrainerCallback):
 
 
 def _mark(state: TrainerState) -> str:
-    """The name of a run, in the Trainer's state: by it a checkpoint of this run is told from one that another has left in the same directory."""
+    """A random name of the run, which the Trainer keeps in its state.
+
+    It tells a checkpoint of this run from one that another run has left in the same directory.
+    """
     kept: Any = state.stateful_callbacks
     return str(kept.setdefault("torchsat", {"run": uuid4().hex})["run"])
 
 
 def _saved(args: TrainingArguments, state: TrainerState) -> dict[str, Any] | None:
-    """What the checkpoint that is resumed from holds of a monitor."""
+    """The state of a monitor in the checkpoint that the run is resumed from, with the name of its run. None where there is none."""
     path = _checkpoint(args, state) / _FILE
     if not state.global_step or not path.exists():
         return None

@@ -1,6 +1,6 @@
 """PyTorch Ignite needs no integration: its Trainer steps a torch optimizer, and that is all that torchsat listens to.
 
-    python examples/ignite.py
+    python examples/ignite_digits.py
 
 A network with tanh on scikit-learn's digits, whose weights are drawn too large.
 """

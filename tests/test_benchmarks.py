@@ -1,0 +1,195 @@
+"""Every script of benchmarks/ and examples/ starts, and every benchmark runs in small.
+
+What the examples find out is tested in test_docs.py and in the tests of the integrations. The benchmarks run here with tiny models and few steps, so
+that a change of the library which breaks one is seen at once and not when the next figures are needed.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [(folder, path.stem) for folder in ("benchmarks", "examples") for path in sorted((ROOT / folder).glob("*.py"))]
+NEEDS = {
+    "accelerate_digits": ("accelerate", "sklearn"),
+    "ddp": ("sklearn",),
+    "digits": ("sklearn",),
+    "faults": ("sklearn",),
+    "healthy": ("sklearn",),
+    "ignite_digits": ("ignite", "sklearn"),
+    "lightning_digits": ("lightning", "sklearn"),
+    "remedies": ("sklearn",),
+    "transformers_text": ("transformers",),
+}
+"""The packages that a script imports, beside those which torchsat itself needs. A script without them is skipped."""
+WITHOUT_ARGUMENTS = ("dashboard", "healthy")
+"""The scripts that read no command line."""
+WITHOUT_MAIN = ("workloads",)
+
+Load = Callable[[str, str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    """Imports a script as Python does when it is run: its folder comes first on the path, and it imports its neighbours by their bare names."""
+
+    def given(folder: str, name: str) -> ModuleType:
+        for package in NEEDS.get(name, ()):
+            pytest.importorskip(package, reason=f"{package} is not installed")
+        monkeypatch.syspath_prepend(ROOT / folder)
+        return importlib.import_module(name)
+
+    yield given
+    # The names are common ones, such as `ranks`; an import in another test must not find them.
+    for _, name in SCRIPTS:
+        sys.modules.pop(name, None)
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, *given: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", *given])
+
+
+@pytest.mark.parametrize(("folder", "name"), [pair for pair in SCRIPTS if pair[1] not in (*WITHOUT_ARGUMENTS, *WITHOUT_MAIN)])
+def test_a_script_explains_its_arguments(
+    folder: str, name: str, load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load(folder, name)
+    arguments(monkeypatch, "--help")
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 0
+    assert script.__doc__ is not None
+    assert script.__doc__.split()[0] in capsys.readouterr().out
+
+
+def tiny(load: Load) -> Any:
+    """One training so small that its steps take less than a millisecond."""
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return torch.randn(4, 8), torch.randint(10, (4,))
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 10))
+
+    work = load("benchmarks", "workloads").Workload("tiny", "a tanh layer", model, batch, lambda model: torch.optim.SGD(model.parameters(), lr=1e-3))
+    return lambda device: {"tiny": work}
+
+
+def test_bandwidth(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments(monkeypatch, "--megabytes", "1", "--turns", "2")
+    load("benchmarks", "bandwidth").main()
+    assert capsys.readouterr().out.count("| forward, tanh | ") == 2
+
+
+def test_budget(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments(monkeypatch, "--budgets", "0.02", "--steps", "600")
+    load("benchmarks", "budget").main()
+    printed = capsys.readouterr().out
+    assert "| nothing watched | " in printed
+    assert "| 0.02 | " in printed
+
+
+def test_dashboard(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("benchmarks", "dashboard")
+    monkeypatch.setattr(script, "STEPS", 2)
+    script.main()
+    assert " 200 sites: training thread " in capsys.readouterr().out
+
+
+def test_faults(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("benchmarks", "faults")
+    monkeypatch.setattr(script, "STEPS", 25)
+    monkeypatch.setattr(script, "HEALTHY_STEPS", 150)
+    chosen = [case for case in script.cases() if (case.architecture, case.activation, case.severity, case.seed) == ("mlp-3x64", "tanh", 0, 0)]
+    assert {case.fault for case in chosen} == {None, "inputs_uncentred", "inputs_unscaled", "init_too_large", "weight_growth", "numeric_range"}
+    results = [script.run(case) for case in chosen]
+    script.evaluate(results)
+    printed = capsys.readouterr().out
+    assert "false alarms per healthy run (1 runs; 0 more did not learn and are left out)" in printed
+    for rules in script.OTHERS:
+        assert rules in printed
+
+
+def test_the_networks_of_faults_can_be_built(load: Load) -> None:
+    script = load("benchmarks", "faults")
+    for architecture, activation in {(case.architecture, case.activation) for case in script.cases()}:
+        assert script.build(architecture, activation)(torch.randn(2, 64)).shape == (2, 10)
+
+
+def test_flat(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("memory and open files are read from /proc, which this system does not have")
+    arguments(monkeypatch, "--steps", "10")
+    load("benchmarks", "flat").main()
+    assert "\nclosed: " in capsys.readouterr().out
+
+
+def test_healthy(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("benchmarks", "healthy")
+    monkeypatch.setattr(script, "ACTIVATIONS", (nn.Tanh,))
+    monkeypatch.setattr(script, "OPTIMIZERS", {"SGD 0.05": script.OPTIMIZERS["SGD 0.05"]})
+    script.main()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("Tanh ")
+    assert line.endswith(" 0")
+
+
+def test_overhead(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("benchmarks", "overhead")
+    monkeypatch.setattr(script, "workloads", tiny(load))
+    arguments(monkeypatch, "--modes", "eager", "--pairs", "2")
+    script.main()
+    assert "| tiny | eager | " in capsys.readouterr().out
+
+
+def test_peers(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("benchmarks", "peers")
+    monkeypatch.setattr(script, "workloads", tiny(load))
+    arguments(monkeypatch, "--peers", "torchsat,TensorBoard,Composer,nothing", "--pairs", "2", "--whole", "2")
+    script.main()
+    printed = capsys.readouterr().out
+    assert "Error" not in printed.partition("Composer is not measured")[0]
+    assert "Composer is not measured: " in printed
+
+
+def test_ranks(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("benchmarks", "ranks")
+    monkeypatch.setattr(script, "NETWORKS", ((3, 8),))
+    arguments(monkeypatch, "--ranks", "5", "--sites", "4")
+    script.main()
+    assert "5 ranks x 4 sites, simulated: 0 of 8 counts differ" in capsys.readouterr().out
+
+
+def test_scale(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    script = load("benchmarks", "scale")
+    for name in ("SITES", "WIDTHS", "LENGTHS"):
+        monkeypatch.setattr(script, name, (4,))
+    arguments(monkeypatch, "--pairs", "1")
+    script.main()
+    assert "| sequence length | sites | " in capsys.readouterr().out
+
+
+def test_workloads(load: Load) -> None:
+    script = load("benchmarks", "workloads")
+    device = torch.device("cpu")
+    for work in script.workloads(device).values():
+        assert script.Training(work, next(script.twins(work, device)), device).step(work.batch()) > 0
+
+
+@pytest.mark.parametrize(
+    ("page", "name"), [("cost", "budget"), ("cost", "overhead-cpu"), ("cost", "peers-cpu"), ("cost", "scale-cpu"), ("distributed", "ranks")]
+)
+def test_a_table_is_put_between_its_marks(page: str, name: str, load: Load, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / f"{page}.md").read_text()
+    copy = tmp_path / "page.md"
+    copy.write_text(text)
+    load("benchmarks", "overhead").put("a table", name, copy)
+    head, _, rest = text.partition(f"<!-- {name} -->")
+    assert copy.read_text() == f"{head}<!-- {name} -->\na table\n<!-- /{name} -->{rest.partition(f'<!-- /{name} -->')[2]}"
