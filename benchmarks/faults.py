@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import torchsat
 from torchsat.diagnosis import Diagnosis
+from torchsat.judge import Judge
 from torchsat.monitor import due
-from torchsat.rules import Judge
 
 STEPS, EVERY = 120, 10
 HEALTHY_STEPS = 600

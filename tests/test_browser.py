@@ -20,9 +20,11 @@ from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 from tests.conftest import record  # noqa: E402
 from tests.test_tensorboard import ALERT, write  # noqa: E402
 from torchsat import Alert, Cause, Snapshot, Weight  # noqa: E402
+from torchsat.colours import shade, shades  # noqa: E402
+from torchsat.metrics import METRICS  # noqa: E402
 from torchsat.record import HISTOGRAM_BINS  # noqa: E402
 from torchsat.report import report  # noqa: E402
-from torchsat.view import METRICS, from_snapshots, shade, shades  # noqa: E402
+from torchsat.view import from_snapshots  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 from screenshot import browser, chromium, open_tab, serving  # type: ignore[import-not-found] # noqa: E402

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import torchsat
 from tests.conftest import record
 from torchsat import Alert, Snapshot, Weight
-from torchsat.diagnosis import Diagnosis, Scene, attribute, explain, initialiser, upstream_of, verdict
+from torchsat.alerts import verdict
+from torchsat.causes import Scene, attribute, explain, initialiser, upstream_of
+from torchsat.diagnosis import Diagnosis
 
 
 def weight(name: str = "fc", feeds: str = "act", **given: object) -> Weight:

@@ -19,10 +19,11 @@ from werkzeug.wrappers import Request
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots, write
 from torchsat import Head, Snapshot, read
+from torchsat.metrics import METRICS
 from torchsat.tensorboard import plugin as module
 from torchsat.tensorboard.loader import OBSERVATIONS, Loader
 from torchsat.tensorboard.plugin import PAGES, SaturationPlugin
-from torchsat.view import METRICS, from_snapshots
+from torchsat.view import from_snapshots
 
 
 class Server:

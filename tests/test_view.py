@@ -11,24 +11,12 @@ import pytest
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots
 from torchsat import Snapshot, Weight
+from torchsat.alerts import episodes
+from torchsat.colours import shade, shades
+from torchsat.grids import Grid, Table, in_order, last_session
+from torchsat.metrics import METRICS, Metric, Ramp, rows_of
 from torchsat.record import RECORD_METRICS, SITE_FACTS, WEIGHT_METRICS
-from torchsat.view import (
-    METRICS,
-    Grid,
-    Metric,
-    Ramp,
-    Table,
-    episodes,
-    from_snapshots,
-    heads,
-    histograms,
-    in_order,
-    last_session,
-    rows_of,
-    series,
-    shade,
-    shades,
-)
+from torchsat.view import from_snapshots, heads, histograms, series
 
 RAMPS: tuple[Ramp, ...] = ("heat", "amount", "balance")
 

@@ -34,12 +34,14 @@ from torch.optim import Optimizer
 
 from torchsat import process
 from torchsat.activations import ACTIVATIONS, Activation
+from torchsat.alerts import verdict
 from torchsat.calls import uses_flex_attention
-from torchsat.diagnosis import Diagnosis, verdict
+from torchsat.diagnosis import Diagnosis
 from torchsat.ingraph import Wires, why_not
+from torchsat.judge import Judge
 from torchsat.ranks import CLOSING, GRACE, LAG, PATIENCE, LayerPart, Ranks, Round, SitePart, averaged_over, default_group
 from torchsat.record import Alert, Coverage, Record, Snapshot
-from torchsat.rules import RULES, Judge, Rule
+from torchsat.rules import RULES, Rule
 from torchsat.schedule import Mark, Schedule
 from torchsat.statistics import MAXES, SUMS, UNITS, accumulator, summarise_units, to_record, trust_kernels
 from torchsat.taps import MODEL, PIPELINES, Found, Pass, Site, Stages, Taps, clean, is_compiled
