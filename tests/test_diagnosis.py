@@ -13,8 +13,9 @@ import torchsat
 from tests.conftest import record
 from torchsat import Alert, Snapshot, Weight
 from torchsat.alerts import verdict
-from torchsat.causes import Scene, attribute, explain, initialiser, upstream_of
+from torchsat.causes import Scene, explain, upstream_of
 from torchsat.diagnosis import Diagnosis
+from torchsat.expressions import attribute, initialiser
 
 
 def weight(name: str = "fc", feeds: str = "act", **given: object) -> Weight:

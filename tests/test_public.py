@@ -19,7 +19,8 @@ ARROWS = {
     "alerts": {"record"},
     "rules": {"percent", "record"},
     "judge": {"alerts", "percent", "record", "rules"},
-    "causes": {"percent", "record", "rules"},
+    "expressions": {"record"},
+    "causes": {"expressions", "percent", "record", "rules"},
     "diagnosis": {"alerts", "causes", "record"},
     "metrics": {"record"},
     "colours": {"metrics"},
@@ -61,16 +62,10 @@ ARROWS = {
     "integrations.transformers": {"integrations", "monitor", "record", "tensorboard.stock"},
 }
 HOST = [
-    *("record", "percent", "alerts", "rules", "judge", "causes", "diagnosis", "metrics", "colours", "grids", "view", "sheets", "page", "report"),
-    *(
-        "tensorboard",
-        "tensorboard.heatmap",
-        "tensorboard.loader",
-        "tensorboard.plugin",
-        "tensorboard.reader",
-        "tensorboard.stock",
-        "tensorboard.writer",
-    ),
+    *("record", "percent", "alerts", "rules", "judge", "expressions", "causes", "diagnosis"),
+    *("metrics", "colours", "grids", "view", "sheets", "page", "report"),
+    *("tensorboard", "tensorboard.heatmap", "tensorboard.loader", "tensorboard.plugin"),
+    *("tensorboard.reader", "tensorboard.stock", "tensorboard.writer"),
 ]
 
 

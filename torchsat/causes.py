@@ -26,20 +26,11 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from torchsat.expressions import attribute, gain_for, initialiser, owner, place_of
 from torchsat.percent import percent
 from torchsat.record import Alert, Cause, Record, Snapshot, Weight
 from torchsat.rules import on_signal_path
 
-GAIN: Mapping[str, float] = {
-    "relu": math.sqrt(2),
-    "relu6": math.sqrt(2),
-    "leaky_relu": math.sqrt(2),
-    "gelu": 1.5,
-    "silu": 1.5,
-    "mish": 1.5,
-    "hardswish": 1.5,
-}
-"""For each activation the gain rms(W) sqrt(fan_in) that keeps the signal at its size from layer to layer. It is 1 for those that are not listed."""
 UNBOUNDED = ("relu", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardswish")
 """Activations whose output grows with their input, so that too large a signal passes on to the next layer."""
 _STANDARDISE = "standardise the inputs: x = (x - x.mean(0)) / x.std(0), taken over the training set; or put nn.BatchNorm before "
@@ -111,32 +102,7 @@ def _without_consequences(terms: list[Term]) -> list[Term]:
 
 
 _INITIAL = ("inputs_uncentred", "inputs_unscaled", "init_too_large", "init_too_small")
-
-
-def attribute(name: str) -> str:
-    """The Python expression of a module, from its name in the model: `blocks.0.fc` becomes `model.blocks[0].fc`."""
-    return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
-
-
-def gain_for(activation: str) -> float:
-    return GAIN.get(activation, 1.0)
-
-
-def owner(weight: str) -> str:
-    """The Python expression of the module that owns a weight. For a matrix of a recurrent layer (`rnn.weight_ih_l0`) that is the layer."""
-    head, _, last = weight.rpartition(".")
-    return attribute(head if last.startswith("weight_") else weight)
-
-
-def initialiser(activation: str, weight: str) -> str:
-    """The line of code that initialises a weight as its activation needs it."""
-    last = weight.rpartition(".")[2]
-    target = f"{owner(weight)}.{last if last.startswith('weight_') else 'weight'}"
-    if last.startswith("weight_hh"):
-        return f"nn.init.orthogonal_({target})"
-    if activation in GAIN:
-        return f'nn.init.kaiming_normal_({target}, nonlinearity="relu")'
-    return f'nn.init.kaiming_normal_({target}, nonlinearity="linear")' if activation == "selu" else f"nn.init.xavier_normal_({target})"
+"""Causes that were there before training began."""
 
 
 def _of_z(site: str, scene: Scene, met: frozenset[str] = frozenset()) -> list[Term]:
@@ -273,17 +239,9 @@ def _activation(record: Record, size: float, evidence: str) -> Term:
         "activation_choice",
         size,
         evidence,
-        f"replace {record.activation} {_where(record)} by nn.ReLU, nn.GELU or nn.SiLU with He initialisation, or put "
+        f"replace {record.activation} {place_of(record)} by nn.ReLU, nn.GELU or nn.SiLU with He initialisation, or put "
         "nn.BatchNorm before it; Xavier and LayerNorm do not help a deep stack of sigmoids",
     )
-
-
-def _where(record: Record) -> str:
-    """The place of a site in the user's code, with its preposition."""
-    path = record.site.rpartition("/")[0]
-    if record.kind == "module":
-        return f"at {attribute(record.site)}"
-    return f"in {attribute(path.rpartition('.')[0] if record.kind == 'recurrent' else path)}"
 
 
 def _of_size(alert: Alert, scene: Scene) -> list[Term]:

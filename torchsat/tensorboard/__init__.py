@@ -30,7 +30,10 @@ HEADS, EVENTS = "torchsat/heads", "torchsat/events"
 OVERHEAD = "torchsat/overhead"
 """The tag of a scalar that `torchsat.read` reads too."""
 
-SCRIPTS = ("source.js", "numbers.js", "charts.js", "heatmap.js", "address.js", "controls.js", "alerts.js", "depth.js", "detail.js", "app.js")
+SCRIPTS = (
+    *("source.js", "numbers.js", "charts.js", "frame.js", "heatmap.js"),
+    *("address.js", "controls.js", "alerts.js", "depth.js", "detail.js", "app.js"),
+)
 """The modules of the Saturation tab in the folder `static`, each behind those that it imports. The server sends them as files; the report joins them,
 in this order, to one script."""
 

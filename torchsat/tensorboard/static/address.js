@@ -1,6 +1,6 @@
 // The view: what a user has chosen to see. It stands in the address of the page, so that a link shows the same view to somebody else.
 
-import { AXES } from "./heatmap.js";
+import { AXES } from "./frame.js";
 
 export const KINDS = { module: "modules", call: "calls", recurrent: "recurrent gates", softmax: "softmaxes" };
 export const ORDERS = { flow: "data flow", worst: "worst first" };

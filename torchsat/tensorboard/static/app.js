@@ -7,7 +7,8 @@ import { LINES, element } from "./charts.js";
 import { Controls } from "./controls.js";
 import { depthProfile } from "./depth.js";
 import { siteDetail } from "./detail.js";
-import { AXES, Heatmap } from "./heatmap.js";
+import { AXES } from "./frame.js";
+import { Heatmap } from "./heatmap.js";
 import { printer, range } from "./numbers.js";
 import { shownName } from "./source.js";
 
@@ -144,8 +145,7 @@ class App {
     return LINES[[...this.about.keys()].indexOf(run) % LINES.length];
   }
 
-  // The names of the sites of a run that have this metric and pass the filters, in the order wanted. `measured` of the array is how many have the
-  // metric.
+  // The names of the sites of a run that have the metric and pass the filters, in the order wanted. The array's `measured` says how many have the metric.
   selected(run) {
     const grid = this.grids.get(run);
     const terms = this.view.filter.toLowerCase().split(/\s+/).filter(Boolean);

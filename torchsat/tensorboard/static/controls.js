@@ -2,7 +2,7 @@
 
 import { KINDS, ORDERS } from "./address.js";
 import { element } from "./charts.js";
-import { AXES } from "./heatmap.js";
+import { AXES } from "./frame.js";
 import { along, short, ticks } from "./numbers.js";
 import { shownName } from "./source.js";
 

@@ -2,31 +2,17 @@
 // observations share a pixel it shows the worst of them, or the latest if neither end of the metric's scale is bad.
 
 import { element } from "./charts.js";
-import { along, short, ticks } from "./numbers.js";
+import { AXES, FONT, TOP, aside, drawAlerts, drawAxis, drawNames } from "./frame.js";
+import { along } from "./numbers.js";
 
-const FONT = "11px system-ui, sans-serif";
-const LEAST_LEFT = 60;
+// Sizes in CSS pixels.
+const LEAST_LEFT = 60; // the room for names of sites
 const MOST_LEFT = 220;
-const RIGHT = 18;
-const TOP = 8;
-const AXIS = 20;
+const RIGHT = 18; // the room for the dots of alerts that still fire
+const AXIS = 20; // the height of the x axis
 const LEAST_ROW = 3;
 const MOST_ROW = 24;
-const HEIGHT = 560;
-
-// The x axes. `edges` gives for n observations n + 1 positions: observation i lies between the positions i and i + 1.
-export const AXES = {
-  step: { title: "step", edges: (steps) => edges(Array.from(steps)) },
-  log: { title: "step, log", edges: (steps) => edges(Array.from(steps)).map((step) => Math.log1p(Math.max(0, step))) },
-  observation: { title: "observation", edges: (steps) => Array.from({ length: steps.length + 1 }, (_, index) => index) },
-};
-
-// The steps, and one more: the last observation is as long as the one before it.
-function edges(steps) {
-  const count = steps.length;
-  const last = count > 1 ? steps[count - 1] - steps[count - 2] : 1;
-  return [...steps, steps[count - 1] + last];
-}
+const HEIGHT = 560; // of all rows, if they are neither too small nor too large then
 
 export class Heatmap {
   // `choose(site, step)` is called on a click or on Enter. The step is null after a click on the name of a site.
@@ -50,8 +36,8 @@ export class Heatmap {
     this.cursor = null;
   }
 
-  // Draw. given: {grid, sites (names in order), facts (by name), metric, colours (CSS), low, high, axis, domain, alerts, chosen, step, theme, label,
-  // print}
+  // Draw. given: {grid, sites (names in order), facts (by name), metric, colours (CSS), low, high, axis, domain (of the x axis), alerts, chosen (a site),
+  // step, theme, label, print}
   show(given) {
     performance.mark("torchsat.draw.start");
     const held = this.cursor && { site: this.given.sites[this.cursor.place], step: this.given.grid.steps[this.cursor.row] };
@@ -79,9 +65,9 @@ export class Heatmap {
     pen.scale(this.scale, this.scale);
     pen.font = FONT;
     this.paint(pen);
-    this.labels(pen);
-    this.bottom(pen);
-    this.alerts(pen);
+    drawNames(pen, this);
+    drawAxis(pen, this);
+    drawAlerts(pen, this);
     if (held && sites.includes(held.site) && grid.steps.includes(held.step)) this.move({ place: sites.indexOf(held.site), row: grid.steps.indexOf(held.step) });
     this.outline();
     performance.measure("torchsat.draw", "torchsat.draw.start");
@@ -163,42 +149,6 @@ export class Heatmap {
     pen.strokeRect(this.left - 0.5, TOP - 0.5, this.plot + 1, this.row * sites.length + 1);
   }
 
-  // The names of the sites, as many as there is room for. The chosen site is always named.
-  labels(pen) {
-    const { sites, facts, chosen, theme } = this.given;
-    const [every, own] = [Math.ceil(13 / this.row), sites.indexOf(chosen)];
-    pen.textAlign = "right";
-    pen.textBaseline = "middle";
-    sites.forEach((site, place) => {
-      if (place % every && site !== chosen) return;
-      if (site !== chosen && own >= 0 && Math.abs(place - own) < every) return;
-      const after = aside(facts.get(site));
-      pen.fillStyle = site === chosen ? theme.accent : after ? theme.faint : theme.ink;
-      pen.font = site === chosen ? `bold ${FONT}` : FONT;
-      pen.fillText(shortened(pen, site + after, this.left - 10), this.left - 6, TOP + (place + 0.5) * this.row);
-    });
-    pen.font = FONT;
-  }
-
-  // The x axis.
-  bottom(pen) {
-    const { theme, axis, sites } = this.given;
-    const [start, end] = this.domain;
-    const y = TOP + this.row * sites.length;
-    pen.fillStyle = theme.faint;
-    pen.strokeStyle = theme.faint;
-    pen.textBaseline = "top";
-    const places = axis === "log" ? powers(start, end) : ticks("linear", start, end, 6).filter(Number.isInteger).map((at) => [at, at]);
-    for (const [at, value] of places) {
-      const x = this.left + (this.plot * (at - start)) / (end - start);
-      pen.fillRect(Math.round(x), y, 1, 4);
-      pen.textAlign = x > this.left + this.plot - 30 ? "right" : "center";
-      pen.fillText(short(value), x, y + 6);
-    }
-    pen.textAlign = "right";
-    pen.fillText(AXES[axis].title, this.left - 6, y + 6);
-  }
-
   // The position of a step on the x axis, in CSS pixels; null if it lies before the first observation.
   place(step) {
     const { grid } = this.given;
@@ -206,57 +156,6 @@ export class Heatmap {
     const [start, end] = this.domain;
     const at = this.edges[grid.row(step)];
     return this.left + (this.plot * (at - start)) / (end - start);
-  }
-
-  // The marks of alerts: a triangle where one was raised, a line while it fires, a ring where it cleared. If it still fires, a dot at the end of the
-  // row.
-  alerts(pen) {
-    const { alerts, sites, theme, grid } = this.given;
-    if (!grid.steps.length) return;
-    const end = this.left + (this.plot * (this.edges[this.edges.length - 1] - this.domain[0])) / (this.domain[1] - this.domain[0]);
-    for (const alert of alerts) {
-      const colour = alert.severity === "critical" ? theme.critical : theme.warning;
-      for (const site of alert.places) {
-        const place = sites.indexOf(site);
-        if (place < 0) continue;
-        const y = TOP + (place + 0.5) * this.row;
-        const from = this.place(alert.fired) ?? this.left;
-        const to = alert.cleared === null ? end : (this.place(alert.cleared) ?? end);
-        const bottom = Math.round(TOP + (place + 1) * this.row) - 1;
-        if (this.row >= 8) {
-          pen.fillStyle = theme.page;
-          pen.fillRect(from, bottom - 2, to - from, 3);
-          pen.fillStyle = colour;
-          pen.fillRect(from, bottom - 1, to - from, 2);
-        }
-        // The fill has the colour of the page and the outline that of the alert, so that the mark is visible on every colour of the ramp.
-        const size = Math.min(5.5, Math.max(3, this.row / 2 + 1));
-        pen.lineWidth = 2;
-        pen.strokeStyle = colour;
-        pen.fillStyle = theme.page;
-        pen.beginPath();
-        pen.moveTo(from, y - size);
-        pen.lineTo(from + 1.6 * size, y);
-        pen.lineTo(from, y + size);
-        pen.closePath();
-        pen.stroke();
-        pen.fill();
-        pen.beginPath();
-        if (alert.cleared === null) {
-          pen.fillStyle = colour;
-          pen.arc(this.left + this.plot + 9, y, 4, 0, 7);
-          pen.fill();
-        } else {
-          pen.arc(to, y, 4, 0, 7);
-          pen.fillStyle = theme.page;
-          pen.fill();
-          pen.strokeStyle = colour;
-          pen.lineWidth = 2;
-          pen.stroke();
-        }
-      }
-    }
-    pen.lineWidth = 1;
   }
 
   // Outlines of the chosen row and step and of the cell under the cursor, on a canvas of their own, so that they can be drawn anew alone.
@@ -385,11 +284,6 @@ export class Heatmap {
   }
 }
 
-// What stands behind the name of a site.
-function aside(fact) {
-  return fact?.output ? " (output)" : fact?.gate ? " (gate)" : "";
-}
-
 // The width of the widest text, in pixels.
 function widest(pen, texts) {
   pen.font = `bold ${FONT}`;
@@ -400,23 +294,4 @@ function widest(pen, texts) {
 function word(colour) {
   const value = Number.parseInt(colour.slice(1), 16);
   return (0xff000000 | ((value & 0xff) << 16) | (value & 0xff00) | (value >> 16)) >>> 0;
-}
-
-// A name cut to a width in pixels. It is cut at its beginning, since its end says more.
-function shortened(pen, text, width) {
-  if (pen.measureText(text).width <= width) return text;
-  let [low, high] = [0, text.length];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (pen.measureText(`…${text.slice(middle)}`).width <= width) high = middle;
-    else low = middle + 1;
-  }
-  return `…${text.slice(low)}`;
-}
-
-// The powers of ten on a logarithmic axis, as [position, step]; step 0 too.
-function powers(start, end) {
-  const found = start <= 0 ? [[0, 0]] : [];
-  for (let value = 1; Math.log1p(value) <= end; value *= 10) if (Math.log1p(value) >= start) found.push([Math.log1p(value), value]);
-  return found;
 }
