@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import torchsat
 from torchsat.diagnosis import Diagnosis
-from torchsat.rules import Judge
+from torchsat.judge import Judge
 from torchsat.schedule import Schedule
 
 STEPS, EVERY = 120, 10

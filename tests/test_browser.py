@@ -20,9 +20,12 @@ from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 from tests.conftest import record  # noqa: E402
 from tests.test_tensorboard import ALERT, write  # noqa: E402
 from torchsat import Alert, Cause, Snapshot, Weight  # noqa: E402
-from torchsat.record import HISTOGRAM_BINS  # noqa: E402
+from torchsat.colours import shade, shades  # noqa: E402
+from torchsat.metrics import METRICS  # noqa: E402
+from torchsat.percent import percent  # noqa: E402
+from torchsat.record import HISTOGRAM_BINS, HISTOGRAM_EDGES  # noqa: E402
 from torchsat.report import report  # noqa: E402
-from torchsat.view import METRICS, from_snapshots, shade, shades  # noqa: E402
+from torchsat.view import from_snapshots  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 from screenshot import browser, chromium, open_tab, serving  # type: ignore[import-not-found] # noqa: E402
@@ -123,6 +126,22 @@ def test_pixels_are_the_stored_values(driver: Any, address: str) -> None:
     driver.execute_async_script("torchsat.change({metric: 'excess'}).then(arguments[0])")
     blanks = {pixel(driver, "one/torchsat", 3, 2, down) for down in (2, 8)}
     assert all(min(colour) >= 0xC6 and max(colour) - min(colour) < 12 for colour in blanks)  # white or grey: no number there
+
+
+def test_numbers_are_printed_as_python_prints_them(driver: Any, address: str) -> None:
+    open_tab(driver, address, "&p.torchsat.site=blocks.0.act")
+    generator = np.random.default_rng(1)
+    shares = [0.0, 1.0, *(float(share) for scale in (1.0, 0.1, 0.01, 0.001) for part in generator.random(200) * scale for share in (part, 1 - part))]
+    assert driver.execute_script("return arguments[0].map((share) => torchsat.print.percent(share))", shares) == [percent(share) for share in shares]
+    negative = driver.execute_script("return [-0.2, -0.05, -0.0001].map((share) => torchsat.print.percent(share))")
+    assert negative == ["\N{MINUS SIGN}20 %", "\N{MINUS SIGN}5.0 %", "> \N{MINUS SIGN}0.1 %"]
+    assert driver.execute_script("return torchsat.scales.histogram_edges") == list(HISTOGRAM_EDGES)
+    wait(driver, "return document.querySelector('.detail canvas.bands') !== null")
+    canvas = driver.find_element(By.CSS_SELECTOR, ".detail canvas.bands")
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+    ActionChains(driver).move_to_element_with_offset(canvas, -canvas.size["width"] // 4, -canvas.size["height"] // 2 + 2).perform()
+    said = driver.find_element(By.CSS_SELECTOR, ".detail .readout").text
+    assert said.endswith(f"|f'| / peak from 0.75 to 1: {percent(1 / HISTOGRAM_BINS)}")
 
 
 def test_where_observations_share_a_pixel_the_worst_is_shown(driver: Any, tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 import torchsat
 from tests.conftest import record
 from torchsat import Alert, Snapshot, Weight
-from torchsat.diagnosis import Diagnosis, Scene, attribute, explain, initialiser, upstream_of, verdict
+from torchsat.alerts import verdict
+from torchsat.causes import Scene, explain, upstream_of
+from torchsat.diagnosis import Diagnosis
+from torchsat.expressions import attribute, initialiser
 
 
 def weight(name: str = "fc", feeds: str = "act", **given: object) -> Weight:

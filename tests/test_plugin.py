@@ -1,6 +1,7 @@
 """The Saturation tab's server, on TensorBoard's own reader of event files."""
 
 import json
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from werkzeug.wrappers import Request
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots, write
 from torchsat import Head, Snapshot, read
+from torchsat.metrics import METRICS
+from torchsat.tensorboard import SCRIPTS
 from torchsat.tensorboard import plugin as module
 from torchsat.tensorboard.loader import OBSERVATIONS, Loader
 from torchsat.tensorboard.plugin import PAGES, SaturationPlugin
-from torchsat.view import METRICS, from_snapshots
+from torchsat.view import from_snapshots
 
 
 class Server:
@@ -124,6 +127,22 @@ def test_only_the_page_is_served_as_files(served: Server) -> None:
         assert answer.content_type.startswith(kind)
         assert answer.data == (folder / name).read_bytes()
     assert {path for path in served.apps if "." in path} == {f"/{name}" for name in PAGES}
+
+
+def test_each_script_stands_behind_those_that_it_imports() -> None:
+    folder = Path(module.__file__).parent / "static"
+    for at, name in enumerate(SCRIPTS):
+        imported = re.findall(r'^import .* from "\./(.*)";$', (folder / name).read_text(), re.MULTILINE)
+        assert set(imported) <= set(SCRIPTS[:at]), name
+
+
+def test_no_two_scripts_have_a_name_in_common() -> None:
+    """The page of the report joins them to one script."""
+    folder = Path(module.__file__).parent / "static"
+    declared = r"^(?:export )?(?:async )?(?:function\*? |const |let |class )(\w+)"
+    names = [found for name in (*SCRIPTS, "page.js") for found in re.findall(declared, (folder / name).read_text(), re.MULTILINE)]
+    assert len(names) > 50
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
 
 
 def test_an_answer_is_bounded(served: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import pytest
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, offsets, snapshots, write
 from torchsat import Snapshot
-from torchsat.report import FORMATS, main, report, sparkline
+from torchsat.report import FORMATS, main, report
+from torchsat.sheets import sparkline
 
 
 def text(directory: Path) -> str:

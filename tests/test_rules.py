@@ -7,7 +7,9 @@ import pytest
 
 from tests.conftest import record
 from torchsat import RULES, Alert, Record, Rule, Snapshot, Weight
-from torchsat.rules import Judge, gradient_over_depth, percent
+from torchsat.judge import Judge
+from torchsat.percent import percent
+from torchsat.rules import gradient_over_depth
 
 
 def feed(judge: Judge, series: Iterable[object], every: int = 10) -> list[tuple[Alert, ...]]:

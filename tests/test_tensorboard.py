@@ -28,11 +28,12 @@ from tests.conftest import record
 from tests.models import mlp
 from tests.training import train
 from torchsat import Alert, Cause, Snapshot, Weight
+from torchsat.colours import shades
 from torchsat.record import HISTOGRAM_BINS
+from torchsat.tensorboard.heatmap import Heatmap
 from torchsat.tensorboard.reader import read_runs
-from torchsat.tensorboard.stock import NETWORK, Heatmap
+from torchsat.tensorboard.stock import NETWORK
 from torchsat.tensorboard.writer import QUEUED, TensorBoardWriter
-from torchsat.view import shades
 
 ALERT = Alert("b.act", "saturated", "critical", 0.75, 0.5, 1, 4, True, "b.act is saturated", (Cause("init_too_large", 0.5, "gain 8", "Xavier"),))
 

@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,25 +11,15 @@ import pytest
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots
 from torchsat import Snapshot, Weight
-from torchsat.record import RECORD_METRICS, SITE_FACTS, WEIGHT_METRICS
-from torchsat.view import (
-    METRICS,
-    Grid,
-    Metric,
-    Ramp,
-    Table,
-    episodes,
-    from_snapshots,
-    heads,
-    histograms,
-    in_order,
-    last_session,
-    rows_of,
-    series,
-    shade,
-    shades,
-)
+from torchsat.colours import shade, shades
+from torchsat.grids import Grid, Table, in_order, last_session
+from torchsat.metrics import METRICS, Metric, Ramp, excess, rows_of
+from torchsat.percent import PERCENT
+from torchsat.record import HISTOGRAM_EDGES, RECORD_METRICS, SITE_FACTS, WEIGHT_METRICS, normal_saturated
+from torchsat.tensorboard.heatmap import Heatmap
+from torchsat.view import from_snapshots, heads, histograms, scales, series
 
+BY_NAME = {metric.name: metric for metric in METRICS}
 RAMPS: tuple[Ramp, ...] = ("heat", "amount", "balance")
 
 
@@ -93,6 +83,30 @@ def test_every_metric_is_a_number_of_a_record_or_a_weight() -> None:
     assert len({metric.name for metric in METRICS}) == len(METRICS)
 
 
+def test_a_page_gets_all_that_it_needs_to_draw_and_print() -> None:
+    found = json.loads(json.dumps(scales(), allow_nan=False))
+    assert tuple(found["histogram_edges"]) == HISTOGRAM_EDGES
+    assert found["percent"] == asdict(PERCENT)
+    assert found["ramps"]["heat"]["dark"][3] == "#{:02x}{:02x}{:02x}".format(*shades("heat", dark=True)[3])
+    for metric in found["metrics"]:
+        low_end = shade(BY_NAME[metric["name"]], np.array([metric["low"] or 1e-9], np.float32), metric["low"] or 1e-9, metric["high"] or 1.0)
+        assert metric["reversed"] == (low_end.tolist() == [255]), metric["name"]
+
+
+def test_the_excess_is_what_is_beyond_the_normal_share_wherever_it_is_shown() -> None:
+    sites = [record("relu", saturated=0.75, normal_low=0.5, normal_high=0.0), record("odd", saturated=0.25, normal_low=None, normal_high=None)]
+    found = from_snapshots("run", [Snapshot(0, 0.0, tuple(sites))])
+    picture = Heatmap()
+    picture.add(Snapshot(0, 0.0, tuple(sites)))
+    for each, expected in zip(sites, (0.25, 0.25), strict=True):
+        assert each.saturated is not None
+        assert each.saturated - normal_saturated(each.normal_low, each.normal_high) == expected
+        assert excess(each.saturated, each.normal_low, each.normal_high) == expected
+    assert found.values["excess"].tolist() == [[0.25, 0.25]]
+    assert picture._observed[0][2] == [("relu", 0.25), ("odd", 0.25)]
+    assert [site["normal_saturated"] for site in found.describe()["sites"]] == [0.5, 0.0]
+
+
 def test_a_series_holds_the_numbers_of_its_snapshots() -> None:
     given = snapshots(6, sites=3)
     found = from_snapshots("run", given)
@@ -139,19 +153,6 @@ def test_an_alert_of_a_site_that_a_resumed_run_lacks_ends_where_the_site_does() 
     assert found.steps.tolist() == list(range(0, 160, 10))
     (episode,) = found.told([replace(ALERT, site="old", step=20)]).alerts
     assert (episode.cleared, episode.gone) == (50, True)  # what the lost session saw from step 60 on is void
-
-
-def test_an_alert_that_comes_again_is_two_episodes() -> None:
-    def at(step: int, firing: bool = True, severity: str = "warning") -> object:
-        return replace(ALERT, step=step, firing=firing, severity=severity)
-
-    given = [at(4), at(6, severity="critical"), at(9, False), at(20), replace(ALERT, site="other", since=0, step=1)]
-    found = [(each.alert.site, each.alert.severity, each.fired, each.cleared, each.gone) for each in episodes(given, {"b.act": 30, "other": 12}, 30)]
-    assert found == [
-        ("b.act", "warning", 20, None, False),
-        ("other", "critical", 1, 12, True),  # it is not there any more
-        ("b.act", "critical", 4, 9, False),
-    ]
 
 
 def test_an_alert_of_a_layer_stands_at_the_sites_that_the_layer_feeds() -> None:

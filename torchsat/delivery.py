@@ -20,7 +20,7 @@ from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.record import Alert, Coverage, Snapshot
 from torchsat.rows import Stuck, to_record, to_weight
-from torchsat.rules import Judge
+from torchsat.judge import Judge
 from torchsat.sites import Sites
 from torchsat.tensorboard import SUBRUN
 from torchsat.transport import meeting

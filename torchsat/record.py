@@ -291,3 +291,11 @@ def from_float(name: str, value: float) -> float | int | None:
     if math.isnan(value):
         return None
     return round(value) if name in COUNTS else value
+
+
+def normal_saturated(normal_low: float | None, normal_high: float | None) -> float:
+    """The share of N(0, 1) inputs that lie on a plateau, low or high, of a site's function: what is normal for `Record.saturated`.
+
+    The arguments are `SiteFacts.normal_low` and `normal_high`. A side that is unknown counts as 0.
+    """
+    return (normal_low or 0.0) + (normal_high or 0.0)

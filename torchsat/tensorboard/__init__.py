@@ -1,14 +1,15 @@
-"""All that knows TensorBoard: the tags and packed tensors that writer and reader share. Never torch.
+"""Everything that knows TensorBoard. This file: the names that writer, reader and plugin share; standard library only.
 
-One `Summary` per observation. In it, a dozen scalars of the whole network under `torchsat/`, a few scalars per site, each in a group of its
-own such as `torchsat.saturated/` (see `stock`), and packed float32 tensors of everything, which a person never sees and `torchsat.read` reads back:
+Each observation is one `Summary`. It holds a dozen scalars of the whole network under `torchsat/`, a few scalars of each site in groups such as
+`torchsat.saturated/` (stock.py), and all numbers as packed float32 tensors. People never see those tensors; `torchsat.read` and the Saturation tab
+read them:
 
     torchsat/records.<hash>     [metrics, sites]     torchsat/histogram.<hash>   [sites, bins]
     torchsat/weights.<hash>     [metrics, layers]    torchsat/heads.<hash>       [metrics, heads of all softmaxes]
     torchsat/events             one string: the alerts of this step as JSON
 
-TensorBoard keeps only the first metadata of a tag. The content of that metadata names rows and columns, so the tag carries a hash of it: a
-resumed run with other sites writes another tag.
+The metadata of a tag says in its content what the rows and columns are. TensorBoard keeps only the first metadata of each tag. The tag therefore ends
+with a hash of the content, so that a resumed run with other sites writes another tag.
 """
 
 from __future__ import annotations
@@ -19,19 +20,29 @@ from typing import Any
 
 PLUGIN = "torchsat"
 FORMAT = 4
+"""The version of the packed tensors. It is written into their metadata; other versions are not read."""
 SUBRUN = "torchsat"
-"""Where the event file goes below the user's directory: a second live file beside the user's own can stop the user's curves."""
+"""The folder, below the user's directory, of our event file. TensorBoard can stop showing the user's curves if two live files lie in one
+directory."""
 
 RECORDS, HISTOGRAM, WEIGHTS = "torchsat/records", "torchsat/histogram", "torchsat/weights"
 HEADS, EVENTS = "torchsat/heads", "torchsat/events"
 OVERHEAD = "torchsat/overhead"
-"""A scalar; read back as it is."""
+"""The tag of a scalar that `torchsat.read` reads too."""
+
+SCRIPTS = (
+    *("source.js", "numbers.js", "charts.js", "frame.js", "heatmap.js"),
+    *("address.js", "controls.js", "alerts.js", "depth.js", "detail.js", "app.js"),
+)
+"""The modules of the Saturation tab in the folder `static`, each behind those that it imports. The server sends them as files; the report joins them,
+in this order, to one script."""
 
 
 def content(kind: str, **names: Any) -> str:
-    """The metadata content of a packed tensor, in one canonical form."""
+    """The content of the metadata of a packed tensor. The same names give the same text, so that its hash is the same."""
     return json.dumps({"v": FORMAT, "kind": kind, **names}, separators=(",", ":"))
 
 
 def tag(kind: str, described: str) -> str:
+    """The tag of a packed tensor whose metadata has the content `described`."""
     return f"{kind}.{hashlib.sha256(described.encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""The entry point of TensorBoard. It imports nothing that can fail, since an error while it is imported stops all of TensorBoard."""
+"""The entry point that TensorBoard imports. It imports nothing that can fail itself, since an error at this moment stops all of TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from tensorboard.plugins import base_plugin
 from torchsat.tensorboard import PLUGIN
 
 OBSERVATIONS = 1000
-"""How many observations TensorBoard keeps of each of our tags; its own default is 10, or 100."""
+"""How many observations TensorBoard keeps of each of our tags. Its own default is 10 or 100."""
 
 
 class Loader(base_plugin.TBLoader):  # type: ignore[misc]
-    """Makes the Saturation tab; where that fails, TensorBoard goes on without it."""
+    """Makes the Saturation tab. If that fails, TensorBoard runs on without the tab."""
 
     def fix_flags(self, flags: Any) -> None:
-        """Keep more observations, unless the user has said how many: runs before the data server starts."""
+        """Make TensorBoard keep more observations of our data, unless the user has said how many. Called before its data server starts."""
         if getattr(flags, "samples_per_plugin", None) is not None:
             flags.samples_per_plugin.setdefault(PLUGIN, OBSERVATIONS)
 

@@ -1,11 +1,12 @@
-"""The Saturation tab, server side: runs as JSON and little-endian arrays, and the page itself. Never torch.
+"""The server side of the Saturation tab: it answers with runs as JSON and as little-endian arrays, and with the files of the page. Never torch.
 
-Only TensorBoard's data provider is used, so that both of its data servers and remote directories work. What a query may ask is checked against what
-there is; nothing of it reaches a path. An answer holds at most MOST_CELLS numbers: beyond that, observations are left out evenly.
+The data are asked from TensorBoard's data provider only, so that both of its data servers and remote directories work. Each argument of a query must
+be one of the names that exist, and no argument becomes part of a path. An answer holds at most MOST_CELLS numbers; if there are more, observations
+are left out at even distances.
 
     runs                          the runs that hold our data: [{name, time, sites}]
-    scales                        metrics, ranges and colours
-    run?run=                      sites, layers, alerts of a run
+    scales                        how numbers are drawn and printed (view.scales)
+    run?run=                      sites, layers and alerts of a run
     values?run=&metric=           one metric, steps x sites             site?run=&site=    one site, steps x metrics
     histogram?run=&site=          steps x bins of |f'| / peak           heads?run=&site=   steps x entropies of heads
 """
@@ -26,32 +27,32 @@ from tensorboard.data.provider import RunTagFilter
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
+from torchsat.grids import Grid, Table, join, not_void
+from torchsat.metrics import rows_of
 from torchsat.record import Alert
-from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, PLUGIN, RECORDS, WEIGHTS
-from torchsat.view import Grid, Series, Table, join, not_void, rows_of, scales, series
+from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, PLUGIN, RECORDS, SCRIPTS, WEIGHTS
+from torchsat.view import Series, scales, series
 
 STATIC = Path(__file__).parent / "static"
-PAGES = {
-    **dict.fromkeys(("index.js", "app.js", "charts.js", "heatmap.js", "source.js"), "text/javascript"),
-    "style.css": "text/css",
-}
-"""All that is served of the folder `static`, and as what."""
+PAGES = {**dict.fromkeys(("index.js", *SCRIPTS), "text/javascript"), "style.css": "text/css"}
+"""The files of the folder `static` that are served, with their content types."""
 
 MOST_OBSERVATIONS = 100_000
-"""Asked of TensorBoard, which has at most what --samples_per_plugin kept."""
+"""How many observations TensorBoard is asked for. It has at most as many as --samples_per_plugin says."""
 MOST_CELLS = 4_000_000
+"""The most numbers of one answer."""
 MOST_HISTOGRAMS = 200
-"""Observations of a histogram, of which TensorBoard must send those of all sites."""
+"""The most observations of one histogram. They are few, since TensorBoard must load the histograms of all sites to answer for one."""
 KEPT_BYTES = 512 * 2**20
-"""How much is kept of runs between queries, as long as TensorBoard has nothing newer."""
+"""How many bytes of runs are kept between queries."""
 
 
 class QueryError(ValueError):
-    """A query that cannot be answered; the message goes to whoever asked."""
+    """A query that cannot be answered. The message is sent to the client."""
 
 
 class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
-    """Answers the tab's queries."""
+    """Answers the queries of the tab."""
 
     plugin_name = PLUGIN
 
@@ -61,6 +62,7 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         self._reading = threading.Lock()
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
+        """The functions that answer, by path."""
         answers = {
             "/runs": self._runs,
             "/scales": lambda query: scales(),
@@ -74,13 +76,15 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return apps | {f"/{name}": _page(name, kind) for name, kind in PAGES.items()}
 
     def is_active(self) -> bool:
-        """False: the tab appears as soon as TensorBoard itself finds data of this plugin."""
+        """Always False: TensorBoard shows the tab by itself as soon as it finds data of this plugin."""
         return False
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="Saturation")
 
     def _app(self, answer: Callable[[Query], Any]) -> Callable[..., Any]:
+        """The web application that sends one kind of answer: a grid as bytes, anything else as JSON."""
+
         @wrappers.Request.application
         def app(request: wrappers.Request) -> Any:
             try:
@@ -105,7 +109,7 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
 
 class Query:
-    """One request: its arguments, checked, and TensorBoard's data for them."""
+    """One request: its arguments, checked against what exists, and TensorBoard's data for them."""
 
     def __init__(self, plugin: SaturationPlugin, request: wrappers.Request) -> None:
         self._plugin, self._arguments = plugin, request.args
@@ -114,6 +118,7 @@ class Query:
         self._series: Series | None = None
 
     def tags(self, run: str | None = None) -> Mapping[str, Mapping[str, Any]]:
+        """Our tags with their metadata, by run: of one run, or of all."""
         wanted = None if run is None else RunTagFilter(runs=[run])
         found: Mapping[str, Mapping[str, Any]] = self._plugin._provider.list_tensors(
             self._context, experiment_id=self._experiment, plugin_name=PLUGIN, run_tag_filter=wanted
@@ -121,6 +126,7 @@ class Query:
         return found
 
     def _argument(self, name: str, allowed: Sequence[str], plural: str) -> str:
+        """One argument of the query. Raises QueryError if it is missing or not allowed."""
         value = self._arguments.get(name)
         if value is None:
             raise QueryError(f"the argument {name!r} is missing")
@@ -139,7 +145,10 @@ class Query:
         return self._argument("site", self.series().names, "sites")
 
     def series(self) -> Series:
-        """The whole run, read again only where TensorBoard has something newer. A page asks much at once: one query reads, the others wait."""
+        """The whole run. It is read again only if TensorBoard has something newer.
+
+        A page sends many queries at once. The first of them reads the run, under a lock, and the others wait for it.
+        """
         if self._series is None:
             run, plugin = self.run(), self._plugin
             tags, key = self.tags(run).get(run, {}), (self._experiment, run)
@@ -153,6 +162,7 @@ class Query:
         return self._series
 
     def _read(self, run: str, tags: Mapping[str, Any]) -> Series:
+        """The whole run, from all of its tags."""
         tables: dict[str, list[tuple[Table, list[dict[str, Any]]]]] = {RECORDS: [], WEIGHTS: []}
         for kind, over, columns in ((RECORDS, "records", "sites"), (WEIGHTS, "weights", "layers")):
             for known, data in self._data(run, tags, kind, MOST_OBSERVATIONS):
@@ -163,7 +173,7 @@ class Query:
         return found.told(self._alerts(run, tags, found.grid("saturated")))
 
     def _alerts(self, run: str, tags: Mapping[str, Any], observed: Grid) -> list[Alert]:
-        """Those of sessions that no later one made void."""
+        """The events of a run, without those that a later session has made void."""
         if EVENTS not in tags:
             return []
         data = sorted(self._tensors(run, [EVENTS], MOST_OBSERVATIONS)[EVENTS], key=lambda each: each.wall_time)
@@ -171,7 +181,7 @@ class Query:
         return [Alert.from_dict(each) for datum, valid in zip(data, kept, strict=True) if valid for each in json.loads(datum.numpy.item(0))]
 
     def tensor(self, kind: str, site: str) -> Grid:
-        """The part of a packed tensor that belongs to one site, over time."""
+        """The part of a packed tensor that belongs to one site, over time: bins of its histogram, or entropies of its heads."""
         run, tables = self.run(), []
         for known, data in self._data(run, self.tags(run).get(run, {}), kind, MOST_HISTOGRAMS):
             if kind == HISTOGRAM:
@@ -191,13 +201,14 @@ class Query:
         return Grid(at_steps[valid], at_times[valid], names, values[valid, 0])
 
     def _data(self, run: str, tags: Mapping[str, Any], kind: str, most: int) -> Iterator[tuple[dict[str, Any], list[Any]]]:
-        """Of each tag of a kind its content and its data."""
+        """For each tag of one kind, the content of its metadata and its data."""
         wanted = {tag: known for tag, each in tags.items() if _kind(tag) == kind and (known := _known(each)) is not None}
         if wanted:
             found = self._tensors(run, list(wanted), most)
             yield from ((wanted[tag], found[tag]) for tag in wanted if found.get(tag))
 
     def _tensors(self, run: str, tags: list[str], most: int) -> Mapping[str, list[Any]]:
+        """The data of each tag, at most `most` observations."""
         wanted = RunTagFilter(runs=[run], tags=tags)
         found = self._plugin._provider.read_tensors(
             self._context, experiment_id=self._experiment, plugin_name=PLUGIN, downsample=most, run_tag_filter=wanted
@@ -207,15 +218,17 @@ class Query:
 
 
 def _size(run: Series) -> int:
+    """Bytes of a run's numbers."""
     return sum(values.nbytes for values in run.values.values())
 
 
 def _kind(tag: str) -> str:
+    """The tag without its hash."""
     return tag.partition(".")[0]
 
 
 def _known(tensor: Any) -> dict[str, Any] | None:
-    """The content of a tag's metadata; None for what another version of torchsat wrote."""
+    """The content of a tag's metadata; None if another version of torchsat wrote it."""
     try:
         content = json.loads(tensor.plugin_content)
     except ValueError:
@@ -224,11 +237,14 @@ def _known(tensor: Any) -> dict[str, Any] | None:
 
 
 def _table(names: Sequence[str], data: Sequence[Any], rows: int, wanted: Sequence[int]) -> Table:
+    """A table of the wanted rows of packed tensors [rows, names]."""
     values = [datum.numpy.reshape(rows, len(names))[wanted] for datum in data]
     return Table(tuple(names), [datum.step for datum in data], [datum.wall_time for datum in data], np.stack(values).astype(np.float32))
 
 
 def _page(name: str, kind: str) -> Callable[..., Any]:
+    """The web application that sends one file of the page."""
+
     @wrappers.Request.application
     def app(request: wrappers.Request) -> Any:
         return http_util.Respond(request, (STATIC / name).read_bytes(), kind)

@@ -1,7 +1,8 @@
-"""Snapshots back from event files: never torch, and never silent about a damaged file.
+"""Reads snapshots from event files, and says where a file is damaged. Never torch.
 
-TensorBoard's own readers return the good prefix of a damaged file and say nothing. The framing is read here (length, its checksum, payload,
-its checksum), the protocol buffers and checksums are TensorBoard's. Only payloads that hold our data are checked and parsed.
+TensorBoard's own readers return what precedes the damage and say nothing. The frames of the file (length, checksum of the length, payload, checksum
+of the payload) are therefore read here. The protocol buffers and the checksum function are TensorBoard's. Only payloads that hold our data are
+checked and parsed.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, OVERHEAD, PLU
 
 @dataclass
 class Run:
-    """What the event files of one directory hold."""
+    """What was read from the event files of one directory."""
 
     directory: str
     snapshots: list[Snapshot] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
-    """One sentence per file that could not be read to its end."""
+    """One sentence for each file that could not be read to its end, and for each kind of event that could not be understood."""
     notes: list[str] = field(default_factory=list)
-    """What else a reader should know."""
+    """Sentences about anything else that was left out."""
 
 
 def read(run_dir: str | os.PathLike[str]) -> list[Snapshot]:
@@ -55,7 +56,7 @@ def read(run_dir: str | os.PathLike[str]) -> list[Snapshot]:
 
 
 def read_runs(run_dir: str | os.PathLike[str]) -> list[Run]:
-    """Every run at or below a directory. Raises FileNotFoundError where there is none."""
+    """Every run in a directory or below it. Raises FileNotFoundError if there is none."""
     top = Path(run_dir)
     if not top.is_dir():
         raise FileNotFoundError(f"{top} is not a directory; give the one that was given to torchsat.watch(model, ...)")
@@ -73,7 +74,7 @@ def read_runs(run_dir: str | os.PathLike[str]) -> list[Run]:
 
 
 def _read_folder(folder: Path, files: list[Path]) -> list[Run]:
-    """The runs of one directory: files that follow each other in time are one, files written side by side are several."""
+    """The runs of one directory. Files that follow each other in time are the sessions of one run; files that overlap in time are several runs."""
     sessions = []
     for path in files:
         session, contents, odd = Run(str(folder)), dict[str, dict[str, Any]](), dict[str, list[int]]()
@@ -106,7 +107,7 @@ def _read_folder(folder: Path, files: list[Path]) -> list[Run]:
 
 
 def _resume(run: Run, session: Run) -> None:
-    """A resumed run starts again at its checkpoint: what the lost session wrote from there on is void."""
+    """Add a later session to a run. It began at a checkpoint; what the earlier sessions wrote from that step on is void and left out."""
     first = session.snapshots[0].step
     kept = [snapshot for snapshot in run.snapshots if snapshot.step < first]
     void = len(run.snapshots) - len(kept)
@@ -117,7 +118,7 @@ def _resume(run: Run, session: Run) -> None:
 
 
 def _events(path: Path, damage: list[str]) -> Iterator[Event]:
-    """The events of one file that hold our data; where it breaks off, a sentence goes to `damage`."""
+    """The events of one file that hold our data. If the file ends early or is corrupt, a sentence is added to `damage`."""
     size, count, at, reason = path.stat().st_size, 0, 0, ""
     with path.open("rb") as file:
         while header := file.read(12):
@@ -148,6 +149,11 @@ def _events(path: Path, damage: list[str]) -> Iterator[Event]:
 
 
 def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | None:
+    """The snapshot of one event; None if it holds none.
+
+    Args:
+        contents: the contents of the metadata of the tags met so far; only the first event of a tag has them.
+    """
     records: tuple[Record, ...] | None = None
     histograms: dict[str, tuple[float, ...]] = {}
     heads: dict[str, list[Head]] = {}
@@ -171,7 +177,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
             flat = _floats(value.tensor)
             for index, site in enumerate(known["sites"]):
                 bins = tuple(flat[index * HISTOGRAM_BINS : (index + 1) * HISTOGRAM_BINS])
-                if bins and bins[0] == bins[0]:
+                if bins and not math.isnan(bins[0]):
                     histograms[site] = bins
         elif kind == HEADS:
             owners = [[site] for site, count in known["sites"] for _ in range(count)]
@@ -191,7 +197,12 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
 
 
 def _columns(tensor: Any, known: dict[str, Any], items: list[list[Any]]) -> Iterator[dict[str, Any]]:
-    """Facts and metrics of each column of a packed tensor, by name."""
+    """For each column of a packed tensor [metrics, items], its facts and metrics by name.
+
+    Args:
+        known: the content of the tensor's metadata, with the names of its facts and metrics.
+        items: the facts of each column.
+    """
     flat, width = _floats(tensor), len(items)
     if len(flat) != len(known["metrics"]) * width:
         raise ValueError(f"{len(flat)} numbers where {len(known['metrics'])} x {width} were announced")
@@ -203,6 +214,7 @@ def _columns(tensor: Any, known: dict[str, Any], items: list[list[Any]]) -> Iter
 
 
 def _floats(tensor: Any) -> array.array[float]:
+    """The numbers of a packed tensor, which are little-endian float32."""
     values = array.array("f", tensor.tensor_content)
     if sys.byteorder == "big":
         values.byteswap()

@@ -1,27 +1,22 @@
-"""What TensorBoard's own dashboards show of a run, where our tab is not installed: tags, layout, heatmap, alerts. Never torch.
+"""What TensorBoard's own dashboards show of a run, for readers that do not have our tab: scalars, their charts, and a table of alerts. Never torch.
 
-A dozen scalars of the whole network stand in one group, `torchsat/`. Numbers of each site stand in one group per metric, whose names begin with the
-depth of the site, so that TensorBoard's order is that of the data flow. Custom Scalars gets charts made of these, Images one picture of all sites
-over all steps, Text the alerts.
+A dozen scalars of the whole network form one group, `torchsat/`. The numbers of single sites form one group per metric. Their tags begin with the
+number of the site in the order of data flow, so that TensorBoard, which sorts by name, shows them in this order. The Custom Scalars dashboard gets
+charts of these scalars, the Text dashboard the alerts, the Images dashboard a picture (heatmap.py).
 """
 
 from __future__ import annotations
 
-import io
-import itertools
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MarginChartContent, MultilineChartContent
 
-from torchsat.record import Alert, Record, Snapshot
-from torchsat.rules import gradient_over_depth, percent
-from torchsat.view import METRICS, Grid, Table, join, shade, shades
+from torchsat.percent import percent
+from torchsat.record import Alert, Snapshot
+from torchsat.rules import gradient_over_depth
 
 NETWORK = {
     "saturated_p10": "Share of elements on a plateau at the hidden site below which a tenth of the hidden sites lie.",
@@ -39,17 +34,19 @@ NETWORK = {
     "overhead": "Share of the training time that the last observations took.",
     "alerts": "Alerts that fire now. See the Text tab, or `torchsat report`.",
 }
-"""The scalars of the whole network under torchsat/, with their descriptions."""
+"""The scalars of the whole network, by their name below `torchsat/`, with their descriptions."""
 
 
 class Group(NamedTuple):
-    """One scalar per site."""
+    """A group of scalars: one metric of each site."""
 
     name: str
+    """What the tags begin with."""
     metric: str
+    """The attribute of Record."""
     title: str
     says: str
-    """With the site and its activation to be filled in."""
+    """The description of one scalar. `{site}` and `{activation}` are filled in."""
 
 
 SITES = (
@@ -60,16 +57,18 @@ SITES = (
         "torchsat.entropy", "entropy_min", "Attention entropy", "H / ln T of the lowest head of `{site}`: 1 is even attention, 0 is one key alone."
     ),
 )
-"""The groups of scalars of each site."""
+"""The groups of scalars of single sites."""
 
-MISSING = (200, 204, 208)
-WORST = 8
 PER_CHART, MOST_CHARTS = 10, 10
-"""Ten sites a chart, or as many as make ten charts."""
+"""A chart shows ten sites. If that makes more than ten charts, each shows as many sites as make ten charts."""
 
 
 def network(snapshot: Snapshot, firing: int) -> dict[str, float | None]:
-    """The numbers of the whole network; None where nothing can be said."""
+    """The numbers of the whole network, by the names of NETWORK. None: it is not known.
+
+    Args:
+        firing: how many alerts fire now.
+    """
     hidden = [record for record in snapshot.records if not record.output]
 
     def collect(values: Iterable[float | None]) -> list[float]:
@@ -98,9 +97,10 @@ def network(snapshot: Snapshot, firing: int) -> dict[str, float | None]:
 
 
 def scalars(snapshot: Snapshot, firing: int | None = None) -> dict[str, float]:
-    """The scalars of a snapshot for any logger, under TensorBoard's tags; the sites without their number, which only a whole run gives them.
+    """The scalars of a snapshot for any logger, by TensorBoard's tags. Tags of sites lack the number of the site, which only a whole run gives it.
 
-    `firing`: how many alerts fire now; a snapshot knows only what has changed.
+    Args:
+        firing: how many alerts fire now. A snapshot cannot tell, since it knows only the alerts that have changed. None: this scalar is left out.
     """
     found = {f"torchsat/{name}": value for name, value in network(snapshot, firing or 0).items() if name != "alerts" or firing is not None}
     found.update((f"{group.name}/{record.site}", getattr(record, group.metric)) for record in snapshot.records for group in SITES)
@@ -110,23 +110,23 @@ def scalars(snapshot: Snapshot, firing: int | None = None) -> dict[str, float]:
 _JUDGED = operator.attrgetter("saturated", "relative_derivative", "stuck", "attenuation", "entropy_min")
 
 
-def _quantile(ordered: Sequence[float], share: float) -> float | None:
-    """Of sorted numbers, interpolated between neighbours."""
+def _quantile(ordered: Sequence[float], below: float) -> float | None:
+    """The number below which that fraction of sorted numbers lies, interpolated between neighbours; None if there are no numbers."""
     if not ordered:
         return None
-    at = share * (len(ordered) - 1)
-    below = int(at)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (at - below)
-
-
-def excess(record: Record) -> float | None:
-    """The saturated share less what N(0, 1) inputs give."""
-    return None if record.saturated is None else record.saturated - (record.normal_low or 0.0) - (record.normal_high or 0.0)
+    at = below * (len(ordered) - 1)
+    left = int(at)
+    right = min(left + 1, len(ordered) - 1)
+    return ordered[left] + (ordered[right] - ordered[left]) * (at - left)
 
 
 def layout(tags: Sequence[tuple[Group, Sequence[str]]], worst_tags: Sequence[str]) -> bytes:
-    """Charts for the Custom Scalars dashboard, from the tags of each group in order of depth: the spread over all sites, the worst, and all."""
+    """The encoded layout of the Custom Scalars dashboard: charts of the spread over all sites, of the worst sites, and of all sites.
+
+    Args:
+        tags: of each group its tags, in the order of data flow.
+        worst_tags: the tags of the worst sites.
+    """
 
     def multiline(title: str, chosen: Sequence[str]) -> Chart:
         return Chart(title=title, multiline=MultilineChartContent(tag=[f"{re.escape(tag)}$" for tag in chosen]))
@@ -150,112 +150,16 @@ def layout(tags: Sequence[tuple[Group, Sequence[str]]], worst_tags: Sequence[str
     return encoded
 
 
-def alert_table(alerts: Sequence[Alert]) -> str:
-    """Every alert so far, newest first, as Markdown: one text, since TensorBoard keeps one per step. Narrow columns would be broken up."""
+def alert_table(events: Sequence[Alert]) -> str:
+    """The events so far as a Markdown table, the newest first.
+
+    It is one text, since TensorBoard keeps only one per step. It has few columns, since TensorBoard breaks the text of narrow ones into pieces.
+    """
     lines = ["what | why | try", "--- | --- | ---"]
-    for alert in reversed(alerts):
+    for alert in reversed(events):
         state = f"**{alert.severity}**, since step {alert.since}" if alert.firing else "cleared"
         what = f"step {alert.step}: {state}: {alert.message}" + (f" ({len(alert.also)} more after it)" if alert.firing and alert.also else "")
         why = "; ".join(f"{cause.name} {percent(cause.share)}: {cause.evidence}" for cause in alert.causes)
         cells = (what, why, alert.causes[0].remedy if alert.causes else "")
         lines.append(" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells))
     return "\n".join(lines)
-
-
-class Heatmap:
-    """One picture of all sites over all steps so far, small enough for the Images dashboard, which shrinks what is larger than a card."""
-
-    WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 350, 270, 106, 24, 40, 8
-    KEPT = 512
-
-    def __init__(self) -> None:
-        self._observed: list[tuple[int, float, list[tuple[str, float]]]] = []
-        self._spared: set[str] = set()
-        self._metric = METRICS[0]
-
-    def add(self, snapshot: Snapshot) -> None:
-        values = [(record.site, value) for record in snapshot.records if (value := excess(record)) is not None]
-        self._observed.append((snapshot.step, snapshot.time, values))
-        self._spared = {record.site for record in snapshot.records if record.output or record.gate}
-        if len(self._observed) > self.KEPT:
-            self._observed = [*self._observed[:-1:2], self._observed[-1]]
-
-    @property
-    def end(self) -> tuple[int, float]:
-        """The step and the time of the last observation."""
-        return self._observed[-1][:2]
-
-    def worst(self) -> list[str]:
-        """The hidden sites that are furthest beyond normal at the last observation, worst first."""
-        found = [(value, site) for site, value in self._observed[-1][2] if site not in self._spared]
-        return [site for _, site in sorted(found, key=lambda pair: -pair[0])[:WORST]]
-
-    def png(self) -> bytes | None:
-        """The picture; None where nothing saturates."""
-        names, steps, times, values = join(
-            [Table.of([site for site, _ in row], step, time, [[value for _, value in row]]) for step, time, row in self._observed], 1
-        )
-        if not names:
-            return None
-        grid = Grid(steps, times, names, values[:, 0])
-        image = Image.new("RGB", (self.WIDTH, self.HEIGHT), "white")
-        width, height = self.WIDTH - self.LEFT - self.RIGHT, self.HEIGHT - self.TOP - self.BOTTOM
-        heat = Image.fromarray(self._pixels(grid, width)).resize((width, height), Image.Resampling.NEAREST)
-        image.paste(heat, (self.LEFT, self.TOP))
-        self._letter(image, grid, width, height)
-        encoded = io.BytesIO()
-        image.save(encoded, "png")
-        return encoded.getvalue()
-
-    def _pixels(self, grid: Grid, width: int) -> NDArray[np.uint8]:
-        """[sites, columns, 3]: each column shows the worst of the observations that begin in it, or else the one that holds there."""
-        metric, colours = self._metric, np.array([*shades(self._metric.ramp), MISSING], np.uint8)
-        last = grid.steps[-1] + (grid.steps[-1] - grid.steps[-2] if len(grid.steps) > 1 else 1)
-        starts = np.linspace(grid.steps[0], last, width + 1)
-        first = np.searchsorted(grid.steps, starts[:-1], "right") - 1
-        until = np.searchsorted(grid.steps, starts[1:], "left")
-        found = np.stack([np.fmax.reduce(grid.values[at : max(at + 1, end)], axis=0) for at, end in zip(first, until, strict=True)], 1)
-        pixels: NDArray[np.uint8] = colours[np.where(np.isnan(found), len(colours) - 1, shade(metric, np.nan_to_num(found), 0.0, 1.0))]
-        return pixels
-
-    def _letter(self, image: Image.Image, grid: Grid, width: int, height: int) -> None:
-        pen, font, ink, faint = ImageDraw.Draw(image), _font(12), "#202124", "#5f6368"
-        pen.text((4, 4), f"{self._metric.title}, {len(grid.names)} sites", ink, font)
-        row, every = height / len(grid.names), -(-15 * len(grid.names) // height)
-        shared = _shared(grid.names)
-        for place, name in enumerate(grid.names):
-            if place % every == 0:
-                pen.text(
-                    (self.LEFT - 4, self.TOP + (place + 0.5) * row),
-                    _shortened(name[shared:], self.LEFT - 8, font),
-                    ink,
-                    font,
-                    anchor="rm",
-                )
-        pen.rectangle((self.LEFT - 1, self.TOP - 1, self.LEFT + width, self.TOP + height), outline="#9aa0a6")
-        below = self.TOP + height + 4
-        pen.text((self.LEFT, below), f"step {grid.steps[0]:.0f}", faint, font)
-        pen.text((self.LEFT + width, below), f"{grid.steps[-1]:.0f}", faint, font, anchor="ra")
-        for at, colour in enumerate(shades(self._metric.ramp)):
-            pen.line((self.LEFT + at * 140 // 256 + 40, below + 18, self.LEFT + at * 140 // 256 + 40, below + 28), fill=colour)
-        pen.text((self.LEFT + 34, below + 23), "0 %", faint, font, anchor="rm")
-        pen.text((self.LEFT + 186, below + 23), "100 %", faint, font, anchor="lm")
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
-
-
-def _shared(names: Sequence[str]) -> int:
-    """How long the path is that all names begin with."""
-    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
-    return sum(len(each[0]) + 1 for each in itertools.takewhile(lambda each: len(set(each)) == 1, parts)) if len(names) > 1 else 0
-
-
-def _shortened(name: str, width: int, font: Any) -> str:
-    """What sites have in common is gone; of the rest the beginning tells them apart."""
-    text = name
-    while font.getlength(text) > width:
-        name = name[:-1]
-        text = f"{name}…"
-    return text

@@ -1,10 +1,11 @@
-"""Snapshots into TensorBoard: one Summary per observation, made and written by a thread of its own. Never torch.
+"""Writes snapshots for TensorBoard: one Summary per observation, on a thread of its own. Never torch.
 
-The training thread only queues a snapshot: to build the summary takes milliseconds, pictures and checksums more, and torch's kernels leave
-Python free meanwhile.
+The training thread only puts a snapshot into a queue. To build the summary takes milliseconds, pictures and checksums take more; meanwhile torch's
+kernels, which release Python's lock, go on.
 
-Scalars are old-style `simple_value` with a metadata of class SCALAR: every reader (TensorBoard's two servers, W&B, MLflow) takes them, and
-the descriptions are shown. A lost process loses at most the two queues, ours and that of TensorBoard's event writer.
+Scalars are written as the older `simple_value`, with metadata of class SCALAR. Every reader (TensorBoard's two servers, W&B, MLflow) understands
+them, and TensorBoard shows their descriptions. If the process dies, what is lost is at most the content of two queues: ours and the one of
+TensorBoard's event writer.
 """
 
 from __future__ import annotations
@@ -28,22 +29,24 @@ from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
 from tensorboard.summary.writer import event_file_writer
 
+from torchsat.alerts import Firing
 from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot
 from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, content, tag
-from torchsat.tensorboard.stock import NETWORK, SITES, Group, Heatmap, alert_table, layout, network
+from torchsat.tensorboard.heatmap import Heatmap
+from torchsat.tensorboard.stock import NETWORK, SITES, Group, alert_table, layout, network
 
 QUEUED = 10
-"""Snapshots that may wait to be written; then training waits."""
+"""How many snapshots may wait to be written. If there are more, training waits."""
 PICTURES = 64
-"""A heatmap and a layout are written after 8, 16, 32 and 64 observations, then after every so many more, and at the end."""
+"""A heatmap and a layout are written after 8, 16, 32 and 64 observations, then after every 64 more, and at the end."""
 
 
 class TensorBoardWriter:
-    """A sink. Writes into `<log_dir>/torchsat`, or through a `torch.utils.tensorboard.SummaryWriter` of the user's.
+    """A sink that writes event files: into `<log_dir>/torchsat`, or through a `torch.utils.tensorboard.SummaryWriter` of the user's.
 
     Raises:
-        TypeError: `writer` is something else.
-        ValueError: both are given.
+        TypeError: `writer` is not a SummaryWriter.
+        ValueError: both a directory and a writer are given.
     """
 
     def __init__(self, log_dir: str | os.PathLike[str] | None = None, writer: Any = None) -> None:
@@ -62,7 +65,7 @@ class TensorBoardWriter:
         self._tags: dict[Group, dict[str, str]] = {}
         self._depth: dict[str, int] = {}
         self._contents: dict[str, tuple[Any, str, str]] = {}
-        self._firing: dict[tuple[str, str], Alert] = {}
+        self._firing = Firing()
         self._history: deque[Alert] = deque(maxlen=200)
         self._heatmap = Heatmap()
         self._layout = b""
@@ -72,18 +75,18 @@ class TensorBoardWriter:
         self._error: Exception | None = None
 
     def open(self) -> None:
-        """Begin the event file; the first snapshot does so too. Of several ranks those that write none make none."""
+        """Begin the event file. The first snapshot does so too, so that a rank which writes nothing makes no file."""
         if self._ours is None and self._log_dir is not None:
-            # Looked up in its module only now: W&B's sync_tensorboard puts a class of its own there.
+            # The class is looked up in its module only now, since W&B's sync_tensorboard puts a class of its own there.
             self._ours = event_file_writer.EventFileWriter(os.path.join(self._log_dir, SUBRUN))
 
     def move(self, folder: str) -> None:
-        """Write into a folder below the directory that was given, where nothing has been written yet."""
+        """Write into a folder below the directory that was given. Without effect once something has been written."""
         if self._ours is None and self._log_dir is not None:
             self._log_dir = os.path.join(self._log_dir, folder)
 
     def __call__(self, snapshot: Snapshot) -> None:
-        """Queue a snapshot. Raises what went wrong with an earlier one."""
+        """Queue a snapshot. Raises the exception that writing an earlier one has raised."""
         self._raise()
         self.open()
         if self._thread is None:
@@ -92,6 +95,7 @@ class TensorBoardWriter:
         self._queue.put(snapshot)
 
     def flush(self) -> None:
+        """Wait until everything that is queued has been written."""
         self._queue.join()
         writer = self._ours if self._theirs is None else self._theirs
         if writer is not None:
@@ -99,7 +103,7 @@ class TensorBoardWriter:
         self._raise()
 
     def close(self) -> None:
-        """Write what is queued, draw the end, close our own file; the user's writer is only flushed."""
+        """Write what is queued and a last picture, then close our own file. A writer of the user's is only flushed."""
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join()
@@ -111,12 +115,16 @@ class TensorBoardWriter:
         self._raise()
 
     def _raise(self) -> None:
+        """Raise the last exception of the writing thread, once."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def _work(self) -> None:
-        """The writing thread: one snapshot after the other until None comes. After a fault it goes on to empty the queue, so that nobody waits."""
+        """Runs on the writing thread: writes one snapshot after the other until None is queued.
+
+        After an exception it goes on to empty the queue, so that nobody waits forever.
+        """
         while True:
             snapshot = self._queue.get()
             try:
@@ -132,12 +140,10 @@ class TensorBoardWriter:
                 return
 
     def _write(self, snapshot: Snapshot) -> None:
-        for alert in snapshot.alerts:
-            self._history.append(alert)
-            if alert.firing:
-                self._firing[alert.site, alert.rule] = alert
-            else:
-                self._firing.pop((alert.site, alert.rule), None)
+        """Write one snapshot, and a picture if it is due."""
+        for event in snapshot.alerts:
+            self._history.append(event)
+            self._firing.apply(event)
         if self._ours is not None and not self._count:
             self._ours.add_event(Event(wall_time=snapshot.time, step=snapshot.step, session_log=SessionLog(status=SessionLog.START)))
         self._count += 1
@@ -147,15 +153,18 @@ class TensorBoardWriter:
             self._add(self._pictures(), snapshot.step, snapshot.time)
 
     def _add(self, values: Iterable[Summary.Value], step: int, time: float) -> None:
+        """Write one event."""
         event = Event(wall_time=time, step=step)
         event.summary.value.extend(values)
         if self._theirs is not None:
-            # Below the method that MLflow's autolog replaces: called on our thread, that would start a run of its own for every event.
+            # MLflow's autolog replaces a method of the file writer. Called on our thread, its replacement would start a new MLflow run for every
+            # event, so the event goes to the event writer below it.
             self._theirs._get_file_writer().event_writer.add_event(event)
         elif self._ours is not None:
             self._ours.add_event(event)
 
     def _values(self, snapshot: Snapshot) -> Iterable[Summary.Value]:
+        """All values of one observation: scalars, packed tensors, and the events of alerts."""
         for name, value in network(snapshot, len(self._firing)).items():
             if value is not None:
                 yield self._scalar(f"torchsat/{name}", value, NETWORK[name])
@@ -185,7 +194,7 @@ class TensorBoardWriter:
             yield self._string("torchsat/alerts/text_summary", alert_table(self._history).encode(), "text", "")
 
     def _pictures(self) -> Iterable[Summary.Value]:
-        """The heatmap so far; and in a run of our own the charts, which in the user's run would replace those of the user."""
+        """The heatmap so far. In a run of our own also the layout of the charts; in the user's run it would replace a layout of the user's."""
         self._drawn = self._count
         png = self._heatmap.png()
         if png is not None:
@@ -199,21 +208,22 @@ class TensorBoardWriter:
                 yield self._string("custom_scalars__config__", described, "custom_scalars", "")
 
     def _tag(self, group: Group, site: str) -> str:
-        """The depth is that at which a site was first seen, so that its tag stays the same."""
+        """The tag of one scalar of a site. The number in it is the place at which the site was first seen, so that the tag never changes."""
         depth = self._depth.setdefault(site, len(self._depth))
         made = f"{group.name}/{depth:03d}_{site}"
         self._tags[group][site] = made
         return made
 
     def _content(self, kind: str, key: Any, **names: Any) -> tuple[str, str]:
-        """The description of a packed tensor and its tag, made anew only where the sites or layers have changed."""
+        """The content of the metadata of a packed tensor, and its tag. Both are made anew only if the sites or layers (`key`) have changed."""
         if kind not in self._contents or self._contents[kind][0] != key:
             described = content(kind.rpartition("/")[2], **names)
             self._contents[kind] = key, described, tag(kind, described)
         return self._contents[kind][1:]
 
     def _scalar(self, name: str, value: float, description: str, record: Record | None = None) -> Summary.Value:
-        """The same value object each time, since to make one costs more than to fill it; described when it is first written."""
+        """A scalar. It has a description when it is first written. After that one value object is filled again each time, which costs less than a new
+        one."""
         known = self._scalars.get(name)
         if known is not None:
             known.simple_value = value
@@ -226,7 +236,7 @@ class TensorBoardWriter:
         return Summary.Value(tag=name, simple_value=value, metadata=metadata)
 
     def _metadata(self, name: str, plugin: str, described: str) -> SummaryMetadata:
-        """The plugin's name in every value, its content in the first."""
+        """The metadata of a value. TensorBoard needs the plugin's name in every value, the content only in the first one of a tag."""
         data = SummaryMetadata.PluginData(plugin_name=plugin)
         if name not in self._described:
             self._described.add(name)
@@ -234,12 +244,13 @@ class TensorBoardWriter:
         return SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR)
 
     def _tensor(self, name: str, described: str, values: NDArray[np.float32]) -> Summary.Value:
-        """Made anew each time: a protocol buffer that is kept and filled again keeps every string it ever held."""
+        """A packed tensor. It is a new object each time, since a protocol buffer that is filled again keeps every string that it ever held."""
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in values.shape])
         tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=values.astype("<f4", copy=False).tobytes())
         return Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, PLUGIN, described))
 
     def _string(self, name: str, text: bytes, plugin: str, described: str) -> Summary.Value:
+        """A text for one of TensorBoard's plugins."""
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
         tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[text])
         return Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, plugin, described))
@@ -252,6 +263,6 @@ _HEAD_METRICS = operator.attrgetter(*HEAD_METRICS)
 
 
 def _floats(rows: Iterable[tuple[float | None, ...]]) -> NDArray[np.float32]:
-    """Rows of numbers as an array: None as NaN, what is beyond the range of float32 as infinite."""
+    """Rows of numbers as an array. None becomes NaN, a number beyond the range of float32 infinite."""
     with np.errstate(over="ignore"):
         return np.array(list(rows), np.float64).astype(np.float32)

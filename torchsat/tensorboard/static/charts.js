@@ -1,10 +1,13 @@
-// Small pictures: numbers, scales, line charts, and the histogram over time. Names are only ever set as text.
+// Small charts: lines, and shares over time as a picture. Names are set as text, never as HTML.
+
+import { along, short, ticks } from "./numbers.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
-// Okabe and Ito (2008): eight colours that colour-blind eyes tell apart, in an order that suits light and dark pages.
+// The eight colours of Okabe and Ito (2008), which colour-blind eyes tell apart, changed a little and ordered so that they suit light and dark pages.
 export const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8a800"];
 
+// A new HTML element with properties or attributes and children. Children that are null are left out.
 export function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -15,6 +18,7 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
+// A new SVG element.
 function drawn(tag, attributes = {}, text) {
   const made = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
@@ -22,79 +26,9 @@ function drawn(tag, attributes = {}, text) {
   return made;
 }
 
-export function percent(share) {
-  const points = 100 * share;
-  if (points < 0) return `−${percent(-share)}`.replace("−< ", "> −");
-  if (points > 0 && points < 0.1) return "< 0.1 %";
-  if (points < 100 && points > 99.9) return "> 99.9 %";
-  return `${points < 10 || points > 90 ? points.toFixed(1) : points.toFixed(0)} %`;
-}
-
-export function number(value) {
-  if (value === 0) return "0";
-  const size = Math.abs(value);
-  return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(3)));
-}
-
-export function printed(metric, value) {
-  if (Number.isNaN(value) || value === undefined || value === null) return "not measured";
-  return metric.form === "share" ? percent(value) : number(value);
-}
-
-// A number as a share of the way from `low` to `high`, which may lie outside [0, 1].
-export function along(scale, value, low, high) {
-  if (scale === "log") {
-    [value, low, high] = [value, low, high].map((each) => Math.log10(Math.max(each, 1e-300)));
-  }
-  return high > low ? (value - low) / (high - low) : 0;
-}
-
-export function ticks(scale, low, high, most = 5) {
-  if (scale === "log") {
-    const first = Math.ceil(Math.log10(low) - 1e-9);
-    const last = Math.floor(Math.log10(high) + 1e-9);
-    const stride = Math.max(1, Math.ceil((last - first + 1) / most));
-    const found = [];
-    for (let power = first; power <= last; power += stride) found.push(Number(`1e${power}`));
-    if (found.length > 1) return found;
-    return [low, high];
-  }
-  const rough = (high - low) / most;
-  if (!(rough > 0)) return [low];
-  const power = 10 ** Math.floor(Math.log10(rough));
-  const stride = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
-  const found = [];
-  for (let at = Math.ceil(low / stride - 1e-9) * stride; at <= high + stride * 1e-9; at += stride) found.push(Number(at.toPrecision(12)));
-  return found;
-}
-
-export function short(value) {
-  const size = Math.abs(value);
-  if (size >= 1e9) return value.toExponential(0).replace("e+", "e");
-  if (size >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
-  if (size >= 1e4) return `${Number((value / 1e3).toPrecision(3))}k`;
-  if (size !== 0 && size < 1e-3) return value.toExponential(0).replace("e-", "e−");
-  return String(Number(value.toPrecision(4)));
-}
-
-// The ends of a scale: those of the metric, or those between which all but the last half per cent of the numbers lie on either side, so that one
-// outlier does not make the rest one colour.
-export function range(metric, values) {
-  if (metric.low !== null && metric.high !== null) return [metric.low, metric.high];
-  const known = Float64Array.from(values).filter((value) => Number.isFinite(value) && (metric.scale !== "log" || value > 0)).sort();
-  if (!known.length) return metric.scale === "log" ? [1e-6, 1] : [0, 1];
-  const spared = Math.floor(known.length / 200);
-  const [low, high] = [known[spared], known[known.length - 1 - spared]];
-  if (metric.scale === "log") {
-    const [first, last] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high) + 1e-9)];
-    return [10 ** first, 10 ** Math.max(first + 1, last)];
-  }
-  return low === high ? [low - 0.5, high + 0.5] : [low, high];
-}
-
-// A line chart: each series is {name, colour, dash, points: [[x, y], ...]}; a point without a finite y is a gap. The values under the pointer
-// are written beside the names.
-export function lines({ title, series, scale, low, high, xLow, xHigh, at, form, xName = "step", xLabel, width = 340, height = 120, limit }) {
+// A line chart. Each series is {name, colour, dash, points: [[x, y], ...]}; a point without a finite y is a gap. `at` is an x that is marked, `limit`
+// a y that is marked, `form` that of a metric. The values under the pointer are written beside the names, by `print`.
+export function lines({ title, series, scale, low, high, xLow, xHigh, at, form, print, xName = "step", xLabel, width = 340, height = 120, limit }) {
   const [left, right, top, bottom] = [44, 8, 6, 20];
   const x = (value) => left + (width - left - right) * (xHigh > xLow ? (value - xLow) / (xHigh - xLow) : 0.5);
   const y = (value) => top + (height - top - bottom) * (1 - Math.min(1, Math.max(0, along(scale, value, low, high))));
@@ -141,7 +75,7 @@ export function lines({ title, series, scale, low, high, xLow, xHigh, at, form, 
     for (const [each, value] of values) {
       let nearest = null;
       for (const point of each.points) if (nearest === null || Math.abs(point[0] - px) < Math.abs(nearest[0] - px)) nearest = point;
-      value.textContent = nearest === null ? "" : ` ${printed({ form }, nearest[1])} (${xName} ${xLabel ? xLabel(nearest[0]) : nearest[0]})`;
+      value.textContent = nearest === null ? "" : ` ${print.value({ form }, nearest[1])} (${xName} ${xLabel ? xLabel(nearest[0]) : nearest[0]})`;
     }
   };
   svg.addEventListener("pointermove", (event) => {
@@ -152,7 +86,9 @@ export function lines({ title, series, scale, low, high, xLow, xHigh, at, form, 
   return element("figure", { className: "chart" }, element("figcaption", { textContent: title }), svg, legend);
 }
 
-// Shares over time as a picture: rows are bins from the bottom, the x axis is that of the curves. Colours are those of the scale from `low` to 1.
+// Shares over time as a picture. The rows are the columns of the grid, the first one at the bottom. The x axis is that of the line charts. The
+// colours span the scale from `low` to 1. `label(step, row, value)` is the text for what is under the pointer, `ends` are the texts at the top and
+// the bottom.
 export function bands({ title, grid, colours, label, ends, scale, low, xLow, xHigh, at, ink }) {
   const [count, bins, width] = [grid.steps.length, grid.names.length, 600];
   const end = count > 1 ? 2 * grid.steps[count - 1] - grid.steps[count - 2] : grid.steps[0] + 1;
@@ -167,7 +103,7 @@ export function bands({ title, grid, colours, label, ends, scale, low, xLow, xHi
     for (let bin = 0; bin < bins; bin++) {
       const value = grid.at(row, bin);
       if (Number.isNaN(value)) continue;
-      pen.fillStyle = colours[Math.round(255 * Math.min(1, Math.max(0, along(scale, value, low, 1))))];
+      pen.fillStyle = colours[Math.round((colours.length - 1) * Math.min(1, Math.max(0, along(scale, value, low, 1))))];
       pen.fillRect(from, 2 * (bins - 1 - bin), Math.max(1, to - from), 2);
     }
   }

@@ -1,33 +1,21 @@
-// One run as a picture of sites x steps. Every pixel shows a stored number: where several observations share one, the worst of them, or the latest
-// where no end of the scale is bad. An observation holds from its step to the next one.
+// One run as a picture of sites x steps. An observation fills the space from its step to the next one. Every pixel shows a stored number. If several
+// observations share a pixel it shows the worst of them, or the latest if neither end of the metric's scale is bad.
 
-import { along, element, printed, short, ticks } from "./charts.js";
+import { element } from "./charts.js";
+import { AXES, FONT, TOP, aside, drawAlerts, drawAxis, drawNames } from "./frame.js";
+import { along } from "./numbers.js";
 
-const FONT = "11px system-ui, sans-serif";
-const LEAST_LEFT = 60;
+// Sizes in CSS pixels.
+const LEAST_LEFT = 60; // the room for names of sites
 const MOST_LEFT = 220;
-const RIGHT = 18;
-const TOP = 8;
-const AXIS = 20;
+const RIGHT = 18; // the room for the dots of alerts that still fire
+const AXIS = 20; // the height of the x axis
 const LEAST_ROW = 3;
 const MOST_ROW = 24;
-const HEIGHT = 560;
-
-// Where observations begin and end on the x axis, and back.
-export const AXES = {
-  step: { title: "step", edges: (steps) => edges(Array.from(steps)) },
-  log: { title: "step, log", edges: (steps) => edges(Array.from(steps)).map((step) => Math.log1p(Math.max(0, step))) },
-  observation: { title: "observation", edges: (steps) => Array.from({ length: steps.length + 1 }, (_, index) => index) },
-};
-
-function edges(steps) {
-  const count = steps.length;
-  const last = count > 1 ? steps[count - 1] - steps[count - 2] : 1;
-  return [...steps, steps[count - 1] + last];
-}
+const HEIGHT = 560; // of all rows, if they are neither too small nor too large then
 
 export class Heatmap {
-  // `choose(site, step)` is called on a click or Enter, `say(text)` with what is under the pointer or the cursor.
+  // `choose(site, step)` is called on a click or on Enter. The step is null after a click on the name of a site.
   constructor(choose) {
     this.choose = choose;
     this.canvas = element("canvas", { className: "heat", tabIndex: 0 });
@@ -48,7 +36,8 @@ export class Heatmap {
     this.cursor = null;
   }
 
-  // given: {grid, sites (names in order), facts (by name), metric, colours (css), low, high, axis, domain, alerts, chosen, step, theme, label}
+  // Draw. given: {grid, sites (names in order), facts (by name), metric, colours (CSS), low, high, axis, domain (of the x axis), alerts, chosen (a site),
+  // step, theme, label, print}
   show(given) {
     performance.mark("torchsat.draw.start");
     const held = this.cursor && { site: this.given.sites[this.cursor.place], step: this.given.grid.steps[this.cursor.row] };
@@ -76,15 +65,15 @@ export class Heatmap {
     pen.scale(this.scale, this.scale);
     pen.font = FONT;
     this.paint(pen);
-    this.labels(pen);
-    this.bottom(pen);
-    this.alerts(pen);
+    drawNames(pen, this);
+    drawAxis(pen, this);
+    drawAlerts(pen, this);
     if (held && sites.includes(held.site) && grid.steps.includes(held.step)) this.move({ place: sites.indexOf(held.site), row: grid.steps.indexOf(held.step) });
     this.outline();
     performance.measure("torchsat.draw", "torchsat.draw.start");
   }
 
-  // The observations [first, last] that each device pixel of a row stands for; [-1, -1] where there is none.
+  // For each device pixel of a row, the first and the last of the observations that it stands for; -1 if there are none.
   columns() {
     const [start, end] = this.domain;
     const count = Math.max(1, Math.round(this.plot * this.scale));
@@ -104,7 +93,7 @@ export class Heatmap {
     return { first, last, count };
   }
 
-  // Which of the observations that share a pixel it shows.
+  // Of the observations `first` to `last`, which share a pixel, the one that the pixel shows.
   pick(column, first, last) {
     const { grid, metric } = this.given;
     let found = last;
@@ -121,12 +110,14 @@ export class Heatmap {
     return found;
   }
 
+  // The index of the colour of a number, as `shade` in colours.py.
   shade(value) {
-    const { metric, low, high } = this.given;
-    const share = Math.min(1, Math.max(0, along(metric.scale, value, low, high)));
-    return Math.floor((metric.ramp === "heat" && metric.worst === "low" ? 1 - share : share) * 255 + 0.5);
+    const { metric, low, high, colours } = this.given;
+    const position = Math.min(1, Math.max(0, along(metric.scale, value, low, high)));
+    return Math.floor((metric.reversed ? 1 - position : position) * (colours.length - 1) + 0.5);
   }
 
+  // The cells: one pixel per row of a buffer, enlarged to the height of a row. Where there is no number, the page shows through grey stripes.
   paint(pen) {
     const { grid, sites, colours, theme } = this.given;
     this.shown = this.columns();
@@ -158,41 +149,7 @@ export class Heatmap {
     pen.strokeRect(this.left - 0.5, TOP - 0.5, this.plot + 1, this.row * sites.length + 1);
   }
 
-  labels(pen) {
-    const { sites, facts, chosen, theme } = this.given;
-    const [every, own] = [Math.ceil(13 / this.row), sites.indexOf(chosen)];
-    pen.textAlign = "right";
-    pen.textBaseline = "middle";
-    sites.forEach((site, place) => {
-      if (place % every && site !== chosen) return;
-      if (site !== chosen && own >= 0 && Math.abs(place - own) < every) return;
-      const after = aside(facts.get(site));
-      pen.fillStyle = site === chosen ? theme.accent : after ? theme.faint : theme.ink;
-      pen.font = site === chosen ? `bold ${FONT}` : FONT;
-      pen.fillText(shortened(pen, site + after, this.left - 10), this.left - 6, TOP + (place + 0.5) * this.row);
-    });
-    pen.font = FONT;
-  }
-
-  bottom(pen) {
-    const { theme, axis, sites } = this.given;
-    const [start, end] = this.domain;
-    const y = TOP + this.row * sites.length;
-    pen.fillStyle = theme.faint;
-    pen.strokeStyle = theme.faint;
-    pen.textBaseline = "top";
-    const places = axis === "log" ? powers(start, end) : ticks("linear", start, end, 6).filter(Number.isInteger).map((at) => [at, at]);
-    for (const [at, value] of places) {
-      const x = this.left + (this.plot * (at - start)) / (end - start);
-      pen.fillRect(Math.round(x), y, 1, 4);
-      pen.textAlign = x > this.left + this.plot - 30 ? "right" : "center";
-      pen.fillText(short(value), x, y + 6);
-    }
-    pen.textAlign = "right";
-    pen.fillText(AXES[axis].title, this.left - 6, y + 6);
-  }
-
-  // Where on the x axis a step lies, in CSS pixels; null outside.
+  // The position of a step on the x axis, in CSS pixels; null if it lies before the first observation.
   place(step) {
     const { grid } = this.given;
     if (!grid.steps.length || step < grid.steps[0]) return null;
@@ -201,57 +158,7 @@ export class Heatmap {
     return this.left + (this.plot * (at - start)) / (end - start);
   }
 
-  // A filled triangle where an alert fired, a line as long as it fires, a ring where it cleared, a dot at the end of a row whose alert fires still.
-  alerts(pen) {
-    const { alerts, sites, theme, grid } = this.given;
-    if (!grid.steps.length) return;
-    const end = this.left + (this.plot * (this.edges[this.edges.length - 1] - this.domain[0])) / (this.domain[1] - this.domain[0]);
-    for (const alert of alerts) {
-      const colour = alert.severity === "critical" ? theme.critical : theme.warning;
-      for (const site of alert.places) {
-        const place = sites.indexOf(site);
-        if (place < 0) continue;
-        const y = TOP + (place + 0.5) * this.row;
-        const from = this.place(alert.fired) ?? this.left;
-        const to = alert.cleared === null ? end : (this.place(alert.cleared) ?? end);
-        const bottom = Math.round(TOP + (place + 1) * this.row) - 1;
-        if (this.row >= 8) {
-          pen.fillStyle = theme.page;
-          pen.fillRect(from, bottom - 2, to - from, 3);
-          pen.fillStyle = colour;
-          pen.fillRect(from, bottom - 1, to - from, 2);
-        }
-        // Filled with the colour of the page and drawn round with that of the alert, so that it is seen on every colour of the ramp.
-        const size = Math.min(5.5, Math.max(3, this.row / 2 + 1));
-        pen.lineWidth = 2;
-        pen.strokeStyle = colour;
-        pen.fillStyle = theme.page;
-        pen.beginPath();
-        pen.moveTo(from, y - size);
-        pen.lineTo(from + 1.6 * size, y);
-        pen.lineTo(from, y + size);
-        pen.closePath();
-        pen.stroke();
-        pen.fill();
-        pen.beginPath();
-        if (alert.cleared === null) {
-          pen.fillStyle = colour;
-          pen.arc(this.left + this.plot + 9, y, 4, 0, 7);
-          pen.fill();
-        } else {
-          pen.arc(to, y, 4, 0, 7);
-          pen.fillStyle = theme.page;
-          pen.fill();
-          pen.strokeStyle = colour;
-          pen.lineWidth = 2;
-          pen.stroke();
-        }
-      }
-    }
-    pen.lineWidth = 1;
-  }
-
-  // The chosen row and step, and the cell under the cursor, on a layer of their own.
+  // Outlines of the chosen row and step and of the cell under the cursor, on a canvas of their own, so that they can be drawn anew alone.
   outline() {
     const { sites, chosen, step, theme } = this.given;
     const pen = this.mark.getContext("2d");
@@ -277,14 +184,14 @@ export class Heatmap {
     }
   }
 
-  // The rectangle of a cell in CSS pixels, from the corner of the canvas.
+  // The rectangle of a cell, in CSS pixels from the upper left corner of the canvas.
   box(place, row) {
     const [start, end] = this.domain;
     const x = (at) => this.left + (this.plot * (at - start)) / (end - start);
     return { x: x(this.edges[row]), y: TOP + place * this.row, width: x(this.edges[row + 1]) - x(this.edges[row]), height: this.row };
   }
 
-  // What is under the pointer: {site, place, row, step, value, from, to}; a site alone over its label; null elsewhere.
+  // What is under the pointer: a reading over a cell; {site, place, step: null} over the name of a site; null elsewhere.
   cell(event) {
     const { sites, grid } = this.given;
     const box = this.canvas.getBoundingClientRect();
@@ -300,6 +207,7 @@ export class Heatmap {
     return this.reading(place, column === undefined ? last : this.pick(column, first, last), first, last);
   }
 
+  // One number with its site and step. `from` and `to`: the steps of the observations that share its pixel.
   reading(place, row, first = row, last = row) {
     const { sites, grid } = this.given;
     const column = grid.column.get(sites[place]);
@@ -314,13 +222,14 @@ export class Heatmap {
     this.tell(cell, event.clientX - box.left, event.clientY - box.top);
   }
 
+  // Show a tip about a reading beside a position.
   tell(cell, x, y) {
-    const { metric, facts, alerts } = this.given;
+    const { metric, facts, alerts, print } = this.given;
     const fact = facts.get(cell.site);
     const rows = [element("b", { textContent: cell.site })];
     if (fact) rows.push(element("div", { textContent: fact.activation + (fact.output ? ", makes an output" : fact.gate ? ", a gate" : "") }));
     if (cell.step !== null) {
-      rows.push(element("div", { textContent: `${metric.title}: ${printed(metric, cell.value)}` }));
+      rows.push(element("div", { textContent: `${metric.title}: ${print.value(metric, cell.value)}` }));
       const among = metric.worst === null ? "latest" : "worst";
       rows.push(element("div", { textContent: `step ${cell.step}` + (cell.from === cell.to ? "" : ` (${among} of steps ${cell.from} to ${cell.to})`) }));
     }
@@ -364,44 +273,25 @@ export class Heatmap {
     if (this.cursor) this.move(this.cursor);
   }
 
+  // Move the cursor of the keyboard to a cell, and say what is there for screen readers.
   move(cursor) {
     this.cursor = cursor;
     const cell = this.reading(cursor.place, cursor.row);
     const box = this.box(cell.place, cell.row);
     this.tell(cell, box.x + box.width / 2, box.y + box.height);
-    this.said.textContent = `${cell.site}, step ${cell.step}, ${this.given.metric.title} ${printed(this.given.metric, cell.value)}`;
+    this.said.textContent = `${cell.site}, step ${cell.step}, ${this.given.metric.title} ${this.given.print.value(this.given.metric, cell.value)}`;
     this.outline();
   }
 }
 
-function aside(fact) {
-  return fact?.output ? " (output)" : fact?.gate ? " (gate)" : "";
-}
-
+// The width of the widest text, in pixels.
 function widest(pen, texts) {
   pen.font = `bold ${FONT}`;
   return Math.ceil(Math.max(0, ...texts.map((text) => pen.measureText(text).width)));
 }
 
+// A CSS colour as one little-endian pixel of an image.
 function word(colour) {
   const value = Number.parseInt(colour.slice(1), 16);
   return (0xff000000 | ((value & 0xff) << 16) | (value & 0xff00) | (value >> 16)) >>> 0;
-}
-
-// The end of a name says more than its beginning.
-function shortened(pen, text, width) {
-  if (pen.measureText(text).width <= width) return text;
-  let [low, high] = [0, text.length];
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (pen.measureText(`…${text.slice(middle)}`).width <= width) high = middle;
-    else low = middle + 1;
-  }
-  return `…${text.slice(low)}`;
-}
-
-function powers(start, end) {
-  const found = start <= 0 ? [[0, 0]] : [];
-  for (let value = 1; Math.log1p(value) <= end; value *= 10) if (Math.log1p(value) >= start) found.push([Math.log1p(value), value]);
-  return found;
 }

@@ -1,5 +1,6 @@
-// What TensorBoard loads into the tab's frame, which is of the same origin: the server is asked by relative paths, the view stands in the
-// address of the page around it, and that page says whether it is dark and when it has reloaded its data.
+// The entry point of the tab, which TensorBoard loads into a frame of its page. Server and page have the same origin. The server is asked by relative
+// paths. The view is kept in the address of the page around the frame. That page also tells whether it is dark, and when TensorBoard has reloaded its
+// data.
 
 import { start } from "./app.js";
 import { fetching } from "./source.js";
@@ -16,6 +17,7 @@ export async function render() {
 
 const PREFIX = "p.torchsat.";
 
+// TensorBoard as the host of the view.
 function tensorboard() {
   const outer = reachable() ? window.parent : window;
   return {
@@ -40,6 +42,7 @@ function tensorboard() {
   };
 }
 
+// Whether the page around the frame may be read.
 function reachable() {
   try {
     return Boolean(window.parent.document.body);
@@ -48,7 +51,7 @@ function reachable() {
   }
 }
 
-// TensorBoard tells its frames over a channel that they open; every message that is no reply is to be answered.
+// TensorBoard sends its messages through a channel that the frame opens. It expects an answer to every message that is not a reply itself.
 function listen(then) {
   const channel = new MessageChannel();
   channel.port1.onmessage = (event) => {

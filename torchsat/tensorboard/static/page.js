@@ -1,4 +1,4 @@
-// The view in a page of its own, which holds all numbers (torchsat report --format html). The last part of that page's script.
+// The entry point of a page that holds all numbers itself (torchsat report --format html): the last part of the script of that page.
 
 import { start } from "./app.js";
 import { embedded } from "./source.js";

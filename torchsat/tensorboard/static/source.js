@@ -1,6 +1,6 @@
-// Where the numbers come from: TensorBoard's server, or a page that holds them all. Both answer the same paths.
+// Where the numbers come from: TensorBoard's server, or a page that holds them all. Both answer the same queries.
 
-// Numbers over time: one row per step, one column per name, NaN where there is none.
+// Numbers over time: one row per step, one column per name. NaN: there is no number.
 export class Grid {
   constructor(names, steps, values) {
     this.names = names;
@@ -13,7 +13,7 @@ export class Grid {
     return this.values[row * this.names.length + column];
   }
 
-  // The last row at or before a step; the first where there is none.
+  // The last row at or before a step; the first row if the step lies before all of them.
   row(step) {
     let low = 0;
     let high = this.steps.length - 1;
@@ -25,6 +25,7 @@ export class Grid {
     return low;
   }
 
+  // One column as [[step, value], ...].
   points(name) {
     const column = this.column.get(name);
     if (column === undefined) return [];
@@ -32,7 +33,7 @@ export class Grid {
   }
 }
 
-// The inverse of Grid.pack in view.py.
+// The inverse of Grid.pack in grids.py.
 export function unpack(buffer) {
   const length = new DataView(buffer).getUint32(0, true);
   const head = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
@@ -41,11 +42,17 @@ export function unpack(buffer) {
   return new Grid(head.names, steps, values);
 }
 
+// The name of a run for people, without the folder that torchsat adds below the user's directory.
+export function shownName(run) {
+  return run.replace(/\/torchsat$/, "") || run;
+}
+
 function path(name, query) {
   const asked = new URLSearchParams(query).toString();
   return asked ? `${name}?${asked}` : name;
 }
 
+// A source that asks each query once and remembers the answer until `forget` is called. A query that failed is asked again.
 function remembering(load) {
   let known = new Map();
   const get = (name, query, read) => {
@@ -65,6 +72,7 @@ function remembering(load) {
   };
 }
 
+// TensorBoard's server.
 export function fetching(base) {
   return remembering(async (key, read) => {
     const answer = await fetch(base + key);
@@ -73,7 +81,7 @@ export function fetching(base) {
   });
 }
 
-// `table` maps each path to JSON, or to {gzip: base64} of a packed grid.
+// A page that holds all answers. `table` maps each query to JSON, or to {gzip: base64} of a packed grid.
 export function embedded(table) {
   return remembering(async (key, read) => {
     if (!Object.hasOwn(table, key)) throw new Error(`${key} is not in this page`);

@@ -1,0 +1,238 @@
+"""The judge: when a rule raises an alert at one place, and when it clears it; standard library only.
+
+Alerts must be rare to be read. A rule therefore has patience: it raises an alert only after several observations in a row beyond its limit, and
+clears it only after as many observations on the safe side of the limit by a margin (the hysteresis). One value that swings about its limit raises
+nothing and clears nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchsat.alerts import Firing, Key
+from torchsat.percent import percent
+from torchsat.record import Alert, Record, Severity, Snapshot, Weight
+from torchsat.rules import RULES, Rule
+
+STANDS_OUT = 0.1
+"""An alert names the rank that is worst only if the saturated share on that rank alone exceeds the share over all ranks by this much."""
+_LEVELS: tuple[Severity, ...] = ("critical", "warning")
+
+
+@dataclass
+class _State:
+    """What the judge remembers of one rule at one place."""
+
+    streak: dict[Severity, int]
+    """For each level, how many observations in a row were beyond its limit."""
+    since: int | None = None
+    """The step at which the current streak began; None if there is none."""
+    calm: int = 0
+    """While an alert fires: how many observations in a row were on the safe side, or did not have the place at all."""
+    alert: Alert | None = None
+    """The alert that fires, with its latest value."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The value of one criterion at one place, and a limit."""
+
+    rule: Rule
+    value: float
+    limit: float
+
+    @property
+    def beyond(self) -> bool:
+        return self.rule.beyond(self.value, self.limit)
+
+    @property
+    def safe(self) -> bool:
+        return self.rule.safe(self.value, self.limit)
+
+
+class Judge:
+    """Holds each rule against each observation, in order, and remembers what fires.
+
+    Args:
+        rules: the rows that are judged.
+        fault: is called with the name and the exception of a rule that raised one; the rule is left out from then on. Without it the exception passes
+            on.
+
+    Raises:
+        ValueError: rows of the same name are over records and over weights.
+    """
+
+    def __init__(self, rules: Sequence[Rule] = RULES, fault: Callable[[str, Exception], None] | None = None) -> None:
+        self._fault = fault
+        self._groups: dict[str, list[Rule]] = {}
+        for rule in rules:
+            group = self._groups.setdefault(rule.name, [])
+            if group and group[0].over != rule.over:
+                raise ValueError(f"the rows of rule {rule.name!r} are over {group[0].over} and over {rule.over}; one rule judges one kind")
+            group.append(rule)
+        self._states: dict[Key, _State] = {}
+        self._observations = 0
+
+    @property
+    def firing(self) -> tuple[Alert, ...]:
+        """The alerts that fire now, each with its latest value, in the order of `alerts.urgency`."""
+        return tuple(Firing(state.alert for state in self._states.values() if state.alert is not None))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the judge remembers, in plain types."""
+        states = [
+            {**vars(state), "streak": dict(state.streak), "place": place, "rule": rule, "alert": state.alert and state.alert.as_dict()}
+            for (place, rule), state in self._states.items()
+        ]
+        return {"observations": self._observations, "states": states}
+
+    def load_state_dict(self, kept: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        states = {}
+        for values in kept["states"]:
+            alert = values["alert"] and Alert.from_dict(values["alert"])
+            states[values["place"], values["rule"]] = _State(dict(values["streak"]), values["since"], values["calm"], alert)
+        self._observations, self._states = kept["observations"], states
+
+    def resume(self, firing: Sequence[Alert], observations: int) -> None:
+        """Continue a run whose first `observations` observations ended with these alerts firing."""
+        self._observations = observations
+        for alert in firing:
+            patience = _patience(self._groups.get(alert.rule, ()))
+            streak: dict[Severity, int] = {"warning": patience, "critical": patience if alert.severity == "critical" else 0}
+            self._states[alert.site, alert.rule] = _State(streak, alert.since, 0, alert)
+
+    def judge(self, snapshot: Snapshot) -> tuple[Alert, ...]:
+        """The alerts that are raised, get worse or clear at this observation."""
+        events: list[Alert] = []
+        self._observations += 1
+        for name, rules in list(self._groups.items()):
+            items: Sequence[Record | Weight] = snapshot.weights if rules[0].over == "weights" else snapshot.records
+            events += self._clear_missing(name, rules, {_place(item) for item in items}, snapshot)
+            try:
+                for item in items:
+                    event = self._judge_one(name, rules, item, snapshot)
+                    if event is not None:
+                        events.append(event)
+            except Exception as error:
+                del self._groups[name]
+                if self._fault is None:
+                    raise
+                self._fault(f"rule {name}", error)
+        return tuple(events)
+
+    def _clear_missing(self, name: str, rules: Sequence[Rule], places: set[str], snapshot: Snapshot) -> list[Alert]:
+        """Clear the alerts of one rule at places that have been missing from as many observations as the rule has patience."""
+        cleared = []
+        for (place, rule), state in list(self._states.items()):
+            if rule != name or state.alert is None or place in places:
+                continue
+            state.calm += 1
+            if state.calm >= _patience(rules):
+                del self._states[place, name]
+                cleared.append(replace(state.alert, step=snapshot.step, firing=False, message=f"{place}: no longer runs"))
+        return cleared
+
+    def _judge_one(self, name: str, rules: Sequence[Rule], item: Record | Weight, snapshot: Snapshot) -> Alert | None:
+        """One rule at one place: the alert that it raises, makes worse or clears, if any."""
+        key = _place(item), name
+        known = self._states.get(key)
+        fires = known is not None and known.alert is not None
+        judged = [rule for rule in rules if rule.first is None or fires or self._observations <= rule.first]
+        values = [(rule, value) for rule in judged if (value := rule.value(item, snapshot)) is not None]
+        if not values:
+            return None
+        state = self._states.setdefault(key, _State({"warning": 0, "critical": 0}))
+        critical, warning = (_first_beyond(values, level, item) for level in _LEVELS)
+        worst = critical or warning
+        state.streak["critical"] = state.streak["critical"] + 1 if critical else 0
+        # What is critical has also passed the warning level, whether or not the rule has one.
+        state.streak["warning"] = state.streak["warning"] + 1 if worst else 0
+        if worst is not None:
+            return _raise(state, name, worst, item, snapshot)
+        if state.alert is not None:
+            return _calm(state, state.alert, values, rules, item, snapshot)
+        state.since = None
+        return None
+
+
+def _raise(state: _State, name: str, worst: _Reading, item: Record | Weight, snapshot: Snapshot) -> Alert | None:
+    """A value is beyond a limit: raise the alert, or make it worse, once the patience is over. Otherwise keep its value up to date."""
+    state.calm = 0
+    if state.since is None:
+        state.since = snapshot.step
+    severity = next((level for level in _LEVELS if state.streak[level] >= worst.rule.patience), None)
+    if severity is None:
+        return None
+    # A critical value that has not lasted long enough is a warning for now, and is told with the limit of that level where there is one.
+    limit = worst.rule.limit(severity, item)
+    if limit is None or not worst.rule.beyond(worst.value, limit):
+        limit = worst.limit
+    rank, where = _worst_rank(name, item)
+    message = worst.rule.says(item, worst.value, limit) + where
+    alert = Alert(_place(item), name, severity, worst.value, limit, state.since, snapshot.step, True, message, rank=rank)
+    before = state.alert
+    if before is not None and (before.severity == severity or before.severity == "critical"):
+        state.alert = replace(alert, severity=before.severity)
+        return None
+    state.alert = alert
+    return alert
+
+
+def _calm(
+    state: _State, alert: Alert, values: Sequence[tuple[Rule, float]], rules: Sequence[Rule], item: Record | Weight, snapshot: Snapshot
+) -> Alert | None:
+    """An alert fires and no value is beyond a limit: clear it once all values have been safe for as long as the patience."""
+    lowest = [
+        _Reading(rule, value, limit)
+        for rule, value in values
+        if (limit := rule.limit("critical" if rule.warning is None else "warning", item)) is not None
+    ]
+    if not all(reading.safe for reading in lowest):
+        state.calm = 0
+        return None
+    state.calm += 1
+    if state.calm < _patience(rules):
+        return None
+    state.alert, state.since, state.calm = None, None, 0
+    told = next((reading for reading in lowest if reading.limit == alert.threshold), lowest[0])
+    message = f"{alert.site}: no longer {_ADJECTIVE.get(alert.rule, alert.rule)}"
+    return replace(alert, value=told.value, step=snapshot.step, firing=False, message=message)
+
+
+def _first_beyond(values: Sequence[tuple[Rule, float]], level: Severity, item: Record | Weight) -> _Reading | None:
+    """The first criterion of a rule that is beyond its limit of that level."""
+    readings = [_Reading(rule, value, limit) for rule, value in values if (limit := rule.limit(level, item)) is not None]
+    return next((reading for reading in readings if reading.beyond), None)
+
+
+def _patience(rules: Sequence[Rule]) -> int:
+    """The patience of a rule: the longest of its criteria."""
+    return max((rule.patience for rule in rules), default=1)
+
+
+def _place(item: Record | Weight) -> str:
+    return item.name if isinstance(item, Weight) else item.site
+
+
+def _worst_rank(rule: str, item: Record | Weight) -> tuple[int | None, str]:
+    """If several ranks observe together and one stands out: that rank, and the end of the alert's sentence that says so."""
+    if isinstance(item, Record) and rule == "nonfinite" and item.nonfinite_rank is not None:
+        return item.nonfinite_rank, f"; most of them on rank {item.nonfinite_rank}"
+    if isinstance(item, Record) and rule == "saturated" and item.worst is not None and item.worst - (item.saturated or 0.0) >= STANDS_OUT:
+        return item.worst_rank, f"; worst on rank {item.worst_rank}: {percent(item.worst)} on a plateau"
+    return None, ""
+
+
+_ADJECTIVE = {
+    "saturated": "saturated",
+    "stuck_units": "full of stuck units",
+    "vanishing_gradient": "short of gradient",
+    "exploding_gradient": "flooded with gradient",
+    "frozen_weights": "frozen",
+    "attention_collapse": "collapsed",
+    "nonfinite": "non-finite",
+}
+"""What a place no longer is when the alert of a rule clears. A rule of the user's is named by its name."""

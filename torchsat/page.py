@@ -1,0 +1,96 @@
+"""The report as one HTML page: the view of the Saturation tab with all of its numbers. Never torch.
+
+The page loads nothing. It holds the scripts of the tab joined to one script, and the answer to every query that the tab could send to its server.
+Someone whose browser runs no scripts sees the report as text.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from torchsat.grids import Grid
+from torchsat.sheets import name_of, print_text
+from torchsat.tensorboard import SCRIPTS
+from torchsat.tensorboard.reader import Run
+from torchsat.view import from_snapshots, heads, histograms, scales
+
+PAGE_CELLS = 200_000
+"""The most numbers of one metric of a run. If there are more, observations are left out at even distances."""
+PAGE_HISTOGRAMS = 100
+"""The most observations of one histogram."""
+_STATIC = Path(__file__).parent / "tensorboard" / "static"
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The HTML of a page with these runs."""
+    table: dict[str, Any] = {"scales": scales(), "runs": []}
+    for run in runs:
+        for path, query, answer in _answers(run):
+            table[_key(path, query)] = (
+                {"gzip": base64.b64encode(gzip.compress(answer.pack(), mtime=0)).decode()} if isinstance(answer, Grid) else answer
+            )
+        about = table[_key("run", {"run": name_of(run)})]
+        table["runs"].append({"name": name_of(run), "time": about["time"], "sites": len(about["sites"])})
+    plain_text = io.StringIO()
+    for run in runs:
+        print_text(plain_text, run)
+    return _PAGE.format(
+        title=_html(", ".join(name_of(run) for run in runs) or "snapshot"),
+        style=(_STATIC / "style.css").read_text(encoding="utf-8"),
+        text=_html(plain_text.getvalue()),
+        data=json.dumps(table, allow_nan=False).replace("<", "\\u003c"),
+        script="\n".join(_bundled(name) for name in (*SCRIPTS, "page.js")),
+    )
+
+
+def _key(path: str, query: Mapping[str, str]) -> str:
+    """Path and query as the URLSearchParams of a browser writes them, so that the page finds its answer under this key."""
+    return f"{path}?{urlencode(query, safe='*').replace('~', '%7E')}"
+
+
+def _answers(run: Run) -> Iterator[tuple[str, dict[str, str], Any]]:
+    """Every query about a run that the server of the tab answers (tensorboard/plugin.py), as (path, query, answer)."""
+    name, series = name_of(run), from_snapshots(name_of(run), run.snapshots)
+    most = max(2, PAGE_CELLS // max(1, len(series.names)))
+    yield "run", {"run": name}, series.describe()
+    for metric in series.values:
+        yield "values", {"run": name, "metric": metric}, series.grid(metric).thin(most)
+    for site in series.sites:
+        query = {"run": name, "site": site["site"]}
+        yield "site", query, series.site(site["site"]).thin(most)
+        softmax = site["kind"] == "softmax"
+        yield ("heads" if softmax else "histogram"), query, (heads if softmax else histograms)(site["site"], run.snapshots).thin(PAGE_HISTOGRAMS)
+
+
+def _bundled(name: str) -> str:
+    """One module as a part of the joined script. No two modules have a name in common, so it is enough to remove imports and the word `export`."""
+    text = (_STATIC / name).read_text(encoding="utf-8")
+    return re.sub(r"^export ", "", re.sub(r"^import .*;$", "", text, flags=re.MULTILINE), flags=re.MULTILINE)
+
+
+def _html(text: str) -> str:
+    """The text with every character escaped that HTML would take for markup."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>torchsat: {title}</title>
+<style>
+{style}</style>
+<noscript><pre>{text}</pre></noscript>
+<script type="application/json" id="torchsat-data">{data}</script>
+<script type="module">
+{script}</script>
+</html>
+"""

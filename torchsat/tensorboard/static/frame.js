@@ -1,0 +1,130 @@
+// What surrounds the cells of a heatmap: the names of the sites, the x axis, and the marks of alerts. `map` is the Heatmap, `pen` that of its canvas.
+
+import { short, ticks } from "./numbers.js";
+
+export const FONT = "11px system-ui, sans-serif";
+export const TOP = 8; // CSS pixels above the first row
+
+// The x axes. `edges` gives for n observations n + 1 positions: observation i lies between the positions i and i + 1.
+export const AXES = {
+  step: { title: "step", edges: (steps) => edges(Array.from(steps)) },
+  log: { title: "step, log", edges: (steps) => edges(Array.from(steps)).map((step) => Math.log1p(Math.max(0, step))) },
+  observation: { title: "observation", edges: (steps) => Array.from({ length: steps.length + 1 }, (_, index) => index) },
+};
+
+// The steps, and one more: the last observation is as long as the one before it.
+function edges(steps) {
+  const count = steps.length;
+  const last = count > 1 ? steps[count - 1] - steps[count - 2] : 1;
+  return [...steps, steps[count - 1] + last];
+}
+
+// The names of the sites, as many as there is room for. The chosen site is always named.
+export function drawNames(pen, map) {
+  const { sites, facts, chosen, theme } = map.given;
+  const [every, own] = [Math.ceil(13 / map.row), sites.indexOf(chosen)];
+  pen.textAlign = "right";
+  pen.textBaseline = "middle";
+  sites.forEach((site, place) => {
+    if (place % every && site !== chosen) return;
+    if (site !== chosen && own >= 0 && Math.abs(place - own) < every) return;
+    const after = aside(facts.get(site));
+    pen.fillStyle = site === chosen ? theme.accent : after ? theme.faint : theme.ink;
+    pen.font = site === chosen ? `bold ${FONT}` : FONT;
+    pen.fillText(shortened(pen, site + after, map.left - 10), map.left - 6, TOP + (place + 0.5) * map.row);
+  });
+  pen.font = FONT;
+}
+
+// The x axis.
+export function drawAxis(pen, map) {
+  const { theme, axis, sites } = map.given;
+  const [start, end] = map.domain;
+  const y = TOP + map.row * sites.length;
+  pen.fillStyle = theme.faint;
+  pen.strokeStyle = theme.faint;
+  pen.textBaseline = "top";
+  const places = axis === "log" ? powers(start, end) : ticks("linear", start, end, 6).filter(Number.isInteger).map((at) => [at, at]);
+  for (const [at, value] of places) {
+    const x = map.left + (map.plot * (at - start)) / (end - start);
+    pen.fillRect(Math.round(x), y, 1, 4);
+    pen.textAlign = x > map.left + map.plot - 30 ? "right" : "center";
+    pen.fillText(short(value), x, y + 6);
+  }
+  pen.textAlign = "right";
+  pen.fillText(AXES[axis].title, map.left - 6, y + 6);
+}
+
+// The marks of alerts: a triangle where one was raised, a line while it fires, a ring where it cleared, a dot at the end of the row if it still fires.
+export function drawAlerts(pen, map) {
+  const { alerts, sites, theme, grid } = map.given;
+  if (!grid.steps.length) return;
+  const end = map.left + (map.plot * (map.edges[map.edges.length - 1] - map.domain[0])) / (map.domain[1] - map.domain[0]);
+  for (const alert of alerts) {
+    const colour = alert.severity === "critical" ? theme.critical : theme.warning;
+    for (const site of alert.places) {
+      const place = sites.indexOf(site);
+      if (place < 0) continue;
+      const y = TOP + (place + 0.5) * map.row;
+      const from = map.place(alert.fired) ?? map.left;
+      const to = alert.cleared === null ? end : (map.place(alert.cleared) ?? end);
+      const bottom = Math.round(TOP + (place + 1) * map.row) - 1;
+      if (map.row >= 8) {
+        pen.fillStyle = theme.page;
+        pen.fillRect(from, bottom - 2, to - from, 3);
+        pen.fillStyle = colour;
+        pen.fillRect(from, bottom - 1, to - from, 2);
+      }
+      // The fill has the colour of the page and the outline that of the alert, so that the mark is visible on every colour of the ramp.
+      const size = Math.min(5.5, Math.max(3, map.row / 2 + 1));
+      pen.lineWidth = 2;
+      pen.strokeStyle = colour;
+      pen.fillStyle = theme.page;
+      pen.beginPath();
+      pen.moveTo(from, y - size);
+      pen.lineTo(from + 1.6 * size, y);
+      pen.lineTo(from, y + size);
+      pen.closePath();
+      pen.stroke();
+      pen.fill();
+      pen.beginPath();
+      if (alert.cleared === null) {
+        pen.fillStyle = colour;
+        pen.arc(map.left + map.plot + 9, y, 4, 0, 7);
+        pen.fill();
+      } else {
+        pen.arc(to, y, 4, 0, 7);
+        pen.fillStyle = theme.page;
+        pen.fill();
+        pen.strokeStyle = colour;
+        pen.lineWidth = 2;
+        pen.stroke();
+      }
+    }
+  }
+  pen.lineWidth = 1;
+}
+
+// What stands behind the name of a site.
+export function aside(fact) {
+  return fact?.output ? " (output)" : fact?.gate ? " (gate)" : "";
+}
+
+// A name cut to a width in pixels. It is cut at its beginning, since its end says more.
+function shortened(pen, text, width) {
+  if (pen.measureText(text).width <= width) return text;
+  let [low, high] = [0, text.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (pen.measureText(`…${text.slice(middle)}`).width <= width) high = middle;
+    else low = middle + 1;
+  }
+  return `…${text.slice(low)}`;
+}
+
+// The powers of ten on a logarithmic axis, as [position, step]; step 0 too.
+function powers(start, end) {
+  const found = start <= 0 ? [[0, 0]] : [];
+  for (let value = 1; Math.log1p(value) <= end; value *= 10) if (Math.log1p(value) >= start) found.push([Math.log1p(value), value]);
+  return found;
+}
