@@ -10,6 +10,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import torchsat
+from tests.models import linear_at
 from tests.processes import BATCH, SIZE, STEPS, Run, batches, logged, mlp, part, rank, train, watched
 from torchsat import monitor as monitor_
 from torchsat import ranks
@@ -23,7 +24,7 @@ def fails_on_one() -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step, x in enumerate(batches(6)):
         if rank() == 1 and step == 2:
-            monitor._taps.feeders = lambda: 1 / 0  # type: ignore[method-assign]
+            monitor._taps.feeders = lambda: 1 / 0  # type: ignore[assignment, return-value]
         optimizer.zero_grad()
         model(part(x)).square().mean().backward()
         optimizer.step()
@@ -97,7 +98,7 @@ def test_when_a_rank_leaves_the_others_go_on(run: Run) -> None:
 
 def joined(folder: str) -> Any:
     """Ranks with different numbers of batches, as DDP's join allows."""
-    messages, monitor_.GRACE = logged(), 0.3
+    messages, monitor_.GRACE = logged(), 0.3  # type: ignore[attr-defined]
     ranks.GRACE = 0.3
     model = DistributedDataParallel(mlp())
     monitor, kept = watched(model, errors="warn")
@@ -191,7 +192,7 @@ def own_models() -> Any:
     messages = logged()
     model = mlp()
     with torch.no_grad():
-        model[2].weight += rank()
+        linear_at(model, 2).weight += rank()
     monitor, _ = watched(model)
     train(model, model.parameters(), steps=3)
     monitor.close()
@@ -211,7 +212,7 @@ def agreed_interval() -> Any:
     wrapped = DistributedDataParallel(model)
     monitor, kept = watched(wrapped, every=2, budget=0.5)
     # One rank is slow to observe.
-    monitor._schedule._stretch = lambda: setattr(monitor._schedule, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign, func-returns-value]
+    monitor._schedule._stretch = lambda: setattr(monitor._schedule, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign]
     train(wrapped, wrapped.parameters(), steps=30)
     monitor.close()
     return [each.step for each in kept], messages
@@ -243,7 +244,7 @@ def taken_up(folder: str) -> Any:
     for start in (0, "resume"):
         model = mlp()
         with torch.no_grad():
-            model[0].weight *= 20
+            linear_at(model, 0).weight *= 20
         wrapped = DistributedDataParallel(model)
         monitor, _ = watched(wrapped, log_dir=folder if rank() == 0 else None, start=start)
         train(wrapped, wrapped.parameters(), steps=6)
