@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import torchsat
-from torchsat import schedule
 from torchsat.schedule import Mark, Schedule
 
 pytestmark = pytest.mark.clock
@@ -169,7 +168,7 @@ def test_a_device_is_never_waited_for() -> None:
 
 def test_a_real_training_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     now = [0.0]
-    monkeypatch.setattr(schedule.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr("torchsat.schedule.time.perf_counter", lambda: now[0])
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     steps: list[torchsat.Snapshot] = []

@@ -4,13 +4,15 @@ import json
 import math
 import struct
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
 
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots
-from torchsat import Snapshot, Weight
+from tests.truth import known
+from torchsat import Alert, Snapshot, Weight
 from torchsat.record import RECORD_METRICS, SITE_FACTS, WEIGHT_METRICS
 from torchsat.view import (
     METRICS,
@@ -43,7 +45,8 @@ def oklab(colour: tuple[int, int, int]) -> np.ndarray:
     back = np.array(
         [[0.2104542553, 0.7936177850, -0.0040720468], [1.9779984951, -2.4285922050, 0.4505937099], [0.0259040371, 0.7827717662, -0.8086757660]]
     )
-    return back @ np.cbrt(lms @ linear)
+    out: np.ndarray = back @ np.cbrt(lms @ linear)
+    return out
 
 
 def seen_by_a_deuteranope(colour: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -105,7 +108,7 @@ def test_a_series_holds_the_numbers_of_its_snapshots() -> None:
                     expected = getattr(each, metric.name)
                     value = found.values[metric.name][step, at]
                     assert (expected is None and math.isnan(value)) or value == pytest.approx(expected, rel=1e-6), metric.name
-    assert found.values["excess"][0].tolist() == pytest.approx([each.saturated - 0.0294 for each in given[0].records], abs=1e-6)
+    assert found.values["excess"][0].tolist() == pytest.approx([known(each.saturated) - 0.0294 for each in given[0].records], abs=1e-6)
 
 
 def test_a_layers_numbers_stand_at_the_sites_it_feeds_the_least_of_several() -> None:
@@ -142,7 +145,7 @@ def test_an_alert_of_a_site_that_a_resumed_run_lacks_ends_where_the_site_does() 
 
 
 def test_an_alert_that_comes_again_is_two_episodes() -> None:
-    def at(step: int, firing: bool = True, severity: str = "warning") -> object:
+    def at(step: int, firing: bool = True, severity: Literal["warning", "critical"] = "warning") -> Alert:
         return replace(ALERT, step=step, firing=firing, severity=severity)
 
     given = [at(4), at(6, severity="critical"), at(9, False), at(20), replace(ALERT, site="other", since=0, step=1)]
