@@ -117,15 +117,15 @@ class Listener(TorchFunctionMode):
 
     def _set(self, on: bool) -> None:
         """Open or close the mode, wherever in the stack it lies: others may have been opened since, or have closed it."""
-        modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        modes = _get_current_function_mode_stack()
         if on and self not in modes:
             super().__enter__()  # type: ignore[no-untyped-call]
         elif not on and self in modes:
             above = []
-            while (mode := _pop_mode()) is not self:  # type: ignore[no-untyped-call]
+            while (mode := _pop_mode()) is not self:
                 above.append(mode)
             for mode in reversed(above):
-                _push_mode(mode)  # type: ignore[no-untyped-call]
+                _push_mode(mode)
 
 
 def uses_flex_attention(model: nn.Module) -> bool:

@@ -162,7 +162,7 @@ class _InFlight:
     """Of gradients, beside the loss scale."""
 
     def arrived(self) -> bool:
-        return all(event is None or event.query() for _, event in self.parts.values())  # type: ignore[no-untyped-call]
+        return all(event is None or event.query() for _, event in self.parts.values())
 
     def wait(self, seconds: float = math.inf) -> None:
         for _, event in self.parts.values():
@@ -1266,7 +1266,7 @@ def _to_host(packed: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return packed.cpu(), None
     host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     host.copy_(packed, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(packed.device))
     return host, event
 

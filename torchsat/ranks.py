@@ -178,7 +178,7 @@ class Round:
         except Exception as error:
             self.fail(str(error).partition("\n")[0] or type(error).__name__)
             return True
-        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+        return self.event is None or bool(self.event.query())
 
     def wait(self, seconds: float = math.inf) -> None:
         """Until `arrived`, or until the other ranks are given up."""
@@ -645,9 +645,9 @@ def _weight(facts: dict[str, Any], values: dict[str, float], inputs: Tensor | No
 
 def _follow(works: list[Any], vectors: list[Tensor], own: list[Tensor]) -> tuple[list[Tensor], list[Tensor], torch.cuda.Event]:
     """Copies on the host, made by a stream that waits for the collectives so that the user's does not."""
-    stream: Any = torch.cuda.Stream(vectors[0].device)  # type: ignore[no-untyped-call]
+    stream: Any = torch.cuda.Stream(vectors[0].device)
     stream.wait_stream(torch.cuda.current_stream(vectors[0].device))
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     with torch.cuda.stream(stream):
         mine = [_pinned(each) for each in own]
         for work in works:

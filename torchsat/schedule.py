@@ -41,12 +41,12 @@ class Mark:
     def now(device: torch.device | None) -> Mark:
         event = None
         if device is not None and device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(device))
         return Mark(time.perf_counter(), event)
 
     def passed(self) -> bool:
-        return self.event is None or self.event.query()  # type: ignore[no-untyped-call]
+        return self.event is None or self.event.query()
 
     def until(self, later: Mark) -> float:
         """Seconds to a later mark; both must have passed."""

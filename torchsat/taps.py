@@ -1289,7 +1289,7 @@ class Taps:
             node.register_prehook(lambda grad_outputs: add_both(None, grad_outputs[z_nr]))
         elif call.z.requires_grad and call.z.is_leaf:
             # The leaf outlives the pass: unlike a node's, its hook must be taken off.
-            self._handles.append(call.z.register_hook(lambda grad: add_both(None, grad)))  # type: ignore[no-untyped-call]
+            self._handles.append(call.z.register_hook(lambda grad: add_both(None, grad)))
         own.register_prehook(lambda grad_outputs: add_both(grad_outputs[a_nr], None))
 
     def _adder(self, site: Site, sample: Sample | SoftmaxRows) -> Callable[..., None]:
@@ -1413,7 +1413,7 @@ def _is_real(z: Tensor) -> bool:
 def part_of(tensor: Tensor) -> Tensor:
     """The elements that this rank has, as a plain tensor."""
     part = local(tensor)
-    return cast(Tensor, part.trigger_wait()) if isinstance(part, AsyncCollectiveTensor) else part  # type: ignore[no-untyped-call]
+    return cast(Tensor, part.trigger_wait()) if isinstance(part, AsyncCollectiveTensor) else part
 
 
 def _check_plain(z: Tensor) -> None:

@@ -59,7 +59,7 @@ def probe(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
                         f"the loss is {type(value).__name__ if not isinstance(value, Tensor) else tuple(value.shape)}; a scalar tensor is needed"
                     )
                 if value.requires_grad:
-                    value.backward()  # type: ignore[no-untyped-call]
+                    value.backward()
             monitor.step()
             monitor.flush()
             if monitor.latest is None:
@@ -270,7 +270,7 @@ def _try(
     def backward(batch: Any) -> Tensor:
         stepper.zero_grad()
         value = loss(twin, batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     try:
@@ -314,7 +314,7 @@ def _context(model: nn.Module, batches: Sequence[Any], loss: Callable[[nn.Module
         value = loss(twin, batches[0])
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(f"loss gave {type(value).__name__}; a scalar tensor is needed: loss=lambda model, batch: ...")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         monitor.step()
         for handle in handles:
             handle.remove()
