@@ -34,7 +34,8 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
     after.record()
     after.synchronize()
-    return before.elapsed_time(after) / 1e3
+    out: float = before.elapsed_time(after) / 1e3
+    return out
 
 
 def kernels(x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
@@ -53,7 +54,7 @@ def kernels(x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
 
 
 def rows(device: torch.device, megabytes: int, turns: int) -> list[tuple[str, ...]]:
-    found = []
+    found: list[tuple[str, ...]] = []
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(megabytes * 10**6 // dtype.itemsize // UNITS * UNITS, device=device, dtype=dtype)
         y, target = x.tanh(), torch.empty_like(x)

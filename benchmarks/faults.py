@@ -18,7 +18,7 @@ import statistics
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +86,7 @@ class Residual(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent network that reads an image row by row."""
 
-    def __init__(self, kind: type[nn.RNNBase]) -> None:
+    def __init__(self, kind: Callable[..., nn.RNNBase]) -> None:
         super().__init__()
         self.rnn, self.head = kind(8, 48, batch_first=True), nn.Linear(48, 10)
 
@@ -117,7 +117,7 @@ def build(architecture: str, activation: str) -> nn.Module:
         layers = [module for k in range(depth) for module in (nn.Linear(64 if k == 0 else width, width), act())]
         model: nn.Module = nn.Sequential(*layers, nn.Linear(width, 10))
     elif kind == "cnn":
-        norm = [lambda channels: nn.BatchNorm2d(channels)] if size == "bn" else []
+        norm: list[Callable[[int], nn.Module]] = [lambda channels: nn.BatchNorm2d(channels)] if size == "bn" else []
         blocks = [
             module
             for before, after in ((1, 16), (16, 32), (32, 32))
@@ -359,12 +359,12 @@ def run(case: Case) -> Result:
         optimizer = torch.optim.Adam(model.parameters(), lr=(rate := 0.1 * amount))
     result = Result(case, [])
     others = Others(model, rate)
-    steps = STEPS if case.fault else HEALTHY_STEPS
+    steps, plan = STEPS if case.fault else HEALTHY_STEPS, Schedule(EVERY, None)
     correct: list[float] = []
     schedule = Schedule(EVERY, budget=None)
     with torchsat.watch(model, every=EVERY, budget=None, sinks=[result.snapshots.append], rules=()), warnings.catch_warnings():
         for step, (x, y) in enumerate(batches(case, steps)):
-            observed = schedule.due(step)
+            observed = plan.due(step)
             handles = others.watch() if observed else []
             output = model(x)
             loss = nn.functional.cross_entropy(output, y)

@@ -6,6 +6,8 @@ The networks have three hidden layers of 128 units and learn the digits of sciki
 Xavier or He. No alert may fire.
 """
 
+from collections.abc import Callable, Iterator
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -13,7 +15,10 @@ from torch import nn
 import torchsat
 
 ACTIVATIONS = (nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid, nn.ReLU, nn.ReLU6, nn.GELU, nn.ELU, nn.SELU)
-OPTIMIZERS = {"Adam 1e-3": lambda parameters: torch.optim.Adam(parameters, 1e-3), "SGD 0.05": lambda parameters: torch.optim.SGD(parameters, 0.05)}
+OPTIMIZERS: dict[str, Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]] = {
+    "Adam 1e-3": lambda parameters: torch.optim.Adam(parameters, 1e-3),
+    "SGD 0.05": lambda parameters: torch.optim.SGD(parameters, 0.05),
+}
 
 
 def main() -> None:
@@ -45,8 +50,9 @@ def main() -> None:
                 accuracy = (model(pixels[1500:]).argmax(1) == labels[1500:]).float().mean().item()
             records = [record for snapshot in snapshots for record in snapshot.records]
             print(
-                f"{activation.__name__:12} {name:9}  {accuracy:8.1%}  {max(r.saturated for r in records):14.3f}"
-                f"  {min(r.relative_derivative for r in records):16.3f}  {max(r.stuck or 0 for r in records):10.3f}  {len(alerts):6d}"
+                f"{activation.__name__:12} {name:9}  {accuracy:8.1%}  {max(r.saturated for r in records if r.saturated is not None):14.3f}"
+                f"  {min(r.relative_derivative for r in records if r.relative_derivative is not None):16.3f}"
+                f"  {max(r.stuck or 0 for r in records):10.3f}  {len(alerts):6d}"
             )
 
 

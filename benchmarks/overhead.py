@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -100,7 +100,7 @@ def rows(device: torch.device, only: list[str], modes: list[str], pairs: int) ->
                 yield row
 
 
-def table(titles: tuple[str, ...], found: list[tuple[str, ...]]) -> str:
+def table(titles: tuple[str, ...], found: Sequence[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (titles, ("---",) * len(titles), *found))
 
 

@@ -11,6 +11,7 @@ import argparse
 import copy
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from overhead import put, table
@@ -76,9 +77,9 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     device = torch.device(given.device)
-    sites = {n: Workload(str(n), "", lambda n=n: tanh_network(n, 32), drawn(64, 32, device), sgd) for n in SITES}
-    widths = {n: Workload(str(n), "", lambda n=n: tanh_network(4, n), drawn(256, n, device), sgd) for n in WIDTHS}
-    lengths = {n: Workload(str(n), "", lambda n=n: Gpt(128, 2, 4, n, 64), tokens(n, device), sgd) for n in LENGTHS}
+    sites = {n: Workload(str(n), "", partial(tanh_network, n, 32), drawn(64, 32, device), sgd) for n in SITES}
+    widths = {n: Workload(str(n), "", partial(tanh_network, 4, n), drawn(256, n, device), sgd) for n in WIDTHS}
+    lengths = {n: Workload(str(n), "", partial(Gpt, 128, 2, 4, n, 64), tokens(n, device), sgd) for n in LENGTHS}
     tables = [series(name, works, device, given.pairs) for name, works in {"depth": sites, "width": widths, "sequence length": lengths}.items()]
     text = f"{machine(device)}; medians of {given.pairs} pairs of steps.\n\n" + "\n\n".join(tables)
     print("\n" + text)

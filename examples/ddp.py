@@ -112,7 +112,7 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo" if given.device == "cpu" else "nccl")
     size = dist.get_world_size()
-    device = torch.device(given.device, int(os.environ["LOCAL_RANK"]) if given.device == "cuda" else None)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if given.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if 4 % size:

@@ -24,8 +24,9 @@ def main() -> None:
     torch.manual_seed(0)
     pixels, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     pixels = (pixels.float() - pixels.float().mean()) / pixels.float().std()
-    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-    nn.init.normal_(model[0].weight)
+    first = nn.Linear(64, 64)
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
+    nn.init.normal_(first.weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
 
     trainer = create_supervised_trainer(model, optimizer, nn.functional.cross_entropy)

@@ -23,7 +23,8 @@ class Digits(lightning.LightningModule):
         self.net = nn.Sequential(*hidden, nn.Linear(64, 10))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.net(pixels)
+        out: torch.Tensor = self.net(pixels)
+        return out
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
         pixels, labels = batch
@@ -54,6 +55,7 @@ def main() -> None:
     )
     trainer.fit(Digits(), DataLoader(train, 64, shuffle=True), DataLoader(held_out, 64))
 
+    assert saturation.monitor is not None
     for alert in saturation.monitor.alerts:
         print(alert.message)
     print(f"see it in TensorBoard:  tensorboard --logdir {trainer.log_dir}")

@@ -34,8 +34,10 @@ def main() -> None:
     steps = parser.parse_args().steps
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = BertForMaskedLM(BertConfig(vocab_size=502, max_position_embeddings=LENGTH, **sizes))
+    sizes = BertConfig(
+        vocab_size=502, max_position_embeddings=LENGTH, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = BertForMaskedLM(sizes)
     settings = TrainingArguments(
         "runs/transformers_text", max_steps=steps, learning_rate=1e-3, logging_steps=20, report_to="tensorboard", save_strategy="no", use_cpu=True
     )
@@ -43,6 +45,7 @@ def main() -> None:
     trainer = Trainer(model, settings, train_dataset=masked_lines(), callbacks=[saturation])
     trainer.train()
 
+    assert saturation.monitor is not None
     for alert in saturation.monitor.alerts:
         print(alert.message)
     print(saturation.monitor.coverage)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,11 +14,26 @@ class Block(nn.Module):
         self.linear, self.act = nn.Linear(8, 8), act or nn.Tanh()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.linear(x))
+        out: Tensor = self.act(self.linear(x))
+        return out
 
 
 def mlp(act: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
     return nn.Sequential(nn.Linear(64, 32), act(), nn.Linear(32, 32), act(), nn.Linear(32, 3))
+
+
+def linear_at(model: nn.Module, index: int) -> nn.Linear:
+    """The linear layer at this place of an nn.Sequential."""
+    found = model.get_submodule(str(index))
+    assert isinstance(found, nn.Linear)
+    return found
+
+
+def compiled(model: nn.Module, **options: Any) -> nn.Module:
+    """torch.compile makes a module of a module, which its annotation does not say."""
+    found = torch.compile(model, **options)
+    assert isinstance(found, nn.Module)
+    return found
 
 
 class Cnn(nn.Module):
@@ -27,7 +43,8 @@ class Cnn(nn.Module):
         self.drop, self.head = nn.Dropout(0.3), nn.Linear(64, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(self.body(x.reshape(-1, 1, 8, 8)).flatten(1)))
+        out: Tensor = self.head(self.drop(self.body(x.reshape(-1, 1, 8, 8)).flatten(1)))
+        return out
 
 
 class Wrapped(nn.Module):
@@ -36,7 +53,8 @@ class Wrapped(nn.Module):
         self.net = mlp()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        out: Tensor = self.net(x)
+        return out
 
 
 class Calling(nn.Module):
@@ -47,7 +65,8 @@ class Calling(nn.Module):
         self.layer, self.function = nn.Linear(16, 24), function
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(self.layer(x))  # type: ignore[no-any-return]
+        out: Tensor = self.function(self.layer(x))
+        return out
 
 
 class Everything(nn.Module):

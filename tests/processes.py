@@ -39,7 +39,7 @@ def settings() -> list[tuple[ModuleType, str, float]]:
 def work(rank: int, port: int, pipe: Connection) -> None:
     """One process: runs what it is sent, until it is sent nothing."""
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=30))
     while (sent := pipe.recv()) is not None:
         scenario, given = sent
@@ -63,7 +63,7 @@ Run = Callable[..., list[Any]]
 @contextlib.contextmanager
 def started() -> Iterator[Run]:
     """The processes, started: a function that runs another one on all ranks, and gives what each returned."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
     spawn = multiprocessing.get_context("spawn")
     pipes, workers = [], []
     for rank in range(SIZE):

@@ -19,6 +19,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait  # noqa: E402
 
 from tests.conftest import record  # noqa: E402
 from tests.test_tensorboard import ALERT, write  # noqa: E402
+from tests.truth import known  # noqa: E402
 from torchsat import Alert, Cause, Snapshot, Weight  # noqa: E402
 from torchsat.colours import shade, shades  # noqa: E402
 from torchsat.metrics import METRICS  # noqa: E402
@@ -28,7 +29,7 @@ from torchsat.report import report  # noqa: E402
 from torchsat.view import from_snapshots  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
-from screenshot import browser, chromium, open_tab, serving  # type: ignore[import-not-found] # noqa: E402
+from screenshot import browser, chromium, open_tab, serving  # noqa: E402
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium with its driver: apt-get install chromium chromium-driver")
 
@@ -160,7 +161,7 @@ def test_hover_shows_the_figures(driver: Any, address: str) -> None:
     open_tab(driver, address, "&p.torchsat.site=&p.torchsat.metric=saturated")
     hover(driver, "one/torchsat", 4, 3)
     tip = driver.find_element(By.CSS_SELECTOR, "[data-run='one/torchsat'] .tip")
-    share = snapshots(6, 8)[3].records[4].saturated
+    share = known(snapshots(6, 8)[3].records[4].saturated)
     assert tip.text.splitlines() == ["blocks.4.act", "tanh", f"Saturated: {100 * share:.{1 if share < 0.1 or share > 0.9 else 0}f} %", "step 30"]
     hover(driver, "one/torchsat", 0, 3)
     assert tip.text.splitlines()[-1] == "saturated, since step 10"
@@ -202,7 +203,7 @@ def test_a_shared_link_shows_the_same_view(driver: Any, address: str) -> None:
     assert Select(driver.find_element(By.CSS_SELECTOR, "[data-control=metric]")).first_selected_option.text == "Gradient"
     shown = driver.execute_script("return torchsat.panels.get('two/torchsat').heatmap.given.sites")
     at = snapshots(4, 12)[2].records
-    assert shown == sorted(["blocks.0.act", "blocks.2.act"], key=lambda site: -next(each.grad_z_rms for each in at if each.site == site))
+    assert shown == sorted(["blocks.0.act", "blocks.2.act"], key=lambda site: -known(next(each.grad_z_rms for each in at if each.site == site)))
     assert driver.find_element(By.CSS_SELECTOR, ".depth output").text == "step 20"
 
 

@@ -1,6 +1,7 @@
 """Compiled models are observed in eager steps, without another compilation."""
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch._dynamo import eval_frame
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchsat
-from tests.models import Wrapped, mlp
+from tests.models import Wrapped, compiled, mlp
 from tests.training import train
 
 
@@ -28,7 +29,7 @@ class Frames:
 @pytest.mark.parametrize(
     "how", ["watch_compiled", "watch_then_compile", "compile_then_watch_inner", "in_place", "function", "submodule", "submodule_later"]
 )
-def test_a_compiled_model_is_observed_in_eager_without_a_recompile(make: Callable[[], nn.Module], how: str) -> None:
+def test_a_compiled_model_is_observed_in_eager_without_a_recompile(make: Callable[[], Any], how: str) -> None:
     def run(watched: bool) -> tuple[list[float], int, list[torchsat.Snapshot]]:
         torch._dynamo.reset()
         torch.manual_seed(0)
@@ -38,7 +39,7 @@ def test_a_compiled_model_is_observed_in_eager_without_a_recompile(make: Callabl
             if watched:
                 torchsat.watch(module, every=8, errors="raise", sinks=(snapshots.append,))
 
-        call: Callable[[Tensor], Tensor] = model
+        call: Any = model
         if how == "watch_compiled":
             call = torch.compile(model, backend=frames)
             watch(call)
@@ -53,7 +54,11 @@ def test_a_compiled_model_is_observed_in_eager_without_a_recompile(make: Callabl
             (model if make is Wrapped else model[0]).compile(backend=frames)
         elif how == "function":
             watch(model)
-            call = torch.compile(lambda x: model(x) * 1.0, backend=frames, fullgraph=True)
+
+            def times_one(x: Tensor) -> Any:
+                return model(x) * 1.0
+
+            call = torch.compile(times_one, backend=frames, fullgraph=True)
         elif how == "submodule":
             if make is Wrapped:
                 model.net = torch.compile(model.net, backend=frames)
@@ -98,7 +103,8 @@ def test_what_is_compiled_inside_an_uncompiled_model_stays_compiled() -> None:
             before = frames.count
             x = scale(x)
             running.append(frames.count - before)
-            return self.net(x)
+            out: Tensor = self.net(x)
+            return out
 
     model = Net()
     torchsat.watch(model, errors="raise")
@@ -121,14 +127,15 @@ def test_an_idle_watched_model_forces_nobody_into_eager_for_long() -> None:
 
 @pytest.mark.parametrize("compiled", ["eager", "in_graph"])
 @pytest.mark.parametrize("earlier", [1, 20])
-def test_another_model_that_trains_first_costs_no_compilation(earlier: int, compiled: str) -> None:
+def test_another_model_that_trains_first_costs_no_compilation(earlier: int, compiled: Literal["eager", "in_graph"]) -> None:
     """Hooks of an observation that were compiled with the model would make every later observation compile it anew."""
     torch._dynamo.reset()
-    frames, found, trained = Frames(), list[torchsat.Snapshot](), []
+    frames, found = Frames(), list[torchsat.Snapshot]()
+    trained: list[tuple[nn.Module, Callable[[Tensor], Tensor], torch.optim.Optimizer]] = []
     for model in (mlp(), mlp()):
         call = torch.compile(model, backend=frames if not trained else "eager", fullgraph=True)
         trained.append((model, call, torch.optim.SGD(model.parameters(), lr=0.1)))
-    torchsat.watch(trained[0][0], every=4, budget=None, compiled=compiled, errors="raise", sinks=[found.append])  # type: ignore[arg-type]
+    torchsat.watch(trained[0][0], every=4, budget=None, compiled=compiled, errors="raise", sinks=[found.append])
 
     def step(which: int) -> None:
         _, call, optimizer = trained[which]
@@ -148,7 +155,7 @@ def test_another_model_that_trains_first_costs_no_compilation(earlier: int, comp
 def test_a_compiled_validation_mostly_runs_its_graph() -> None:
     torch._dynamo.reset()
     eager, model, snapshots = [], Wrapped(), list[torchsat.Snapshot]()
-    call, optimizer = torch.compile(model, backend=Frames()), torch.optim.SGD(model.parameters(), lr=0.1)
+    call, optimizer = compiled(model, backend=Frames()), torch.optim.SGD(model.parameters(), lr=0.1)
     torchsat.watch(call, every=1, errors="raise", sinks=(snapshots.append,))
     for _ in range(4):
         call(torch.randn(8, 64)).sum().backward()
@@ -176,7 +183,7 @@ def test_the_users_own_stance_is_left_alone() -> None:
 
 @pytest.mark.parametrize("mode", ["eager", pytest.param("in_graph", marks=pytest.mark.skipif(torch.__version__ < "2.8", reason="refused"))])
 @pytest.mark.parametrize("grad", [False, True])
-def test_a_validation_before_training_keeps_fullgraph_content(mode: str, grad: bool) -> None:
+def test_a_validation_before_training_keeps_fullgraph_content(mode: Literal["eager", "in_graph"], grad: bool) -> None:
     """fullgraph=True raises where no graph ran and the stance is the default at the end of the call: that of the first observation is given back
     in its midst."""
     torch._dynamo.reset()
@@ -184,7 +191,7 @@ def test_a_validation_before_training_keeps_fullgraph_content(mode: str, grad: b
     counter = CompileCounterWithBackend("aot_eager")
     run = torch.compile(model, backend=counter, fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with torchsat.watch(model, every=2, compiled=mode, errors="raise") as monitor:  # type: ignore[arg-type]
+    with torchsat.watch(model, every=2, compiled=mode, errors="raise") as monitor:
         for _ in range(4):
             model.eval()
             for _ in range(3):

@@ -38,7 +38,7 @@ class Operators(TorchDispatchMode):
     """(path of the innermost module, operator) of every activation that runs."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stack: list[str] = []
         self.met: set[tuple[str, str]] = set()
         for path, module in model.named_modules():

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def test_a_site_that_fails_is_named_and_the_rest_goes_on(caplog: pytest.LogCaptu
         model(torch.randn(4, 8)).sum().backward()
         optimizer.step()
     monitor.close()
+    assert monitor.latest is not None
     assert [record.site for record in monitor.latest.records] == ["0.act", "3"]
     assert ("1", "TypeError: it maps (4, 8) to (4, 4)") in monitor.coverage.unseen
     assert [message for message in caplog.messages if "1:" in message] == [
@@ -44,14 +46,14 @@ def test_a_fault_never_stops_training(fault: str, tmp_path: Path, caplog: pytest
 
     snapshots: list[torchsat.Snapshot] = []
     rule = torchsat.Rule("mine", lambda record, snapshot: record.n, 1, None, lambda record, value, limit: "always", patience=1)
-    options: dict[str, object] = {"sinks": [snapshots.append], "rules": (rule,)}
+    options: dict[str, Any] = {"sinks": [snapshots.append], "rules": (rule,)}
     if fault == "sink":
         options["sinks"] = [fail, snapshots.append]
     elif fault == "alert":
         options["on_alert"] = fail
     elif fault == "rule":
         options["rules"] = (torchsat.Rule("mine", fail, 1, None, lambda *_: ""), *torchsat.RULES)
-    monitor = torchsat.watch(mlp_ := mlp(), tmp_path if fault == "disk" else None, every=1, **options)  # type: ignore[arg-type]
+    monitor = torchsat.watch(mlp_ := mlp(), tmp_path if fault == "disk" else None, every=1, **options)
     if fault == "disk":
         monkeypatch.setattr(event_file_writer.EventFileWriter, "add_event", fail)
     train(mlp_, 5)

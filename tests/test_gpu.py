@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.models import Cnn
 from tests.test_activations import MODULES
+from torchsat import Snapshot
 from torchsat.statistics import trust_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -58,6 +59,7 @@ def test_no_step_waits_for_the_device(scaled: bool, tmp_path: Path) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     monitor.close()
+    assert monitor.latest is not None
     assert monitor.latest.step >= 18
     assert len(torchsat.read(tmp_path)) >= 18
 
@@ -92,6 +94,7 @@ def test_a_model_may_move_to_the_device_after_watch() -> None:
             model(torch.randn(4, 8, device=device)).sum().backward()
             optimizer.step()
     monitor.close()
+    assert monitor.latest is not None
     assert monitor.latest.step == 5
 
 
@@ -141,7 +144,7 @@ def test_in_the_graph_every_step_is_measured_as_in_eager(mode: str) -> None:
     def run(compiled: str) -> list[torchsat.Snapshot]:
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model, found = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)).cuda(), []
+        model, found = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)).cuda(), list[Snapshot]()
         monitor = torchsat.watch(model, every=1, budget=None, compiled=compiled, sinks=[found.append], errors="raise")  # type: ignore[arg-type]
         step = torch.compile(model, mode=mode, fullgraph=True) if compiled == "in_graph" else model
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -163,12 +166,15 @@ def test_in_the_graph_every_step_is_measured_as_in_eager(mode: str) -> None:
 
 def test_a_group_on_the_device_records_the_same_and_waits_for_nothing() -> None:
     """One rank, whose collectives go through NCCL all the same."""
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
 
         def run(group: dist.ProcessGroup | None) -> list[torchsat.Snapshot]:
             torch.manual_seed(0)
-            model, found = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)).cuda(), []
+            model, found = (
+                nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)).cuda(),
+                list[Snapshot](),
+            )
             monitor = torchsat.watch(model, every=1, budget=None, group=group, sinks=[found.append], errors="raise")
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
             generator = torch.Generator("cuda").manual_seed(1)

@@ -16,7 +16,8 @@ def test_what_is_compiled_is_neither_heard_nor_broken() -> None:
 
     class Net(Calling):
         def forward(self, x: Tensor) -> Tensor:
-            return inner(torch.tanh(self.layer(x)))  # type: ignore[no-any-return]
+            out: Tensor = inner(torch.tanh(self.layer(x)))
+            return out
 
     model = Net(torch.tanh)
     monitor = torchsat.watch(model, errors="raise")
@@ -40,7 +41,8 @@ def test_what_torch_tells_no_hook_of_is_found_in_the_graph() -> None:
 
     class Hidden(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return Double.apply(torch.ops.aten.gelu(x + x.mean()))  # type: ignore[no-any-return,no-untyped-call]
+            out: Tensor = Double.apply(torch.ops.aten.gelu(x + x.mean()))  # type: ignore[no-untyped-call]
+            return out
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -48,7 +50,8 @@ def test_what_torch_tells_no_hook_of_is_found_in_the_graph() -> None:
             self.layer, self.hidden = nn.Linear(4, 4), Hidden()
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.ops.aten.relu(self.hidden(torch.ops.aten.tanh(self.layer(x)))).softmax(-1)
+            out: Tensor = torch.ops.aten.relu(self.hidden(torch.ops.aten.tanh(self.layer(x)))).softmax(-1)
+            return out
 
     model = Net()
     monitor = torchsat.watch(model, errors="raise")
@@ -72,7 +75,8 @@ def test_a_tensor_whose_history_cannot_be_had_raises_nothing() -> None:
             with torch.no_grad():
                 z.mul_(2)
                 torch.tanh(a)
-            return self.layer(x)  # type: ignore[no-any-return]
+            out: Tensor = self.layer(x)
+            return out
 
     model = Net()
     monitor = torchsat.watch(model)

@@ -5,7 +5,8 @@ import dataclasses
 import io
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchsat
+from tests.truth import known
 from torchsat.observe import ingraph
 
 able = pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.6 and 2.7 are refused: they compile anew for each of many equal blocks")
@@ -57,7 +59,7 @@ def net(kind: type[nn.Module] = Net) -> nn.Module:
     return kind()
 
 
-def train(model: nn.Module, run: nn.Module, steps: int, width: int = 16) -> tuple[list[float], torch.optim.Optimizer]:
+def train(model: nn.Module, run: Callable[..., Any], steps: int, width: int = 16) -> tuple[list[float], torch.optim.Optimizer]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(1)
     losses = []
@@ -72,7 +74,7 @@ def train(model: nn.Module, run: nn.Module, steps: int, width: int = 16) -> tupl
 
 def watched(mode: str, backend: str, steps: int = 9) -> tuple[list[torchsat.Snapshot], list[float], int, nn.Module]:
     torch._dynamo.reset()
-    model, counter, found = net(), CompileCounterWithBackend(backend), []
+    model, counter, found = net(), CompileCounterWithBackend(backend), list[torchsat.Snapshot]()
     run = torch.compile(model, backend=counter, fullgraph=True)
     with torchsat.watch(model, every=2, compiled=mode, sinks=[found.append], errors="raise"):  # type: ignore[arg-type]
         losses, _ = train(model, run, steps)
@@ -95,7 +97,7 @@ def test_every_number_is_that_of_eager_observation(backend: str) -> None:
         )
         for pairs in (zip(mine.records, theirs.records, strict=True), zip(mine.weights, theirs.weights, strict=True)):
             for one, other in pairs:
-                for field in dataclasses.fields(one):  # type: ignore[arg-type]
+                for field in dataclasses.fields(one):
                     a, b = getattr(one, field.name), getattr(other, field.name)
                     if isinstance(b, float) or (isinstance(b, tuple) and b and isinstance(b[0], float)):
                         assert a == pytest.approx(b, rel=1e-4, abs=1e-6), (mine.step, field.name)
@@ -143,9 +145,9 @@ def test_two_models_of_one_class_are_both_measured_even_if_the_other_was_compile
     for monitor in monitors:
         monitor.close()
     assert [len(each) for each in snapshots.values()] == [3, 3]
-    shares = [[snapshot["first.act"].saturated for snapshot in each] for each in snapshots.values()]
-    assert max(shares[0]) < 0.2  # type: ignore[type-var]
-    assert min(shares[1]) > 0.8  # type: ignore[type-var]
+    shares = [[known(snapshot["first.act"].saturated) for snapshot in each] for each in snapshots.values()]
+    assert max(shares[0]) < 0.2
+    assert min(shares[1]) > 0.8
     assert all(each["first.act"].n == 32 * 16 for found in snapshots.values() for each in found)
 
 
@@ -154,7 +156,7 @@ def test_many_equal_blocks_share_their_graphs() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(Block(nn.Tanh()) for _ in range(12)), nn.Linear(16, 1))
     counter = CompileCounterWithBackend("aot_eager")
-    for block in model[:-1]:
+    for block in model[:-1].children():
         block.compile(backend=counter, fullgraph=True)
     with torchsat.watch(model, every=1, compiled="in_graph", errors="raise") as monitor:
         train(model, model, 3)
@@ -227,7 +229,7 @@ def test_what_a_graph_does_not_show_is_said(caplog: pytest.LogCaptureFixture) ->
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_model_that_no_graph_speaks_for_is_observed_in_eager(hidden: bool, caplog: pytest.LogCaptureFixture) -> None:
     """Not compiled at all, or by a compiler that was told to leave the modules alone."""
-    model, found = net(), []
+    model, found = net(), list[torchsat.Snapshot]()
     with caplog.at_level(logging.WARNING), torchsat.watch(model, every=1, compiled="in_graph", sinks=[found.append], errors="raise"):
         for each in model.modules() if hidden else ():
             each.forward = torch.compiler.disable(each.forward)
@@ -242,7 +244,7 @@ def test_a_model_that_no_graph_speaks_for_is_observed_in_eager(hidden: bool, cap
 
 def test_a_torch_that_cannot_says_so_at_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("torchsat.compiling.why_not_in_graph", lambda: "torch 1.0 has no ordered effects for operators")
-    model, found = net(), []
+    model, found = net(), list[torchsat.Snapshot]()
     with caplog.at_level(logging.WARNING), torchsat.watch(model, every=1, compiled="in_graph", sinks=[found.append], errors="raise"):
         train(model, torch.compile(model, backend="aot_eager", fullgraph=True), 3)
     assert [each.message for each in caplog.records if each.name == "torchsat"] == [

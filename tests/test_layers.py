@@ -1,27 +1,30 @@
 """What is measured of the layers that feed a site: weight, gradient, update, input."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torchsat
-from tests.models import mlp
+from tests.models import linear_at, mlp
+from tests.truth import known
 from torchsat.weights import fan_in
 
 
 def test_weights_are_measured_by_hand() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Conv1d(1, 4, 3), nn.ReLU())
+    first, second = nn.Linear(20, 30), nn.Conv1d(1, 4, 3)
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.linear, self.tanh, self.conv, self.relu = model
+            self.linear, self.tanh, self.conv, self.relu = first, nn.Tanh(), second, nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.relu(self.conv(self.tanh(self.linear(x)).unsqueeze(1)))
+            out: Tensor = self.relu(self.conv(self.tanh(self.linear(x)).unsqueeze(1)))
+            return out
 
     net, x = Net(), torch.randn(400, 20) * 2 + 5
     monitor = torchsat.watch(net, sample=None, errors="raise")
@@ -30,6 +33,7 @@ def test_weights_are_measured_by_hand() -> None:
     net(x).sum().backward()
     optimizer.step()
     monitor.flush()
+    assert monitor.latest is not None
     linear, conv = monitor.latest.weights
     assert (linear.name, linear.feeds, linear.fan_in) == ("linear", ("tanh",), 20)
     assert (conv.name, conv.feeds, conv.fan_in) == ("conv", ("relu",), 3)
@@ -37,7 +41,7 @@ def test_weights_are_measured_by_hand() -> None:
     assert linear.norm == pytest.approx(before.linear.weight.norm().item(), rel=1e-6)
     assert linear.gain == pytest.approx(before.linear.weight.norm().item() / 30**0.5, rel=1e-6)
     assert conv.gain == pytest.approx(before.conv.weight.norm().item() / 4**0.5, rel=1e-6)
-    assert linear.grad_norm == pytest.approx(net.linear.weight.grad.norm().item(), rel=1e-6)
+    assert linear.grad_norm == pytest.approx(known(net.linear.weight.grad).norm().item(), rel=1e-6)
     change = (net.linear.weight - before.linear.weight).norm() / before.linear.weight.norm()
     assert linear.update_ratio == pytest.approx(change.item(), rel=1e-5)
     assert linear.input_rms == pytest.approx(x.square().mean().sqrt().item(), rel=1e-6)
@@ -55,7 +59,8 @@ def test_the_centred_share_has_no_bias_in_small_batches() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model(torch.randn(4, 50)).sum().backward()
         optimizer.step()
-        shares.append(monitor.latest.weights[0].input_centred_share)
+        assert monitor.latest is not None
+        shares.append(known(monitor.latest.weights[0].input_centred_share))
         monitor.close()
     # A plain squared mean of 4 samples would show 1 - 1/4; clipping at 1 leaves a little.
     assert sum(shares) / 200 == pytest.approx(1, abs=0.03)
@@ -68,7 +73,7 @@ def test_fan_in_of_every_layer() -> None:
 
 def test_a_weight_whose_memory_is_freed_between_its_uses_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    weight = model[0].weight.requires_grad_(False)
+    weight = linear_at(model, 0).weight.requires_grad_(False)
     kept = weight.detach().clone()
 
     def fetch(module: nn.Module, args: object) -> None:
@@ -95,7 +100,7 @@ def test_a_weight_whose_memory_is_freed_between_its_uses_is_left_alone() -> None
 
 def test_the_gradient_norm_is_that_which_the_optimizer_received() -> None:
     class Centred(torch.optim.SGD):
-        def step(self, closure: None = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             for group in self.param_groups:
                 for parameter in group["params"]:
                     parameter.grad.mul_(1e-3)
@@ -105,8 +110,9 @@ def test_the_gradient_norm_is_that_which_the_optimizer_received() -> None:
     monitor = torchsat.watch(model, errors="raise")
     optimizer = Centred(model.parameters(), lr=0.1)
     model(torch.randn(4, 64)).sum().backward()
-    expected = model[0].weight.grad.norm().item()
+    expected = known(linear_at(model, 0).weight.grad).norm().item()
     optimizer.step()
+    assert monitor.latest is not None
     assert monitor.latest.weights[0].grad_norm == pytest.approx(expected, rel=1e-6)
 
 
@@ -116,6 +122,7 @@ def test_wide_inputs_are_measured_where_they_were_read() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.randn(3, 70_000) + 2).sum().backward()
     optimizer.step()
+    assert monitor.latest is not None
     (weight,) = monitor.latest.weights
     assert weight.input_n <= 65536
     assert weight.input_rms == pytest.approx(5**0.5, rel=0.02)
@@ -131,5 +138,6 @@ def test_a_lazy_layer_is_measured_once_it_exists() -> None:
     for _ in range(2):
         model(torch.randn(3, 5)).sum().backward()
         optimizer.step()
+    assert monitor.latest is not None
     assert [weight.name for weight in monitor.latest.weights] == ["0"]
     assert monitor.coverage.unseen == ()

@@ -36,21 +36,23 @@ class Net(lightning.LightningModule):  # type: ignore[misc, name-defined]
         self.fails_at = fails_at
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.net(x)
+        out: torch.Tensor = self.net(x)
+        return out
 
-    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
+    def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor | None:
         if index == self.fails_at:
             raise RuntimeError("the user's own mistake")
         loss = self(batch[0]).square().mean()
         self.log("loss", loss)
-        return loss
+        out: torch.Tensor = loss
+        return out
 
     def validation_step(self, batch: list[torch.Tensor], index: int) -> None:
         self(100 * batch[0])
 
     test_step = validation_step
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
@@ -157,7 +159,8 @@ class Silent(Net):
     """`self.log` in a compiled training_step is more than torch 2.13 can compile, watched or not."""
 
     def training_step(self, batch: list[torch.Tensor], index: int) -> torch.Tensor:
-        return self(batch[0]).square().mean()
+        out: torch.Tensor = self(batch[0]).square().mean()
+        return out
 
 
 @pytest.mark.parametrize("compiled", ["eager", "in_graph"])

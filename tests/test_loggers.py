@@ -70,7 +70,7 @@ def test_a_missing_library_is_answered_with_the_command(module: str, library: tu
 
 def wandb_rows(directory: Path) -> list[dict[str, Any]]:
     """The history of an offline run: a log of protocol buffers in blocks of 32 KiB, as LevelDB has it."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     (path,) = directory.glob("wandb/offline-run-*/*.wandb")
     log, at, record, rows = path.read_bytes(), 7, b"", []

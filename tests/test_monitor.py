@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
-from tests.models import Cnn, mlp
+from tests.models import Cnn, linear_at, mlp
 from tests.training import open_files, traces_of, train
+from tests.truth import known
 
 
 class Checkpointed(nn.Module):
@@ -25,7 +27,8 @@ class Checkpointed(nn.Module):
         self.block, self.head = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Dropout(0.5)), nn.Linear(32, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(checkpoint(self.block, torch.tanh(self.first(x)), use_reentrant=self.reentrant))
+        out: Tensor = self.head(checkpoint(self.block, torch.tanh(self.first(x)), use_reentrant=self.reentrant))
+        return out
 
 
 @pytest.mark.parametrize(
@@ -41,14 +44,14 @@ class Checkpointed(nn.Module):
         (mlp, {"optimizer": torch.optim.AdamW}),
     ],
 )
-def test_training_is_bit_identical(make: Callable[[], nn.Module], options: dict[str, object], tmp_path: Path) -> None:
+def test_training_is_bit_identical(make: Callable[[], nn.Module], options: dict[str, Any], tmp_path: Path) -> None:
     """Promise 1."""
 
     def run(watched: bool) -> tuple[list[float], dict[str, Tensor], Tensor]:
         torch.manual_seed(3)
         model = make()
         monitor = torchsat.watch(model, tmp_path, every=1, sample=100, errors="raise") if watched else None
-        losses = train(model, **options)  # type: ignore[arg-type]
+        losses = train(model, **options)
         keys = list(model.state_dict())
         state = torch.get_rng_state()
         if monitor is not None:
@@ -83,6 +86,7 @@ def test_close_leaves_nothing_behind(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == handler
     assert all(not parameter._backward_hooks for parameter in model.parameters())
     train(model, 2)
+    assert monitor.latest is not None
     assert monitor.latest.step == 2
 
 
@@ -98,12 +102,14 @@ def test_closing_from_within_a_callback_does_not_break_the_optimizer() -> None:
     monitor = torchsat.watch(model, every=1, errors="raise", sinks=(lambda snapshot: monitor.close(),))
     others = [torchsat.watch(model, every=1, errors="raise") for _ in range(3)]
     train(model, 5)
+    assert monitor.latest is not None
     assert monitor.latest.step == 0
+    assert others[0].latest is not None
     assert others[0].latest.step == 4
 
 
 def test_a_monitor_nobody_keeps_goes_on() -> None:
-    model, snapshots = mlp(), []
+    model, snapshots = mlp(), list[torchsat.Snapshot]()
     torchsat.watch(model, every=10, errors="raise", sinks=(snapshots.append,))
     train(model, 41, each=lambda step: gc.collect())
     assert [snapshot.step for snapshot in snapshots] == [0, 1, 2, 4, 8, 10, 20, 30, 40]
@@ -125,11 +131,12 @@ def test_a_model_is_not_kept_alive() -> None:
 def test_stuck_units_are_found_across_observations() -> None:
     model = mlp(nn.ReLU)
     with torch.no_grad():
-        model[0].bias[:10] = -1e3
+        linear_at(model, 0).bias[:10] = -1e3
     monitor = torchsat.watch(model, every=1, rules=(), errors="raise")
     stuck = []
-    train(model, 64, each=lambda step: stuck.append(monitor.latest["1"].stuck))
+    train(model, 64, each=lambda step: stuck.append(known(monitor.latest)["1"].stuck))
     # 16 samples a step: 1000 are there after 63 observations.
     assert stuck[:62] == [None] * 62
     assert stuck[62] == pytest.approx(10 / 32)
+    assert monitor.latest is not None
     assert monitor.latest["1"].stuck_n == 1008

@@ -56,7 +56,8 @@ class Everything(nn.Module):
         heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
         x = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
         x = F.glu(torch.cat([x, F.gelu(x)], -1))
-        return self.cell(x.softmax(-1).sum(1)).tanh()
+        out: Tensor = self.cell(x.softmax(-1).sum(1)).tanh()
+        return out
 
 
 class ToHost(TorchDispatchMode):
@@ -85,7 +86,7 @@ def test_no_hook_waits_for_a_device(model: type[nn.Module], compiled_kernels: bo
     monitor = torchsat.watch(watched, every=1, errors="raise")
     for step in range(4):
         # What a module of the user's computes is found out in the first step, by looking.
-        with ToHost() if step else contextlib.nullcontext():
+        with ToHost() if step else contextlib.nullcontext():  # type: ignore[no-untyped-call]
             watched(torch.randn(8, 64)).square().mean().backward()
             optimizer.step()
     assert monitor.latest is not None
@@ -94,7 +95,7 @@ def test_no_hook_waits_for_a_device(model: type[nn.Module], compiled_kernels: bo
 
 def test_the_test_above_can_fail() -> None:
     for call in (lambda x: x.sum().item(), torch.nonzero, lambda x: x[x > 0], lambda x: bool(x.sum() > 0)):
-        with ToHost(), pytest.raises(AssertionError, match="waits for the device"):
+        with ToHost(), pytest.raises(AssertionError, match="waits for the device"):  # type: ignore[no-untyped-call]
             call(torch.ones(3))
 
 
@@ -110,7 +111,8 @@ def highest(run: Callable[[], object]) -> int:
         run()
     assert seen.profiler is not None
     events = sorted((event.start_ns(), event.nbytes()) for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
-    return max(itertools.accumulate(size for _, size in events))
+    out: int = max(itertools.accumulate(size for _, size in events))
+    return out
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -126,6 +128,7 @@ def test_an_observation_takes_the_memory_of_one_sample_a_site_whatever_the_batch
             step(model, optimizer, x)
             peaks.append(highest(functools.partial(step, model, optimizer, x)))
         monitor.close()
+        assert monitor.latest is not None
         assert monitor.latest.step == 1
         extra.append(peaks[1] - peaks[0])
     # Of each of four sites a sample, and of one what is computed from it; one tensor of the larger batch has 4 MiB.

@@ -1,5 +1,7 @@
 """Arguments of watch that are wrong are answered with what is allowed."""
 
+from typing import Any
+
 import pytest
 from torch import nn
 
@@ -17,9 +19,9 @@ from tests.models import mlp
         ({"log_dir": ""}, "log_dir is ''; allowed is a directory"),
     ],
 )
-def test_arguments_of_a_wrong_kind_are_answered_with_the_right_one(options: dict[str, object], message: str) -> None:
+def test_arguments_of_a_wrong_kind_are_answered_with_the_right_one(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        torchsat.watch(mlp(), **options)  # type: ignore[arg-type]
+        torchsat.watch(mlp(), **options)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,6 @@ def test_arguments_of_a_wrong_kind_are_answered_with_the_right_one(options: dict
         ({"errors": "ignore"}, 'errors is \'ignore\'; allowed are "warn" and "raise"'),
     ],
 )
-def test_bad_arguments_are_answered_with_what_is_allowed(options: dict[str, object], message: str) -> None:
+def test_bad_arguments_are_answered_with_what_is_allowed(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        torchsat.watch(mlp(), **options)  # type: ignore[arg-type]
+        torchsat.watch(mlp(), **options)

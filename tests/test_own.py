@@ -65,7 +65,8 @@ class Custom(torch.autograd.Function):
 
 class Fused(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
-        return Custom.apply(z)  # type: ignore[no-any-return,no-untyped-call]
+        out: Tensor = Custom.apply(z)  # type: ignore[no-untyped-call]
+        return out
 
 
 class Counting(nn.Module):
@@ -116,6 +117,8 @@ class Snake(nn.Module):
 
 
 class Buffered(nn.Module):
+    rate: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("rate", torch.tensor(1.3))
@@ -161,8 +164,9 @@ def test_an_activation_of_the_users_own_is_found_from_what_it_does(module: nn.Mo
     assert [(record.site, record.activation, record.kind, record.units) for record in snapshot.records] == [("1", name, "module", 6)]
     record = snapshot["1"]
     assert random.random() == (random.seed(3), random.random(), random.random())[isinstance(module, Buffered) + 1]
-    if isinstance(module, (Counting, Buffered)):
-        assert (model[1].calls if isinstance(module, Counting) else len(model[1].seen)) == 1
+    own = model[1]
+    if isinstance(own, (Counting, Buffered)):
+        assert (own.calls if isinstance(own, Counting) else len(own.seen)) == 1
     z = model[0](x).detach().double().requires_grad_()
     torch.manual_seed(0)
     a = copy.deepcopy(module).double()(z.clone())
@@ -189,12 +193,13 @@ def test_a_module_that_changes_what_it_computes_is_not_taken_for_what_it_was() -
         def forward(self, z: Tensor) -> Tensor:
             return torch.tanh(self.beta * z)
 
-    model = nn.Sequential(nn.Linear(4, 6), Annealed())
+    annealed = Annealed()
+    model = nn.Sequential(nn.Linear(4, 6), annealed)
     monitor = torchsat.watch(model, every=1, errors="raise")
     x = torch.randn(32, 4)
     seen = []
     for beta in (1.0, 1.0, 10.0, 10.0):
-        model[1].beta = beta
+        annealed.beta = beta
         model(x).sum().backward()
         monitor.step()
         monitor.flush()
@@ -224,7 +229,8 @@ def test_an_own_activation_in_a_checkpoint_is_found_or_named() -> None:
             self.layer, self.known, self.other = nn.Linear(4, 6), NewGELU(), Squashed()
 
         def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(lambda x: self.other(self.known(self.layer(x))), x, use_reentrant=False)  # type: ignore[no-any-return]
+            out: Tensor = checkpoint(lambda x: self.other(self.known(self.layer(x))), x, use_reentrant=False)
+            return out
 
     class Squashed(nn.Module):
         def forward(self, z: Tensor) -> Tensor:

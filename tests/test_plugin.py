@@ -94,7 +94,7 @@ def test_heads_of_a_softmax(tmp_path: Path) -> None:
     write(tmp_path / "run", given)
     names, steps, values = Server(tmp_path).grid("/heads", run=RUN, site="s")
     assert (names, steps) == (["0", "1"], [0, 1, 2])
-    np.testing.assert_allclose(values, [[0, 1], [0.1, 1.1], [0.2, 1.2]], rtol=1e-6)
+    np.testing.assert_allclose(values, [[0.0, 1.0], [0.1, 1.1], [0.2, 1.2]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

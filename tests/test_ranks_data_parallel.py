@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.processes import BATCH, SIZE, STEPS, Run, alone, assert_equal, batches, data_parallel, fsdp2, mlp, part, rank, train, watched
@@ -87,6 +87,7 @@ def inside(how: str) -> Any:
         run = model
     else:
         fully_shard(model)
+        assert isinstance(model, FSDPModule)
         model.set_gradient_divide_factor(1.0)
         monitor, kept = watched(model)
         run = lambda x: model(x) / SIZE**0.5  # noqa: E731

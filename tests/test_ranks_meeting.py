@@ -10,6 +10,7 @@ from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
 import torchsat
+from tests.models import linear_at
 from tests.processes import BATCH, SIZE, STEPS, Run, batches, logged, mlp, part, rank, train, watched
 from tests.training import loop_of
 from torchsat.record import Snapshot
@@ -190,7 +191,7 @@ def own_models() -> Any:
     messages = logged()
     model = mlp()
     with torch.no_grad():
-        model[2].weight += rank()
+        linear_at(model, 2).weight += rank()
     monitor, _ = watched(model)
     train(model, model.parameters(), steps=3)
     monitor.close()
@@ -243,7 +244,7 @@ def taken_up(folder: str) -> Any:
     for start in (0, "resume"):
         model = mlp()
         with torch.no_grad():
-            model[0].weight *= 20
+            linear_at(model, 0).weight *= 20
         wrapped = DistributedDataParallel(model)
         monitor, _ = watched(wrapped, log_dir=folder if rank() == 0 else None, start=start)
         train(wrapped, wrapped.parameters(), steps=6)

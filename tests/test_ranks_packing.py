@@ -7,20 +7,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.models import linear_at
 from tests.processes import Run, alone, assert_equal, batches, mlp, part, rank, train, watched
 
 
 def windows() -> Any:
     model = mlp(8)
     with torch.no_grad():
-        model[0].bias[:3] = 50.0
+        linear_at(model, 0).bias[:3] = 50.0
     wrapped = DistributedDataParallel(model)
     monitor, kept = watched(wrapped)
     train(wrapped, wrapped.parameters(), steps=40)
     monitor.close()
     reference = mlp(8)
     with torch.no_grad():
-        reference[0].bias[:3] = 50.0
+        linear_at(reference, 0).bias[:3] = 50.0
     return kept, alone(reference, steps=40)
 
 

@@ -12,7 +12,7 @@ from tests.processes import BATCH, SIZE, Run, alone, assert_equal, batches, mlp,
 
 
 def pipelined(kind: str) -> Any:
-    layers = [*mlp()[:3], nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)]
+    layers = [*mlp()[:3].children(), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3)]
     whole = nn.Sequential(*layers)
     stages = [(0, 2), (2, 4), (4, 6), (6, 7)]
     first, last = stages[rank()]
@@ -54,7 +54,7 @@ def interleaved() -> Any:
     expected_model = copy.deepcopy(nn.Sequential(*blocks))
     mine = [rank(), rank() + SIZE]
     stages = [PipelineStage(blocks[at], at, 2 * SIZE, torch.device("cpu")) for at in mine]
-    schedule = ScheduleInterleaved1F1B(stages, n_microbatches=4, loss_fn=lambda out, target: (out - target).square().mean())
+    schedule = ScheduleInterleaved1F1B([*stages], n_microbatches=4, loss_fn=lambda out, target: (out - target).square().mean())
     monitor, kept = watched(stages)
     optimizer = torch.optim.SGD([parameter for at in mine for parameter in blocks[at].parameters()], lr=0.1)
     for x in batches():

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
+from tests.models import compiled, linear_at
 from tests.processes import SIZE, Run, alone, assert_equal, fsdp2, hybrid, logged, mlp, rank, train, watched
 from tests.training import loop_of
 from torchsat.compiling import Mode
@@ -75,7 +76,7 @@ def flattened(original: bool, before: bool) -> Any:
     wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
     if monitor is None:
         with pytest.raises(TypeError, match=r"FSDP1.* cannot be watched.*fully_shard"):
-            torchsat.watch(torch.compile(wrapped))
+            torchsat.watch(compiled(wrapped))
         return None
     train(wrapped, wrapped.parameters())
     monitor.close()
@@ -156,10 +157,11 @@ def test_tensor_and_data_parallelism_together(run: Run) -> None:
 def pending() -> Any:
     mesh = init_device_mesh("cpu", (SIZE,))
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 3))
-    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
-    model[0].bias = None
-    model[2].weight = nn.Parameter(distribute_tensor(model[2].weight.detach(), mesh, [Replicate()]))
-    model[2].bias = nn.Parameter(distribute_tensor(model[2].bias.detach(), mesh, [Replicate()]))
+    first, last = linear_at(model, 0), linear_at(model, 2)
+    first.weight = nn.Parameter(distribute_tensor(first.weight.detach(), mesh, [Shard(1)]))
+    first.register_parameter("bias", None)
+    last.weight = nn.Parameter(distribute_tensor(last.weight.detach(), mesh, [Replicate()]))
+    last.bias = nn.Parameter(distribute_tensor(last.bias.detach(), mesh, [Replicate()]))
     monitor, _ = watched(model, errors="warn")
     x = distribute_tensor(torch.randn(8, 16), mesh, [Shard(1)])
     model(x).square().mean().backward()

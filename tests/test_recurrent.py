@@ -18,7 +18,8 @@ def test_recurrent_gates_are_sites() -> None:
             h = None
             for step in self.rnn(x)[0]:
                 h = self.cell(step, h)
-            return self.head(h)
+            out: Tensor = self.head(h)
+            return out
 
     model, x = Net(), 3 * torch.randn(5, 3, 6)
     state = torch.get_rng_state()
@@ -45,5 +46,5 @@ def test_recurrent_gates_are_sites() -> None:
     assert first.feeds == tuple(f"rnn.l0/{gate}" for gate in gates)
     assert (first.fan_in, first.data, second.fan_in, second.data) == (6, True, 7, False)
     assert first.input_rms == pytest.approx(x.square().mean().sqrt().item(), rel=1e-5)
-    assert second.gain == pytest.approx(model.rnn.weight_hh_l1.norm().item() / 28**0.5, rel=1e-5)
+    assert second.gain == pytest.approx(model.rnn.get_parameter("weight_hh_l1").norm().item() / 28**0.5, rel=1e-5)
     assert second.input_rms is None

@@ -3,6 +3,7 @@
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def by_name(gates: list[Gate]) -> dict[str, Tensor]:
 
 def last_output(module: nn.RNNBase, gates: dict[str, Tensor], suffix: str, h_before: Tensor) -> Tensor:
     """The output that these gates imply, sample by sample."""
-    at = lambda name: gates[f"{suffix}/{name}"]  # noqa: E731
+    at: Callable[[str], Tensor] = lambda name: gates[f"{suffix}/{name}"]  # noqa: E731
     if isinstance(module, nn.LSTM):
         return torch.sigmoid(at("output")) * torch.tanh(at("hidden"))
     if isinstance(module, nn.GRU):
@@ -83,7 +84,7 @@ def test_the_gates_imply_the_modules_own_output(kind: type[nn.RNNBase], options:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("packs", [False, True])
-def test_some_sequences_have_the_gates_that_they_have_among_all(kind: type[nn.RNNBase], packs: bool) -> None:
+def test_some_sequences_have_the_gates_that_they_have_among_all(kind: Callable[..., nn.RNNBase], packs: bool) -> None:
     module = kind(5, 7, num_layers=2, bidirectional=True).double()
     steps, batch = 6, 30
     x = torch.randn(steps, batch, 5, dtype=torch.float64)
@@ -93,7 +94,7 @@ def test_some_sequences_have_the_gates_that_they_have_among_all(kind: type[nn.RN
     states = torch.randn(2, 4, batch, 7, dtype=torch.float64)
     state = (states[0], states[1]) if kind is nn.LSTM else states[0]
     output, _ = module(given, state)
-    whole, chosen = list(rnn_gates(module, given, state)), set()
+    whole, chosen = list(rnn_gates(module, given, state)), set[tuple[str, str, int]]()
     for turn in range(11):
         some = list(rnn_gates(module, given, state, None, output, 7 * steps * 3, turn))
         for every, few in zip(whole, some, strict=True):
@@ -116,16 +117,16 @@ def test_a_relu_rnn_and_a_projected_lstm() -> None:
     assert torch.allclose(torch.relu(gate.z), rnn(x)[0].flatten(0, 1), atol=1e-12)
     lstm = nn.LSTM(5, 7, proj_size=3, num_layers=2).double()
     gates = by_name(list(rnn_gates(lstm, x)))
-    implied = (torch.sigmoid(gates["l1/output"]) * torch.tanh(gates["l1/hidden"])) @ lstm.weight_hr_l1.T
+    implied = (torch.sigmoid(gates["l1/output"]) * torch.tanh(gates["l1/hidden"])) @ lstm.get_parameter("weight_hr_l1").T
     assert torch.allclose(implied, lstm(x)[0].flatten(0, 1), atol=1e-12)
 
 
 def step_by_step(module: nn.LSTM, x: Tensor) -> list[Tensor]:
     """The pre-activations of a one-layer LSTM from nn.LSTMCell's definition, one sequence [steps, features] at a time."""
     h = c = torch.zeros(module.hidden_size, dtype=x.dtype)
-    found = []
+    found, get = [], module.get_parameter
     for step in x:
-        z = module.weight_ih_l0 @ step + module.bias_ih_l0 + module.weight_hh_l0 @ h + module.bias_hh_l0
+        z = get("weight_ih_l0") @ step + get("bias_ih_l0") + get("weight_hh_l0") @ h + get("bias_hh_l0")
         i, f, g, o = z.chunk(4)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         h = torch.sigmoid(o) * torch.tanh(c)
@@ -144,7 +145,7 @@ def test_every_gate_is_that_of_the_definition() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_packed_sequences_are_seen_without_their_padding(kind: type[nn.RNNBase], enforce_sorted: bool, dropout: float) -> None:
+def test_packed_sequences_are_seen_without_their_padding(kind: Callable[..., nn.RNNBase], enforce_sorted: bool, dropout: float) -> None:
     module = kind(5, 7, num_layers=2, bidirectional=True, dropout=dropout).double()
     lengths = torch.tensor([6, 4, 3, 1] if enforce_sorted else [3, 6, 1, 4])
     padded = torch.randn(6, 4, 5, dtype=torch.float64)
@@ -166,7 +167,7 @@ def test_packed_sequences_are_seen_without_their_padding(kind: type[nn.RNNBase],
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("batched", [True, False])
-def test_cells(kind: type[nn.RNNCellBase], batched: bool) -> None:
+def test_cells(kind: Callable[..., nn.RNNCellBase], batched: bool) -> None:
     cell = kind(5, 7).double()
     shape = (3,) if batched else ()
     x, h, c = (torch.randn(*shape, size, dtype=torch.float64) for size in (5, 7, 7))
@@ -229,7 +230,7 @@ def agree(logits: Logits, z: Tensor, visible: Tensor) -> None:
 
 
 L, S = 6, 7
-ATTENTION: dict[str, dict[str, object]] = {
+ATTENTION: dict[str, dict[str, Any]] = {
     "plain": {},
     "scale": {"scale": 1.7},
     "causal": {"is_causal": True},
@@ -247,7 +248,7 @@ def test_attention_logits_are_those_that_attention_uses(name: str) -> None:
     options = ATTENTION[name]
     q, k, v = (torch.randn(2, 4, size, 8, dtype=torch.float64) for size in (L, S, S))
     v = torch.eye(S, dtype=torch.float64).expand(2, 4, S, S)
-    p = F.scaled_dot_product_attention(q, k, v, **options)  # type: ignore[arg-type]
+    p = F.scaled_dot_product_attention(q, k, v, **options)
     logits = attention_logits(F.scaled_dot_product_attention, (q, k, v), options, None, 0)
     visible = logits.visible.expand(logits.z.shape)
     rows = visible.any(-1)
@@ -290,9 +291,9 @@ def test_grouped_queries_read_the_keys_of_their_group() -> None:
 @pytest.mark.parametrize("options", [{}, {"kdim": 5, "vdim": 3}, {"add_bias_kv": True, "add_zero_attn": True}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_multi_head_attention_has_the_weights_that_it_returns(
-    batch_first: bool, mask: str | None, padding: str | None, options: dict[str, object], need_weights: bool
+    batch_first: bool, mask: str | None, padding: str | None, options: dict[str, Any], need_weights: bool
 ) -> None:
-    module = nn.MultiheadAttention(8, 4, batch_first=batch_first, dtype=torch.float64, **options)  # type: ignore[arg-type]
+    module = nn.MultiheadAttention(8, 4, batch_first=batch_first, dtype=torch.float64, **options)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
@@ -308,8 +309,9 @@ def test_multi_head_attention_has_the_weights_that_it_returns(
         "causal": causal,
         None: None,
     }
-    paddings = {"bool": torch.arange(L) > torch.tensor([[4], [5], [2]]), None: None}
-    paddings["float"] = torch.zeros(batch, L, dtype=torch.float64).masked_fill(paddings["bool"], -math.inf)
+    hidden = torch.arange(L) > torch.tensor([[4], [5], [2]])
+    paddings = {"bool": hidden, None: None}
+    paddings["float"] = torch.zeros(batch, L, dtype=torch.float64).masked_fill(hidden, -math.inf)
     given = {"attn_mask": masks[mask], "key_padding_mask": paddings[padding], "is_causal": mask == "causal", "need_weights": need_weights}
     heard: list[Logits] = []
 

@@ -101,7 +101,7 @@ def test_an_encoding_without_bars_gets_plain_ones(tmp_path: Path) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     report(run(tmp_path), out)
     out.flush()
-    assert rows(out.buffer.getvalue().decode("ascii"), "Sites, worst first")[0][-1] == ":=##"  # type: ignore[attr-defined]
+    assert rows(out.buffer.getvalue().decode("ascii"), "Sites, worst first")[0][-1] == ":=##"
 
 
 def test_the_sparkline_keeps_both_ends() -> None:

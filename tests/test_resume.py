@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 import torchsat
+from tests.models import linear_at
 from torchsat.integrations import take_up
 from torchsat.record import Snapshot
 
@@ -19,7 +20,7 @@ def saturated() -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 1))
     with torch.no_grad():
-        model[0].weight *= 50
+        linear_at(model, 0).weight *= 50
     return model
 
 

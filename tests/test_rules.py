@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ def feed(judge: Judge, series: Iterable[object], every: int = 10) -> list[tuple[
     result = []
     for index, item in enumerate(series):
         records = item if isinstance(item, tuple) else (item,)
-        snapshot = item if isinstance(item, Snapshot) else Snapshot(index * every, 0.0, records)  # type: ignore[arg-type]
+        snapshot = item if isinstance(item, Snapshot) else Snapshot(index * every, 0.0, records)
         result.append(judge.judge(snapshot))
     return result
 
@@ -26,7 +27,7 @@ def fired(series: Iterable[object]) -> list[Alert]:
     return [alert for alerts in feed(Judge(), series) for alert in alerts]
 
 
-def tails(low: float, high: float, **given: object) -> Record:
+def tails(low: float, high: float, **given: Any) -> Record:
     return record(low=low, high=high, saturated=low + high, **given)
 
 

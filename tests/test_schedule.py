@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 import torchsat
-from torchsat import schedule
 from torchsat.schedule import Mark, Schedule
 
 

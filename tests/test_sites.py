@@ -1,6 +1,7 @@
 """Which places are sites, how they are named, and what coverage says of those that are not seen."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -8,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchsat
-from tests.models import Calling, Everything, mlp
+from tests.models import Calling, Everything, compiled, mlp
 from tests.training import train
 
 
 def test_what_cannot_be_measured_is_said() -> None:
     class Own(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return torch.ops.aten.sigmoid(x) * x.mean()
+            out: Tensor = torch.ops.aten.sigmoid(x) * x.mean()
+            return out
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -24,7 +26,8 @@ def test_what_cannot_be_measured_is_said() -> None:
             self.softmax, self.never, self.act = nn.Softmax(-1), nn.Tanh(), nn.ReLU()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.softmax(self.own(self.act(self.lstm(x)[0])))
+            out: Tensor = self.softmax(self.own(self.act(self.lstm(x)[0])))
+            return out
 
     model = Net()
     monitor = torchsat.watch(model, errors="raise")
@@ -41,9 +44,9 @@ def test_what_cannot_be_measured_is_said() -> None:
 
 
 def test_include_and_exclude_choose_sites() -> None:
-    def sites(**options: object) -> tuple[str, ...]:
+    def sites(**options: Any) -> tuple[str, ...]:
         model = nn.ModuleDict({"encoder": mlp(), "decoder": mlp()})
-        monitor = torchsat.watch(model, **options)  # type: ignore[arg-type]
+        monitor = torchsat.watch(model, **options)
         names = tuple(place for place, _ in monitor.coverage.unseen)
         monitor.close()
         return names
@@ -59,7 +62,7 @@ def test_include_and_exclude_choose_sites() -> None:
 
 
 def test_site_names_hold_no_markup_and_no_wrappers() -> None:
-    model = nn.ModuleDict({"<img src=x>": nn.Sequential(nn.Tanh()), "ok": torch.compile(nn.Sequential(nn.ReLU()))})
+    model = nn.ModuleDict({"<img src=x>": nn.Sequential(nn.Tanh()), "ok": compiled(nn.Sequential(nn.ReLU()))})
     monitor = torchsat.watch(model)
     assert [place for place, _ in monitor.coverage.unseen] == ["_img_src_x_.0", "ok.0"]
 
@@ -114,13 +117,16 @@ def test_a_site_that_stops_is_said_once_and_forgotten_when_it_runs_again(caplog:
             model(torch.randn(4, 16)).sum().backward()
             optimizer.step()
 
+    def unseen() -> tuple[tuple[str, str], ...]:
+        return monitor.coverage.unseen
+
     train(2)
     model.both = False
     train(4)
-    assert monitor.coverage.unseen == ()
+    assert unseen() == ()
     train(4)
-    assert monitor.coverage.unseen == (("elu", "it ran before, but not in the last 5 observations"),)
+    assert unseen() == (("elu", "it ran before, but not in the last 5 observations"),)
     assert caplog.messages == ["torchsat: step 6: elu ran before, but not in the last observations."]
     model.both = True
     train(1)
-    assert monitor.coverage.unseen == ()
+    assert unseen() == ()

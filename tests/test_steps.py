@@ -1,12 +1,15 @@
 """What is one step, with one optimizer, several, none, a closure, or a scaler that skips."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import torchsat
-from tests.models import mlp
+from tests.models import linear_at, mlp
 from tests.training import train
+from tests.truth import known
 
 
 def test_steps_are_those_of_the_optimizers_that_own_the_model() -> None:
@@ -15,12 +18,14 @@ def test_steps_are_those_of_the_optimizers_that_own_the_model() -> None:
     train(model, 3)
     train(other, 7)
     monitor.flush()
+    assert monitor.latest is not None
     assert monitor.latest.step == 2
+    assert others.latest is not None
     assert others.latest.step == 6
 
 
 def test_two_optimizers_on_one_model_make_one_step() -> None:
-    model, snapshots = mlp(), []
+    model, snapshots = mlp(), list[torchsat.Snapshot]()
     torchsat.watch(model, every=1, errors="raise", sinks=(snapshots.append,))
     first, second = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.Adam(model[2:].parameters(), lr=0.01)
     for _ in range(4):
@@ -30,11 +35,11 @@ def test_two_optimizers_on_one_model_make_one_step() -> None:
             optimizer.zero_grad()
     assert [snapshot.step for snapshot in snapshots] == [0, 1, 2, 3]
     assert all(snapshot["1"].n == 8 * 32 for snapshot in snapshots)
-    assert all(weight.update_ratio > 0 for snapshot in snapshots for weight in snapshot.weights)
+    assert all(known(weight.update_ratio) > 0 for snapshot in snapshots for weight in snapshot.weights)
 
 
 def test_two_optimizers_in_turn_make_a_step_each_round() -> None:
-    model, snapshots = mlp(), []
+    model, snapshots = mlp(), list[torchsat.Snapshot]()
     torchsat.watch(model, every=1, errors="raise", sinks=(snapshots.append,))
     optimizers = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.SGD(model[2:].parameters(), lr=0.1)
     for _ in range(4):
@@ -47,7 +52,7 @@ def test_two_optimizers_in_turn_make_a_step_each_round() -> None:
 
 
 def test_an_lbfgs_step_is_one_step_with_all_its_evaluations() -> None:
-    model, snapshots = mlp(), []
+    model, snapshots = mlp(), list[torchsat.Snapshot]()
     torchsat.watch(model, every=1, errors="raise", sinks=(snapshots.append,))
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
     x, y = torch.randn(16, 64), torch.randint(3, (16,))
@@ -67,7 +72,7 @@ def test_an_lbfgs_step_is_one_step_with_all_its_evaluations() -> None:
         counts.append(calls[0] - before)
     assert [snapshot.step for snapshot in snapshots] == [0, 1, 2]
     assert [snapshot["1"].n for snapshot in snapshots] == [16 * 32 * count for count in counts]
-    assert all(snapshot.weights[0].grad_norm > 0 and snapshot.weights[0].update_ratio > 0 for snapshot in snapshots)
+    assert all(known(snapshot.weights[0].grad_norm) > 0 and known(snapshot.weights[0].update_ratio) > 0 for snapshot in snapshots)
 
 
 def test_a_loop_without_an_optimizer_steps_by_hand() -> None:
@@ -77,9 +82,10 @@ def test_a_loop_without_an_optimizer_steps_by_hand() -> None:
         model(torch.randn(8, 64)).sum().backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.01 * parameter.grad
+                parameter.sub_(0.01 * known(parameter.grad))
                 parameter.grad = None
         monitor.step()
+    assert monitor.latest is not None
     assert monitor.latest.step == 4
     assert monitor.latest.weights[0].gain == pytest.approx(1 / 3**0.5, rel=0.1)
 
@@ -91,7 +97,7 @@ def test_the_optimizer_may_be_made_later_and_raise() -> None:
     class Odd(torch.optim.SGD):
         fails = True
 
-        def step(self, closure: None = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             if self.fails:
                 raise RuntimeError("not now")
             super().step()
@@ -106,6 +112,7 @@ def test_the_optimizer_may_be_made_later_and_raise() -> None:
         else:
             optimizer.step()
     monitor.flush()
+    assert monitor.latest is not None
     assert monitor.latest.step == 1
 
 
@@ -118,18 +125,19 @@ def test_a_grad_scaler_is_taken_out_and_its_skipped_steps_are_not_counted(fused:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, fused=fused)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None, growth_interval=1000)
         x, y = torch.randn(16, 64), torch.randint(3, (16,))
-        weights = model[0].weight.detach().clone()
+        weights = linear_at(model, 0).weight.detach().clone()
         skipped = 0
-        while torch.equal(weights, model[0].weight):
+        while torch.equal(weights, linear_at(model, 0).weight):
             optimizer.zero_grad()
             loss = 1e4 * nn.functional.cross_entropy(model(x), y)
             # 2^126 times these gradients overflows float32: the scaler halves its scale until they are finite.
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
-            skipped += torch.equal(weights, model[0].weight)
+            skipped += torch.equal(weights, linear_at(model, 0).weight)
         monitor.flush()
         assert (skipped > 0) == (scale is not None and scale > 1e30)
+        assert monitor.latest is not None
         return monitor.latest
 
     plain = run(None)
@@ -147,11 +155,12 @@ def test_a_step_that_raised_does_not_deafen_the_monitor_to_another_optimizer() -
     monitor = torchsat.watch(model, every=1, errors="raise")
 
     class Fails(torch.optim.SGD):
-        def step(self, closure: None = None) -> None:
+        def step(self, closure: Any = None) -> Any:
             raise RuntimeError("out of memory")
 
     model(torch.randn(4, 64)).sum().backward()
     with pytest.raises(RuntimeError, match="out of memory"):
         Fails(model.parameters(), lr=0.1).step()
     train(model, 5)
+    assert monitor.latest is not None
     assert monitor.latest.step == 4

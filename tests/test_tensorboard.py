@@ -77,7 +77,7 @@ def same(one: Snapshot, other: Snapshot) -> None:
         elif isinstance(a, (tuple, list)):
             assert len(a) == len(b), where  # type: ignore[arg-type]
             for index, pair in enumerate(zip(a, b, strict=True)):  # type: ignore[call-overload]
-                compare(*pair, f"{where}[{index}]")
+                compare(pair[0], pair[1], f"{where}[{index}]")
         elif isinstance(a, float):
             assert a == pytest.approx(b, rel=1e-6), where
             assert type(a) is type(b), where

@@ -32,7 +32,8 @@ def bert() -> nn.Module:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16}
     # Without dropout, since the Trainer draws its own random numbers.
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=128, **sizes, **quiet))
+    out: nn.Module = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=128, **sizes, **quiet))
+    return out
 
 
 def lines(count: int = 96) -> list[dict[str, Any]]:
@@ -193,7 +194,7 @@ def test_a_directory_of_the_users(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_goes_on_with_its_number_and_its_state(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 16}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 16}
     trainer(tmp_path, callback(every=1), steps=5, **options).train()
     assert torch.load(tmp_path / "checkpoint-5" / "torchsat.pt")
     seen: list[Snapshot] = []
@@ -204,7 +205,7 @@ def test_a_resumed_run_goes_on_with_its_number_and_its_state(tmp_path: Path) -> 
 
 
 def test_a_damaged_state_does_not_stop_the_run_that_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 16}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 16}
     trainer(tmp_path, callback(every=1), steps=5, **options).train()
     kept = tmp_path / "checkpoint-5" / "torchsat.pt"
     kept.write_bytes(kept.read_bytes()[:100])
@@ -216,7 +217,7 @@ def test_a_damaged_state_does_not_stop_the_run_that_resumes(tmp_path: Path, capl
 
 def test_the_state_of_another_run_is_left_alone(tmp_path: Path) -> None:
     """A run resumed from elsewhere, into a directory where another run has left a checkpoint of the same step."""
-    options = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 16}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 5, "per_device_train_batch_size": 16}
     for folder in ("mine", "theirs"):
         trainer(tmp_path / folder, callback(every=1), steps=5, **options).train()
     seen: list[Snapshot] = []
@@ -242,7 +243,7 @@ def test_a_full_disk_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_checkpoint_made_without_us_resumes(tmp_path: Path) -> None:
-    options = {"save_strategy": "steps", "save_steps": 3}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
     trainer(tmp_path, None, steps=3, **options).train()
     seen: list[Snapshot] = []
     trainer(tmp_path, callback(seen), steps=6, **options).train(resume_from_checkpoint=True)
@@ -254,7 +255,8 @@ def test_training_again_after_an_exception(tmp_path: Path) -> None:
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             if self.state.global_step == 3:
                 raise RuntimeError("the user's own mistake")
-            return super().training_step(*args, **kwargs)
+            out: torch.Tensor = super().training_step(*args, **kwargs)
+            return out
 
     seen: list[Snapshot] = []
     watched, model = callback(seen), bert()

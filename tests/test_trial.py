@@ -6,6 +6,7 @@ import logging
 import math
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,8 +99,8 @@ def test_what_a_probe_refuses() -> None:
     with pytest.raises(ValueError, match="no activation ran in this pass"):
         torchsat.probe(nn.Linear(64, 2), x)
     model = stack(nn.Tanh)
-    model.lock = open(__file__)  # noqa: SIM115
-    with model.lock, pytest.raises(TypeError, match=r"Sequential cannot be copied \(TypeError: cannot pickle .*a trial needs a copy"):
+    lock = model.lock = open(__file__)  # type: ignore[assignment] # noqa: SIM115
+    with lock, pytest.raises(TypeError, match=r"Sequential cannot be copied \(TypeError: cannot pickle .*a trial needs a copy"):
         torchsat.probe(model, x)
 
 
@@ -220,7 +221,7 @@ def test_a_module_that_is_given_a_list_can_be_tried() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.LBFGS, torch.optim.RMSprop])
-def test_every_kind_of_optimizer_is_made_again(kind: type[torch.optim.Optimizer]) -> None:
+def test_every_kind_of_optimizer_is_made_again(kind: Callable[..., torch.optim.Optimizer]) -> None:
     model = stack(nn.Tanh)
     trials = torchsat.try_remedies(model, data(2), loss, optimizer=kind(model.parameters(), lr=0.01), steps=3, remedies=REMEDIES[:1])
     assert all(math.isfinite(trial.loss) for trial in trials.trials)

@@ -16,7 +16,7 @@ def train(
     autocast: torch.dtype | None = None,
     accumulate: int = 1,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
-    each: Callable[[int], None] = lambda step: None,
+    each: Callable[[int], object] = lambda step: None,
 ) -> list[float]:
     """A plain loop on random data; the losses."""
     generator = torch.Generator().manual_seed(7)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from torchsat import Record, Snapshot
 
 def one_step(
     model: nn.Module,
-    forward: Callable[[nn.Module], Tensor] | None = None,
+    forward: Callable[[Any], Tensor] | None = None,
     x: Tensor | None = None,
-    **options: object,
+    **options: Any,
 ) -> Snapshot:
     """The snapshot of one step of SGD with learning rate 0 on the sum of squares of the output."""
-    monitor = torchsat.watch(model, errors="raise", **options)  # type: ignore[arg-type]
+    monitor = torchsat.watch(model, errors="raise", **options)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters or [torch.zeros(1)], lr=0.0)
     output = forward(model) if forward else model(x)
@@ -32,6 +33,15 @@ def one_step(
     monitor.close()
     assert monitor.latest is not None
     return monitor.latest
+
+
+T = TypeVar("T")
+
+
+def known(value: T | None) -> T:
+    """A value that may be None where it is not known, in a test that knows it."""
+    assert value is not None
+    return value
 
 
 def truth(f: Callable[[Tensor], Tensor], z: Tensor) -> dict[str, float]:

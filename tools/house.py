@@ -10,9 +10,9 @@ Each finding is one line that starts with the place, `FILE:LINE: `. The exit sta
 | a class | 250 |
 | a function or method | 60 |
 
-Classes and functions are measured in Python only. Test files are held to the size of a file only: a test that lists many cases is easier to read in one
-piece. The lines of a class or function run from its first decorator to its end. The docstring of a function does not count, since a long public
-docstring is no fault; nested functions count as part of the function around them and once more by themselves.
+Classes and functions are measured in Python only, and not in test files: a test that lists many cases is easier to read in one piece. The lines of a
+class or function run from its first decorator to its end. The docstring of a function does not count, since a long public docstring is no fault; a
+nested function counts as part of the function around it and once more by itself.
 
 For the circles every import statement inside `torchsat/` counts, wherever it stands: one inside a function hides a circle and does not remove it.
 Imports under `if TYPE_CHECKING:` never run and are left out. That a module makes Python load the package around it is not counted as an import.

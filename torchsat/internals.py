@@ -182,16 +182,16 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
 
 def function_modes() -> list[TorchFunctionMode]:
     """The open TorchFunctionModes, outermost first."""
-    return cast("list[TorchFunctionMode]", _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+    return cast("list[TorchFunctionMode]", _get_current_function_mode_stack())
 
 
 def close_function_mode(mode: TorchFunctionMode) -> None:
     """Close one open mode wherever it lies in the stack. A mode's own `__exit__` closes the innermost, whichever that is."""
     above: list[TorchFunctionMode] = []
-    while (innermost := cast(TorchFunctionMode, _pop_mode())) is not mode:  # type: ignore[no-untyped-call]
+    while (innermost := cast(TorchFunctionMode, _pop_mode())) is not mode:
         above.append(innermost)
     for each in reversed(above):
-        _push_mode(each)  # type: ignore[no-untyped-call]
+        _push_mode(each)
 
 
 def is_real(tensor: Tensor) -> bool:
@@ -306,7 +306,7 @@ def finished(tensor: Tensor) -> Tensor:
     """The tensor itself, after the asynchronous collective that makes it, if one does."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
-    return cast(Tensor, tensor.trigger_wait()) if isinstance(tensor, AsyncCollectiveTensor) else tensor  # type: ignore[no-untyped-call]
+    return cast(Tensor, tensor.trigger_wait()) if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 def is_stage(value: object) -> bool:
