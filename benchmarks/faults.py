@@ -361,7 +361,6 @@ def run(case: Case) -> Result:
     others = Others(model, rate)
     steps, plan = STEPS if case.fault else HEALTHY_STEPS, Schedule(EVERY, None)
     correct: list[float] = []
-    schedule = Schedule(EVERY, budget=None)
     with torchsat.watch(model, every=EVERY, budget=None, sinks=[result.snapshots.append], rules=()), warnings.catch_warnings():
         for step, (x, y) in enumerate(batches(case, steps)):
             observed = plan.due(step)

@@ -48,7 +48,7 @@ def after(training: Training, monitor: torchsat.Monitor, step: int) -> None:
     """Train until the monitor has left its first steps behind, and then let it believe that this is the number of the step."""
     for _ in range(3):
         training.step(training.work.batch())
-    monitor._step = step
+    monitor._loop.step = step
 
 
 def measure(work: Workload, mode: str, device: torch.device, pairs: int) -> tuple[str, ...]:

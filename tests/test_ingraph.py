@@ -173,7 +173,7 @@ def test_evaluation_is_not_measured_and_unobserved_steps_reach_no_statistics(mon
     counted: list[str] = []
     with torchsat.watch(model, every=4, compiled="in_graph", errors="raise") as monitor:
         counting = ingraph.GraphReceiver.heard_site
-        monkeypatch.setattr(ingraph.GraphReceiver, "heard_site", lambda self, name, *given: (counted.append(name), counting(self, name, *given)))
+        monkeypatch.setattr(ingraph.GraphReceiver, "heard_site", lambda self, name, *given: (counted.append(name), counting(self, name, *given)))  # type: ignore[func-returns-value]
         for step in range(6):
             counted.clear()
             model.eval()

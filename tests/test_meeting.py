@@ -86,13 +86,13 @@ def at_once(*calls: Callable[[], Any]) -> list[Any]:
 
 
 def all_meet(found: list[Member]) -> list[str | None]:
-    return at_once(*(lambda ours=member.ranks: ours.meet(CPU) for member in found))  # type: ignore[misc]
+    return at_once(*(lambda ours=member.ranks: ours.meet(CPU) for member in found))
 
 
 def observe(found: list[Member], step: int, parts: list[Parts] | None = None, **given: Any) -> list[Any]:
     """All ranks send at the same step; their flights."""
     own = parts or [batch()] * len(found)
-    return at_once(*(lambda ours=member.ranks, mine=mine: ours.send(step, mine, **given) for member, mine in zip(found, own, strict=True)))  # type: ignore[misc]
+    return at_once(*(lambda ours=member.ranks, mine=mine: ours.send(step, mine, **given) for member, mine in zip(found, own, strict=True)))
 
 
 @pytest.fixture

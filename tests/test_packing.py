@@ -16,7 +16,8 @@ from torchsat.columns import COLUMN, MAXES, SUMS, UNITS
 from torchsat.diagnosis import Diagnosis
 from torchsat.parts import LayerPart, Parts, SitePart, Span
 from torchsat.record import LayerFacts, SiteFacts, Snapshot
-from torchsat.rules import RULES, Judge
+from torchsat.judge import Judge
+from torchsat.rules import RULES, 
 from torchsat.statistics import UNIT_SAMPLES, summarise_features
 from torchsat.transport.agreement import decode, encode
 from torchsat.transport.flight import Copy, Flight

@@ -212,7 +212,7 @@ def agreed_interval() -> Any:
     monitor, kept = watched(wrapped, every=2, budget=0.5)
     # One rank is slow to observe.
     plan = loop_of(monitor).schedule
-    plan._stretch = lambda: setattr(plan, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign, func-returns-value]
+    plan._stretch = lambda: setattr(plan, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign]
     train(wrapped, wrapped.parameters(), steps=30)
     monitor.close()
     return [each.step for each in kept], messages

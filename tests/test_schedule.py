@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import torchsat
+from torchsat import schedule
 from torchsat.schedule import Mark, Schedule
 
 

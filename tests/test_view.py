@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots
+from tests.truth import known
 from torchsat import Snapshot, Weight
 from torchsat.colours import shade, shades
 from torchsat.grids import Grid, Table, in_order, last_session

@@ -133,7 +133,7 @@ def _scaled_dot_product(
     batch, heads = max(q.shape[0], k.shape[0]), q.shape[1] if enable_gqa else max(q.shape[1], k.shape[1])
     q, k = q.expand(batch, heads, -1, -1), k.expand(batch, k.shape[1] if enable_gqa else heads, -1, -1)
     length, size = q.shape[2], k.shape[2]
-    lead: torch.Size = torch.broadcast_shapes(query.shape[:-2], query.shape[:-2] if enable_gqa else key.shape[:-2])  # type: ignore[no-untyped-call]
+    lead: torch.Size = torch.broadcast_shapes(query.shape[:-2], query.shape[:-2] if enable_gqa else key.shape[:-2])
     rows = Queries.of((batch, heads, length, size), limit, turn)
     q, k = upcast(q[rows.batch, :, rows.positions]), upcast(k[rows.batch])
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)

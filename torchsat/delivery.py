@@ -14,13 +14,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
-from torchsat.diagnosis import Diagnosis, verdict
+from torchsat.alerts import verdict
+from torchsat.diagnosis import Diagnosis
 from torchsat.faults import Faults
+from torchsat.judge import Judge
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.record import Alert, Coverage, Snapshot
 from torchsat.rows import Stuck, to_record, to_weight
-from torchsat.judge import Judge
 from torchsat.sites import Sites
 from torchsat.tensorboard import SUBRUN
 from torchsat.transport import meeting

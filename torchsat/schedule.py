@@ -44,7 +44,7 @@ class Mark:
 
     def passed(self) -> bool:
         """Whether the device has come to this moment."""
-        return self.event is None or self.event.query()  # type: ignore[no-untyped-call]
+        return self.event is None or self.event.query()
 
     def until(self, later: Mark) -> float:
         """Seconds to a later mark; both must have passed."""
@@ -64,7 +64,7 @@ class Clock:
         """This moment; on a GPU also the moment at which the device will have done what it has been given so far."""
         event = None
         if device is not None and device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(device))
         return Mark(self.seconds(), event)
 

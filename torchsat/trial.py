@@ -69,7 +69,7 @@ def probe(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
                         f"the loss is {type(value).__name__ if not isinstance(value, Tensor) else tuple(value.shape)}; a scalar tensor is needed"
                     )
                 if value.requires_grad:
-                    value.backward()  # type: ignore[no-untyped-call]
+                    value.backward()
             monitor.step()
             monitor.flush()
             if monitor.latest is None:
@@ -323,7 +323,7 @@ def _losses(plan: _Plan, twin: nn.Module, stepper: Optimizer) -> Iterator[float]
     def backward(batch: Any) -> Tensor:
         stepper.zero_grad()
         value = plan.loss(twin, batch)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     # An optimizer such as LBFGS evaluates the loss itself, through a closure that its `step` requires.
@@ -355,7 +355,7 @@ def _context(plan: _Plan) -> tuple[Context, tuple[str, ...]]:
         value = plan.loss(twin, plan.batches[0])
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(f"loss gave {type(value).__name__}; a scalar tensor is needed: loss=lambda model, batch: ...")
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         monitor.step()
         for handle in handles:
             handle.remove()

@@ -86,7 +86,7 @@ def why_not_in_graph() -> str | None:
         return f"torch {torch.__version__} cannot be told to compile anew for a model with other hooks"
     # CUDA graphs replay kernels and no Python: where they are recorded, these operators must run between them.
     outside = [tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if tag is not None]
-    library: Any = torch.library.Library("torchsat", "DEF")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library("torchsat", "DEF")
     for schema, run in _OPERATORS.items():
         name = schema.partition("(")[0]
         library.define(schema, tags=outside)

@@ -279,7 +279,7 @@ class Meter:
             node.register_prehook(lambda grad_outputs: add_both(None, grad_outputs[z_nr]))
         elif call.z.requires_grad and call.z.is_leaf:
             # The leaf outlives the pass: unlike a node's, its hook must be taken off.
-            self._hooks.append(call.z.register_hook(lambda grad: add_both(None, grad)))  # type: ignore[no-untyped-call]
+            self._hooks.append(call.z.register_hook(lambda grad: add_both(None, grad)))
         own.register_prehook(lambda grad_outputs: add_both(grad_outputs[a_nr], None))
 
 

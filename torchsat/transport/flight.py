@@ -24,7 +24,7 @@ class Copy(NamedTuple):
 
     @property
     def is_done(self) -> bool:
-        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+        return self.event is None or bool(self.event.query())
 
 
 @dataclass
@@ -92,7 +92,7 @@ def to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return tensor.cpu(), None
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     host.copy_(tensor, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(tensor.device))
     return host, event
 
@@ -114,7 +114,7 @@ def copy_after(works: Sequence[Any], vectors: Vectors, own: Vectors) -> tuple[Co
     if vectors.sums.device.type != "cuda":
         return copy_to_host(vectors), copy_to_host(own)
     device = vectors.sums.device
-    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream: Any = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         mine = copy_to_host(own)
