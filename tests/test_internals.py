@@ -344,7 +344,7 @@ def test_gradients_are_switched_off_and_on() -> None:
 def test_dispatch_modes_do_not_see_hidden_operators() -> None:
     x = torch.ones(1)
     assert not internals.dispatch_modes_are_open()
-    with Dispatched() as seen:
+    with Dispatched() as seen:  # type: ignore[no-untyped-call]
         assert internals.dispatch_modes_are_open()
         torch.exp(x)
         with internals.without_dispatch_modes():
@@ -389,6 +389,7 @@ def test_compiled_modules() -> None:
     plain, in_place, own_forward = nn.Tanh(), nn.Tanh(), nn.Tanh()
     wrapped = torch.compile(plain, backend="eager")
     in_place.compile(backend="eager")
+    assert isinstance(wrapped, nn.Module)
     own_forward.forward = torch.compile(own_forward.forward, backend="eager")  # type: ignore[method-assign]
     assert [internals.is_compiled(module) for module in (plain, wrapped, in_place, own_forward)] == [False, True, True, True]
     assert [internals.compiled_inside(module) for module in (plain, wrapped, in_place)] == [None, plain, None]

@@ -37,10 +37,15 @@ class Group:
         return self.backend
 
 
+def in_memory() -> Any:
+    """A store for threads of one process."""
+    return dist.HashStore()  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
 def _job(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job of ranks that are threads of this process, and share a store in memory. Nobody waits long."""
-    store = dist.HashStore()
+    store = in_memory()
     monkeypatch.setattr(ranks, "default_store", lambda: store)
     monkeypatch.setattr(ranks, "_met", {})
     monkeypatch.setattr(dist, "get_rank", lambda group: group.rank)
@@ -349,7 +354,7 @@ def test_the_history_of_the_furthest_rank_is_not_sent_to_itself() -> None:
 
 
 def test_only_the_first_rank_to_leave_is_named() -> None:
-    store = dist.HashStore()
+    store = in_memory()
     rendezvous = [Rendezvous(store, 3, "Net no. 1") for _ in range(3)]
     assert rendezvous[0].who_left() is None
     rendezvous[1].say_left(4)

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from torchsat.columns import COLUMN, MAXES, SUMS, UNITS
 from torchsat.diagnosis import Diagnosis
+from torchsat.judge import Judge
 from torchsat.parts import LayerPart, Parts, SitePart, Span
 from torchsat.record import LayerFacts, SiteFacts, Snapshot
-from torchsat.judge import Judge
-from torchsat.rules import RULES, 
+from torchsat.rules import RULES
 from torchsat.statistics import UNIT_SAMPLES, summarise_features
 from torchsat.transport.agreement import decode, encode
 from torchsat.transport.flight import Copy, Flight
@@ -27,6 +27,7 @@ from torchsat.transport.packing import Ends, Numbers, Vectors, merge, pack, unpa
 from torchsat.transport.windows import Windows
 
 from .conftest import record
+from .truth import known
 
 CPU = torch.device("cpu")
 NOT_SUMMED = {"elements"}
@@ -180,8 +181,8 @@ def test_two_halves_of_a_batch_are_the_batch() -> None:
         assert one.numbers == pytest.approx(other.numbers, rel=1e-12)
         assert one.units == other.units
         assert len(one.heads) == len(other.heads)
-        for ours, theirs in zip(one.heads, other.heads, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-12)
+        for of_ours, of_theirs in zip(one.heads, other.heads, strict=True):
+            assert of_ours == pytest.approx(of_theirs, rel=1e-12)
     (ours,), (theirs,) = merged.layers, alone.layers
     assert ours.numbers == pytest.approx(theirs.numbers, rel=1e-12)
     assert (ours.facts, ours.n, ours.numel, ours.learning_rate) == (theirs.facts, theirs.n, theirs.numel, theirs.learning_rate)
@@ -217,7 +218,8 @@ def test_what_is_read_of_an_input_stands_for_all_of_it() -> None:
 def test_ranks_divide_by_the_loss_scale_and_one_process_says_it() -> None:
     scale = torch.tensor(1024.0)
     plain = batch()
-    grown = {"act": replace(plain.sites["act"], row=(larger := plain.sites["act"].row.clone()))}
+    larger = known(plain.sites["act"].row).clone()
+    grown = {"act": replace(plain.sites["act"], row=larger)}
     larger[COLUMN["grad_z_sq"]] *= (1024 * 3) ** 2
     scaled = replace(plain, sites={**plain.sites, **grown}, scale=scale, averages=3.0)
     alone, merged = sent(scaled), together(scaled)
@@ -328,7 +330,7 @@ def test_one_rank_speaks_for_a_weight_that_all_hold() -> None:
     assert found.layers[0].numbers[0] == float(WEIGHT.square().sum())
     assert found.differing == ()
     other = batch()
-    changed = replace(other.layers["layer"], numbers=other.layers["layer"].numbers * 1.1)
+    changed = replace(other.layers["layer"], numbers=known(other.layers["layer"].numbers) * 1.1)
     assert together(batch(), replace(other, layers={"layer": changed})).differing == ("layer",)
     # Parts of one weight differ, of course.
     halves = [replace(parts, layers={"layer": replace(each, sharded=True)}) for parts, each in ((batch(), batch().layers["layer"]), (other, changed))]

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.processes import BATCH, STEPS, Run, batches, mlp, part, rank, train, watched
 from tests.training import loop_of
+from tests.truth import known
 from torchsat.record import LayerFacts, SiteFacts
 from torchsat.transport.layout import LayerEntry, Layout, SiteEntry
 from torchsat.transport.meeting import LAG
@@ -80,10 +81,10 @@ def counted() -> Any:
     model = DistributedDataParallel(mlp())
     monitor, _ = watched(model, every=4)
     train(model, model.parameters(), steps=1)
-    found = loop_of(monitor).route._ranks
-    assert found is not None
+    found = known(loop_of(monitor).route._ranks)
     calls = []
-    own = found._collectives._group
+    collectives = known(found._collectives)
+    own = collectives._group
 
     class Counting:
         def __getattr__(self, name: str) -> Any:
@@ -93,9 +94,9 @@ def counted() -> Any:
 
             return call
 
-    found._collectives._group = Counting()
+    collectives._group = Counting()
     train(model, model.parameters(), steps=12)
-    found._collectives._group = own
+    collectives._group = own
     monitor.close()
     return calls, found.layout.bytes
 

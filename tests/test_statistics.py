@@ -219,9 +219,12 @@ def test_a_unit_is_stuck_only_after_a_thousand_samples_and_windows_start_over() 
     assert values == [[3, 0, 0, 400], [3, 0, 0, 800], [3, 3, 1, 1200], [3, 0, 0, 400]]
     host = make_row(nn.Tanh(), torch.zeros(2))
     record, window = to_record(SiteRow(FACTS, host.tolist(), values[2]), 1.0, None)
-    assert (record.stuck, record.stuck_n) == (pytest.approx(1 / 3), 1200)
+    assert record.stuck == pytest.approx(1 / 3)
+    assert record.stuck_n == 1200
     record, _ = to_record(SiteRow(FACTS, host.tolist(), values[3]), 1.0, window)
-    assert (record.stuck, record.stuck_n) == (pytest.approx(1 / 3), 1200)  # the last full window stands
+    # The last full window stands.
+    assert record.stuck == pytest.approx(1 / 3)
+    assert record.stuck_n == 1200
 
 
 @pytest.mark.parametrize("shape", [(256, 1024), (16, 32, 24, 24), (16, 128, 64), (7, 5), (1, 1, 70000), (3, 2, 5, 7, 11)])
