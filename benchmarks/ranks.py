@@ -18,55 +18,49 @@ import math
 import statistics
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from overhead import put, table
-from torch import Tensor
-from torchsat.ranks import LayerPart, Layout, Ranks, Round, SitePart
 from workloads import machine
 
-from torchsat.columns import COLUMN, MAXES, SUMS, WEIGHT
-from torchsat.record import SITE_FACTS, SiteFacts
-from torchsat.rows import SiteRow, to_record
+from torchsat.columns import FEATURES, MAXES, SUMS, WEIGHT
+from torchsat.parts import LayerPart, Parts, SitePart, Span
+from torchsat.record import LayerFacts, SiteFacts
+from torchsat.rows import to_record
 from torchsat.statistics import empty_row
+from torchsat.transport.layout import SITE_SUMS, WORST, LayerEntry, Layout, SiteEntry
+from torchsat.transport.packing import Ends, Vectors, merge, pack, unpack
+from torchsat.transport.windows import Windows
 
 DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
 NETWORKS = ((10, 1024), (50, 1024), (50, 4096), (500, 1024), (5000, 1024))
 RANKS = (8, 128, 1024, 10_000)
 CPU = torch.device("cpu")
-
-
-def facts(name: str, units: int | None) -> dict[str, Any]:
-    values = {"site": name, "activation": "tanh", "kind": "module", "tails": "both", "output": False, "gate": False, "after": (), "units": units}
-    normal = dict.fromkeys(("normal_low", "normal_high", "normal_derivative"), 0.1)
-    return {**dict.fromkeys(SITE_FACTS), **values, **normal, "heads": None}
-
-
-def layer_facts(name: str, features: int) -> dict[str, Any]:
-    return {"name": name, "feeds": (name,), "fan_in": features, "data": False, "features": features}
+TOLD = Ends(0, 0)
+"""What a rank tells the others beside its numbers: the step."""
 
 
 def layout(sites: int, width: int | None) -> Layout:
+    """What ranks agree on that watch `sites` layers with an activation each; without a width, the activations alone, without units."""
     names = [f"layers.{at}.act" for at in range(sites)]
-    layers = {name: layer_facts(name, width) for name in names} if width else {}
-    return Layout({name: facts(name, width) for name in names}, layers, dict.fromkeys(layers, 0))
+    layers = {name: LayerEntry(LayerFacts(name, feeds=(name,), fan_in=width, data=False), features=width) for name in names} if width else {}
+    return Layout({name: SiteEntry(facts(name, width), width) for name in names}, layers, dict.fromkeys(layers, 0), shared=True)
 
 
-def alone(agreed: Layout, rank: int = 0) -> Ranks:
-    """The `Ranks` of one rank with this layout, made without any communication."""
-    made = Ranks.__new__(Ranks)
-    made.rank, made.everywhere, made.size, made.layout = rank, rank, 1, agreed
-    made._device, made._windows, made._told, made.together = CPU, {}, {}, False
-    return made
+def facts(name: str, units: int | None) -> SiteFacts:
+    return SiteFacts(name, "tanh", "module", "both", False, False, (), units, normal_low=0.1, normal_high=0.1, normal_derivative=0.1)
 
 
-def parts(agreed: Layout, width: int) -> tuple[dict[str, SitePart], dict[str, LayerPart]]:
+def parts(agreed: Layout, width: int) -> Parts:
+    """What one rank measured of every site and layer of a layout."""
     row, block = empty_row(CPU), torch.ones(2, width, dtype=torch.float64)
     row[: len(SUMS)] = 1.0
-    numbers, inputs = torch.ones(len(WEIGHT), dtype=torch.float64), torch.ones(3, width, dtype=torch.float64)
-    sites = {name: SitePart(told, row, block, None) for name, told in agreed.sites.items()}
-    return sites, {name: LayerPart(told, numbers, inputs, 1, 1, 0.1, input_elements=width) for name, told in agreed.layers.items()}
+    numbers, inputs = torch.ones(len(WEIGHT), dtype=torch.float64), torch.ones(len(FEATURES), width, dtype=torch.float64)
+    layers = {
+        name: LayerPart(entry.facts, numbers, n=1, numel=1, rate=0.1, inputs=inputs, input_elements=width, features=width)
+        for name, entry in agreed.layers.items()
+    }
+    return Parts({name: SitePart(entry.facts, row, block, span=Span(width)) for name, entry in agreed.sites.items()}, layers)
 
 
 def on_paper(latency: float, bandwidth: float) -> str:
@@ -84,14 +78,14 @@ def measured() -> str:
     rows = []
     for sites, width in NETWORKS:
         agreed = layout(sites, width)
-        rank, given = alone(agreed), parts(agreed, width)
+        given, windows = parts(agreed, width), Windows()
         packs, reads = [], []
         for _ in range(5):
             begun = time.perf_counter()
-            vectors = rank._pack(0, *given, 1.0, 1, False, None)
+            vectors = pack(given, agreed, CPU, TOLD)
             packs.append(time.perf_counter() - begun)
             begun = time.perf_counter()
-            rank.read(Round(0, 0, 0.0, agreed, vectors, vectors, [], None, print))
+            unpack(merge([vectors]), agreed, windows)
             reads.append(time.perf_counter() - begun)
         rows.append((f"{sites} x {width}", *(f"{1e3 * statistics.median(each):.2f} ms" for each in (packs, reads))))
     return table(("sites x width", "packing", "reading"), rows)
@@ -102,36 +96,32 @@ def simulated(ranks: int, sites: int) -> str:
     agreed = layout(sites, None)
     drawn = torch.Generator().manual_seed(0)
     n, low, z, elements = (SUMS.index(name) for name in ("n", "low", "z", "elements"))
-    total: list[Tensor] = []
+    total: Vectors | None = None
     counts, saturated, sums = torch.zeros(sites, dtype=torch.int64), torch.zeros(sites, dtype=torch.int64), torch.zeros(sites, dtype=torch.float64)
-    worst, where = torch.full((sites,), -1.0, dtype=torch.float64), torch.zeros(sites, dtype=torch.int64)
+    worst = torch.full((sites,), -1.0, dtype=torch.float64)
     for at in range(ranks):
         taken = torch.randint(60_000, 65_537, (sites,), generator=drawn)
         flat = (torch.rand(sites, generator=drawn) * taken).long()
         mean = torch.randn(sites, generator=drawn, dtype=torch.float64)
-        table_ = empty_row(CPU).repeat(sites, 1)
-        table_[:, n], table_[:, elements], table_[:, low], table_[:, z] = taken.double(), taken.double(), flat.double(), mean
-        rows = {name: SitePart(told, row, None, None) for (name, told), row in zip(agreed.sites.items(), table_, strict=True)}
-        vectors = alone(agreed, at)._pack(0, rows, {}, 1.0, 1, False, None)
-        if total:
-            total[0] += vectors[0]
-            torch.maximum(total[1], vectors[1], out=total[1])
-        else:
-            total = vectors
+        rows = empty_row(CPU).repeat(sites, 1)
+        rows[:, n], rows[:, elements], rows[:, low], rows[:, z] = taken.double(), taken.double(), flat.double(), mean
+        given = Parts({name: SitePart(entry.facts, row) for (name, entry), row in zip(agreed.sites.items(), rows, strict=True)})
+        vectors = pack(given, agreed, CPU, TOLD, rank=at, everywhere=at)
+        total = merge([vectors] if total is None else [total, vectors])
         counts, saturated, sums = counts + taken, saturated + flat, sums + mean
-        share = flat / taken
-        where, worst = torch.where(share > worst, at, where), torch.maximum(share.double(), worst)
-    found = alone(agreed).read(Round(0, 0, 0.0, agreed, total, total, [], None, print)).sites
-    records = [to_record(SiteRow(SiteFacts(**told), row[: len(COLUMN)]), 1.0, None)[0] for told, row, _ in found]
+        worst = torch.maximum((flat / taken).double(), worst)
+    assert total is not None
+    found = unpack(total, agreed, Windows()).sites
+    records = [to_record(row, 1.0, None)[0] for row in found]
     wrong = sum(
         record.n != n_ or round((record.low or 0) * record.n) != s for record, n_, s in zip(records, counts.tolist(), saturated.tolist(), strict=True)
     )
     means = max(abs((record.z_mean or 0) * record.n - s) for record, s in zip(records, sums.tolist(), strict=True))
-    near = sum(abs(extra["worst"] - w) < 1e-6 for (_, _, extra), w in zip(found, worst.tolist(), strict=True))
+    near = sum(row.worst is not None and abs(row.worst - w) < 1e-6 for row, w in zip(found, worst.tolist(), strict=True))
     return (
         f"{ranks} ranks x {sites} sites, simulated: {wrong} of {2 * sites} counts differ, sums of z by {means:.0e} at most, and the share of the "
         f"worst rank is found at {near} of {sites} sites. A rank's vectors had {8 * sum(each.numel() for each in total) / 1e6:.1f} MB (sites "
-        f"without units or layers: {len(SUMS) + 1} + {len(MAXES)} + 2 numbers)."
+        f"without units or layers: {len(SITE_SUMS)} + {len(MAXES)} + {len(WORST)} numbers)."
     )
 
 
