@@ -85,6 +85,11 @@ def test_the_docstring_of_a_function_does_not_count(tmp_path: Path) -> None:
     assert house(tmp_path) == (1, ["torchsat/b.py:1: function f has 61 lines, 60 are allowed"])
 
 
+def test_nothing_of_torchsat_imports_in_a_circle() -> None:
+    _, lines = house(ROOT)
+    assert [line for line in lines if "imports in a circle" in line] == []
+
+
 @pytest.mark.parametrize(
     "statement",
     [
