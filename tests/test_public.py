@@ -43,7 +43,7 @@ ARROWS = {
     # What is measured.
     "internals": set(),
     "numeric": set(),
-    "activations": {"numeric", "record"},
+    "activations": {"internals", "numeric", "record"},
     "recognise": {"activations"},
     "sampling": set(),
     "kernels": {"kernels.cpu", "kernels.cuda"},

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torchsat.numeric import check_elementwise, derivative_of, grid, normal_mean, peak_on_grid, tails_on_grid, twin
+from torchsat.internals import twin
+from torchsat.numeric import check_elementwise, derivative_of, grid, normal_mean, peak_on_grid, tails_on_grid
 from torchsat.record import Tails
 
 Edges = tuple[float | Tensor | None, float | Tensor | None]

@@ -42,6 +42,10 @@ PIPELINES = "torch.distributed.pipelining.stage"
 """The module whose import makes stages of a pipeline possible. It is looked up in sys.modules, since importing it takes seconds."""
 
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""What torch.compile, checkpoint_wrapper and FSDP1 call the module that they wrap. The names stand in paths of modules; no public name gives them."""
+
+
 def frames(skip: int = 1) -> Iterator[FrameType]:
     """The frames of the Python stack, innermost first, without the innermost `skip` ones and this function's own."""
     frame: FrameType | None = sys._getframe(1)
@@ -300,6 +304,21 @@ def shard_offset(shape: Iterable[int], mesh: Any, placements: Any) -> tuple[int,
 
     _, first = compute_local_shape_and_global_offset(tuple(shape), mesh, placements)
     return tuple(first)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A module with the same attributes, whose parameters are in float64 on the CPU, without gradients.
+
+    It is no deep copy, since an activation may hold a reference to a whole model. torch has no shallow copy of a module: parameters that are set by
+    name must be leaves of the type nn.Parameter, and buffers and children would be set in the tables that the copy shares with the original.
+    """
+    made = object.__new__(type(module))
+    vars(made).update(vars(module))
+    plain = vars(module)["_parameters"]
+    vars(made)["_parameters"] = {name: None if value is None else value.detach().cpu().double() for name, value in plain.items()}
+    vars(made)["_buffers"] = {name: None if value is None else value.detach().cpu().clone() for name, value in vars(module)["_buffers"].items()}
+    vars(made)["_modules"] = {name: None if child is None else twin(child) for name, child in vars(module)["_modules"].items()}
+    return made
 
 
 def finished(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Differentiate = Callable[..., Tensor]
 """From (function, z, direction, **parameters) to f'(z) * direction, for a function that acts on each element alone."""
@@ -21,20 +21,6 @@ _REACH, _PER_UNIT = 60, 500
 """The even part of the grid goes from -60 to 60, with 500 points per unit."""
 _FAR = 4000
 """Points on each side of the grid beyond the even part."""
-
-
-def twin(module: nn.Module) -> nn.Module:
-    """A module with the same attributes, whose parameters are in float64 on the CPU, without gradients.
-
-    It is no deep copy, since an activation may hold a reference to a whole model.
-    """
-    made = object.__new__(type(module))
-    vars(made).update(vars(module))
-    plain = vars(module)["_parameters"]
-    vars(made)["_parameters"] = {name: None if value is None else value.detach().cpu().double() for name, value in plain.items()}
-    vars(made)["_buffers"] = {name: None if value is None else value.detach().cpu().clone() for name, value in vars(module)["_buffers"].items()}
-    vars(made)["_modules"] = {name: None if child is None else twin(child) for name, child in vars(module)["_modules"].items()}
-    return made
 
 
 def check_elementwise(name: str, function: Callable[..., Tensor], given: Mapping[str, Any]) -> Differentiate:

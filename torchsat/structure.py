@@ -19,7 +19,7 @@ from torchsat.activations import Activation
 from torchsat.weights import is_layer, why_unmeasured
 
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
-_WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.|$)")
+_WRAPPERS = re.compile(rf"(^|\.)({'|'.join(internals.WRAPPERS)})(?=\.|$)")
 _CALLERS = (
     (nn.GLU, "glu"),
     ((nn.Softmax, nn.Softmin, nn.Softmax2d, nn.MultiheadAttention), "softmax"),
