@@ -1,6 +1,8 @@
 import logging
+import runpy
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +45,22 @@ class StoppedClock(schedule.Clock):
 def _stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on how long a step takes. A test of the budget puts a clock of its own here."""
     monkeypatch.setattr(schedule, "CLOCK", StoppedClock())
+
+
+RunExample = Callable[..., str]
+
+
+@pytest.fixture
+def run_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunExample:
+    """Runs a script of examples/ as its command line does, in the temporary folder, and returns what it prints."""
+
+    def given(name: str, *arguments: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        runpy.run_path(str(Path(__file__).parent.parent / "examples" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return given
 
 
 @pytest.fixture(scope="session")

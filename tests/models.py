@@ -69,6 +69,18 @@ class Calling(nn.Module):
         return out
 
 
+class Double(torch.autograd.Function):
+    """A custom function with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
 class Everything(nn.Module):
     """Random numbers, attention, recurrence, in-place and functional activations."""
 

@@ -1,7 +1,6 @@
 """Accelerate: what is recorded is what the plain loop records; where it writes, what counts as a step, who gets the scalars."""
 
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 accelerate = pytest.importorskip("accelerate", reason='Accelerate is not installed: pip install "accelerate>=1.0"')
 
 import torchsat  # noqa: E402
+from tests.conftest import RunExample  # noqa: E402
 from tests.truth import known  # noqa: E402
 from torchsat.integrations.accelerate import watch  # noqa: E402
 from torchsat.record import Snapshot  # noqa: E402
@@ -219,11 +219,8 @@ def test_ddp(tmp_path: Path) -> None:
     assert {record.n for record in snapshots[0].records} == {2 * 16 * 16}
 
 
-def test_the_example_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["accelerate_digits.py", "--epochs", "1"])
-    runpy.run_path(str(ROOT / "examples" / "accelerate_digits.py"), run_name="__main__")
-    printed = capsys.readouterr().out
+def test_the_example_runs_as_a_command(tmp_path: Path, run_example: RunExample) -> None:
+    printed = run_example("accelerate_digits", "--epochs", "1")
     assert "1 (tanh) is saturated" in printed
     assert "29 steps" in printed
     assert [snapshot.step for snapshot in torchsat.read(tmp_path / "runs" / "accelerate_digits")] == [0, 1, 2, 4, 8, 16]

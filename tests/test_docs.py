@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from types import ModuleType
 
 import pytest
 import torch
+
+from tests.conftest import RunExample
 
 ROOT = Path(__file__).parent.parent
 # Lightning gives its advice as warnings, and uses a name of torch that is deprecated.
@@ -111,11 +112,9 @@ def test_the_table_of_families_is_what_the_code_says() -> None:
     assert families.filled() == page, "docs/families.md is old: run `python docs/families.py`"
 
 
-def test_the_remedies_example_measures_what_the_mathematics_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_remedies_example_measures_what_the_mathematics_says(run_example: RunExample) -> None:
     """In a deep stack of sigmoids Xavier and LayerNorm do not help; another activation and BatchNorm do."""
-    monkeypatch.setattr(sys, "argv", ["remedies.py", "--steps", "150"])
-    runpy.run_path(str(ROOT / "examples" / "remedies.py"), run_name="__main__")
-    printed = capsys.readouterr().out
+    printed = run_example("remedies", "--steps", "150")
     for remedy in ("ReLU", "GELU", "BatchNorm"):
         assert f"{remedy} helps: " in printed
     for remedy in ("Xavier init", "LayerNorm"):
@@ -123,11 +122,8 @@ def test_the_remedies_example_measures_what_the_mathematics_says(capsys: pytest.
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_the_gates_example_learns_and_draws(cell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lstm_gates.py", "--steps", "21", "--cell", cell, "--picture", "gates.png"])
-    runpy.run_path(str(ROOT / "examples" / "lstm_gates.py"), run_name="__main__")
-    printed = capsys.readouterr().out
+def test_the_gates_example_learns_and_draws(cell: str, tmp_path: Path, run_example: RunExample) -> None:
+    printed = run_example("lstm_gates", "--steps", "21", "--cell", cell, "--picture", "gates.png")
     first, last = (float(line.split()[2]) for line in printed.splitlines() if line.startswith("step "))
     assert last < first - 1
     gates = {"lstm": 10, "gru": 6}[cell]
@@ -135,10 +131,7 @@ def test_the_gates_example_learns_and_draws(cell: str, tmp_path: Path, monkeypat
     assert (tmp_path / "gates.png").stat().st_size > 10_000
 
 
-def test_the_digits_example_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["digits.py", "--steps", "20"])
-    runpy.run_path(str(ROOT / "examples" / "digits.py"), run_name="__main__")
-    printed = capsys.readouterr().out
+def test_the_digits_example_runs_as_a_command(run_example: RunExample) -> None:
+    printed = run_example("digits", "--steps", "20")
     assert "hidden1.act (sigmoid) is saturated" in printed
     assert "tensorboard --logdir runs" in printed

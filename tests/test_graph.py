@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import torchsat
-from tests.models import Calling
+from tests.models import Calling, Double
 
 
 def test_what_is_compiled_is_neither_heard_nor_broken() -> None:
@@ -30,15 +29,6 @@ def test_what_is_compiled_is_neither_heard_nor_broken() -> None:
 
 
 def test_what_torch_tells_no_hook_of_is_found_in_the_graph() -> None:
-    class Double(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return 2 * x
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return 2 * grad
-
     class Hidden(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = Double.apply(torch.ops.aten.gelu(x + x.mean()))  # type: ignore[no-untyped-call]

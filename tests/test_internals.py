@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import torchsat
+from tests.models import Double
 from torchsat import internals
 
 PACKAGE = Path(torchsat.__file__).parent
@@ -258,16 +259,6 @@ def test_whether_a_backward_adds_to_grad() -> None:
     assert in_backward_of(weight * 2, ask) == [(True, False)]
     assert in_backward_of(weight * 2, ask, lambda loss: torch.autograd.grad(loss, weight)) == [(False, False)]
     assert not internals.will_accumulate(weight)
-
-
-class Double(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return 2 * gradient
 
 
 def test_the_class_of_a_node() -> None:

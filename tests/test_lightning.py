@@ -2,7 +2,6 @@
 
 import csv
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 lightning = pytest.importorskip("lightning.pytorch", reason='Lightning is not installed: pip install "lightning>=2.4"')
 
 import torchsat  # noqa: E402
+from tests.conftest import RunExample  # noqa: E402
 from torchsat.integrations.lightning import Torchsat  # noqa: E402
 from torchsat.record import Snapshot  # noqa: E402
 from torchsat.tensorboard.stock import scalars  # noqa: E402
@@ -335,9 +335,6 @@ def test_ddp(tmp_path: Path) -> None:
     assert {record.n for record in snapshots[0].records} == {2 * 16 * 16}
 
 
-def test_the_example_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning_digits.py", "--steps", "30"])
-    runpy.run_path(str(ROOT / "examples" / "lightning_digits.py"), run_name="__main__")
-    assert "net.1 (sigmoid) is saturated" in capsys.readouterr().out
+def test_the_example_runs_as_a_command(tmp_path: Path, run_example: RunExample) -> None:
+    assert "net.1 (sigmoid) is saturated" in run_example("lightning_digits", "--steps", "30")
     assert [snapshot.step for snapshot in torchsat.read(tmp_path / "lightning_logs" / "version_0")] == [0, 1, 2, 4, 8, 16]

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import struct
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import torchsat
+from tests.conftest import RunExample
 from tests.test_tensorboard import snapshots, write
 from torchsat.tensorboard.stock import scalars
 
@@ -167,10 +167,7 @@ print(json.dumps([list(runs) == [active] and "torchsat.derivative/000_1" not in 
     assert history == [[snapshot.step, pytest.approx(snapshot.records[0].relative_derivative)] for snapshot in torchsat.read(tmp_path / "run")]
 
 
-def test_the_ignite_example_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_ignite_example_runs_as_a_command(tmp_path: Path, run_example: RunExample) -> None:
     pytest.importorskip("ignite", reason="Ignite is not installed: pip install pytorch-ignite")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["ignite_digits.py", "--epochs", "2"])
-    runpy.run_path(str(ROOT / "examples" / "ignite_digits.py"), run_name="__main__")
-    assert "1 (tanh) is saturated" in capsys.readouterr().out
+    assert "1 (tanh) is saturated" in run_example("ignite_digits", "--epochs", "2")
     assert [snapshot.step for snapshot in torchsat.read(tmp_path / "runs" / "ignite")] == [0, 1, 2, 4, 8, 16, 32, 50]

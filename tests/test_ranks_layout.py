@@ -1,7 +1,5 @@
 """Which rows the ranks agree upon, and what is sent of them."""
 
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.processes import BATCH, STEPS, Run, batches, mlp, part, rank, train, watched
 from tests.training import loop_of
 from tests.truth import known
-from torchsat.record import LayerFacts, SiteFacts
-from torchsat.transport.layout import LayerEntry, Layout, SiteEntry
 from torchsat.transport.meeting import LAG
 
 
@@ -106,13 +102,3 @@ def test_two_collectives_per_observation_and_none_between(run: Run) -> None:
         assert [(step, name) for step, name, _, _ in calls] == [(step, "allreduce") for step in (1, 2, 4, 8, 12) for _ in range(2)]
         assert {(op.split(".")[-1][:3], nbytes) for _, _, op, nbytes in calls} == {("SUM", calls[0][3]), ("MAX", calls[1][3])}
         assert calls[0][3] + calls[1][3] == size
-
-
-def test_the_formula_of_the_docs_is_what_is_sent() -> None:
-    facts, fed = SiteFacts("a", "tanh", "module", "both", False, False, (), 30, None, None, None), LayerFacts("l", ("a",), 20, False)
-    site, softmax, layer = SiteEntry(facts, 30), SiteEntry(facts, None, 4), LayerEntry(fed, 20)
-    layout = Layout({"a": site, "b": site, "c": softmax}, {"l": layer, "m": layer}, shared=True)
-    text = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
-    (formula,) = re.findall(r"^    8 bytes x \((.*)\)$", text, re.MULTILINE)
-    sizes = {"sites": 3, "units": 60, "heads": 4, "layers": 2, "features": 40}
-    assert 8 * eval(formula.replace("x", "*"), sizes) == layout.bytes

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ transformers = pytest.importorskip("transformers", reason='transformers is not i
 pytest.importorskip("accelerate", reason='The Trainer needs Accelerate: pip install "transformers[torch]>=4.50"')
 
 import torchsat  # noqa: E402
+from tests.conftest import RunExample  # noqa: E402
 from torchsat.integrations import transformers as ours  # noqa: E402
 from torchsat.integrations.transformers import Torchsat  # noqa: E402
 from torchsat.record import Snapshot  # noqa: E402
@@ -304,10 +304,7 @@ def test_ddp(tmp_path: Path) -> None:
     assert snapshots[0]["bert.pooler.activation"].n == 2 * 8 * 16
 
 
-def test_the_example_runs_as_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["transformers_text.py", "--steps", "20"])
-    runpy.run_path(str(ROOT / "examples" / "transformers_text.py"), run_name="__main__")
-    assert "5 sites (2 softmaxes, 3 modules) seen; nothing is known to be unseen" in capsys.readouterr().out
+def test_the_example_runs_as_a_command(tmp_path: Path, run_example: RunExample) -> None:
+    assert "5 sites (2 softmaxes, 3 modules) seen; nothing is known to be unseen" in run_example("transformers_text", "--steps", "20")
     (run,) = (tmp_path / "runs" / "transformers_text" / "runs").iterdir()
     assert [snapshot.step for snapshot in torchsat.read(run)] == [0, 1, 2, 4, 8, 16]

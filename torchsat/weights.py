@@ -26,6 +26,8 @@ from torchsat.sampling import Sample, Units, beginning, coprime
 from torchsat.sharding import is_pending, local
 from torchsat.statistics import accumulator, observe_features, put_squares, summarise_features
 
+ENTERED = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+"""The matrices of a recurrent layer or cell that its own input enters, in both directions. What enters the others is computed inside of torch."""
 _RUN = 16
 """Elements of a run: as many float32 as one cache line holds."""
 _LESS = 4
@@ -169,8 +171,7 @@ class Layer:
             return module.in_features
         if isinstance(module, Convolution):
             return module.in_channels
-        measured = self.parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
-        return self.fan_in if measured else 0
+        return self.fan_in if self.parameter in ENTERED else 0
 
     def row(self) -> Tensor | None:
         """columns.LAYER as one vector, NaN where unknown; None where nothing was measured."""

@@ -19,7 +19,7 @@ from torchsat.record import LayerFacts
 from torchsat.sharding import is_freed, is_pending, local, part_of, placement
 from torchsat.sites import LayerSpan
 from torchsat.structure import Found
-from torchsat.weights import Layer, feature_axis, why_unmeasured, width
+from torchsat.weights import ENTERED, Layer, feature_axis, why_unmeasured, width
 
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
@@ -72,7 +72,7 @@ class Layers:
         """Measure the input of a recurrent layer: it enters the matrices of the first layer and of both directions."""
         observation = self._observation
         for layer in self.measured.values():
-            if layer.module() is module and layer.parameter in ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse"):
+            if layer.module() is module and layer.parameter in ENTERED:
                 layer.input_elements += x.numel()
                 observation.passes.current.merge_inputs(layer.name, x, x.ndim - 1, observation.options.limit, observation.turn)
                 if observation.lineage.learns and x.grad_fn is None and not x.requires_grad:
