@@ -14,10 +14,10 @@ from torch import Tensor
 
 from torchsat.columns import COLUMN, MAXES, SUMS, UNITS
 from torchsat.diagnosis import Diagnosis
+from torchsat.judge import Judge
 from torchsat.parts import LayerPart, Parts, SitePart, Span
 from torchsat.record import LayerFacts, SiteFacts, Snapshot
-from torchsat.judge import Judge
-from torchsat.rules import RULES, 
+from torchsat.rules import RULES
 from torchsat.statistics import UNIT_SAMPLES, summarise_features
 from torchsat.transport.agreement import decode, encode
 from torchsat.transport.flight import Copy, Flight
