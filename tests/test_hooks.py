@@ -34,7 +34,7 @@ def test_a_watched_model_is_pickled_and_copied_without_us() -> None:
         assert torch.equal(twin(x), model(x))
     model.zero_grad()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    passes = known(loop_of(monitor).observation).passes
+    passes = known(loop_of(monitor).observer.observation).passes
     seen = [each.rows["0.act"][0].item() for each in passes if each.rows]
     for twin in copies:
         twin(x).sum().backward()

@@ -83,7 +83,7 @@ def test_outputs_are_found_where_the_root_is_never_called() -> None:
 
 def test_a_weight_that_dies_leaves_its_address_to_no_other() -> None:
     """FSDP2 puts others in its place; a bias at the old address must not be taken for the layer."""
-    lineage = known(loop_of(torchsat.watch(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))).observation).lineage
+    lineage = known(loop_of(torchsat.watch(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))).observer.observation).lineage
     weight = nn.Parameter(torch.randn(2, 2))
     key = id(weight)
     lineage.know(weight, "layer")

@@ -155,4 +155,4 @@ def test_a_default_device_does_not_reach_into_the_table() -> None:
     activations._constants.cache_clear()
     with torch.device("meta"):
         monitor = torchsat.watch(nn.Sequential(nn.GELU()), errors="raise")
-    assert known(loop_of(monitor).sites.known["0"].bound.constants).peak == pytest.approx(1.12890415, rel=1e-7)
+    assert known(loop_of(monitor).observer.sites.known["0"].bound.constants).peak == pytest.approx(1.12890415, rel=1e-7)

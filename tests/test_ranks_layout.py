@@ -80,7 +80,7 @@ def counted() -> Any:
     model = DistributedDataParallel(mlp())
     monitor, _ = watched(model, every=4)
     train(model, model.parameters(), steps=1)
-    found = loop_of(monitor).route._ranks
+    found = loop_of(monitor).observer.route._ranks
     assert found is not None
     calls = []
     own = found._collectives._group

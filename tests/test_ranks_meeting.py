@@ -24,7 +24,7 @@ def fails_on_one() -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step, x in enumerate(batches(6)):
         if rank() == 1 and step == 2:
-            loop_of(monitor).sites.feeders = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+            loop_of(monitor).observer.sites.feeders = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
         optimizer.zero_grad()
         model(part(x)).square().mean().backward()
         optimizer.step()
@@ -211,7 +211,7 @@ def agreed_interval() -> Any:
     wrapped = DistributedDataParallel(model)
     monitor, kept = watched(wrapped, every=2, budget=0.5)
     # One rank is slow to observe.
-    plan = loop_of(monitor).schedule
+    plan = loop_of(monitor).observer.schedule
     plan._stretch = lambda: setattr(plan, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign]
     train(wrapped, wrapped.parameters(), steps=30)
     monitor.close()

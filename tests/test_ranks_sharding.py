@@ -100,7 +100,7 @@ def in_graph(how: str) -> Any:
     wrapped: nn.Module = model if how == "sharded" else DistributedDataParallel(model)
     monitor, kept = watched(wrapped, compiled="in_graph")
     train(torch.compile(wrapped, backend="aot_eager"), model.parameters())
-    in_graph = loop_of(monitor).turn > 1 and loop_of(monitor).compilation.mode is Mode.IN_GRAPH
+    in_graph = loop_of(monitor).observer.turn > 1 and loop_of(monitor).observer.compilation.mode is Mode.IN_GRAPH
     monitor.close()
     return kept, alone(mlp()), in_graph
 
