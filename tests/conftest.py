@@ -31,7 +31,7 @@ def _clean() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _no_clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test depends on how long a step takes, but those marked `clock`: the interval is not stretched."""
+    """Switches off the budget, which stretches the interval by measured times, so that no test depends on speed. Tests marked `clock` keep it."""
     if "clock" not in request.keywords:
         monkeypatch.setattr(schedule.Schedule, "adjust", lambda self, step: None)
 
@@ -46,7 +46,7 @@ def run() -> Iterator[Callable[..., list[Any]]]:
 
 
 def record(site: str = "act", **given: object) -> Record:
-    """A healthy tanh record with what a test gives instead."""
+    """The record of a healthy tanh, in which a test replaces the fields that it names."""
     values: dict[str, object] = {
         "activation": "tanh",
         "kind": "module",
