@@ -1,4 +1,4 @@
-"""Which forward passes count: once each, of the training, and only those whose gradient is used."""
+"""Which forward passes count: every training pass once, and only if its gradient reaches the optimizer."""
 
 import copy
 import threading
