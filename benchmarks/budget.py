@@ -54,7 +54,7 @@ def row(budget: float | None, steps: int) -> tuple[str, ...]:
         return "nothing watched", *times, "", ""
     monitor.close()
     said = monitor.overhead
-    return f"{budget}", *times, "unknown" if said is None else f"{said:.4f}", str(monitor._loop.schedule.interval)
+    return f"{budget}", *times, "unknown" if said is None else f"{said:.4f}", str(monitor._loop.observer.schedule.interval)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Without a GPU the kernels for GPUs run in Triton's interpreter, which must be known before anything imports Triton."""
+"""Without a GPU the GPU kernels run in Triton's interpreter. Triton reads this setting when it is imported, so it is set here, before any test is."""
 
 import os
 
@@ -8,5 +8,5 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# An assertion that fails in one of these shows its values, as one in a test does.
+# pytest rewrites assertions in test files only. With this, a failing assertion in a shared module shows its values too.
 pytest.register_assert_rewrite("tests.truth", "tests.processes")

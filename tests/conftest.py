@@ -73,7 +73,7 @@ def run() -> Iterator[Callable[..., list[Any]]]:
 
 
 def record(site: str = "act", **given: object) -> Record:
-    """A healthy tanh record with what a test gives instead."""
+    """The record of a healthy tanh, in which a test replaces the fields that it names."""
     values: dict[str, object] = {
         "activation": "tanh",
         "kind": "module",

@@ -1,4 +1,4 @@
-"""Small models that several test files train."""
+"""Small models that several test files use, and two functions that give their parts a type."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,14 +23,14 @@ def mlp(act: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
 
 
 def linear_at(model: nn.Module, index: int) -> nn.Linear:
-    """The linear layer at this place of an nn.Sequential."""
+    """The linear layer at this index of an nn.Sequential. Raises AssertionError where another module stands there."""
     found = model.get_submodule(str(index))
     assert isinstance(found, nn.Linear)
     return found
 
 
 def compiled(model: nn.Module, **options: Any) -> nn.Module:
-    """torch.compile makes a module of a module, which its annotation does not say."""
+    """The compiled model. torch.compile returns a module for a module, but its annotation says only that it returns a callable."""
     found = torch.compile(model, **options)
     assert isinstance(found, nn.Module)
     return found
@@ -58,7 +58,7 @@ class Wrapped(nn.Module):
 
 
 class Calling(nn.Module):
-    """A layer, and a function called directly in the forward of the model."""
+    """A linear layer, followed by a function that forward calls directly, without a module around it."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Double(torch.autograd.Function):
 
 
 class Everything(nn.Module):
-    """Random numbers, attention, recurrence, in-place and functional activations."""
+    """A model that uses random numbers, attention, recurrence, and functional activations, in place and not."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""Four processes that run one function together, and what the files of tests on several ranks share."""
+"""Four processes that form one process group, and the functions that all tests on several ranks share.
+
+Starting the processes takes seconds, since each imports torch. They are therefore started once for all test files (fixture `run` in conftest.py) and
+receive the functions to run, which the tests call scenarios, over a pipe."""
 
 import contextlib
 import itertools
@@ -31,13 +34,13 @@ one_f_one_b = pytest.mark.skipif(torch.__version__ < "2.8", reason="1F1B of torc
 
 
 def settings() -> list[tuple[ModuleType, str, float]]:
-    """The numbers that torchsat's modules hold as constants. A test may shorten a deadline; the next test must find it as it was."""
+    """All numeric constants of torchsat's modules. A scenario may shorten a deadline, and the next scenario must find the original value."""
     modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "torchsat"]
     return [(module, name, value) for module in modules for name, value in vars(module).items() if name.isupper() and isinstance(value, (int, float))]
 
 
 def work(rank: int, port: int, pipe: Connection) -> None:
-    """One process: runs what it is sent, until it is sent nothing."""
+    """The main function of one process: runs every scenario that it receives and sends back the result or the error, until it receives None."""
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=30))
@@ -62,7 +65,7 @@ Run = Callable[..., list[Any]]
 
 @contextlib.contextmanager
 def started() -> Iterator[Run]:
-    """The processes, started: a function that runs another one on all ranks, and gives what each returned."""
+    """Starts the processes and gives a function that runs a scenario on all ranks and returns the list of their results."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
     spawn = multiprocessing.get_context("spawn")
     pipes, workers = [], []
@@ -107,13 +110,13 @@ def batches(steps: int = STEPS, size: int = BATCH) -> list[Tensor]:
 
 
 def part(x: Tensor) -> Tensor:
-    """This rank's rows; they differ in number."""
+    """The rows of the batch that this rank trains on. Every rank has a different number of rows."""
     bounds = [0, 10, 24, 44, len(x)]
     return x[bounds[rank()] : bounds[rank() + 1]]
 
 
 def watched(model: Any, **given: Any) -> tuple[torchsat.Monitor, list[Snapshot]]:
-    """Every step, all elements; and what the sinks of this rank get."""
+    """A monitor that observes every step and reads all elements, and the list of snapshots that its sink on this rank receives."""
     kept: list[Snapshot] = []
     return torchsat.watch(model, **{"every": 1, "budget": None, "sample": None, "sinks": [kept.append], "errors": "raise", **given}), kept
 
@@ -127,7 +130,9 @@ def train(run: Callable[[Tensor], Tensor], parameters: Any, mine: Callable[[Tens
 
 
 def alone(model: nn.Module, slices: bool = True, steps: int = STEPS, **given: Any) -> list[Snapshot]:
-    """What one process records that is given whole batches; the loss is what ranks with unequal slices average."""
+    """The snapshots of one process that trains on whole batches.
+
+    With `slices`, the loss is the mean of the losses of the ranks' unequal slices, since this is what data parallelism averages."""
     monitor, kept = watched(model, group=None, **given)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for x in batches(steps):
@@ -142,7 +147,7 @@ def alone(model: nn.Module, slices: bool = True, steps: int = STEPS, **given: An
 
 
 def assert_equal(found: list[Snapshot], expected: list[Snapshot], rtol: float = 1e-12, but: tuple[str, ...] = ()) -> None:
-    """Counts to the last digit, all else to rounding."""
+    """Asserts that counts are equal and that all other numbers agree to rounding."""
     assert [each.step for each in found] == [each.step for each in expected]
     for one, other in zip(found, expected, strict=True):
         pairs = [*zip(one.records, other.records, strict=True), *zip(one.weights, other.weights, strict=True)]

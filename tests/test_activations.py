@@ -1,4 +1,4 @@
-"""Derivatives against autograd, peaks and tails against the grid, and rows of the user's own."""
+"""Derivatives are tested against autograd, peaks and tails against the search on a grid, and rows of the user's own against closed forms."""
 
 import math
 from collections.abc import Callable
@@ -70,11 +70,11 @@ def test_the_derivative_is_that_of_autograd(module: nn.Module) -> None:
     z = torch.linspace(-30, 30, 600_001, dtype=torch.float64).mul(1e4).round().div(1e4).requires_grad_()
     module = module.double()
     (truth,) = torch.autograd.grad(module(z).sum(), z)
-    # torch's Hardsigmoid multiplies with a float32 1/6.
+    # Hardsigmoid of torch multiplies by 1/6 in float32.
     tolerance = 1e-8 if isinstance(module, nn.Hardsigmoid) else 1e-12
     error = (derivative(module, z.detach()) - truth).abs()
     if isinstance(module, nn.Hardswish):
-        # On the kink itself torch takes the inner slope; both are subgradients.
+        # On the kink itself torch takes the inner slope. Both values are subgradients.
         error = error[(z.detach().abs() - 3).abs() > 1e-9]
     assert error.max() <= tolerance
 
@@ -143,14 +143,14 @@ def test_peak_and_tails_are_the_published_ones(module: nn.Module) -> None:
 @pytest.mark.parametrize("module", [m for m in MODULES if not isinstance(m, (nn.PReLU, nn.RReLU))], ids=repr)
 @pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.3])
 def test_every_row_agrees_with_the_search_on_a_grid(module: nn.Module, epsilon: float) -> None:
-    """The numeric search that serves the user's rows finds the closed forms, and the other way round."""
+    """The numeric search, which serves the user's rows, and the closed forms of the table give the same peaks and tails."""
     bare = Activation("bare", (type(module),), row(module).parameters, row(module).derivative)
     found, closed = bind(bare, module, epsilon).constants, bind(row(module), module, epsilon).constants
     assert found is not None
     assert closed is not None
     assert found.peak == pytest.approx(closed.peak, rel=1e-3 if isinstance(module, nn.Hardswish) else 1e-7)
     if isinstance(module, (nn.LeakyReLU,)) and module.negative_slope < epsilon:
-        assert found.low == pytest.approx(0, abs=3e-3)  # by |f'| alone its left side looks flat; by type it never is
+        assert found.low == pytest.approx(0, abs=3e-3)  # judged by |f'| alone its left side is flat, but the row says that it never is
         assert closed.low is None
         return
     for a, b in ((found.low, closed.low), (found.high, closed.high)):
@@ -159,7 +159,7 @@ def test_every_row_agrees_with_the_search_on_a_grid(module: nn.Module, epsilon: 
 
 
 def test_what_normal_inputs_give() -> None:
-    """literature.md 4a: tanh s=1 E|f'| .605706, P(.05) .029386; sigmoid .206621/.25; hardtanh .682689 and .317311; GELU .091371."""
+    """The expected numbers are those of section 4a of literature.md: E|f'| / peak and the share of z ~ N(0, 1) in the tails at epsilon 0.05."""
     tanh, sigmoid, hardtanh, gelu, relu = (
         known(bind(row(module), module, 0.05).constants) for module in (nn.Tanh(), nn.Sigmoid(), nn.Hardtanh(), nn.GELU(), nn.ReLU())
     )
@@ -308,7 +308,7 @@ def test_a_function_written_by_hand_is_known_by_its_numbers(name: str, dtype: to
     bound = recognise(z.to(torch.float32 if dtype != torch.float64 else dtype), function(z.double()).to(dtype), ACTIVATIONS, 0.05)
     assert bound is not None
     if name != "gelu" or dtype != torch.bfloat16:
-        # In bfloat16 the two forms of GELU are one.
+        # In bfloat16 the two forms of GELU give the same numbers.
         assert (bound.activation.name, bound.plain) == (name, plain)
     exact = torch.linspace(-6, 6, 997, dtype=torch.float64, requires_grad=True)
     (slope,) = torch.autograd.grad(function(exact).sum(), exact)
@@ -325,7 +325,7 @@ def test_other_functions_are_not_taken_for_a_row(function: Any) -> None:
 
 
 def test_nothing_is_known_from_one_side_or_a_few_numbers() -> None:
-    """On positive numbers ReLU, ELU and many others are one function."""
+    """On positive numbers ReLU, ELU and many others are the same function."""
     z = torch.rand(500) + 0.2
     assert recognise(z, F.relu(z), ACTIVATIONS, 0.05) is None
     z = torch.randn(12)

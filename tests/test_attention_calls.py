@@ -1,4 +1,4 @@
-"""Softmax and attention that are called as functions; fused attention is listed, not run otherwise."""
+"""Softmax and attention that are called as functions. Fused attention is listed as unseen, and it keeps its fused path."""
 
 import math
 import warnings
@@ -16,7 +16,7 @@ from torchsat.compiling import uses_flex_attention
 
 
 def test_a_frozen_encoder_keeps_its_fused_path() -> None:
-    """Under a mode torch would leave it, and round otherwise."""
+    """torch leaves the fused path while a TorchFunctionMode is active, and the other path rounds differently."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval().requires_grad_(False)
     model = nn.Sequential(encoder, nn.Linear(32, 4), nn.Tanh())

@@ -31,7 +31,7 @@ NEEDS = {
 """The packages that a script imports, beside those which torchsat itself needs. A script without them is skipped."""
 WITHOUT_ARGUMENTS = ("dashboard", "healthy")
 """The scripts that read no command line."""
-WITHOUT_MAIN = ("workloads",)
+WITHOUT_MAIN = ("other_rules", "workloads")
 
 Load = Callable[[str, str], ModuleType]
 

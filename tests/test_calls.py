@@ -1,4 +1,4 @@
-"""Function calls: what is heard, how it is named, and that listening changes nothing."""
+"""Activations that are called as functions: which calls become sites, how they are named, and that listening to them does not change the training."""
 
 import threading
 import warnings
@@ -28,14 +28,14 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "hardshrink": (0.3,),
     "threshold": (0.1, -1.0),
 }
-"""Away from the defaults, as the module and as the call take them."""
+"""Arguments that differ from the defaults; module and function take them in the same order."""
 SPELLINGS = [(row, call) for row in ACTIVATIONS for call in row.calls]
 
 
 @pytest.mark.parametrize(("row", "call"), SPELLINGS, ids=lambda value: getattr(value, "name", getattr(value, "__qualname__", "?")))
 def test_every_call_shows_what_its_module_shows(row: Activation, call: Callable[..., Any]) -> None:
     arguments = ARGUMENTS.get(row.name, ())
-    # In place torch computes the backward from the output, which rounds otherwise.
+    # In place, torch computes the gradient from the output, which rounds differently. The module must do the same.
     in_place = {"inplace": True} if row.name in ("elu", "selu", "celu") and call.__name__.endswith("_") else {}
     module = row.modules[0](*arguments, **in_place)
     if row.name == "prelu":
@@ -137,7 +137,7 @@ NESTED = [
 
 @pytest.mark.parametrize("rerun", [False, True])
 def test_a_call_is_named_after_the_module_in_whose_forward_it_happens(rerun: bool) -> None:
-    """No double count of nn.GELU; a module that runs twice has the same sites; a recompute adds nothing."""
+    """The call inside nn.GELU is not counted a second time, a module that runs twice keeps its sites, and a recomputed forward adds nothing."""
     model = Nested(rerun)
     snapshot = one_step(model, x=torch.randn(16, 8, requires_grad=True))
     assert [record.site for record in snapshot.records] == NESTED
@@ -168,7 +168,7 @@ def test_a_reentrant_checkpoint_has_values_and_gradients() -> None:
 
 
 def test_calls_outside_the_models_own_forward_are_seen_too() -> None:
-    """A model whose parts are called one by one."""
+    """The training loop calls the parts of the model and never the model itself."""
     model = nn.ModuleDict({"encoder": Block(), "head": nn.Linear(8, 1)})
     x = torch.randn(16, 8)
     snapshot = one_step(model, lambda m: m["head"](m["encoder"](x)))
@@ -186,7 +186,7 @@ def test_gradients_are_those_of_plain_autograd() -> None:
 
 
 class Odd(nn.Module):
-    """Raises in the middle, or not."""
+    """A model that raises an error in the middle of its forward, or none."""
 
     def __init__(self, error: type[BaseException] | None) -> None:
         super().__init__()
@@ -212,7 +212,7 @@ def test_no_mode_is_left_after_an_exception(error: type[BaseException]) -> None:
     with pytest.raises(error):
         model(torch.randn(4, 8))
     if error is KeyboardInterrupt:
-        # It ends a forward without calling any hook: the next contact takes the mode off.
+        # A KeyboardInterrupt ends forward without calling a forward hook. The mode is removed when the model is next called.
         model.error = None
         model(torch.randn(4, 8))
     assert _get_current_function_mode_stack() == []

@@ -1,4 +1,4 @@
-"""Compiled models are observed in eager steps, without another compilation."""
+"""Compiled models: an observed step runs eager, and no observation makes torch compile again."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from tests.training import train
 
 
 class Frames:
-    """A compiler backend that counts graphs."""
+    """A compiler backend that counts the graphs it is given and runs them as they are."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -128,7 +128,7 @@ def test_an_idle_watched_model_forces_nobody_into_eager_for_long() -> None:
 @pytest.mark.parametrize("compiled", ["eager", "in_graph"])
 @pytest.mark.parametrize("earlier", [1, 20])
 def test_another_model_that_trains_first_costs_no_compilation(earlier: int, compiled: Literal["eager", "in_graph"]) -> None:
-    """Hooks of an observation that were compiled with the model would make every later observation compile it anew."""
+    """If the hooks of an observation were compiled into the model, every later observation would compile it again."""
     torch._dynamo.reset()
     frames, found = Frames(), list[torchsat.Snapshot]()
     trained: list[tuple[nn.Module, Callable[[Tensor], Tensor], torch.optim.Optimizer]] = []
@@ -147,7 +147,7 @@ def test_another_model_that_trains_first_costs_no_compilation(earlier: int, comp
     for _ in range(10):
         step(0)
         step(1)
-    # After so long a wait the first step was let go.
+    # After 20 steps of the other model the observation of step 0 has been given up.
     assert [snapshot.step for snapshot in found] == [0, 1, 2, 4, 8][earlier > 8 :]
     assert frames.count == 1
 
@@ -166,7 +166,8 @@ def test_a_compiled_validation_mostly_runs_its_graph() -> None:
             with torch.no_grad():
                 call(torch.randn(8, 64))
         model.train()
-    # A validation that has a graph runs it; only the call that our stance met on its way runs eager. No observation is missed.
+    # A validation pass that has a compiled graph runs it. Only the first pass after a training step still starts under our eager stance.
+    # No observation is missed.
     assert eager == [True, False, False] * 4
     assert [snapshot.step for snapshot in snapshots] == [0, 1, 2, 3]
 
@@ -184,8 +185,8 @@ def test_the_users_own_stance_is_left_alone() -> None:
 @pytest.mark.parametrize("mode", ["eager", pytest.param("in_graph", marks=pytest.mark.skipif(torch.__version__ < "2.8", reason="refused"))])
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_validation_before_training_keeps_fullgraph_content(mode: Literal["eager", "in_graph"], grad: bool) -> None:
-    """fullgraph=True raises where no graph ran and the stance is the default at the end of the call: that of the first observation is given back
-    in its midst."""
+    """With fullgraph=True, torch raises if no graph ran during a call and the stance is the default when the call ends. The first observation is in
+    this position, because it gives its stance back during the call."""
     torch._dynamo.reset()
     model = mlp()
     counter = CompileCounterWithBackend("aot_eager")
@@ -203,6 +204,6 @@ def test_a_validation_before_training_keeps_fullgraph_content(mode: Literal["eag
             optimizer.zero_grad()
         assert monitor.latest is not None
         assert monitor.latest.step == 2
-    # Without dropout or hooks of ours in it, one graph serves both modes where gradients are on.
+    # The model has no dropout, and the graph holds no hook of ours, so one graph serves training and evaluation if gradients are on.
     assert counter.frame_count == (1 if grad and mode == "eager" else 2)
     torch._dynamo.reset()

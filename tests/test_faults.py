@@ -1,4 +1,4 @@
-"""A fault of ours never stops training: one warning says what is lost, and the rest goes on."""
+"""A fault of the monitor never stops training: one warning says what is no longer watched, and the rest goes on."""
 
 import sys
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_site_that_fails_is_named_and_the_rest_goes_on(caplog: pytest.LogCaptu
 
 @pytest.mark.parametrize("fault", ["sink", "alert", "rule", "disk"])
 def test_a_fault_never_stops_training(fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Promise 2: one warning that says what is lost, and the rest goes on."""
+    """One warning says what is lost, and all else is still observed."""
 
     def fail(*arguments: object) -> float:
         raise OSError("no space left on device")

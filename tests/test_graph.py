@@ -1,4 +1,4 @@
-"""What the graph of autograd tells of activations that no hook is told of."""
+"""Activations that reach no hook, such as calls in torch.ops or in compiled functions, are found in the autograd graph and named in the coverage."""
 
 import subprocess
 import sys
@@ -75,7 +75,7 @@ def test_a_tensor_whose_history_cannot_be_had_raises_nothing() -> None:
 
 
 def test_a_deep_graph_is_not_walked_to_death() -> None:
-    """Nodes that Python has seen are freed one inside the other: a walk over 60,000 of them overflows the stack."""
+    """Graph nodes that Python holds are freed recursively, so that walking 60,000 of them would overflow the C stack."""
     code = """
 import torch, torchsat, torch.nn.functional as F
 class Net(torch.nn.Module):

@@ -16,7 +16,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import torchsat
 from tests.truth import known
+from torchsat import compile_settings
 from torchsat.observe import ingraph
+from torchsat.observe.observation import ONLY_IN_EAGER
 
 able = pytest.mark.skipif(torch.__version__ < "2.8", reason="torch 2.6 and 2.7 are refused: they compile anew for each of many equal blocks")
 
@@ -290,3 +292,37 @@ def test_a_layer_that_is_replaced_is_measured_again() -> None:
         assert monitor.latest is not None
         assert monitor.latest["second.act"].activation == "sigmoid"
         assert monitor.latest["second.act"].n == 512
+
+
+class CallingNet(nn.Module):
+    """One activation as a module, one as a call, which a compiled graph does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.second, self.head = nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Linear(16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(F.gelu(self.second(self.act(self.first(x)))))
+        return out
+
+
+@able
+def test_what_only_eager_steps_measure_is_said_as_long_as_the_graph_measures() -> None:
+    model = CallingNet()
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    unseen: list[object] = []
+    with torchsat.watch(model, every=1, compiled="in_graph", errors="raise") as monitor:
+        train(model, run, 1)
+        unseen.append(monitor.coverage.unseen)
+        train(model, run, 2)
+        unseen.append(monitor.coverage.unseen)
+        # As another monitor does that makes everything run eager.
+        compile_settings.force_eager("another")
+        train(model, run, 2)
+        unseen.append(monitor.coverage.unseen)
+        assert monitor.coverage.seen == ("act", "gelu")
+        compile_settings.release("another")
+        train(model, run, 2)
+        unseen.append(monitor.coverage.unseen)
+    only_in_eager = (("gelu", ONLY_IN_EAGER),)
+    assert unseen == [(), only_in_eager, (), only_in_eager]

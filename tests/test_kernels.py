@@ -1,4 +1,4 @@
-"""The kernels give the rows of the plain implementation, column by column, whatever they are handed."""
+"""The kernels give the same rows as the plain implementation, column by column, whatever numbers they read."""
 
 import math
 import tempfile
@@ -45,7 +45,7 @@ def squares(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 def close(found: Tensor, expected: Tensor, names: tuple[str, ...]) -> None:
     for name, one, other in zip(names, found.tolist(), expected.tolist(), strict=True):
-        # A sum in another order: the rounding of float64 over a few thousand elements.
+        # The sums are taken in another order, so they differ by the rounding of float64 over a few thousand elements.
         assert one == pytest.approx(other, rel=1e-12, abs=1e-290), name
 
 
@@ -113,7 +113,7 @@ def test_the_formulas_of_the_kernels_are_the_derivatives_of_the_table(module: nn
     z = torch.cat(
         [torch.linspace(-40, 40, 4001, dtype=torch.float64), torch.tensor([0.0, -0.0, 0.3, 3.0, 6.0, -0.5, 2.0, 1e4, -1e4, 700, -700, 1e-300])]
     )
-    # One element a row: what comes back is its derivative.
+    # Each row is of one element, so that its sum of |f'| is the derivative at that element.
     found = torch.stack([observe(each.reshape(1), each.reshape(1), of, 1.0, (None, None), 1)[0] for each in z])[:, COLUMN["derivative"]]
     expected = bound.evaluate(z, z, {})[0]
     assert torch.allclose(found, expected, rtol=1e-11, atol=1e-15)
@@ -173,7 +173,7 @@ def test_every_float16_is_read_as_it_is() -> None:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., bool]]:
-    """Whether the kernels are there under this environment, looked for anew; None takes a variable away."""
+    """A function that looks for the kernels again, under these environment variables (None: unset), and returns whether they are there."""
 
     def look(**environment: str | None) -> bool:
         with monkeypatch.context() as patch:

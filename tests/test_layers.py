@@ -1,4 +1,4 @@
-"""What is measured of the layers that feed a site: weight, gradient, update, input."""
+"""The values that are measured at the layers that feed a site: of their weights, gradients, updates and inputs."""
 
 import copy
 from typing import Any
@@ -37,7 +37,7 @@ def test_weights_are_measured_by_hand() -> None:
     linear, conv = monitor.latest.weights
     assert (linear.name, linear.feeds, linear.fan_in) == ("linear", ("tanh",), 20)
     assert (conv.name, conv.feeds, conv.fan_in) == ("conv", ("relu",), 3)
-    # As they made z, before the step.
+    # The weights are measured as they were in the forward pass, before the optimizer changed them.
     assert linear.norm == pytest.approx(before.linear.weight.norm().item(), rel=1e-6)
     assert linear.gain == pytest.approx(before.linear.weight.norm().item() / 30**0.5, rel=1e-6)
     assert conv.gain == pytest.approx(before.conv.weight.norm().item() / 4**0.5, rel=1e-6)
@@ -62,7 +62,7 @@ def test_the_centred_share_has_no_bias_in_small_batches() -> None:
         assert monitor.latest is not None
         shares.append(known(monitor.latest.weights[0].input_centred_share))
         monitor.close()
-    # A plain squared mean of 4 samples would show 1 - 1/4; clipping at 1 leaves a little.
+    # Inputs without a common mean have the share 1. The plain squared mean of 4 samples would give 1 - 1/4. Clipping at 1 leaves a small bias.
     assert sum(shares) / 200 == pytest.approx(1, abs=0.03)
 
 
@@ -126,7 +126,7 @@ def test_wide_inputs_are_measured_where_they_were_read() -> None:
     (weight,) = monitor.latest.weights
     assert weight.input_n <= 65536
     assert weight.input_rms == pytest.approx(5**0.5, rel=0.02)
-    # No feature was read twice: how much of it is a constant cannot be known.
+    # Every feature was read once, so that its mean over samples, and with it the centred share, cannot be known.
     assert weight.input_centred_share is None
 
 

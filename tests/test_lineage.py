@@ -1,4 +1,4 @@
-"""Who feeds whom: which layers feed a site, which sites make the output, which are gates."""
+"""The flow of data between modules: which layers feed a site, which sites make the output of the model, and which sites are gates."""
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ def test_a_shared_activation_knows_every_layer_that_feeds_it() -> None:
 
     snapshot = one_step(Shared(), x=torch.randn(4, 8))
     assert [weight.name for weight in snapshot.weights] == ["layers.0", "layers.1", "layers.2", "head"]
-    # It makes the output, but hidden layers too: it is judged.
+    # The site makes the output of the model, but hidden activations too. It therefore counts as hidden and is judged.
     assert snapshot["act"].output is False
 
 
@@ -82,8 +82,8 @@ def test_outputs_are_found_where_the_root_is_never_called() -> None:
 
 
 def test_a_weight_that_dies_leaves_its_address_to_no_other() -> None:
-    """FSDP2 puts others in its place; a bias at the old address must not be taken for the layer."""
-    lineage = known(loop_of(torchsat.watch(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))).observation).lineage
+    """FSDP2 replaces parameters. A new parameter that Python happens to put at the address of an old one must not be taken for it."""
+    lineage = known(loop_of(torchsat.watch(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))).observer.observation).lineage
     weight = nn.Parameter(torch.randn(2, 2))
     key = id(weight)
     lineage.know(weight, "layer")

@@ -1,4 +1,4 @@
-"""What is measured of z, of a and of their gradients, whatever their shape, layout and precision."""
+"""The values that are measured of pre-activations, activations and their gradients, for every shape, memory layout and precision."""
 
 import copy
 import weakref
@@ -78,7 +78,8 @@ def test_any_rank_is_measured(shape: tuple[int, ...]) -> None:
     z = torch.randn(shape, requires_grad=True)
     record = one_step(nn.Sequential(nn.Tanh()), x=z)["0"]
     check(record, truth(torch.tanh, z))
-    # Documented: without a layer before it, the unit axis is 1 from rank 4 on, the last at rank 2 and 3, none below.
+    # As documented: where no layer feeds the activation, the unit axis is axis 1 for tensors of rank 4 and higher and the last axis for rank 2 and 3.
+    # Tensors of lower rank have no units.
     assert record.units == (None if len(shape) < 2 else 8)
     assert not z._backward_hooks
 
@@ -176,7 +177,7 @@ def test_no_tensor_outlives_its_pass(module: nn.Module) -> None:
 
 
 def test_hooks_never_wait_for_the_device() -> None:
-    """On a CPU: no operator that a GPU would have to be waited for runs in a step."""
+    """Checked on a CPU: a step runs no operator for whose result the host would have to wait if the tensors were on a GPU."""
 
     class NoWaiting(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

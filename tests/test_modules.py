@@ -1,4 +1,4 @@
-"""Activations that are modules: which of them are sites, and what is read of each kind."""
+"""Activations that are modules: they become sites in every way in which a model can call them, with the parameters they have at that time."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_rrelu_shows_the_slopes_that_were_drawn() -> None:
     x = torch.randn(256, 16)
     share = (model[0](x) > 0).float().mean().item()
     record = one_step(model, x=x, sample=None)["1"]
-    # The negative side has the slopes U[1/8, 1/3]: E s = .22917, E s^2 = .056134.
+    # The slopes s of the negative side are uniform in [1/8, 1/3]: E s = .22917, E s^2 = .056134.
     assert record.derivative == pytest.approx(share + (1 - share) * 0.22917, abs=0.001)
     assert known(record.derivative_rms) ** 2 == pytest.approx(share + (1 - share) * 0.056134, abs=0.001)
     assert record.saturated == 0
@@ -50,7 +50,7 @@ def test_a_learned_prelu_is_read_per_channel() -> None:
     record = one_step(model, x=z)["act"]
     check(record, {"derivative": torch.where(z > 0, 1.0, model.act.weight.detach().abs().reshape(1, 3, 1, 1).expand_as(z)).mean().item()})
     assert record.peak == 2.0
-    # Only the channel whose slope is 0 is a ReLU and can saturate.
+    # A channel can saturate only if its slope is 0, which makes it a ReLU.
     assert record.saturated == pytest.approx((z[:, 1] <= 0).float().sum().item() / z.numel())
 
 
@@ -155,4 +155,4 @@ def test_a_default_device_does_not_reach_into_the_table() -> None:
     activations._constants.cache_clear()
     with torch.device("meta"):
         monitor = torchsat.watch(nn.Sequential(nn.GELU()), errors="raise")
-    assert known(loop_of(monitor).sites.known["0"].bound.constants).peak == pytest.approx(1.12890415, rel=1e-7)
+    assert known(loop_of(monitor).observer.sites.known["0"].bound.constants).peak == pytest.approx(1.12890415, rel=1e-7)

@@ -1,4 +1,4 @@
-"""A monitor from watch to close: training is bit-identical, and nothing is left behind."""
+"""The life of a monitor from watch to close: training is bit-identical to training without it, and close leaves nothing behind."""
 
 import functools
 import gc
@@ -45,7 +45,7 @@ class Checkpointed(nn.Module):
     ],
 )
 def test_training_is_bit_identical(make: Callable[[], nn.Module], options: dict[str, Any], tmp_path: Path) -> None:
-    """Promise 1."""
+    """Losses, weights, random state and state_dict keys are those of training without a monitor."""
 
     def run(watched: bool) -> tuple[list[float], dict[str, Tensor], Tensor]:
         torch.manual_seed(3)
@@ -69,7 +69,7 @@ def test_training_is_bit_identical(make: Callable[[], nn.Module], options: dict[
 
 
 def test_close_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Promise 3."""
+    """No hook, attribute, thread, open file or signal handler is left."""
     model = mlp()
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     threads, files, handler = threading.active_count(), open_files(), signal.getsignal(signal.SIGTERM)
@@ -135,7 +135,7 @@ def test_stuck_units_are_found_across_observations() -> None:
     monitor = torchsat.watch(model, every=1, rules=(), errors="raise")
     stuck = []
     train(model, 64, each=lambda step: stuck.append(known(monitor.latest)["1"].stuck))
-    # 16 samples a step: 1000 are there after 63 observations.
+    # A step has 16 samples, and a unit is judged after 1000 samples, which 63 observations have.
     assert stuck[:62] == [None] * 62
     assert stuck[62] == pytest.approx(10 / 32)
     assert monitor.latest is not None

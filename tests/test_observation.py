@@ -1,4 +1,4 @@
-"""One observation: that it took place, what it costs in memory, and that it waits for no device."""
+"""One observation: a missed one is reported, it takes little memory, and it never waits for a device."""
 
 import contextlib
 import copy
@@ -22,7 +22,7 @@ from torchsat.kernels import cpu
 
 
 def test_a_step_that_was_to_be_observed_but_was_not_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    """Promise 5."""
+    """A gap in the observations is never silent."""
     model = mlp().eval()
     monitor = torchsat.watch(model, every=1)
     train(model, 6)
@@ -41,7 +41,7 @@ def test_passes_without_any_step_are_said(caplog: pytest.LogCaptureFixture) -> N
 
 
 class Everything(nn.Module):
-    """A site of every kind."""
+    """A model with a site of every kind: module, function call, gate, softmax and attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Everything(nn.Module):
 
 
 class ToHost(TorchDispatchMode):
-    """Fails on what waits for a device: a number read by Python, a shape that depends on data, a copy to the host."""
+    """Raises AssertionError on operators that wait for a device: reading a number in Python, a shape that depends on data, a copy to the host."""
 
     def __torch_dispatch__(self, function: Any, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default):
@@ -77,7 +77,7 @@ class ToHost(TorchDispatchMode):
 @pytest.mark.parametrize("compiled_kernels", [False, True])
 @pytest.mark.parametrize("model", [Wrapped, Everything], ids=lambda kind: kind.__name__)
 def test_no_hook_waits_for_a_device(model: type[nn.Module], compiled_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, by what is dispatched; on a GPU by set_sync_debug_mode (tests/test_gpu.py)."""
+    """Checked on the CPU by the operators that are dispatched. On a GPU tests/test_gpu.py checks it with set_sync_debug_mode."""
     monkeypatch.setattr(internals, "_disable_current_modes", contextlib.nullcontext)
     if not compiled_kernels:
         monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
@@ -85,7 +85,7 @@ def test_no_hook_waits_for_a_device(model: type[nn.Module], compiled_kernels: bo
     optimizer = torch.optim.SGD(watched.parameters(), lr=0.01)
     monitor = torchsat.watch(watched, every=1, errors="raise")
     for step in range(4):
-        # What a module of the user's computes is found out in the first step, by looking.
+        # In the first step torchsat compares values to find out what modules of the user compute, which may wait for the device.
         with ToHost() if step else contextlib.nullcontext():  # type: ignore[no-untyped-call]
             watched(torch.randn(8, 64)).square().mean().backward()
             optimizer.step()
@@ -106,7 +106,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
 
 
 def highest(run: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator held at once, more than before."""
+    """The largest number of bytes that torch's allocator held at one time during the run, less those that it held before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     assert seen.profiler is not None
@@ -131,5 +131,5 @@ def test_an_observation_takes_the_memory_of_one_sample_a_site_whatever_the_batch
         assert monitor.latest is not None
         assert monitor.latest.step == 1
         extra.append(peaks[1] - peaks[0])
-    # Of each of four sites a sample, and of one what is computed from it; one tensor of the larger batch has 4 MiB.
+    # Allowed are one sample for each of the four sites and two temporaries of that size. One tensor of the larger batch alone has 4 MiB.
     assert all(each <= 6 * 65536 * 4 for each in extra), extra

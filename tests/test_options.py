@@ -1,4 +1,4 @@
-"""Arguments of watch that are wrong are answered with what is allowed."""
+"""A wrong argument of torchsat.watch raises an error that names the allowed values."""
 
 from typing import Any
 

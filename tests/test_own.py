@@ -1,4 +1,4 @@
-"""Activations that are modules of the user's own: found from what they do, without running them once more."""
+"""Activations that are modules of the user: they are recognised by the values that they compute, without running them an additional time."""
 
 import copy
 import math
@@ -31,7 +31,7 @@ class Squared(nn.Module):
 
 
 class Swish(nn.Module):
-    """With parameters for the features of the last axis."""
+    """Swish with one parameter per feature of the last axis."""
 
     def __init__(self, size: int = 6) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Swish(nn.Module):
 
 
 class ChannelSwish(Swish):
-    """With parameters for the channels of the second axis."""
+    """Swish with one parameter per channel of the second axis."""
 
     def forward(self, z: Tensor) -> Tensor:
         beta = self.beta.reshape(-1, *[1] * (z.ndim - 2)) if z.ndim > 1 else self.beta
@@ -50,7 +50,7 @@ class ChannelSwish(Swish):
 
 
 class Custom(torch.autograd.Function):
-    """tanh, with a backward of its own and no forward mode."""
+    """tanh as a custom autograd function with its own backward and without forward-mode differentiation."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Fused(nn.Module):
 
 
 class Counting(nn.Module):
-    """In place, and it counts its calls."""
+    """An in-place activation that counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Two(nn.Module):
 
 
 class Snake(nn.Module):
-    """As in vocoders: a parameter of three axes."""
+    """The activation of vocoders, whose parameter has three axes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Steps(nn.Module):
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
 def test_an_activation_of_the_users_own_is_found_from_what_it_does(module: nn.Module, name: str) -> None:
-    """Without running it once more than the model does."""
+    """The module runs exactly as often as the model calls it: its counters and the random numbers it draws show it."""
     model = nn.Sequential(nn.Conv1d(3, 6, 1), copy.deepcopy(module))
     x = 3 * torch.randn(16, 3, 5)
     random.seed(3)

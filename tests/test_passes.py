@@ -1,4 +1,4 @@
-"""Which forward passes count: once each, of the training, and only those whose gradient is used."""
+"""Which forward passes count: every training pass once, and only if its gradient reaches the optimizer."""
 
 import copy
 import threading
@@ -150,7 +150,7 @@ def test_a_pass_whose_gradient_was_thrown_away_is_forgotten(order: str, set_to_n
     check(monitor.latest["act"], {"n": 128, "grad_n": 128, "z_mean": model.linear(x).mean().item()})
     assert monitor.latest.weights[0].input_n == 128
     assert monitor.latest.weights[0].input_rms == pytest.approx(x.square().mean().sqrt().item(), rel=1e-6)
-    assert known(loop_of(monitor).route.local.windows.get("act"))[0].tolist() == [16.0] * 8
+    assert known(loop_of(monitor).observer.route.local.windows.get("act"))[0].tolist() == [16.0] * 8
 
 
 def test_two_passes_of_one_backward_both_count() -> None:

@@ -1,4 +1,4 @@
-"""What belongs to the process: its end, its signals, its children."""
+"""The monitor and its process: the end of the process, its signals and its forked children."""
 
 import os
 import signal
@@ -73,7 +73,7 @@ def test_a_kill_loses_at_most_the_queue(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGKILL
     steps = [snapshot.step for snapshot in torchsat.read(tmp_path)]
-    # The queue holds ten, and one more may be on its way to the disk.
+    # The writer's queue holds ten snapshots, and one more may be on its way to the disk.
     assert steps == list(range(len(steps)))
     assert len(steps) >= 40 - 11
 

@@ -117,19 +117,20 @@ ARROWS = {
         *("transport.flight", "transport.meeting", "transport.packing", "transport.parallel", "transport.route"),
     },
     "process": {"compile_settings"},
-    "loop": {
+    "observer": {
         *("compile_settings", "compiling", "delivery", "faults", "internals", "observe.observation", "observe.passes", "options", "parts"),
-        *("process", "schedule", "sites", "steps", "structure", "transport.meeting", "transport.parallel", "transport.route"),
+        *("schedule", "sites", "structure", "transport.parallel", "transport.route"),
     },
+    "loop": {"compiling", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps", "transport.meeting"},
     "monitor": {"loop", "options", "record", "schedule", "statistics", "structure"},
     "picture": set(),
     "remedies": {"internals", "record", "weights"},
-    "trial": {"internals", "monitor", "picture", "record", "remedies", "report", "rules", "structure"},
+    "trial": {"internals", "monitor", "options", "picture", "record", "remedies", "report", "rules", "structure"},
     # The libraries that train.
     "integrations": {"monitor"},
-    "integrations.accelerate": {"monitor", "record", "tensorboard.stock"},
-    "integrations.lightning": {"integrations", "monitor", "record", "tensorboard.stock"},
-    "integrations.transformers": {"integrations", "internals", "monitor", "record", "tensorboard.stock"},
+    "integrations.accelerate": {"monitor", "options", "record", "tensorboard.stock"},
+    "integrations.lightning": {"integrations", "monitor", "options", "record", "tensorboard.stock"},
+    "integrations.transformers": {"integrations", "internals", "monitor", "options", "record", "tensorboard.stock"},
 }
 HOST = [
     *("record", "columns", "rows", "percent", "alerts", "rules", "judge", "causes", "expressions", "diagnosis"),

@@ -1,4 +1,4 @@
-"""Data-parallel ranks record what one process does that is given the whole batches."""
+"""Data-parallel ranks together record the same values as one process that trains on the whole batches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -68,14 +68,14 @@ def by_themselves() -> Any:
 def test_ranks_by_themselves(run: Run) -> None:
     answers = run(by_themselves)
     assert [[each["1"].n for each in kept] for kept in answers] == [[rows * 32] * STEPS for rows in (10, 14, 20, 20)]
-    # Together their gradients are those of the averaged loss.
+    # Ranks that observe together record the gradients of the averaged loss.
     merged = run(data_parallel, False, False)[0][0]
     squares = [kept[0]["1"].grad_z_rms ** 2 * kept[0]["1"].grad_n for kept in answers]
     assert sum(squares) / (BATCH * 32) == pytest.approx(merged[0]["1"].grad_z_rms ** 2, rel=1e-12)
 
 
 def inside(how: str) -> Any:
-    """What is watched holds the wrapper, or is held by it; or FSDP2 is told to divide by nothing."""
+    """The watched module contains the wrapper, or is contained in it; or FSDP2 is told not to divide gradients by the number of ranks."""
     model = nn.Sequential(mlp())
     if how == "ddp inside":
         model[0] = DistributedDataParallel(model[0])
@@ -120,7 +120,7 @@ def scaled() -> Any:
     for step, x in enumerate(batches()):
         optimizer.zero_grad()
         loss = wrapped(part(x)).square().mean()
-        # An overflow on one rank is one of all: the step is skipped everywhere.
+        # Averaging gradients spreads an overflow from one rank to all, so that every rank skips the step.
         scaler.scale(loss * (float("inf") if step == 2 and rank() == 1 else 1.0)).backward()
         scaler.step(optimizer)
         scaler.update()

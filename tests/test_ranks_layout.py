@@ -1,4 +1,4 @@
-"""Which rows the ranks agree upon, and what is sent of them."""
+"""The layout: on which rows the ranks agree, and what is sent in which collectives."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from torchsat.transport.meeting import LAG
 
 
 class Experts(nn.Module):
-    """Each rank runs the expert that it is told to."""
+    """A mixture of experts in which every rank runs the expert of its own choice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ def routed() -> Any:
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     monitor, kept = watched(wrapped)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    # Rank 3 runs another expert; from step 4 on rank 0 runs a third one.
+    # Rank 3 runs expert 1 and the other ranks run expert 0. From step 4 on, rank 0 runs expert 2.
     for step, x in enumerate(batches(12)):
         model.choice = 1 if rank() == 3 else 2 if rank() == 0 and step >= 4 else 0
         optimizer.zero_grad()
@@ -47,7 +47,7 @@ def test_ranks_that_run_other_sites_neither_hang_nor_skew(run: Run) -> None:
     kept = run(routed)[0]
     found = [{record.site: record.n for record in snapshot.records} for snapshot in kept]
     assert found[0] == {"experts.0.1": 44 * 8, "experts.1.1": 20 * 8}
-    # Once all ranks have read that one has a new site it is agreed upon.
+    # The new site is agreed upon as soon as every rank has read that rank 0 has it, which takes LAG observations.
     assert found[4 : 4 + LAG] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8}] * LAG
     assert found[4 + LAG :] == [{"experts.0.1": 34 * 8, "experts.1.1": 20 * 8, "experts.2.1": 10 * 8}] * 4
 
@@ -77,7 +77,7 @@ def counted() -> Any:
     model = DistributedDataParallel(mlp())
     monitor, _ = watched(model, every=4)
     train(model, model.parameters(), steps=1)
-    found = known(loop_of(monitor).route._ranks)
+    found = known(loop_of(monitor).observer.route._ranks)
     calls = []
     collectives = known(found._collectives)
     own = collectives._group

@@ -1,4 +1,4 @@
-"""Ranks meet, keep step, and part: a rank that fails, leaves or was never there stops no other."""
+"""Ranks that observe together: how they meet, stay at the same step and part. A rank that fails, leaves or never comes does not stop the others."""
 
 import time
 from typing import Any
@@ -24,7 +24,7 @@ def fails_on_one() -> Any:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step, x in enumerate(batches(6)):
         if rank() == 1 and step == 2:
-            loop_of(monitor).sites.feeders = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+            loop_of(monitor).observer.sites.feeders = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
         optimizer.zero_grad()
         model(part(x)).square().mean().backward()
         optimizer.step()
@@ -43,7 +43,7 @@ def test_a_fault_on_one_rank_is_no_fault_of_the_others(run: Run) -> None:
 
 
 class Only(nn.Sequential):
-    """A model of its own kind, over which ranks meet that watch no other."""
+    """A class for this scenario alone. Ranks find each other by the class of the watched model and must not meet over that of another scenario."""
 
 
 def only_rank_0(folder: str) -> Any:
@@ -97,7 +97,7 @@ def test_when_a_rank_leaves_the_others_go_on(run: Run) -> None:
 
 
 def joined(folder: str) -> Any:
-    """Ranks with different numbers of batches, as DDP's join allows."""
+    """Every rank has a different number of batches, which DDP allows inside Join."""
     messages, meeting.GRACE = logged(), 0.3
     model = DistributedDataParallel(mlp())
     monitor, kept = watched(model, errors="warn")
@@ -155,7 +155,7 @@ def out_of_step() -> Any:
         optimizer.step()
         dist.barrier()
         if rank() == 1 and step == 2:
-            # As if it had been told of a step that the others never took: it passes over step 4.
+            # This rank counts two steps that the other ranks never took, so it does not observe step 4 with them.
             loop_of(monitor).step += 2
     monitor.close()
     return messages
@@ -183,7 +183,7 @@ def test_a_group_of_some_ranks(run: Run) -> None:
     answers = run(grouped)
     assert [kept for kept, _ in answers] == [[24 * 32] * STEPS, [], [40 * 32] * STEPS, []]
     assert [latest.n for _, latest in answers] == [24 * 32, 24 * 32, 40 * 32, 40 * 32]
-    # As people know them: ranks of the whole job.
+    # Ranks are numbered as in the whole job, not as in the group.
     assert [latest.worst_rank for _, latest in answers] == [1, 1, 3, 3]
 
 
@@ -210,8 +210,8 @@ def agreed_interval() -> Any:
     model = mlp()
     wrapped = DistributedDataParallel(model)
     monitor, kept = watched(wrapped, every=2, budget=0.5)
-    # One rank is slow to observe.
-    plan = loop_of(monitor).schedule
+    # As if observing were slow on rank 3.
+    plan = loop_of(monitor).observer.schedule
     plan._stretch = lambda: setattr(plan, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign]
     train(wrapped, wrapped.parameters(), steps=30)
     monitor.close()
@@ -226,7 +226,7 @@ def test_the_interval_is_that_of_the_slowest_rank(run: Run) -> None:
 
 
 def resumed(folder: str) -> Any:
-    """Rank 0 alone sees the files of the first session."""
+    """Two sessions, of which the second resumes the first. Only rank 0 can read the event files."""
     model = mlp()
     monitor, _ = watched(model, log_dir=folder if rank() == 0 else None, rules=())
     train(model, model.parameters(), steps=3)
@@ -239,7 +239,7 @@ def resumed(folder: str) -> Any:
 
 
 def taken_up(folder: str) -> Any:
-    """The alert of the first session fires on in the second one, on all ranks, though only rank 0 sees its files."""
+    """An alert that fires at the end of the first session still fires in the second one on all ranks, although only rank 0 can read the files."""
     sessions = []
     for start in (0, "resume"):
         model = mlp()

@@ -1,4 +1,4 @@
-"""What is merged of the ranks, and on which of them a value is worst."""
+"""How the rows of all ranks merge, and that a record names the rank on which a value is worst."""
 
 from typing import Any
 
@@ -106,7 +106,7 @@ def test_what_is_not_finite_is_traced_to_its_rank(run: Run) -> None:
 
 
 def sampled() -> Any:
-    """One rank has few and saturated rows, the others many healthy ones."""
+    """Rank 0 has few rows, which are saturated, and the other ranks have many healthy rows."""
     model = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 3))
     wrapped = DistributedDataParallel(model)
     x = torch.randn(4100, 16)
@@ -128,7 +128,7 @@ def test_ranks_weigh_by_their_elements_not_by_what_is_read_of_them(run: Run) -> 
     record, expected = found["1"], exact["1"]
     assert record.elements == expected.elements == expected.n == 4100 * 64
     assert record.n < 4 * 4096 + 4
-    # 3 standard errors of a share of 2 % at the 12288 elements that are read of the many.
+    # Three standard errors of a share of 2 %, given the 12288 elements that are read of the ranks with many rows.
     assert record.saturated == pytest.approx(expected.saturated, abs=0.005)
     assert record.z_std == pytest.approx(expected.z_std, rel=0.1)
     assert found.weights[0].input_rms == pytest.approx(exact.weights[0].input_rms, rel=0.1)

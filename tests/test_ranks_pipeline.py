@@ -1,4 +1,4 @@
-"""The stages of a pipeline are one model."""
+"""The stages of a pipeline, each on a rank of its own or several on one, are recorded as one model."""
 
 import copy
 from typing import Any
@@ -25,7 +25,7 @@ def pipelined(kind: str) -> Any:
     mine = nn.Sequential(*(whole[at] for at in range(first, last)))
     stage = PipelineStage(mine, rank(), SIZE, torch.device("cpu"))
     schedules = {"1f1b": Schedule1F1B, "gpipe": ScheduleGPipe}
-    # Where torch does not divide by the number of micro-batches, the loss has to.
+    # Where this version of torch does not divide gradients by the number of micro-batches, the loss has to.
     parts = 1 if hasattr(stage, "scale_grads") else 4
     schedule = schedules[kind](stage, n_microbatches=4, loss_fn=lambda out, target: (out - target).square().mean() / parts)
     monitor, kept = watched(stage)

@@ -1,4 +1,4 @@
-"""Weights and activations in shards, of FSDP2, of tensor parallelism and of both: every part counts once."""
+"""Weights and activations that are divided among ranks by FSDP2, by tensor parallelism or by both: every part counts once."""
 
 import re
 from typing import Any
@@ -58,7 +58,7 @@ def sharded(how: str) -> Any:
 @pytest.mark.parametrize("how", ["after", "before", "kept", "offload", pytest.param("hybrid", marks=hybrid), "checkpoint", "compiled"])
 def test_sharded_ranks_record_what_one_process_does(run: Run, how: str) -> None:
     kept, expected = run(sharded, how)[0]
-    # A rank reads its part of a weight, in runs of 16: together as many elements as there are, in another order.
+    # Every rank reads its own part of a weight, in runs of 16 elements. Together the ranks read every element, but they sum in another order.
     assert_equal(kept, expected)
 
 
@@ -100,7 +100,7 @@ def in_graph(how: str) -> Any:
     wrapped: nn.Module = model if how == "sharded" else DistributedDataParallel(model)
     monitor, kept = watched(wrapped, compiled="in_graph")
     train(torch.compile(wrapped, backend="aot_eager"), model.parameters())
-    in_graph = loop_of(monitor).turn > 1 and loop_of(monitor).compilation.mode is Mode.IN_GRAPH
+    in_graph = loop_of(monitor).observer.turn > 1 and loop_of(monitor).observer.compilation.mode is Mode.IN_GRAPH
     monitor.close()
     return kept, alone(mlp()), in_graph
 
@@ -129,7 +129,7 @@ def tensor_parallel(local: bool) -> Any:
 @pytest.mark.parametrize("local", [False, True])
 def test_tensor_parallel_shards_count_once_and_replicas_once(run: Run, local: bool) -> None:
     kept, expected = run(tensor_parallel, local)[0]
-    # dL/da of a replicated DTensor is a sum that has not been taken yet: it is not known.
+    # dL/da of a replicated DTensor is a sum over ranks that is still pending, so that no rank knows its value.
     assert_equal(kept, expected, but=() if local else ("attenuation", "grad_a_rms"))
     assert kept[-1]["1"].units == 32
     if not local:

@@ -1,4 +1,4 @@
-"""The gates of recurrent layers are sites."""
+"""The gates of recurrent layers and cells are sites, with the layers that feed them."""
 
 import pytest
 import torch

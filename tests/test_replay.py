@@ -1,4 +1,4 @@
-"""Rebuilt gates against the module's own output and against cells run step by step; attention against loops; all in float64."""
+"""Rebuilt gates are tested against the module's own output and against cells run step by step, logits of attention against loops; all in float64."""
 
 import itertools
 import math
@@ -105,7 +105,7 @@ def test_some_sequences_have_the_gates_that_they_have_among_all(kind: Callable[.
             assert near.amin(1).max() < 1e-12
             assert len(few.z) < len(every.z) / 3
             chosen.update((every.layer, every.name, index) for index in near.argmin(1).tolist())
-    # Over the observations every sequence has its turn.
+    # Over several observations every sequence is chosen.
     assert len(chosen) == sum(len(every.z) for every in whole)
 
 
@@ -196,7 +196,8 @@ def test_a_dropout_that_cannot_be_drawn_again_ends_with_the_reason() -> None:
 
 
 def reference(z: Tensor, visible: Tensor) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Of [batch, heads, queries, keys]: per head, means over rows of H / ln T, 1 - sum p^2, variance of the logits, and the largest, in loops."""
+    """For each head of z [batch, heads, queries, keys], by loops: means over rows of H / ln T, 1 - sum p^2 and the variance of the logits, and the
+    largest."""
     entropy, jacobian, variance, largest = [], [], [], []
     for head in range(z.shape[1]):
         shares, traces, variances, top = [], [], [], -math.inf
@@ -253,7 +254,7 @@ def test_attention_logits_are_those_that_attention_uses(name: str) -> None:
     visible = logits.visible.expand(logits.z.shape)
     rows = visible.any(-1)
     ours = torch.softmax(logits.z.masked_fill(~visible, -math.inf), -1)
-    # With values of the unit matrix attention gives its own probabilities back.
+    # With the unit matrix as values, attention returns its own probabilities.
     assert torch.allclose(ours[rows], p[rows], rtol=1e-12, atol=1e-12)
     assert logits.elements == 2 * 4 * L * S
     agree(logits, logits.z, visible)
@@ -325,7 +326,7 @@ def test_multi_head_attention_has_the_weights_that_it_returns(
         warnings.simplefilter("ignore")
         with Ear():
             module(q, k, v, **given)
-        # The path without weights takes "causal" for the mask; with keys added behind, they are hidden there.
+        # Without weights torch applies a causal mask in place of the given one, which also hides the keys that were added.
         _, p = module(q, k, v, **{**given, "need_weights": True}, average_attn_weights=False)
     (logits,) = heard
     visible = logits.visible.expand(logits.z.shape)
@@ -339,7 +340,7 @@ def test_multi_head_attention_has_the_weights_that_it_returns(
 
 
 def test_a_long_context_is_read_in_part() -> None:
-    """64k keys: T x T would be 4.3e9 logits a head."""
+    """With 64k keys, T x T would be 4.3e9 logits per head."""
     q, k = torch.randn(1, 4, 65536, 2), torch.randn(1, 2, 65536, 2)
     logits = attention_logits(F.scaled_dot_product_attention, (q, k, k), {"enable_gqa": True, "is_causal": True}, 65536, 1)
     assert tuple(logits.z.shape) == (1, 4, 8, 65536)
@@ -356,7 +357,7 @@ def test_rows_are_spread_over_samples_and_positions_and_move() -> None:
         rows = Queries.of((64, 2, 64, 64), 1024, turn)
         batch, positions = range(64)[rows.batch], range(64)[rows.positions]
         assert 4 <= len(batch) * len(positions) <= 16
-        # A causal row at the start sees nothing: every observation reads early and late ones.
+        # A causal row at the start sees one key only, so every observation reads early and late rows.
         assert len(positions) >= 7
         assert positions[-1] - positions[0] >= 48
         met |= {(sample, position) for sample in batch for position in positions}

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
 
 import torchsat
 from tests.models import linear_at
+from torchsat import schedule
 from torchsat.integrations import take_up
 from torchsat.record import Snapshot
 
@@ -114,7 +116,9 @@ def test_a_checkpoint_of_another_version_does_not_stop_the_training_that_it_resu
 
 
 @pytest.mark.parametrize("start", [20, "resume"])
-def test_a_run_goes_on_from_its_directory(start: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_goes_on_from_its_directory(start: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two files of one second are told apart by this number, and TensorBoard reads them in the order of their names, where 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     model, run = saturated(), tmp_path / "run"
     optimizer = adam(model)
     monitor, _, told = watched(model, log_dir=run)
@@ -183,3 +187,58 @@ def test_other_starts_are_answered(start: Any) -> None:
 def test_other_groups_are_answered(group: Any) -> None:
     with pytest.raises(TypeError, match='allowed are "auto"'):
         watched(saturated(), group=group)
+
+
+def test_a_resumed_run_reads_the_elements_that_an_uninterrupted_one_does() -> None:
+    def records(interrupted: bool) -> list[tuple[int, Any]]:
+        model = saturated()
+        optimizer = adam(model)
+        monitor, kept, _ = watched(model, sample=100)
+        train(model, optimizer, 0, 20)
+        if interrupted:
+            state = monitor.state_dict()
+            monitor.close()
+            monitor, more, _ = watched(model, sample=100)
+            monitor.load_state_dict(state)
+            assert monitor.state_dict()["turn"] == state["turn"] == 7
+            train(model, optimizer, 20, 40)
+            kept = kept + more
+        else:
+            train(model, optimizer, 20, 40)
+        monitor.close()
+        return [(each.step, each["1"].z_mean) for each in kept]
+
+    assert records(interrupted=True) == records(interrupted=False)
+
+
+def test_a_resumed_run_knows_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The observation that `load_state_dict` abandons leaves no window behind for which the budget waits."""
+    now = [0.0]
+
+    class Clock(schedule.Clock):
+        def seconds(self) -> float:
+            return now[0]
+
+    monkeypatch.setattr(schedule, "CLOCK", Clock())
+    model = saturated()
+    optimizer = adam(model)
+    kept: list[Snapshot] = []
+
+    def slow(snapshot: Snapshot) -> None:
+        kept.append(snapshot)
+        now[0] += 1.0
+
+    first = torchsat.watch(model, every=5, budget=0.1)
+    state = {**first.state_dict(), "step": 100}
+    first.close()
+    monitor = torchsat.watch(model, every=5, budget=0.1, sinks=[slow])
+    monitor.load_state_dict(state)
+    for x in batches(100, 121):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        now[0] += 1.0
+    # An observation takes a step's time. At 10 % that asks for one in 9 steps, hence 10 = 5 x 2, which is known after the second one.
+    # Windows of 5, 6 and 11 steps, the sink included, in each of which observing took one.
+    assert monitor.overhead == pytest.approx(3 / 22)
+    assert [each.step for each in kept] == [100, 105, 110, 120]

@@ -1,4 +1,4 @@
-"""Which places are sites, how they are named, and what coverage says of those that are not seen."""
+"""Sites: which places of a model become one, how they are named, and what the coverage says about places that are not seen."""
 
 import logging
 from typing import Any

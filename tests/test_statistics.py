@@ -1,4 +1,4 @@
-"""Rows against quadrature and direct computation, merging, sampling, and what non-finite numbers do."""
+"""Rows are tested against quadrature and figures computed by hand; merging, sampling and windows of units against direct computation."""
 
 import itertools
 import math
@@ -31,7 +31,7 @@ from torchsat.statistics import (
 
 @pytest.fixture(params=["kernels", "plain"], autouse=True)
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every test here holds for the compiled kernels as for plain torch."""
+    """Every test here runs with the compiled kernels and with plain torch."""
     if request.param == "plain":
         monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
     elif not cpu.reads():
@@ -69,7 +69,7 @@ def to_host(row: torch.Tensor, block: torch.Tensor | None = None) -> Record:
 @pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 2.0, 4.0, 8.0])
 @pytest.mark.parametrize("module", [*(m for m in MODULES if not isinstance(m, nn.RReLU)), nn.RReLU().train()], ids=repr)
 def test_normal_inputs_give_what_quadrature_gives(module: nn.Module, scale: float) -> None:
-    """Shows 3: E|f'|, E f'^2 and both shares within five standard errors of an integral that knows nothing of torchsat but autograd's f'."""
+    """E|f'|, E f'^2 and both shares lie within five standard errors of an integral over autograd's f', which does not use torchsat."""
     module = module.double()
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(200_000, dtype=torch.float64, generator=generator) * scale
@@ -201,7 +201,7 @@ def test_attenuation_and_gradient_rms_by_hand() -> None:
     forward = make_row(nn.Tanh(), torch.zeros(2))
     record = to_record(SiteRow(FACTS, merge_(forward, observe_gradient(grad_a, grad_z)).tolist()), 8.0, None)[0]
     assert record.attenuation == pytest.approx(0.1)
-    assert record.grad_a_rms == pytest.approx(math.sqrt(12.5) / 8)  # a GradScaler's factor of 8 taken out
+    assert record.grad_a_rms == pytest.approx(math.sqrt(12.5) / 8)  # without a GradScaler's factor of 8
     assert record.grad_z_rms == pytest.approx(math.sqrt(0.125) / 8)
 
 
@@ -261,7 +261,8 @@ def test_the_same_elements_are_taken_from_tensors_of_another_layout() -> None:
 
 
 def test_the_error_of_sampling_is_that_of_a_random_sample() -> None:
-    """Units that differ (Beta(.3, .3)), as overhead.md 3d: within twice the binomial error, where a stride that divides the width fails."""
+    """On units that differ (shares drawn from Beta(.3, .3)) the error is within twice the binomial one; that of a stride that divides the width is
+    not."""
     generator = torch.Generator().manual_seed(3)
     share = torch.tensor(stats.beta(0.3, 0.3).rvs(1024, random_state=5))
     z = (torch.rand(256, 1024, generator=generator) < share).float()

@@ -1,4 +1,4 @@
-"""What is one step, with one optimizer, several, none, a closure, or a scaler that skips."""
+"""What counts as one step: with one optimizer, with several, without one, with a closure, or with a scaler that skips steps."""
 
 from typing import Any
 
@@ -130,7 +130,7 @@ def test_a_grad_scaler_is_taken_out_and_its_skipped_steps_are_not_counted(fused:
         while torch.equal(weights, linear_at(model, 0).weight):
             optimizer.zero_grad()
             loss = 1e4 * nn.functional.cross_entropy(model(x), y)
-            # 2^126 times these gradients overflows float32: the scaler halves its scale until they are finite.
+            # Gradients multiplied by 2^126 overflow float32, and the scaler halves its scale until they are finite.
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()

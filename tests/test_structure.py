@@ -1,4 +1,4 @@
-"""What can be watched: wrappers are looked through, what cannot be hooked is refused with the reason."""
+"""Which models can be watched: wrappers are looked through, and a model that cannot be hooked is refused with the reason."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.training import train
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_distributed_wrapper_is_looked_through(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Loopback: the host's own name need not resolve.
+    # gloo uses the loopback device, because the name of the host need not resolve.
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -32,7 +32,7 @@ def test_a_distributed_wrapper_is_looked_through(when: str, tmp_path: Path, monk
 
 
 def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:
-    """Promise 6."""
+    """The error names the reason and what to use instead."""
     with pytest.raises(TypeError, match=r"nn\.DataParallel cannot be watched.*DistributedDataParallel"):
         torchsat.watch(nn.DataParallel(mlp()))
     with pytest.raises(TypeError, match=r"TorchScript model cannot be watched.*close the .*monitor before torch\.jit\.script"):

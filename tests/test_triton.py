@@ -1,5 +1,7 @@
-"""The kernels for NVIDIA GPUs give the rows of the plain implementation, run by Triton's interpreter on the CPU, and compile for GPUs. What they do
-and cost there only a GPU can tell (tests/test_gpu.py, benchmarks/bandwidth.py)."""
+"""The kernels for NVIDIA GPUs give the same rows as the plain implementation, and compile for GPUs.
+
+Here they are run by Triton's interpreter on the CPU. What they do and cost on a GPU is tested in tests/test_gpu.py and benchmarks/bandwidth.py.
+"""
 
 import math
 import os
@@ -27,7 +29,7 @@ from torchsat.statistics import disagreement, observe, observe_gradient
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
-    # The interpreter computes with NumPy, which tells of overflows that a GPU does not.
+    # The interpreter computes with NumPy, which warns of overflows; a GPU does not.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 CPU = torch.device("cpu")
@@ -46,7 +48,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    """But for the rounding of float32; an element whose derivative lies within it of an edge may count in the next bin."""
+    """Compare two rows up to the rounding of float32. Near the edge of a bin, one element may be counted in the next bin."""
     for name, one, other in zip(COLUMNS, found.tolist(), expected.tolist(), strict=True):
         assert one == pytest.approx(other, rel=2e-6, abs=1 if name.startswith("bin") else 1e-30), name
 
@@ -143,7 +145,7 @@ def test_the_check_before_training_passes_right_kernels_and_no_others(kernels: M
 
 
 def test_a_monitor_reads_all_of_a_call_where_kernels_do(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole way, as on a GPU: the kernels of the GPU are handed what the hooks see of a model."""
+    """From the hooks of a model to its records, as on a GPU, with the kernels for GPUs."""
     monkeypatch.setattr(statistics, "engine", lambda *tensors: kernels)
     monkeypatch.setattr(meter, "reads_whole", lambda tensor: True)
     torch.manual_seed(0)
@@ -158,7 +160,7 @@ def test_a_monitor_reads_all_of_a_call_where_kernels_do(kernels: ModuleType, mon
     auto, some, everything = found
     assert [record.n for record in everything.records] == [90000] * 4
     assert all(record.n in (12857, 12858) for record in some.records)
-    # ELU is evaluated by torch, and z of an in-place activation has to be copied: of these a sample.
+    # Of two sites only a sample is read: ELU is evaluated by torch, and z of an in-place activation has to be copied.
     assert [record.n == 90000 for record in auto.records] == [True, True, False, False]
     for record in auto.records:
         whole = everything[record.site]

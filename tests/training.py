@@ -1,4 +1,4 @@
-"""A plain training loop, and what a monitor leaves on a model and in the process."""
+"""A plain training loop, and functions that find what a monitor has put on a model and in the process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ def train(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
     each: Callable[[int], object] = lambda step: None,
 ) -> list[float]:
-    """A plain loop on random data; the losses."""
+    """Trains on random data with a plain loop and returns the loss of every forward pass."""
     generator = torch.Generator().manual_seed(7)
     steps_of = optimizer(model.parameters(), lr=0.05)
     losses = []

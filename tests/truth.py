@@ -1,4 +1,4 @@
-"""What a record must show, by plain autograd, and the one observed step that shows it."""
+"""Reference values for records, computed by plain autograd, and the functions that compare records with them."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -39,13 +39,13 @@ T = TypeVar("T")
 
 
 def known(value: T | None) -> T:
-    """A value that may be None where it is not known, in a test that knows it."""
+    """The value itself, typed as not None, for a test in which it must be known. Raises AssertionError where it is None."""
     assert value is not None
     return value
 
 
 def truth(f: Callable[[Tensor], Tensor], z: Tensor) -> dict[str, float]:
-    """What one activation f at z must show for loss = sum of squares of f(z), by plain autograd."""
+    """The values that the record of an activation f at z must have if the loss is the sum of the squares of f(z), by plain autograd in float64."""
     z = z.detach().double().requires_grad_()
     a = f(z)
     (slope,) = torch.autograd.grad(a.sum(), z, retain_graph=True)
@@ -71,7 +71,7 @@ def check(record: torchsat.Record, expected: dict[str, float], rel: float = 1e-5
 
 
 def same(first: Record, second: Record) -> None:
-    """To the last digit, in all but the name and kind."""
+    """Asserts that two records are equal to the last digit in every field but `site` and `kind`."""
     for each in fields(Record):
         if each.name not in ("site", "kind"):
             assert getattr(first, each.name) == getattr(second, each.name), each.name

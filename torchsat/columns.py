@@ -37,6 +37,7 @@ class Column:
 
     name: str
     says: str
+    """What it is a sum or the largest of."""
     merge: Merge = Merge.SUM
     measured: Direction = Direction.FORWARD
     loss_scaled: bool = False

@@ -95,28 +95,29 @@ class Monitor:
         self._loop = loop = Loop(watched, stages, options, clock)
         _trust_kernels(watched)
         loop.start()
-        if not options.calls and not loop.sites.has_modules and not loop.sites.has_recurrent:
-            loop.delivery.say_nothing_watched()
+        sites = loop.observer.sites
+        if not options.calls and not sites.has_modules and not sites.has_recurrent:
+            loop.observer.delivery.say_nothing_watched()
 
     @property
     def latest(self) -> Snapshot | None:
         """The newest snapshot that has reached the host."""
-        return self._loop.delivery.latest
+        return self._loop.observer.delivery.latest
 
     @property
     def alerts(self) -> tuple[Alert, ...]:
         """The alerts that fire now, worst first."""
-        return self._loop.delivery.alerts
+        return self._loop.observer.delivery.alerts
 
     @property
     def overhead(self) -> float | None:
         """The measured share of training time that observing took lately, from step `every` on; None before it is known."""
-        return self._loop.schedule.overhead
+        return self._loop.observer.schedule.overhead
 
     @property
     def coverage(self) -> Coverage:
         """What is seen and what is not, as of the last observation."""
-        return self._loop.delivery.coverage
+        return self._loop.observer.delivery.coverage
 
     def step(self) -> None:
         """End a step by hand, in a loop without a torch optimizer. From then on optimizers are no longer listened to.
@@ -128,9 +129,9 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint should hold, in plain types: the number of steps taken, and what rules and diagnosis remember."""
-        loop = self._loop
-        loop.drain()
-        return {"step": loop.step, "interval": loop.schedule.interval, "turn": loop.turn, **loop.delivery.history()}
+        loop, observer = self._loop, self._loop.observer
+        observer.drain(loop.step)
+        return {"step": loop.step, "interval": observer.schedule.interval, "turn": observer.turn, **observer.delivery.history()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where another monitor was when it gave its `state_dict`; to be called before training goes on.
@@ -138,20 +139,17 @@ class Monitor:
         Raises:
             ValueError: it is no such state.
         """
-        loop = self._loop
         missing = {"step", "interval", "turn", "stuck", "judge", "diagnosis"} - set(state)
         if missing:
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}; allowed is what monitor.state_dict() gave")
         try:
             step, turn, interval = (int(state[name]) for name in ("step", "turn", "interval"))
-            loop.delivery.take_up(state)
+            self._loop.observer.delivery.take_up(state)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the state cannot be understood ({type(error).__name__}: {error}); allowed is what monitor.state_dict() gave"
             ) from error
-        loop.turn = turn
-        loop.schedule.resume(interval)
-        loop.begin_at(step)
+        self._loop.resume(step, turn, interval)
 
     def flush(self) -> None:
         """Wait for every observation in flight, and for the sinks."""
@@ -175,7 +173,7 @@ class Monitor:
 
     def __repr__(self) -> str:
         state = "closed" if self._loop.is_closed else f"step {self._loop.step}"
-        return f"<torchsat.Monitor: {len(self._loop.sites.ran)} sites, {len(self.alerts)} alerts, {state}>"
+        return f"<torchsat.Monitor: {len(self._loop.observer.sites.ran)} sites, {len(self.alerts)} alerts, {state}>"
 
 
 def _trust_kernels(model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """What `torchsat.watch` can be told, checked once where it is made.
 
-Every option is spelled twice: in `WatchOptions`, which gives a type checker the keyword arguments of `watch`, of the integrations and of
+Every option is spelled twice: in `WatchOptions` and its base, which give a type checker the keyword arguments of `watch`, of the integrations and of
 `try_remedies`, and in `Options`, which has the defaults and the checks and is what the rest of the code reads. A test holds them together.
 """
 
@@ -29,19 +29,24 @@ SAMPLE = 65536
 """The most elements that are read of one call of a site, where the user has not said how many."""
 
 
-class WatchOptions(TypedDict, total=False):
-    """The keyword arguments of `torchsat.watch`, which explains them."""
+class MeasureOptions(TypedDict, total=False):
+    """The keyword arguments of `torchsat.watch` that say what is measured; `watch` explains them."""
 
-    writer: Any
-    every: int
-    budget: float | None
     epsilon: float
     sample: int | Literal["auto"] | None
     include: Patterns
     exclude: Patterns
     calls: bool
-    compiled: Literal["eager", "in_graph"]
     activations: Sequence[Activation]
+
+
+class WatchOptions(MeasureOptions, total=False):
+    """All keyword arguments of `torchsat.watch`, which explains them."""
+
+    writer: Any
+    every: int
+    budget: float | None
+    compiled: Literal["eager", "in_graph"]
     rules: Sequence[Rule]
     sinks: Iterable[Sink] | None
     on_alert: Callable[[Alert], Any] | None

@@ -1,7 +1,7 @@
 """The values that both halves of torchsat know; standard library only.
 
-The half that measures (torch) makes them, the half that judges, draws and reports (never torch) reads them. All are frozen. A number that
-cannot be known (no gradient seen, a function without a peak, a window not yet full) is None, never 0.
+The half that measures needs torch and makes these values. The half that judges, draws and reports reads them, and never imports torch. All of them
+are frozen. A number that cannot be known (no gradient was seen, the function has no peak, a window is not full yet) is None, never 0.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ Tails = Literal["both", "low", "high", "none", "unknown"]
 Kind = Literal["module", "call", "recurrent", "softmax"]
 
 OCTAVES = 24
-"""The histogram of the relative derivative reaches from 2^-24 to 1."""
+"""The histogram of the relative derivative |f'| / peak reaches from 2^-24 to 1, in this many octaves."""
 
 HISTOGRAM_EDGES: tuple[float, ...] = (0.0, *(2.0**-k * half for k in range(OCTAVES, 0, -1) for half in (1.0, 1.5)), 1.0)
-"""Edges of the histogram bins: the first bin is [0, 2^-24), the others split each octave in two, the last one is [0.75, 1]."""
+"""The edges of the bins of the histogram. The first bin is [0, 2^-24); behind it each octave is split in two, so that the last bin is [0.75, 1]."""
 
 HISTOGRAM_BINS = len(HISTOGRAM_EDGES) - 1
 
 
 @dataclass(frozen=True)
 class Head:
-    """What is known of one head of an attention: means over the query rows that were read and see two keys or more."""
+    """One head of an attention: means over the query rows that were read and that see two keys or more."""
 
     rows: int
+    """How many query rows these are."""
     entropy: float | None
-    """Mean of H / ln T, T being the keys that the row sees: 1 is even attention, 0 is one key alone."""
+    """Mean of H / ln T, where H is the entropy of the row and T the number of keys that it sees. 1 is even attention, 0 is attention to one key."""
     jacobian: float | None
-    """Mean trace of the softmax Jacobian diag(p) - p p^T, which is 1 - sum p^2: 0 lets no gradient through."""
+    """Mean trace of the softmax Jacobian diag(p) - p p^T, which is 1 - sum p^2. 0 lets no gradient through."""
     logit_std: float | None
     """Standard deviation of the logits within a row."""
     logit_max: float | None
+    """The largest logit."""
 
 
 @dataclass(frozen=True)
@@ -43,42 +45,48 @@ class SiteFacts:
     """What is known of a site besides its numbers. It stays the same as long as the model does."""
 
     site: str
+    """The name of the site, such as `blocks.3.act`."""
     activation: str
+    """The name of the activation function, such as `tanh`."""
     kind: Kind
-    """A module, a function call, a part of a recurrent layer, or a softmax."""
+    """Whether the activation is a module, a function call, a gate of a recurrent layer, or a softmax."""
     tails: Tails
-    """Which sides of the function are plateaus."""
+    """On which sides the function has a plateau."""
     output: bool
-    """The site makes an output of the model: saturation is what it is for, and the default rules leave it alone."""
+    """Whether the site computes an output of the model. Such a site is meant to saturate, so the default rules do not apply to it."""
     gate: bool
-    """It multiplies another signal, which it selects by saturating (LSTM, GRU, GLU, squeeze-and-excitation): the default rules leave it alone."""
+    """Whether the site multiplies another signal (LSTM, GRU, GLU, squeeze-and-excitation). A gate selects by saturating, so the default rules do not
+    apply to it."""
     after: tuple[str, ...]
-    """The sites from which its input comes most directly, whatever layers lie between."""
+    """The sites that its input comes from, with no other site between, whatever layers there are."""
     units: int | None
-    """Channels or features; None where the unit axis has no fixed size."""
+    """How many units (channels or features) it has; None where the unit axis has no fixed size."""
     normal_low: float | None
-    """`low` for z ~ N(0, 1): what a healthy layer of this activation shows."""
+    """`Record.low` for z ~ N(0, 1), which is what a healthy layer of this activation shows."""
     normal_high: float | None
+    """`Record.high` for z ~ N(0, 1)."""
     normal_derivative: float | None
-    """`relative_derivative` for z ~ N(0, 1)."""
+    """`Record.relative_derivative` for z ~ N(0, 1)."""
 
 
 @dataclass(frozen=True)
 class Record(SiteFacts):
-    """What is known of one site at one observation.
+    """What was measured of one site in one observation.
 
-    All shares lie in [0, 1]. The facts of the site come first; the measured numbers follow. At a softmax z are the logits that are not masked and a
-    the probabilities; what belongs to an element-wise derivative is None there.
+    All shares lie in [0, 1]. The facts of the site come first, the measured numbers follow. z is the pre-activation and a = f(z) the activation. At a
+    softmax, z are the logits that are not masked and a the probabilities; numbers that need an element-wise derivative are None there.
     """
 
     n: int
-    """Elements measured, non-finite ones not counted. At most `sample` per call of the site."""
+    """Elements that were measured, without those that are inf or nan. There are at most `sample` per call of the site."""
     elements: int
-    """Elements that passed through the site."""
+    """Elements that passed through the site, measured or not."""
     saturated: float | None
-    """Share of elements in a tail, where |f'| stays below epsilon of its peak."""
+    """Share of elements in a tail, where |f'| stays below epsilon times its peak."""
     low: float | None
+    """Share of elements in the low tail."""
     high: float | None
+    """Share of elements in the high tail."""
     derivative: float | None
     """E|f'(z)|."""
     derivative_rms: float | None
@@ -86,14 +94,15 @@ class Record(SiteFacts):
     peak: float | None
     """sup|f'|."""
     relative_derivative: float | None
-    """E|f'(z)| / peak: 1 is a fully open activation, 0 a closed one."""
+    """E|f'(z)| / peak. 1 is an activation that lets every gradient through, 0 one that lets none through."""
     stuck: float | None
-    """Share of units saturated in at least 99 % of at least 1000 samples."""
+    """Share of units that were saturated in at least 99 % of at least 1000 samples."""
     stuck_n: int | None
-    """The samples of the least sampled unit behind `stuck`."""
+    """The samples of the least sampled unit that `stuck` is derived from."""
     z_mean: float | None
     z_std: float | None
     z_rms: float | None
+    """sqrt(mean z^2)."""
     z_min: float | None
     z_max: float | None
     a_mean: float | None
@@ -101,40 +110,47 @@ class Record(SiteFacts):
     a_min: float | None
     a_max: float | None
     gate_left: float | None
-    """Share of values below 0.1, and above 0.9 (Karpathy et al. 2015); None for what is not a sigmoid."""
+    """Share of activations below 0.1 (Karpathy et al. 2015); None where the activation is not a sigmoid."""
     gate_right: float | None
+    """Share of activations above 0.9; None where the activation is not a sigmoid."""
     zeros: float | None
     """Share of activations that are exactly 0."""
     nonfinite: int
-    """Measured elements where z or a is inf or nan. They enter no other number."""
+    """Elements that were read and where z or a is inf or nan. They enter no other number."""
     grad_n: int
     """Elements at which the gradient was measured."""
     grad_nonfinite: int
+    """Elements at which the gradient is inf or nan. They enter no other number."""
     attenuation: float | None
     """||dL/dz|| / ||dL/da||: what this activation alone does to the gradient."""
     grad_a_rms: float | None
-    """sqrt(mean (dL/da)^2), unscaled where a GradScaler is used."""
+    """sqrt(mean (dL/da)^2), without the factor of a GradScaler."""
     grad_z_rms: float | None
+    """sqrt(mean (dL/dz)^2), without the factor of a GradScaler."""
     entropy: float | None = None
-    """Of a softmax: the mean of `Head.entropy` and `Head.jacobian` over all rows, and the logits' standard deviation within them."""
+    """Mean of `Head.entropy` over the rows of all heads; None where this is no softmax."""
     jacobian: float | None = None
+    """Mean of `Head.jacobian` over the rows of all heads."""
     logit_std: float | None = None
+    """Standard deviation of the logits within a row, over the rows of all heads."""
     log_keys: float | None = None
-    """Mean of ln T."""
+    """Mean of ln T over the rows of all heads, where T is the number of keys that a row sees."""
     entropy_min: float | None = None
-    """The lowest entropy of a head: the mean over heads hides a collapsed one."""
+    """The lowest entropy of one head. A mean over heads would hide a collapsed one."""
     worst: float | None = None
-    """Of several ranks that observe together: the highest `saturated` of one rank alone, and that rank."""
+    """Where several ranks observe together: the highest `saturated` of one rank alone."""
     worst_rank: int | None = None
+    """The rank with that share."""
     nonfinite_rank: int | None = None
     """The rank on which most elements were inf or nan, if any were."""
     histogram: tuple[float, ...] | None = None
-    """Share of elements per bin of HISTOGRAM_EDGES, of |f'| / peak."""
+    """Share of elements in each bin of |f'| / peak; HISTOGRAM_EDGES are the edges."""
     heads: tuple[Head, ...] | None = None
-    """Of a softmax; one where nothing tells heads apart."""
+    """The heads of a softmax, which is a single one where no axis is known to be that of the heads; None where this is no softmax."""
 
     @property
     def z_absmax(self) -> float | None:
+        """The largest |z|."""
         return None if self.z_min is None or self.z_max is None else max(abs(self.z_min), abs(self.z_max))
 
 
@@ -143,75 +159,90 @@ class LayerFacts:
     """What is known of a layer that feeds a site besides its numbers. It stays the same as long as the model does."""
 
     name: str
+    """The path of the layer, such as `blocks.3.fc1`."""
     feeds: tuple[str, ...]
-    """The sites that this layer's output reaches first."""
+    """The sites that this layer's output reaches with no other site between."""
     fan_in: int
+    """How many input elements one output element is a sum of."""
     data: bool
-    """Its input is the model's: nothing that learns computed it."""
+    """Whether its input is data: nothing that learns has computed it."""
 
 
 @dataclass(frozen=True)
 class Weight(LayerFacts):
-    """What is known of one layer that feeds a site, at one observation."""
+    """What was measured of one layer that feeds a site, in one observation. W is its weight."""
 
     learning_rate: float | None
-    """Of the optimizer's group that owns it."""
+    """The learning rate of the optimizer's group that owns W."""
 
     n: int
-    """Elements of W that were read, of which the next four are made."""
+    """Elements of W that were read. The next four numbers are derived from them."""
     gain: float | None
-    """rms(W) * sqrt(fan_in), which is ||W||_F / sqrt(fan_out) of a linear layer: 1 under Xavier (square), sqrt(2) under He, 0.577 by default."""
+    """rms(W) * sqrt(fan_in), which for a linear layer is ||W||_F / sqrt(fan_out). Xavier's initialisation gives 1 (to a square matrix), He's sqrt(2),
+    and the default of torch 0.577."""
     norm: float | None
+    """||W||_F."""
     grad_norm: float | None
-    """Norm of dL/dW as the optimizer received it, unscaled where a GradScaler is used."""
+    """Norm of dL/dW as the optimizer received it, without the factor of a GradScaler."""
     update_ratio: float | None
     """||change of W by this step|| / ||W||."""
     input_rms: float | None
+    """sqrt(mean x^2) of the input x."""
     input_centred_share: float | None
-    """Share of the input's mean square that varies between samples; the rest is a constant offset of each feature."""
+    """Share of the input's mean square that varies between samples. The rest is a constant offset of each feature."""
     input_n: int
+    """Elements of the input that were read."""
 
 
 @dataclass(frozen=True)
 class Cause:
-    """One explanation of an alert, with its share of the blame, the figures behind it and what to try."""
+    """One explanation of an alert."""
 
     name: str
     share: float
+    """How much of the alert it explains; the shares of an alert's causes add up to 1."""
     evidence: str
+    """The figures that speak for it."""
     remedy: str
+    """What to try against it."""
 
 
 @dataclass(frozen=True)
 class Alert:
-    """A rule that fired (`firing`) or cleared (not `firing`) at a site.
+    """A rule that fired or cleared at a site.
 
-    Alerts of one origin are one alert, at the first site that suffers; `also` names the others.
+    Where several sites suffer from the same origin there is one alert, at the first of them; `also` names the others.
     """
 
     site: str
     rule: str
+    """The name of the rule."""
     severity: Severity
     value: float
+    """The measured number that the rule compares."""
     threshold: float
+    """The limit of the rule."""
     since: int
     """The step at which the condition began."""
     step: int
-    """The step of `value`."""
+    """The step of the observation that gave `value`."""
     firing: bool
+    """True where the rule has fired, False where the alert is over."""
     message: str
     causes: tuple[Cause, ...] = ()
-    """Ranked; their shares add up to 1."""
+    """The explanations, the likeliest first."""
     also: tuple[str, ...] = ()
-    """Other sites and layers that suffer from the same, in the order of data flow."""
+    """Other sites and layers that suffer from the same origin, in the order in which data flows through the model."""
     rank: int | None = None
-    """Of several ranks that observe together: the one where the site is worst, if one stands out."""
+    """Where several ranks observe together: the one where the site is worst, if one stands out."""
 
     def as_dict(self) -> dict[str, Any]:
+        """The alert as nested dicts and tuples of plain values."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Alert:
+        """The inverse of `as_dict`. Fields that are not known here, of a later version, are left out."""
         known = {field.name for field in fields(Alert)}
         kept = {key: value for key, value in values.items() if key in known}
         return Alert(**{**kept, "causes": tuple(Cause(**cause) for cause in kept.get("causes", ())), "also": tuple(kept.get("also", ()))})
@@ -219,12 +250,14 @@ class Alert:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that was measured at one observation: records in the order in which data flows through the model."""
+    """All that was measured in one observation."""
 
     step: int
+    """The optimizer step that was observed."""
     time: float
     """Seconds since the epoch, when the observation ended."""
     records: tuple[Record, ...]
+    """The sites that ran, in the order in which data flows through the model."""
     weights: tuple[Weight, ...] = ()
     alerts: tuple[Alert, ...] = ()
     """The alerts that fired or cleared at this observation."""
@@ -232,15 +265,18 @@ class Snapshot:
     """The measured share of training time that the observations before this one took; None before it is known."""
 
     def as_dict(self) -> dict[str, Any]:
+        """The snapshot as nested dicts and tuples of plain values."""
         return asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Snapshot:
+        """The inverse of `as_dict`."""
         records = tuple(Record(**{**each, "heads": each["heads"] and tuple(Head(**head) for head in each["heads"])}) for each in values["records"])
         weights = tuple(Weight(**each) for each in values["weights"])
         return Snapshot(**{**values, "records": records, "weights": weights, "alerts": tuple(map(Alert.from_dict, values["alerts"]))})
 
     def __getitem__(self, site: str) -> Record:
+        """The record of this site. KeyError: the site did not run in this observation."""
         for record in self.records:
             if record.site == site:
                 return record
@@ -254,15 +290,15 @@ class Coverage:
     """What a monitor sees and what it does not."""
 
     seen: tuple[str, ...]
-    """Sites measured at least once."""
+    """The sites that were measured at least once."""
     unseen: tuple[tuple[str, str], ...]
-    """(place, reason)."""
+    """(place, reason) of what is not measured, or only in part."""
     kinds: tuple[tuple[Kind, int], ...] = ()
-    """How many of the sites seen are of which kind."""
+    """How many of the sites that are seen are of which kind."""
 
     @property
     def described(self) -> str:
-        """How many sites of which kind: `5 sites (3 modules, 2 calls)`."""
+        """How many sites of which kind are seen, as in `5 sites (3 modules, 2 calls)`."""
         kinds = ", ".join(f"{count} {_NOUNS[kind][count > 1]}" for kind, count in self.kinds)
         return f"{len(self.seen)} site{'' if len(self.seen) == 1 else 's'}" + (f" ({kinds})" if kinds else "")
 
@@ -278,16 +314,18 @@ RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not 
 HEAD_METRICS = tuple(field.name for field in fields(Head))
 WEIGHT_FACTS = tuple(field.name for field in fields(LayerFacts))
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
+"""Names of the numbers of a Head, a Record and a Weight: what can be drawn over time. The facts are what stays the same."""
 COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "worst_rank", "nonfinite_rank", "input_n", "rows")
+"""The numbers that are integers."""
 
 
 def to_float(value: float | None) -> float:
-    """None as NaN, for a tensor or a chart."""
+    """A number for a tensor or a chart: NaN stands for None."""
     return math.nan if value is None else float(value)
 
 
 def from_float(name: str, value: float) -> float | int | None:
-    """The inverse of `to_float` for the metric of that name."""
+    """The inverse of `to_float`, for the number of this name."""
     if math.isnan(value):
         return None
     return round(value) if name in COUNTS else value

@@ -5,9 +5,9 @@
 unit has `UNIT_SAMPLES`, so that stuck units are found in memory that grows with the units and not with the samples. A softmax has a block of heads
 instead, a layer a block of features.
 
-Each function exists twice: in kernels/, which read every element once, and here in plain torch, which runs on any device and is what the kernels are
-tested against. Nothing here waits for the device: there is no `.item()` and no branch on a device tensor. Non-finite elements are counted and enter
-no other number.
+Most functions exist twice: as kernels (kernels/), which read every element once, and here in plain torch, which runs on any device and which the
+kernels are tested against. Nothing here waits for the device: there is no `.item()` and no branch on a device tensor. Non-finite elements are counted
+and enter no other number.
 """
 
 from __future__ import annotations

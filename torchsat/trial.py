@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from torchsat.internals import tree_leaves, tree_map
-from torchsat.monitor import watch
+from torchsat.monitor import Monitor, watch
+from torchsat.options import MeasureOptions
 from torchsat.picture import Curve, Panel, draw
 from torchsat.record import Snapshot
 from torchsat.remedies import REMEDIES, Context, Remedy
 from torchsat.rules import RULES
 from torchsat.structure import clean
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 log = logging.getLogger("torchsat")
 
@@ -225,6 +229,7 @@ class _Plan:
     optimizer: Optimizer | MakeOptimizer | None
     steps: int
     every: int
+    options: MeasureOptions
 
 
 def try_remedies(
@@ -237,6 +242,7 @@ def try_remedies(
     remedies: Sequence[Remedy] | None = None,
     every: int = 10,
     progress: bool = True,
+    **options: Unpack[MeasureOptions],
 ) -> Trials:
     """Apply each remedy to a copy of a model and train the copies for a few steps, together with an untouched copy.
 
@@ -251,6 +257,7 @@ def try_remedies(
         remedies: the remedies to try. None: `REMEDIES`.
         every: the number of steps between two observations.
         progress: whether to show a progress bar where stderr is a terminal.
+        options: those of `torchsat.watch` that say what is measured, such as `include` or `activations`.
 
     Raises:
         TypeError: an argument is of a wrong type, the loss is no scalar tensor, or the model cannot be copied.
@@ -263,7 +270,7 @@ def try_remedies(
         taken = [_detached(batch) for batch in itertools.islice(batches, steps)]
         if not taken:
             raise ValueError("batches is empty; at least one batch is needed")
-        plan = _Plan(model, taken, loss, optimizer, steps, every)
+        plan = _Plan(model, taken, loss, optimizer, steps, every, options)
         context, notes = _context(plan)
         trials = []
         with _bar(progress, (len(chosen) + 1) * steps) as advance:
@@ -305,7 +312,7 @@ def _try(plan: _Plan, remedy: Remedy, context: Context, advance: Callable[[int],
     losses: list[float] = []
     snapshots: list[Snapshot] = []
     try:
-        with torch.enable_grad(), _quiet(), watch(twin, every=plan.every, budget=None, sinks=[snapshots.append], group=None):
+        with torch.enable_grad(), _quiet(), _watch(plan, twin, plan.every, snapshots):
             for value in _losses(plan, twin, stepper):
                 losses.append(value)
                 advance(1)
@@ -315,6 +322,11 @@ def _try(plan: _Plan, remedy: Remedy, context: Context, advance: Callable[[int],
         advance(plan.steps - len(losses))
         return Trial(remedy.name, f"could not be run: {type(error).__name__}: {error}")
     return Trial(remedy.name, change, tuple(losses), tuple(snapshots))
+
+
+def _watch(plan: _Plan, twin: nn.Module, every: int, snapshots: list[Snapshot]) -> Monitor:
+    """Watch a copy, at every so many steps whatever that costs, and collect its snapshots."""
+    return watch(twin, every=every, budget=None, sinks=[snapshots.append], group=None, **plan.options)
 
 
 def _losses(plan: _Plan, twin: nn.Module, stepper: Optimizer) -> Iterator[float]:
@@ -349,7 +361,7 @@ def _context(plan: _Plan) -> tuple[Context, tuple[str, ...]]:
         floats = {id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 1}
         reached.extend(at for at, leaf in enumerate(leaves) if id(leaf) in floats)
 
-    with torch.enable_grad(), _quiet(), watch(twin, every=1, budget=None, sinks=[snapshots.append], group=None) as monitor:
+    with torch.enable_grad(), _quiet(), _watch(plan, twin, 1, snapshots) as monitor:
         handles = [_note_shape(module, name, shapes) for name, module in ((clean(path), module) for path, module in twin.named_modules())]
         handles.append(twin.register_forward_pre_hook(find_input, with_kwargs=True))
         value = plan.loss(twin, plan.batches[0])

@@ -7,15 +7,18 @@ ask it for its trackers at each observation, so `init_trackers` may be called af
 
 from __future__ import annotations
 
-import os
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from torchsat.monitor import Monitor
 from torchsat.monitor import watch as watch_module
+from torchsat.options import Directory, WatchOptions
 from torchsat.record import Snapshot
 from torchsat.tensorboard.stock import scalars
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 try:
     from accelerate import Accelerator
@@ -23,7 +26,7 @@ except ImportError as error:
     raise ImportError('Accelerate is not installed: pip install "accelerate>=1.0"') from error
 
 
-def watch(accelerator: Accelerator, model: nn.Module, log_dir: str | os.PathLike[str] | None = None, **options: Any) -> Monitor:
+def watch(accelerator: Accelerator, model: nn.Module, log_dir: Directory | None = None, **options: Unpack[WatchOptions]) -> Monitor:
     """Watch a model, before or after `accelerator.prepare`, and send the scalars of each observation to the trackers of the accelerator.
 
     Args:
@@ -47,5 +50,6 @@ def watch(accelerator: Accelerator, model: nn.Module, log_dir: str | os.PathLike
             elif tracker is not beside:
                 tracker.log(values, step=snapshot.step)
 
-    monitor = watch_module(accelerator.unwrap_model(model), log_dir, **{**options, "sinks": [*(options.get("sinks") or ()), to_trackers]})
+    options["sinks"] = [*(options.get("sinks") or ()), to_trackers]
+    monitor = watch_module(accelerator.unwrap_model(model), log_dir, **options)
     return monitor

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from torchsat.integrations import take_up
 from torchsat.monitor import Monitor, watch
+from torchsat.options import RunOptions
 from torchsat.record import Snapshot
 from torchsat.tensorboard.stock import scalars
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers import Logger
+    from typing_extensions import Unpack
 else:
     # Lightning is distributed as two packages with the same content. We take the one that is imported already, and otherwise the first one found.
     for _name in sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules):
@@ -45,7 +47,7 @@ class Torchsat(Callback):
     The attribute `monitor` is the monitor of the last `fit`, so that `callback.monitor.alerts` tells which alerts fire.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Unpack[RunOptions]) -> None:
         self.monitor: Monitor | None = None
         self._options = options
         self._state: dict[str, Any] | None = None
@@ -67,7 +69,7 @@ class Torchsat(Callback):
                     logger.log_metrics(scalars(snapshot, len(monitor.alerts)), step=snapshot.step)
 
         step = trainer.global_step if pl_module.automatic_optimization else trainer.fit_loop.epoch_loop._batches_that_stepped
-        options = {"start": step, **self._options}
+        options: RunOptions = {"start": step, **self._options}
         if "log_dir" not in options and "writer" not in options:
             options["log_dir"] = _directory(trainer)
         options["sinks"] = [*(options.get("sinks") or ()), to_loggers]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
@@ -22,8 +22,12 @@ from torch import nn
 from torchsat.integrations import log, take_up
 from torchsat.internals import caller_of_hook
 from torchsat.monitor import Monitor, watch
+from torchsat.options import RunOptions
 from torchsat.record import Snapshot
 from torchsat.tensorboard.stock import scalars
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -46,7 +50,7 @@ class Torchsat(TrainerCallback):
     The attribute `monitor` is the monitor of the last `train`, so that `callback.monitor.alerts` tells which alerts fire.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Unpack[RunOptions]) -> None:
         self.monitor: Monitor | None = None
         self._options = options
         self._run = ""
@@ -60,7 +64,7 @@ class Torchsat(TrainerCallback):
                 "torchsat: the Trainer's other callbacks were not found: report_to gets no scalars, and no files are written without log_dir=."
             )
         reporters: list[Any] = [each for each in callbacks if isinstance(each, _REPORTERS)]
-        options = {"start": state.global_step, **self._options}
+        options: RunOptions = {"start": state.global_step, **self._options}
         if "log_dir" not in options and "writer" not in options and state.is_world_process_zero:
             # The Trainer calls its own callbacks before those of the user, so the one for TensorBoard has made its writer by now.
             writers = [each.tb_writer for each in reporters if isinstance(each, TensorBoardCallback) and each.tb_writer is not None]

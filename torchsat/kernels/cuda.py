@@ -37,7 +37,7 @@ _trusted: set[int] = set()
 _GATES = slice(COLUMN["gate_left"], COLUMN["gate_right"] + 1)
 _GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
 
-# A kernel can read no global of Python but constants of this type: the places of the columns in a row.
+# The places of the columns in a row. Of the globals of Python a kernel can read constants of this type only.
 _WIDTH = tl.constexpr(len(COLUMN))
 _N = tl.constexpr(COLUMN["n"])
 _ELEMENTS = tl.constexpr(COLUMN["elements"])
@@ -66,13 +66,20 @@ _A_MIN_NEGATED = tl.constexpr(COLUMN["a_min_negated"])
 _BACKWARD_FROM = tl.constexpr(_GRADIENT.start)
 _BACKWARD_TO = tl.constexpr(_GRADIENT.stop)
 
-# The same in the short row of a backward call.
+# Places in the short row of a backward call.
 _BACKWARD_WIDTH = tl.constexpr(len(BACKWARD))
 _GRAD_A_N = tl.constexpr(BACKWARD.index("grad_a_n"))
 _GRAD_A_SQ = tl.constexpr(BACKWARD.index("grad_a_sq"))
 _GRAD_Z_N = tl.constexpr(BACKWARD.index("grad_z_n"))
 _GRAD_Z_SQ = tl.constexpr(BACKWARD.index("grad_z_sq"))
 _GRAD_NONFINITE = tl.constexpr(BACKWARD.index("grad_nonfinite"))
+
+# The kinds of derivatives.
+_GIVEN = tl.constexpr(GIVEN)
+_LOGISTIC = tl.constexpr(LOGISTIC)
+_BETWEEN = tl.constexpr(BETWEEN)
+_SILU = tl.constexpr(SILU)
+_GELU = tl.constexpr(GELU)
 
 
 def reads(*tensors: Tensor | None) -> bool:
@@ -95,16 +102,16 @@ def _logistic(z):
 
 @triton.jit
 def _slope(z, kind: tl.constexpr, b, c, d):
-    """|f'(z)| by a formula; the numbers of the kinds are those of formulas.py, except GIVEN."""
-    if kind == 1:
+    """|f'(z)| by one of the formulas of formulas.py."""
+    if kind == _LOGISTIC:
         up, down = _logistic(b * z)
         out = c * up * down
-    elif kind == 2:
+    elif kind == _BETWEEN:
         out = tl.where((z > b) & (z < d), c, 0.0)
-    elif kind == 3:
+    elif kind == _SILU:
         up, down = _logistic(z)
         out = tl.abs(up * (1 + z * down))
-    elif kind == 4:
+    elif kind == _GELU:
         # Beyond |z| = 30 the second term is 0.
         v = tl.minimum(tl.maximum(z, -30.0), 30.0)
         up, down = _logistic(1.5957691216057308 * (v + 0.044715 * v * v * v))
@@ -130,7 +137,7 @@ def _read(z_ptr, a_ptr, slope_ptr, at, inside, whole, z_step, a_step, kind: tl.c
     """z, a and |f'| of the elements at these places, and whether all three are finite; where they are not, all three are 0."""
     z = _load(z_ptr, at * z_step, inside, whole)
     a = _load(a_ptr, at * a_step, inside, whole)
-    if kind == 0:
+    if kind == _GIVEN:
         slope = _load(slope_ptr, at, inside, whole)
     else:
         slope = _slope(z, kind, b, c, d)

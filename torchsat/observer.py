@@ -1,0 +1,276 @@
+"""Observes one step after the other: opens an observation, finishes it, and sends it on its way to the host.
+
+A step is observed where the schedule says so, or where there is a reason to observe again (`Retry`):
+
+    RESUMED        `load_state_dict`: the first step of a session is observed, whatever its number
+    OTHER_MODEL    the observation was abandoned while another model trained; the next step of this one is observed, run eager
+    OVERFLOW       a GradScaler's optimizer has skipped the observed step; the next one is observed
+    NO_PASS        no training pass was seen; the next steps are observed in eager execution, three at most
+    SILENT_GRAPH   the compiled graph told nothing; the next steps are observed, two at most, then in eager execution
+
+A reason is forgotten when the observation that it asked for opens. Where ranks observe together, the schedule alone decides, since all must observe
+the same steps.
+
+Hooks are on the model only during an observation. At its end the parts go to the host (transport/), and what has arrived of earlier ones is delivered
+(delivery.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from torchsat import compile_settings, internals
+from torchsat.compiling import REFUSED, Compilation
+from torchsat.delivery import Delivery
+from torchsat.faults import MODEL, Faults
+from torchsat.observe.observation import Execution, Observation, Retry
+from torchsat.observe.passes import OnPass, PassEvent
+from torchsat.options import Options
+from torchsat.parts import Parts
+from torchsat.schedule import Clock, Schedule
+from torchsat.sites import Sites
+from torchsat.structure import FLATTENED
+from torchsat.transport.parallel import averages
+from torchsat.transport.route import Route
+
+log = logging.getLogger("torchsat")
+
+TAKEN_FOR_REPEATED = "taken to be the same on all ranks of tensor parallelism, and counted on the first: other parts of a sequence are not seen"
+
+
+class Observer:
+    """Observes the steps of one model that it is told to.
+
+    Args:
+        model: what is watched; it is not kept alive.
+        stages: of a pipeline, by the name that the sites in them begin with; empty for any other model.
+        clock: of the host and the device.
+        on_pass: told when the model is entered and left during an observation, and when a fault ends everything.
+    """
+
+    def __init__(self, model: nn.Module, stages: Mapping[str, Any], options: Options, clock: Clock, on_pass: OnPass) -> None:
+        self.turn = 0
+        """How many observations have ended: it decides which elements the next one reads."""
+        self.observation: Observation | None = None
+        """The one that is open."""
+        self.retry: Retry | None = None
+        """Why the next step is observed, whether or not the schedule asks for it."""
+        self.faults = Faults(options.raises)
+        self.sites = Sites(options.activations, options.epsilon)
+        self.schedule = Schedule(options.every, options.budget)
+        self.compilation = Compilation(self)
+        kind = "stage of a pipeline" if stages else type(model).__qualname__.removeprefix("FSDP")
+        self.route = Route(options.group, kind, options.raises)
+        self.delivery = Delivery(options, type(model).__name__, self.sites, self.route, self.faults)
+        self._model = weakref.ref(model)
+        self._stages = stages
+        self._options = options
+        self.clock = clock
+        self._on_pass = on_pass
+        self.device: torch.device | None = None
+        """The device of the model, whose clock tells what an observation costs."""
+        self._wrapper_ranks = 0
+        """Over how many ranks the DistributedDataParallel around the model averages gradients; 0: none was seen."""
+        self._since = 0.0
+        """Since when our own code runs, on the host's clock."""
+
+    def begin(self, step: int) -> None:
+        """Begin a session whose first step has this number."""
+        self.schedule.first = step
+        model = self._model()
+        if self._options.compiled == "in_graph" and model is not None:
+            self.compilation.use_graph(model)
+        self.open(step)
+
+    def resume(self, step: int, turn: int, interval: int) -> None:
+        """Go on with the numbers of a saved session. Its next step is observed, as the first of every session is."""
+        self.abandon(Retry.RESUMED)
+        self.turn = turn
+        self.schedule.resume(interval)
+        self.schedule.first = step
+        self.open(step)
+
+    def open(self, step: int) -> None:
+        """Open an observation of the step that begins."""
+        model = self._model()
+        if model is None or self.faults.ended is not None:
+            return
+        with self.never_raising():
+            why, self.retry = self.retry, None
+            first = next(model.parameters(), None)
+            self.device = None if first is None else first.device
+            window = self.schedule.begin(step, self.clock.mark(self.device))
+            found = self.sites.walk(model, self._options.selects)
+            self.sites.expect(found, [name for name in found.calls if self._options.selects(name)], self._options.calls)
+            observation = self.observation = Observation(
+                self.sites,
+                self._options,
+                turn=self.turn,
+                window=window,
+                clock=self.clock,
+                faults=self.faults,
+                on_pass=self._on_pass,
+                stages=self._stages,
+            )
+            execution = self.compilation.prepare(found, self.sites)
+            observation.open(found, self.compilation.graph_hooks, execution)
+            if execution is Execution.EAGER:
+                # Before the first pass nobody knows whether the model will be compiled.
+                self.compilation.opened(model, step == self.schedule.first or why is Retry.OTHER_MODEL)
+
+    def heard(self, event: PassEvent, training: bool) -> None:
+        """The model is entered or left during an observation, or a fault has ended everything."""
+        model, observation = self._model(), self.observation
+        if event is PassEvent.FAILED:
+            self.end_all()
+        elif event is PassEvent.LEFT and model is not None:
+            self.compilation.left(model, training, observation is not None)
+        elif event is PassEvent.ENTERED and model is not None:
+            self.compilation.entered(model, training)
+            if training and observation is not None:
+                observation.window.enter(self.clock.mark(self.device))
+                self.route.enter()
+                wrapper = internals.wrapped_by_data_parallel()
+                if wrapper is not None:
+                    self._wrapper_ranks = dist.get_world_size(wrapper.process_group)
+
+    def finish(self, observation: Observation, step: int) -> int:
+        """Finish the observation of a step, and send what was measured on its way to the host.
+
+        Returns:
+            The number of the step, on which ranks agree when they meet.
+        """
+        parts = observation.finish()
+        self.observation, self.turn = None, self.turn + 1
+        compile_settings.release(self)
+        self._meet()
+        if observation.has_measured:
+            self.compilation.saw_pass()
+            self.sites.retract(MODEL, REFUSED)
+            self.delivery.say_stopped(step, observation.newly_stopped)
+        elif observation.passes.has_entered and not (self.sites.has_modules or self.sites.has_recurrent):
+            self.delivery.say_nothing_watched()
+        else:
+            self.retry = self.compilation.missed_pass(self._model(), self.route.speaks) or self.retry
+            if self.compilation.hides_model:
+                self.sites.note(MODEL, REFUSED)
+        if self.route.together:
+            # Which steps are observed is a matter of all ranks.
+            self.retry = None
+            step = self._send_to_all(observation, parts, step)
+        elif observation.has_measured:
+            if parts.is_empty:
+                self.delivery.say_nothing_watched()
+            step = self._send(observation, parts, step)
+        self.drain(step)
+        self._spend()
+        self.schedule.finish(observation.window, self.clock.mark(self.device))
+        changed = self.schedule.adjust(step)
+        if changed is not None:
+            log.warning("torchsat: step %d: %s", step, changed)
+        return step
+
+    def abandon(self, why: Retry | None) -> None:
+        """End the observation that is open, if one is, without taking anything of it."""
+        observation, self.observation = self.observation, None
+        if observation is not None:
+            observation.abandon(why)
+            self.retry = why
+        compile_settings.release(self)
+
+    def drain(self, step: int, wait: float = 0.0) -> None:
+        """Deliver what has arrived; or everything, waiting for so many seconds."""
+        retry = self.delivery.drain(step, self.schedule.overhead, wait)
+        self.schedule.is_agreed = self.route.together
+        if retry is not None:
+            self.retry = retry
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """What runs inside is time of our own, of the observation that has begun last."""
+        self._since = self.clock.seconds()
+        try:
+            yield
+        finally:
+            self._spend()
+
+    def _spend(self) -> None:
+        """Count the time since `_since` as our own."""
+        now = self.clock.seconds()
+        self.schedule.spend(now - self._since)
+        self._since = now
+
+    def _meet(self) -> None:
+        """The end of the first observation decides, on all ranks alike, who observes together."""
+        if self.route.has_met:
+            return
+        model = self._model()
+        if model is not None and internals.is_flattened(model):
+            raise TypeError(FLATTENED)
+        self.route.meet(self.device or torch.device("cpu"))
+        self.schedule.is_agreed = self.route.together
+
+    def _send_to_all(self, observation: Observation, parts: Parts, step: int) -> int:
+        """Hand what was measured to all ranks; also if it is nothing, since they wait for it."""
+        for site in list(self.sites.ran.values()):
+            if self.sites.is_taken_for_repeated(site):
+                self.sites.note(site.name, TAKEN_FOR_REPEATED)
+        step = self._send(observation, parts, step)
+        # The ranks agree on what went before the first step: not all need see the files of an earlier session.
+        history = self.route.take_history()
+        if history is not None:
+            self.delivery.take_up(history)
+        if self.route.interval:
+            changed = self.schedule.agree(self.route.interval)
+            if changed is not None and self.route.speaks:
+                log.warning("torchsat: step %d: %s", step, changed)
+        return step
+
+    def _send(self, observation: Observation, parts: Parts, step: int) -> int:
+        averaged = parts.averaged(averages(self._model(), observation.unspread, self._wrapper_ranks, self._stages.values()))
+        flight = self.route.send(step, averaged, interval=self.schedule.wanted, before=lambda: self.drain(step), history=self.delivery.history)
+        self.delivery.add(flight)
+        return step if flight is None else flight.step
+
+    def fail(self, error: Exception) -> None:
+        """Something outside of an observation has failed: that is the end of all monitoring of this model."""
+        self.sites.fail(MODEL, str(error))
+        self.end_all()
+        self.faults.report(MODEL, error)
+
+    def end_all(self) -> None:
+        """A fault has ended all monitoring of this model."""
+        self.abandon(None)
+        # The other ranks are not to wait for what never comes.
+        self.route.leave()
+
+    def never_raising(self) -> NeverRaising:
+        """Runs its body without gradients; what that raises ends the monitor, not training."""
+        return NeverRaising(self)
+
+
+class NeverRaising:
+    """The body runs without gradients; what it raises ends the monitor, not training."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+        self._no_grad = torch.no_grad()
+
+    def __enter__(self) -> None:
+        self._no_grad.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+        self._no_grad.__exit__(kind, error, trace)
+        if not isinstance(error, Exception):
+            return False
+        self._observer.fail(error)
+        return True
