@@ -1,5 +1,6 @@
 """One packing for one process and for many: what is sent is what is read, and two ranks that share a batch give what one process does."""
 
+import itertools
 import json
 import math
 import re
@@ -18,13 +19,12 @@ from torchsat.judge import Judge
 from torchsat.parts import LayerPart, Parts, SitePart, Span
 from torchsat.record import LayerFacts, SiteFacts, Snapshot
 from torchsat.rules import RULES
-from torchsat.statistics import UNIT_SAMPLES, summarise_features
 from torchsat.transport.agreement import decode, encode
 from torchsat.transport.flight import Copy, Flight
 from torchsat.transport.layout import ENDS, LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST, LayerEntry, Layout, SiteEntry, told
 from torchsat.transport.local import Local, _by_device
-from torchsat.transport.packing import Ends, Numbers, Vectors, merge, pack, unpack
-from torchsat.transport.windows import Windows
+from torchsat.transport.packing import Ends, Numbers, Vectors, _summary, merge, pack, unpack
+from torchsat.transport.windows import UNIT_SAMPLES, Windows
 
 from .conftest import record
 from .truth import known
@@ -166,7 +166,7 @@ def test_one_process_reads_what_it_sent_bit_for_bit() -> None:
     assert site.units is not None
     assert dict(zip(UNITS, site.units, strict=True)) == {"units": 4, "units_measured": 0, "units_stuck": 0, "unit_samples": 9}
     first, second = found.layers
-    assert same(first.numbers, [*of_layer.tolist(), *summarise_features(features(x)).tolist()])
+    assert same(first.numbers, [*of_layer.tolist(), *_summary(features(x).numpy())])
     assert (first.n, first.numel, first.learning_rate) == (7, 30, 0.1)
     assert same(second.numbers, [2.0, *[math.nan] * 5])
     assert second.learning_rate is None
@@ -211,8 +211,20 @@ def test_what_is_read_of_an_input_stands_for_all_of_it() -> None:
     x, y = torch.tensor([[1.0, 2.0, 3.0]] * 2), torch.tensor([[-1.0, 0.0, 5.0]] * 2)
     found = together(Parts(layers={"layer": layer(x, WEIGHT, input_elements=60)}), Parts(layers={"layer": layer(y, WEIGHT, input_elements=6)}))
     whole = torch.stack([features(x) * 10, features(y)]).sum(0) * (12 / 66)
-    assert found.layers[0].numbers[3:] == pytest.approx(summarise_features(whole).tolist(), rel=1e-12)
+    assert found.layers[0].numbers[3:] == pytest.approx(_summary(whole.numpy()), rel=1e-12)
     assert found.layers[0].numbers[3] == pytest.approx(12)
+
+
+def test_the_squared_mean_of_an_input_is_a_mean_over_pairs_of_distinct_samples() -> None:
+    x = torch.tensor([[1.0, 4.0], [2.0, -2.0], [6.0, 1.0]], dtype=torch.float64)
+    pairs = [x[first] * x[second] for first, second in itertools.permutations(range(len(x)), 2)]
+    expected = [6, float(x.square().mean()), float(torch.stack(pairs).mean())]
+    assert _summary(features(x).numpy()) == pytest.approx(expected, rel=1e-12)
+    # A feature with one sample has no pair, and is left out of the last number only.
+    lone = torch.tensor([[1.0], [7.0], [49.0]], dtype=torch.float64)
+    assert _summary(torch.cat([features(x), lone], 1).numpy()) == pytest.approx([7, (float(x.square().sum()) + 49) / 7, expected[2]], rel=1e-12)
+    assert same(_summary(lone.numpy()), [1, 49, math.nan])
+    assert same(_summary(torch.zeros(3, 2, dtype=torch.float64).numpy()), [0, math.nan, math.nan])
 
 
 def test_ranks_divide_by_the_loss_scale_and_one_process_says_it() -> None:
@@ -308,7 +320,7 @@ def test_each_rank_of_tensor_parallelism_has_its_own_units_and_heads() -> None:
     (of_layer,) = found.layers
     assert (of_layer.n, of_layer.numel) == (12, 12)
     assert of_layer.numbers[0] == pytest.approx(2 * float(WEIGHT.square().sum()))
-    assert of_layer.numbers[3:] == pytest.approx(summarise_features(features(x)).tolist())
+    assert of_layer.numbers[3:] == pytest.approx(_summary(features(x).numpy()))
 
 
 def test_what_another_rank_counts_is_left_out() -> None:

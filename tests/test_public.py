@@ -96,7 +96,7 @@ ARROWS = {
     "compiling": {"compile_settings", "internals", "observe.ingraph", "observe.observation", "sites", "structure"},
     "transport": set(),
     "transport.layout": {"columns", "parts", "record"},
-    "transport.windows": {"columns", "statistics"},
+    "transport.windows": {"columns"},
     "transport.packing": {"columns", "parts", "rows", "statistics", "transport.layout", "transport.windows"},
     "transport.flight": {"transport.layout", "transport.packing"},
     "transport.local": {"parts", "transport.flight", "transport.layout", "transport.packing", "transport.windows"},

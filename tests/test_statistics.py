@@ -18,15 +18,8 @@ from torchsat.kernels import cpu
 from torchsat.record import HISTOGRAM_EDGES, Record, SiteFacts
 from torchsat.rows import SiteRow, to_record
 from torchsat.sampling import Sample, Units
-from torchsat.statistics import (
-    empty_row,
-    merge_,
-    observe,
-    observe_gradient,
-    start_over_if_full_,
-    summarise_units,
-    upcast,
-)
+from torchsat.statistics import empty_row, merge_, observe, observe_gradient, upcast
+from torchsat.transport.windows import Windows
 
 
 @pytest.fixture(params=["kernels", "plain"], autouse=True)
@@ -63,7 +56,8 @@ def make_row(module: nn.Module, z: torch.Tensor) -> torch.Tensor:
 
 
 def to_host(row: torch.Tensor, block: torch.Tensor | None = None) -> Record:
-    return to_record(SiteRow(FACTS, row.tolist(), summarise_units(block, row.device).tolist()), 1.0, None)[0]
+    units = None if block is None else Windows().add("act", block.numpy())
+    return to_record(SiteRow(FACTS, row.tolist(), units), 1.0, None)[0]
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.5, 1.0, 2.0, 4.0, 8.0])
@@ -206,15 +200,12 @@ def test_attenuation_and_gradient_rms_by_hand() -> None:
 
 
 def test_a_unit_is_stuck_only_after_a_thousand_samples_and_windows_start_over() -> None:
-    block = torch.zeros(2, 3, dtype=torch.float64)
+    windows = Windows()
     z = torch.tensor([0.5, -0.5, 0.5]).repeat(400, 1)
     values = []
     for _ in range(4):
-        start_over_if_full_(block)
         found = observe(z.flatten(), z.flatten(), (z > 0).float().flatten(), 1.0, (0.0, None), z.numel(), units=Units(Sample.of(z, None, 0), 1))[1]
-        assert found is not None
-        block += found
-        values.append(summarise_units(block, block.device).tolist())
+        values.append(windows.add("act", known(found).numpy()))
     # units, measured, stuck, least samples: 400, 800, then 1200 is a full window, then 400 of the next.
     assert values == [[3, 0, 0, 400], [3, 0, 0, 800], [3, 3, 1, 1200], [3, 0, 0, 400]]
     host = make_row(nn.Tanh(), torch.zeros(2))

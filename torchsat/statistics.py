@@ -1,9 +1,9 @@
 """What is computed of z, a and their gradients at the elements that were read; columns.py says what each number is.
 
 `observe` and `observe_gradient` fill the row of a site, the first in a forward pass and the second in a backward pass. Beside its row a site keeps a
-*unit block* [2, units] with the samples and the saturated samples of each unit. The block is added to from observation to observation until every
-unit has `UNIT_SAMPLES`, so that stuck units are found in memory that grows with the units and not with the samples. A softmax has a block of heads
-instead, a layer a block of features.
+*unit block* [2, units] with the samples and the saturated samples of each unit. The host adds up the blocks of several observations until every unit
+has enough samples (transport/windows.py), so that stuck units are found in memory that grows with the units and not with the samples. A softmax has a
+block of heads instead, a layer a block of features.
 
 Most functions exist twice: as kernels (kernels/), which read every element once, and here in plain torch, which runs on any device and which the
 kernels are tested against. Nothing here waits for the device: there is no `.item()` and no branch on a device tensor. Non-finite elements are counted
@@ -21,16 +21,11 @@ import torch
 from torch import Tensor
 
 from torchsat.activations import Bound, Edges
-from torchsat.columns import BACKWARD, BINS, COLUMN, FEATURES, HEADS, INPUT, MAXES, SUMS, UNITS
+from torchsat.columns import BACKWARD, BINS, COLUMN, FEATURES, HEADS, MAXES, SUMS
 from torchsat.kernels import cpu, engine, gpu
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, LOGISTIC, Formula, formula
 from torchsat.sampling import Sample, Units
 
-UNIT_SAMPLES = 1000
-"""How many samples a unit must have before it can be called stuck. At 50 % saturation 128 independent samples are all alike once in 10^38 times, but
-the samples of one batch are not independent."""
-STUCK_SHARE = 0.99
-"""A unit is stuck if at least this share of its samples is saturated."""
 _PART = 65536
 """Elements that a norm in float64 copies at a time."""
 _HISTOGRAM = slice(COLUMN[BINS[0]], COLUMN[BINS[-1]] + 1)
@@ -265,23 +260,6 @@ def observe_features(x: Tensor, units: Units, sums: Tensor | None = None) -> Ten
     return sums.index_add_(1, units.index(x.device), torch.stack([finite.to(dtype), values, values * values]))
 
 
-def summarise_features(sums: Tensor) -> Tensor:
-    """columns.INPUT of the sums [3, features] that `observe_features` made.
-
-    The square of a sample mean is too large by 1/n of the variance. The mean over pairs of distinct samples has no such bias, and exists for the
-    features that have two samples or more.
-    """
-    if cpu.reads(sums):
-        out = torch.empty(len(INPUT), dtype=sums.dtype)
-        cpu.summarise_features(sums, out)
-        return out
-    n, first, second = sums
-    pairs = n * (n - 1)
-    squares = torch.where(pairs > 0, (first * first - second) / pairs.clamp(min=1), torch.zeros_like(pairs))
-    values = {"input_n": n.sum(), "input_sq": second.sum() / n.sum(), "input_offset_sq": squares.sum() / (pairs > 0).sum()}
-    return torch.stack([values[name] for name in INPUT])
-
-
 def put_squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:
     """Write the sum of x^2 of a vector to out[at] and, if there is a second vector y, the sum of (y - x)^2 to out[at + 1].
 
@@ -370,32 +348,3 @@ def merge_heads_(into: Tensor, heads: Tensor) -> Tensor:
     into[:-1] += heads[:-1]
     torch.maximum(into[-1], heads[-1], out=into[-1])
     return into
-
-
-def summarise_units(block: Tensor | None, device: torch.device) -> Tensor:
-    """columns.UNITS of a unit block; all NaN where the site has none."""
-    dtype = accumulator(device)
-    if block is None:
-        return torch.full((len(UNITS),), math.nan, dtype=dtype, device=device)
-    if cpu.reads(block):
-        out = torch.empty(len(UNITS), dtype=dtype)
-        cpu.summarise_units(block, UNIT_SAMPLES, STUCK_SHARE, out)
-        return out
-    samples, saturated = block
-    measured = samples >= UNIT_SAMPLES
-    stuck = measured & (saturated >= STUCK_SHARE * samples)
-    values = {
-        "units": torch.full_like(samples[0], len(samples)),
-        "units_measured": measured.sum().to(dtype),
-        "units_stuck": stuck.sum().to(dtype),
-        "unit_samples": samples.amin(),
-    }
-    return torch.stack([values[name] for name in UNITS])
-
-
-def start_over_if_full_(block: Tensor) -> None:
-    """Set the block to 0 if every unit has UNIT_SAMPLES samples, so that a new window begins. The decision is taken on the device."""
-    if cpu.reads(block):
-        cpu.start_over_if_full(block, UNIT_SAMPLES)
-    else:
-        block.mul_((block[0].amin() < UNIT_SAMPLES).to(block.dtype))

@@ -4,8 +4,8 @@ A layer is an `nn.Linear`, a convolution, or one of the matrices of a recurrent 
 feature, which merge. Its weight is measured just before the optimizer's step, as it was when it made z, and again just after it.
 
 Weight, gradient and change are read at the same sample of elements, so that no copy of the model is made. The sample consists of short runs of
-elements
-that are neighbours in memory: a processor fetches memory a cache line at a time, so that single elements far apart would cost as much as all of them.
+elements that are neighbours in memory: a processor fetches memory a cache line at a time, so that single elements far apart would cost as much as
+all of them.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from torchsat.columns import INPUT, WEIGHT
+from torchsat.columns import WEIGHT
 from torchsat.internals import Convolution, TransposedConvolution
 from torchsat.sampling import Sample, Units, beginning, coprime
 from torchsat.sharding import is_pending, local
-from torchsat.statistics import accumulator, observe_features, put_squares, summarise_features
+from torchsat.statistics import accumulator, observe_features, put_squares
 
 ENTERED = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
 """The matrices of a recurrent layer or cell that its own input enters, in both directions. What enters the others is computed inside of torch."""
@@ -122,8 +122,6 @@ class Layer:
         self.parameter = parameter
         self.fan_in = fan_in(module) if parameter == "weight" else int(getattr(module, parameter).shape[1])
         self.limit, self.turn = limit, turn
-        self.inputs: Tensor | None = None
-        """columns.FEATURES of its input, [3, features], over all passes of the observation."""
         self.input_counts: bool | None = None
         """Whether this rank counts its input, where other ranks are given the same one. None: the input is no DTensor, which would say so."""
         self.first = 0
@@ -172,13 +170,6 @@ class Layer:
         if isinstance(module, Convolution):
             return module.in_channels
         return self.fan_in if self.parameter in ENTERED else 0
-
-    def row(self) -> Tensor | None:
-        """columns.LAYER as one vector, NaN where unknown; None where nothing was measured."""
-        if self.numbers is None or not self.n:
-            return None
-        unknown = self.numbers.new_full((len(INPUT),), math.nan)
-        return torch.cat([self.numbers, unknown if self.inputs is None else summarise_features(self.inputs.to(self.numbers.device))])
 
     def _on(self, weight: Tensor) -> Tensor:
         """The numbers, on the device of the weight."""

@@ -8,8 +8,8 @@
    SUMS             how many of them are sums; the others, behind them, take the largest
    BINS             how many columns the histogram has, from BIN0 on
    FIRST            the exponent and first mantissa bit of the float32 at the upper edge of the first bin
-   HEAD_COLUMNS     the rows of a block of heads, FEATURE_COLUMNS those of a block of features
-   UNIT_COLUMNS     what is derived of a block of units, INPUT_COLUMNS of a block of features
+   HEAD_COLUMNS     the rows of a block of heads
+   FEATURE_COLUMNS  the rows of a block of features
 
    tests/test_kernels.py compares every column with the plain implementation. */
 
@@ -26,9 +26,7 @@ enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 enum { COLUMNS, WIDTH };
 enum { HEAD_COLUMNS };
-enum { UNIT_COLUMNS };
 enum { FEATURE_COLUMNS };
-enum { INPUT_COLUMNS };
 
 /* A vector in memory: its type is one of the four above, its elements lie `stride` apart. */
 typedef struct { const void *data; int64_t kind, stride; } vector;
@@ -458,46 +456,4 @@ void torchsat_squares(const vector *x_in, const vector *other, int64_t count, do
     }
     out[0] = total;
     if (other->data) out[1] = change;
-}
-
-/* Of a block of units [2, size]: how many units there are, how many have `enough` samples, in how many of these at least `share` of the samples are
-   saturated, and the samples of the least sampled unit. */
-void torchsat_units(const double *block, int64_t size, double enough, double share, double *out)
-{
-    double measured = 0, stuck = 0, least = INFINITY;
-    for (int64_t unit = 0; unit < size; unit++) {
-        double samples = block[unit], full = samples >= enough ? 1.0 : 0.0;
-        measured += full;
-        stuck += block[size + unit] >= share * samples ? full : 0;
-        least = samples < least ? samples : least;
-    }
-    out[UNITS] = (double)size;
-    out[UNITS_MEASURED] = measured;
-    out[UNITS_STUCK] = stuck;
-    out[UNIT_SAMPLES] = least;
-}
-
-/* Set a block of units [2, size] to 0 if every unit has `enough` samples. */
-void torchsat_restart(double *block, int64_t size, double enough)
-{
-    for (int64_t unit = 0; unit < size; unit++)
-        if (!(block[unit] >= enough)) return;
-    memset(block, 0, (size_t)(2 * size) * sizeof *block);
-}
-
-/* Of a block of features [3, size]: the samples of all features together, the mean square, and the mean over features of the squared mean. The last
-   one is a mean over pairs of distinct samples, since the square of a sample mean is too large by 1/n of the variance. */
-void torchsat_inputs(const double *sums, int64_t size, double *out)
-{
-    double samples = 0, square = 0, offset = 0, features = 0;
-    for (int64_t at = 0; at < size; at++) {
-        double n = sums[SAMPLES * size + at], first = sums[X * size + at], second = sums[X_SQ * size + at], pairs = n * (n - 1);
-        samples += n;
-        square += second;
-        offset += pairs > 0 ? (first * first - second) / pairs : 0;
-        features += pairs > 0 ? 1 : 0;
-    }
-    out[INPUT_N] = samples;
-    out[INPUT_SQ] = square / samples;
-    out[INPUT_OFFSET_SQ] = offset / features;
 }

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchsat.columns import BINS, COLUMN, FEATURES, HEADS, INPUT, SUMS, UNITS
+from torchsat.columns import BINS, COLUMN, FEATURES, HEADS, SUMS
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, GELU, GIVEN, LOGISTIC, SILU, Formula
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The number of each type in cpu.c."""
-_NAMES = {"COLUMNS": COLUMN, "HEAD_COLUMNS": HEADS, "UNIT_COLUMNS": UNITS, "FEATURE_COLUMNS": FEATURES, "INPUT_COLUMNS": INPUT}
+_NAMES = {"COLUMNS": COLUMN, "HEAD_COLUMNS": HEADS, "FEATURE_COLUMNS": FEATURES}
 _MACROS = {"SUMS": len(SUMS), "BINS": len(BINS), "FIRST": FIRST_BIN, **{macro: ",".join(names).upper() for macro, names in _NAMES.items()}}
 _BASE = ["-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", *(f"-D{macro}={value}" for macro, value in _MACROS.items())]
 _ATTEMPTS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], [])
@@ -133,26 +133,6 @@ def squares(x: Tensor, other: Tensor | None, out: Tensor, at: int) -> None:
     _loaded().torchsat_squares(_vector(x), _vector(other), x.shape[0], out.data_ptr() + 8 * at)
 
 
-def summarise_units(block: Tensor, enough: float, share: float, out: Tensor) -> None:
-    """Write columns.UNITS of a unit block.
-
-    Args:
-        enough: the samples that a unit must have before it can be called stuck.
-        share: a unit is stuck if at least this share of its samples is saturated.
-    """
-    _loaded().torchsat_units(block.data_ptr(), block.shape[1], enough, share, out.data_ptr())
-
-
-def start_over_if_full(block: Tensor, enough: float) -> None:
-    """Set a unit block to 0 if every unit has enough samples."""
-    _loaded().torchsat_restart(block.data_ptr(), block.shape[1], enough)
-
-
-def summarise_features(sums: Tensor, out: Tensor) -> None:
-    """Write columns.INPUT of the sums that `add_features` made."""
-    _loaded().torchsat_inputs(sums.data_ptr(), sums.shape[1], out.data_ptr())
-
-
 def _vector(tensor: Tensor | None) -> object:
     if tensor is None:
         return ctypes.byref(_NOTHING)
@@ -234,9 +214,6 @@ def _load(path: Path) -> ctypes.CDLL:
         "torchsat_gradient": [pointer, pointer, integer, pointer],
         "torchsat_features": [pointer, integer, pointer, pointer],
         "torchsat_squares": [pointer, pointer, integer, pointer],
-        "torchsat_units": [pointer, integer, number, number, pointer],
-        "torchsat_restart": [pointer, integer, number],
-        "torchsat_inputs": [pointer, integer, pointer],
     }
     for name, signature in signatures.items():
         function = getattr(library, name, None)

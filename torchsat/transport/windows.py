@@ -8,8 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from torchsat.columns import UNITS
-from torchsat.statistics import STUCK_SHARE, UNIT_SAMPLES
 
+UNIT_SAMPLES = 1000
+"""How many samples a unit must have before it can be called stuck. At 50 % saturation 128 independent samples are all alike once in 10^38 times, but
+the samples of one batch are not independent."""
+STUCK_SHARE = 0.99
+"""A unit is stuck if at least this share of its samples is saturated."""
 Block = NDArray[np.float64]
 """[2, units]: samples and saturated samples of each unit."""
 
