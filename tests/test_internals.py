@@ -330,12 +330,12 @@ def test_gradients_are_switched_off_and_on() -> None:
 
 def test_dispatch_modes_do_not_see_hidden_operators() -> None:
     x = torch.ones(1)
-    assert not internals.dispatch_modes_are_open()
+    assert not internals.open_dispatch_modes()
     with Dispatched() as seen:  # type: ignore[no-untyped-call]
-        assert internals.dispatch_modes_are_open()
+        assert internals.open_dispatch_modes()
         torch.exp(x)
         with internals.without_dispatch_modes():
-            assert not internals.dispatch_modes_are_open()
+            assert not internals.open_dispatch_modes()
             torch.sin(x)
         torch.cos(x)
     assert seen.count == 2

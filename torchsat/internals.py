@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo import eval_frame, external_utils
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import Node
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
 from torch.optim import Optimizer
@@ -159,24 +160,23 @@ def base_of(tensor: Tensor) -> Tensor | None:
     return tensor._base
 
 
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+"""Whether torch.jit.trace runs now. torch.jit.is_tracing does the same through two more Python functions, and every hook asks."""
+
+
 def is_traced() -> bool:
     """Whether torch compiles or traces now, so that nothing of ours may run. torch.jit.is_tracing is slower and does the same."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return torch.compiler.is_compiling() or is_tracing()
 
 
-def without_function_modes() -> contextlib.AbstractContextManager[Any, Any]:
-    """Hides calls of torch from modes of other monitors and of the user. `torch.overrides` has no public context manager for this."""
-    return torch._C.DisableTorchFunction()
+without_function_modes: Callable[[], contextlib.AbstractContextManager[Any, Any]] = torch._C.DisableTorchFunction
+"""Hides calls of torch from modes of other monitors and of the user. `torch.overrides` has no public context manager for this."""
 
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+"""torch.set_grad_enabled without the object that it makes, since every hook calls this twice. Function modes see both alike."""
 
-def set_grad_enabled(on: bool) -> None:
-    """torch.set_grad_enabled without the object that it makes, since every hook calls this twice. Function modes see both alike."""
-    torch._C._set_grad_enabled(on)
-
-
-def dispatch_modes_are_open() -> bool:
-    """Whether a TorchDispatchMode would see what we compute."""
-    return bool(torch._C._len_torch_dispatch_stack())
+open_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many TorchDispatchModes are open, which would see what we compute. There is no public name."""
 
 
 def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
@@ -186,7 +186,8 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
 
 def function_modes() -> list[TorchFunctionMode]:
     """The open TorchFunctionModes, outermost first."""
-    return cast("list[TorchFunctionMode]", _get_current_function_mode_stack())
+    modes: list[TorchFunctionMode] = _get_current_function_mode_stack()
+    return modes
 
 
 def close_function_mode(mode: TorchFunctionMode) -> None:
@@ -323,9 +324,10 @@ def twin(module: nn.Module) -> nn.Module:
 
 def finished(tensor: Tensor) -> Tensor:
     """The tensor itself, after the asynchronous collective that makes it, if one does."""
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor
-
-    return cast(Tensor, tensor.trigger_wait()) if isinstance(tensor, AsyncCollectiveTensor) else tensor
+    if isinstance(tensor, AsyncCollectiveTensor):
+        waited: Tensor = tensor.trigger_wait()
+        return waited
+    return tensor
 
 
 def is_stage(value: object) -> bool:

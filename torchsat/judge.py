@@ -7,7 +7,7 @@ nothing and clears nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,12 +108,14 @@ class Judge:
         """The alerts that are raised, get worse or clear at this observation."""
         events: list[Alert] = []
         self._observations += 1
+        records: dict[str, Record | Weight] = {record.site: record for record in snapshot.records}
+        weights: dict[str, Record | Weight] = {weight.name: weight for weight in snapshot.weights}
         for name, rules in list(self._groups.items()):
-            items: Sequence[Record | Weight] = snapshot.weights if rules[0].over == "weights" else snapshot.records
-            events += self._clear_missing(name, rules, {_place(item) for item in items}, snapshot)
+            items = weights if rules[0].over == "weights" else records
+            events += self._clear_missing(name, rules, items, snapshot)
             try:
-                for item in items:
-                    event = self._judge_one(name, rules, item, snapshot)
+                for place, item in items.items():
+                    event = self._judge_one((place, name), rules, item, snapshot)
                     if event is not None:
                         events.append(event)
             except Exception as error:
@@ -123,7 +125,7 @@ class Judge:
                 self._fault(f"rule {name}", error)
         return tuple(events)
 
-    def _clear_missing(self, name: str, rules: Sequence[Rule], places: set[str], snapshot: Snapshot) -> list[Alert]:
+    def _clear_missing(self, name: str, rules: Sequence[Rule], places: Container[str], snapshot: Snapshot) -> list[Alert]:
         """Clear the alerts of one rule at places that have been missing from as many observations as the rule has patience."""
         cleared = []
         for (place, rule), state in list(self._states.items()):
@@ -135,9 +137,8 @@ class Judge:
                 cleared.append(replace(state.alert, step=snapshot.step, firing=False, message=f"{place}: no longer runs"))
         return cleared
 
-    def _judge_one(self, name: str, rules: Sequence[Rule], item: Record | Weight, snapshot: Snapshot) -> Alert | None:
+    def _judge_one(self, key: Key, rules: Sequence[Rule], item: Record | Weight, snapshot: Snapshot) -> Alert | None:
         """One rule at one place: the alert that it raises, makes worse or clears, if any."""
-        key = _place(item), name
         known = self._states.get(key)
         fires = known is not None and known.alert is not None
         judged = [rule for rule in rules if rule.first is None or fires or self._observations <= rule.first]
@@ -145,20 +146,20 @@ class Judge:
         if not values:
             return None
         state = self._states.setdefault(key, _State({"warning": 0, "critical": 0}))
-        critical, warning = (_first_beyond(values, level, item) for level in _LEVELS)
-        worst = critical or warning
+        critical = _first_beyond(values, "critical", item)
+        worst = critical or _first_beyond(values, "warning", item)
         state.streak["critical"] = state.streak["critical"] + 1 if critical else 0
         # What is critical has also passed the warning level, whether or not the rule has one.
         state.streak["warning"] = state.streak["warning"] + 1 if worst else 0
         if worst is not None:
-            return _raise(state, name, worst, item, snapshot)
+            return _raise(state, key, worst, item, snapshot)
         if state.alert is not None:
             return _calm(state, state.alert, values, rules, item, snapshot)
         state.since = None
         return None
 
 
-def _raise(state: _State, name: str, worst: _Reading, item: Record | Weight, snapshot: Snapshot) -> Alert | None:
+def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snapshot: Snapshot) -> Alert | None:
     """A value is beyond a limit: raise the alert, or make it worse, once the patience is over. Otherwise keep its value up to date."""
     state.calm = 0
     if state.since is None:
@@ -170,9 +171,10 @@ def _raise(state: _State, name: str, worst: _Reading, item: Record | Weight, sna
     limit = worst.rule.limit(severity, item)
     if limit is None or not worst.rule.beyond(worst.value, limit):
         limit = worst.limit
+    place, name = key
     rank, where = _worst_rank(name, item)
     message = worst.rule.says(item, worst.value, limit) + where
-    alert = Alert(_place(item), name, severity, worst.value, limit, state.since, snapshot.step, True, message, rank=rank)
+    alert = Alert(place, name, severity, worst.value, limit, state.since, snapshot.step, True, message, rank=rank)
     before = state.alert
     if before is not None and (before.severity == severity or before.severity == "critical"):
         state.alert = replace(alert, severity=before.severity)
@@ -204,17 +206,16 @@ def _calm(
 
 def _first_beyond(values: Sequence[tuple[Rule, float]], level: Severity, item: Record | Weight) -> _Reading | None:
     """The first criterion of a rule that is beyond its limit of that level."""
-    readings = [_Reading(rule, value, limit) for rule, value in values if (limit := rule.limit(level, item)) is not None]
-    return next((reading for reading in readings if reading.beyond), None)
+    for rule, value in values:
+        limit = rule.limit(level, item)
+        if limit is not None and rule.beyond(value, limit):
+            return _Reading(rule, value, limit)
+    return None
 
 
 def _patience(rules: Sequence[Rule]) -> int:
     """The patience of a rule: the longest of its criteria."""
     return max((rule.patience for rule in rules), default=1)
-
-
-def _place(item: Record | Weight) -> str:
-    return item.name if isinstance(item, Weight) else item.site
 
 
 def _worst_rank(rule: str, item: Record | Weight) -> tuple[int | None, str]:

@@ -110,7 +110,7 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         worst=row.worst,
         worst_rank=row.worst_rank,
         nonfinite_rank=row.nonfinite_rank,
-        histogram=tuple(at[name] / at.n for name in BINS) if at.n and peak else None,
+        histogram=tuple([at[name] / at.n for name in BINS]) if at.n and peak else None,
         heads=of_heads.each() if is_softmax else None,
     )
     return record, stuck
@@ -143,15 +143,12 @@ def to_weight(row: LayerRow) -> Weight:
     )
 
 
-class _Columns:
+class _Columns(dict[str, float]):
     """The columns of one row by name, and what is derived from them: `n` is how many elements the sums of the forward pass are over."""
 
     def __init__(self, numbers: Sequence[float]) -> None:
-        self._values = dict(zip(COLUMN, numbers, strict=True))
+        super().__init__(zip(COLUMN, numbers, strict=True))
         self.n = self["n"]
-
-    def __getitem__(self, name: str) -> float:
-        return self._values[name]
 
     def mean(self, name: str) -> float | None:
         return self[name] / self.n if self.n else None

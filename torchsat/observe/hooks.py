@@ -38,7 +38,7 @@ class Hook(Inert):
         self.call = call
 
     def __call__(self, *args: Any) -> None:
-        if not internals.is_traced():
+        if not torch.compiler.is_compiling() and not internals.is_tracing():
             self.call(*args)
 
 
@@ -83,7 +83,7 @@ class Guard:
                 self._local.grad_enabled = enabled = torch.is_grad_enabled()
                 internals.set_grad_enabled(False)
                 try:
-                    if internals.dispatch_modes_are_open() or torch.is_inference_mode_enabled():
+                    if internals.open_dispatch_modes() or torch.is_inference_mode_enabled():
                         with internals.without_dispatch_modes(), torch.inference_mode(False):
                             # Leaving inference mode has switched gradients on again.
                             internals.set_grad_enabled(False)
@@ -94,6 +94,6 @@ class Guard:
                     return None
                 finally:
                     internals.set_grad_enabled(enabled)
-                    self._window.spend(self._clock.seconds() - begun)
+                    self._window.own += self._clock.seconds() - begun
 
         return run
