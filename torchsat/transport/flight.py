@@ -70,11 +70,14 @@ class Flight:
     def wait(self, seconds: float = math.inf) -> None:
         """Wait until the numbers have arrived. The other ranks are given up after so many seconds; a device of this process never is."""
         until = time.monotonic() + seconds
-        while not self.arrived():
-            if self.works and not self.failed and time.monotonic() > until:
+        while self.works and not self.failed and not self.arrived():
+            if time.monotonic() > until:
                 self.fail(f"nothing was heard of them for {seconds:g} s")
             else:
                 time.sleep(1e-4)
+        for copy in self.own if self.failed else self.copies:
+            if copy.event is not None:
+                copy.event.synchronize()
 
     def fail(self, why: str) -> None:
         """Use the numbers of this rank alone."""
