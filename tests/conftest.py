@@ -13,19 +13,22 @@ from torchsat import process, schedule
 from torchsat.record import Record
 
 hooks = sys.modules["torch.optim.optimizer"]
+log = logging.getLogger("torchsat")
 
 
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
     """Every test starts from the same seed and leaves no monitor, hook or stance behind."""
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+    threads, level = torch.get_num_threads(), log.level
     torch.set_num_threads(1)
     yield
     process._close_all()
     process.take_down()
     torch.set_num_threads(threads)
-    logging.getLogger("torchsat").handlers.clear()
+    log.handlers.clear()
+    # A script that a test has run may have made torchsat quiet.
+    log.setLevel(level)
     assert eval_frame._stance.stance == "default"
     assert not hooks._global_optimizer_pre_hooks
     assert not hooks._global_optimizer_post_hooks
