@@ -1,4 +1,4 @@
-"""What one observation gives, as one process has it: values that a transport (transport.py, ranks/) brings to the host.
+"""What one observation gives, as one process has it: values that a transport (transport/) brings to the host.
 
 Nothing here knows whether other ranks exist. A transport for one process and one for several take the same `Parts`.
 """

@@ -64,6 +64,8 @@ class Found:
     """What a walk over a model finds. It keeps the model alive, so it is not to be kept."""
 
     model: nn.Module
+    modules: list[NamedModule] = field(default_factory=list)
+    """Every module; the name of the model itself is empty. For a source that looks for a kind of module of its own."""
     activations: list[ActivationModule] = field(default_factory=list)
     own: list[NamedModule] = field(default_factory=list)
     """Leaves of the user's own types, which may be activations: only what they do with real data will tell."""
@@ -107,6 +109,7 @@ def find(
     """
     found, taken = Found(model), set[str]()
     for name, module in _named(model):
+        found.modules.append(NamedModule(name, module))
         activation = activation_of(module)
         if activation is not None:
             unique = _unique(name or activation.name, taken)
