@@ -174,6 +174,8 @@ class Sites:
         """Every site that has been bound to its function, whether or not it has run."""
         self.ran: dict[str, Site] = {}
         """Those that have run, in the order in which they first did."""
+        self.failed: set[str] = set()
+        """The places whose status is FAILED, for every hook to look up quickly."""
         self.structure = Structure.NEW
         self.generation = 0
         """How often the walk has found other modules."""
@@ -277,6 +279,7 @@ class Sites:
         self.known.pop(name, None)
         self.ran.pop(name, None)
         self._others[name] = Place(Status.FAILED, reason)
+        self.failed.add(name)
 
     def forget(self, prefix: str) -> None:
         """Forget the sites whose names begin so: they turned out to be part of another one."""
@@ -291,7 +294,7 @@ class Sites:
 
     def has_failed(self, name: str) -> bool:
         """Whether this place is no longer watched."""
-        return name in self._others and self._others[name].status is Status.FAILED
+        return name in self.failed
 
     def settle(self, ran: Mapping[str, object], noted: Mapping[str, str], counts_misses: bool) -> list[str]:
         """Take up how an observation has ended.

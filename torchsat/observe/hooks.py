@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -49,23 +49,20 @@ class Guard:
         fail: told of a place and an exception when something of ours raised there.
         window: where the time that hooks take is added up.
         clock: of the host.
+        failed: the places that are no longer watched; the owner adds to it.
     """
 
-    def __init__(self, fail: Callable[[str, Exception], None], window: Window, clock: Clock) -> None:
+    def __init__(self, fail: Callable[[str, Exception], None], window: Window, clock: Clock, failed: Set[str]) -> None:
         self._fail = fail
         self._window = window
         self._clock = clock
         self._local = threading.local()
-        self._closed_places: set[str] = set()
+        self._failed = failed
         self.is_open = True
 
     def close(self) -> None:
         """Let no hook through any more: the observation is over."""
         self.is_open = False
-
-    def close_place(self, place: str) -> None:
-        """Let no hook of this place through any more."""
-        self._closed_places.add(place)
 
     @property
     def grad_enabled(self) -> bool:
@@ -76,7 +73,7 @@ class Guard:
         """The call with these first arguments, without gradients and without ever raising."""
 
         def run(*args: Any) -> Any:
-            if not self.is_open or place in self._closed_places:
+            if not self.is_open or place in self._failed:
                 return None
             begun = self._clock.seconds()
             with internals.without_function_modes():
