@@ -395,6 +395,9 @@ def _summary(features: Vector) -> list[float]:
     whole = float(n.sum())
     # Without the 1/n bias of a squared sample mean: pairs of distinct samples only, over the features that have any.
     pairs = n * (n - 1)
-    known = pairs > 0
-    squares = (first * first - second)[known] / pairs[known]
-    return [whole, float(second.sum()) / whole if whole else math.nan, float(squares.mean()) if len(squares) else math.nan]
+    products = first * first - second
+    if not pairs.all():
+        known = pairs > 0
+        pairs, products = pairs[known], products[known]
+    squares = float((products / pairs).sum()) / len(pairs) if len(pairs) else math.nan
+    return [whole, float(second.sum()) / whole if whole else math.nan, squares]

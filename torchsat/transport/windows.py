@@ -58,8 +58,11 @@ class Windows:
 def _summary(window: Block) -> list[float]:
     """columns.UNITS of a window."""
     samples, saturated = window
+    least, most = float(samples.min()), float(samples.max())
+    if most < UNIT_SAMPLES:
+        return [len(samples), 0.0, 0.0, least]
     measured = samples >= UNIT_SAMPLES
     stuck = measured & (saturated >= STUCK_SHARE * samples)
-    summary = [float(len(samples)), float(measured.sum()), float(stuck.sum()), float(samples.min())]
+    summary = [len(samples), float(measured.sum()), float(stuck.sum()), least]
     assert len(summary) == len(UNITS)
     return summary
