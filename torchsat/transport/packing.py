@@ -1,4 +1,4 @@
-"""From the parts of an observation to two vectors, and from the merged vectors to rows: one packing for one process and for many.
+"""Packs the parts of an observation into two vectors, and turns merged vectors into rows. The packing is the same for one process and for many.
 
 `pack` runs on the device and never waits for it: numbers of the host go there in one copy from pinned memory. `unpack` runs on the host.
 """
@@ -23,7 +23,7 @@ from torchsat.transport.layout import LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST,
 from torchsat.transport.windows import Windows
 
 _FINE = 2**20
-"""How finely a saturated share is coded, and the most ranks. The code of a share and a rank lie beside each other in the 53 bits of a float64."""
+"""Number of values that the code of a saturated share can have, and the most ranks. Both are coded together in the 53 bits of a float64."""
 
 
 Vector = NDArray[np.float64]
@@ -45,11 +45,11 @@ class Ends:
     first_step: int = 0
     """The lowest step number of a rank for this observation."""
     last_step: int = 0
-    """The highest one. It is the same as the lowest, or ranks have come to different steps."""
+    """The highest one. If it is not the same as the lowest, the ranks have come to different steps."""
     interval: int = 1
     """The longest interval between observations that a rank wants."""
     changed: bool = False
-    """Some rank has other sites or layers than it told the others."""
+    """Whether some rank has other sites or layers than it told the others."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Numbers:
     sites: list[SiteRow]
     layers: list[LayerRow]
     scale: float = 1.0
-    """What gradients are still to be divided by: the factor of a GradScaler times what data parallelism averages over."""
+    """The number by which gradients are still to be divided: the factor of a GradScaler, and what data parallelism averages over."""
     skipped: bool = False
-    """The optimizer found an overflow and skipped the step."""
+    """Whether the optimizer found an overflow and skipped the step."""
     differing: tuple[str, ...] = ()
     """Layers of which every rank holds the whole weight, but not the same one."""
     ends: Ends = Ends()
 
 
 def merge(pairs: Sequence[Vectors]) -> Vectors:
-    """One pair of vectors, float64, of several pairs that have the same layout and are on the host."""
+    """Merge several pairs of vectors, which have the same layout and are on the host, into one pair in float64."""
     sums, maxes = (vector.double() for vector in pairs[0])
     for pair in pairs[1:]:
         sums, maxes = sums + pair.sums, torch.maximum(maxes, pair.maxes.double())
@@ -84,8 +84,8 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
     Args:
         device: where the vectors are made. What lies on another device is copied there.
         ends: what this process tells the others: its own step, interval and changes.
-        rank: the number of this process in the group of those that share the layout.
-        everywhere: its number in the whole job, by which people know it.
+        rank: the rank of this process in the group that shares the layout.
+        everywhere: its rank in the whole job, which is the one that users are shown.
     """
     sites = [_counted(parts.sites.get(name), layout) for name in layout.sites]
     layers = [parts.layers.get(name) for name in layout.layers]
@@ -130,7 +130,7 @@ def unpack(vectors: Vectors, layout: Layout, windows: Windows) -> Numbers:
     places, count = layout.places, len(layout.sites)
     table = sums[places.site_sums].reshape(count, len(SITE_SUMS))
     elements = table[:, _ELEMENTS].copy()
-    # Exactly 1 in the layout of one process, where what was read is what was packed as the elements.
+    # In the layout of one process the scale is exactly 1, since "read" was packed with the same value as "elements".
     scales = np.where(elements > 0, table[:, -1] / np.maximum(elements, 1), 1.0)
     table = table[:, :-1] * scales[:, None]
     table[:, _ELEMENTS] = elements
@@ -171,20 +171,20 @@ def _speaks_for(part: LayerPart, layout: Layout, rank: int) -> bool:
 
 
 def _from_host(lists: Sequence[Sequence[float]], device: torch.device) -> tuple[Tensor, ...]:
-    """Numbers of the host on a device, in one copy that nobody waits for: from pinned memory, where the device has such."""
+    """Copy lists of numbers from the host to a device, in one copy that nothing waits for (from pinned memory, if the device is a GPU)."""
     numbers = torch.tensor([float(each) for values in lists for each in values], dtype=accumulator(device), pin_memory=device.type == "cuda")
     return torch.split(numbers.to(device, non_blocking=True), [len(values) for values in lists])
 
 
 def _number(value: Tensor | None, absent: float, device: torch.device) -> Tensor:
-    """One number of the device as a vector."""
+    """One number that is on a device as a vector of length 1; `absent` where there is none."""
     if value is None:
         return torch.full((1,), absent, dtype=accumulator(device), device=device)
     return value.detach().reshape(1).to(device, accumulator(device))
 
 
 def _rows(sites: Sequence[SitePart | None], device: torch.device) -> Tensor:
-    """[sites, ROW]; of a site that did not run, the row of no element."""
+    """[sites, ROW]. A site that did not run has an empty row."""
     nothing = empty_row(device)
     rows = [nothing if part is None or part.row is None else part.row.to(device) for part in sites]
     return torch.stack(rows) if rows else nothing.new_empty(0, len(COLUMN))
@@ -200,10 +200,10 @@ def _unscale(rows: Tensor, parts: Parts) -> None:
 
 
 def _weigh(rows: Tensor, shared: bool) -> tuple[Tensor, Tensor | None]:
-    """Make the sums stand for all elements of the site, in place, where ranks share them.
+    """Where ranks share the layout, scale the sums in place, so that they stand for all elements of the site and not only for those that were read.
 
     Returns:
-        The column `read`, and by how much each row was multiplied; None where it was not.
+        The column `read` of SITE_SUMS, and the factor by which each row was multiplied; None where nothing was scaled.
     """
     elements = rows[:, _ELEMENTS].clone()
     if not shared:
@@ -218,7 +218,7 @@ def _weigh(rows: Tensor, shared: bool) -> tuple[Tensor, Tensor | None]:
 def _unit_pieces(
     sites: Sequence[SitePart | None], scales: Tensor | None, layout: Layout, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """What lies behind the tables of sites: unit blocks, blocks of heads without their last row, and the last rows."""
+    """The tables of sites whose sizes differ: unit blocks, blocks of heads without their last row, and those last rows."""
     blocks, heads, tops = [], [], []
     for at, (part, entry) in enumerate(zip(sites, layout.sites.values(), strict=True)):
         first = part.span.first if part is not None and layout.shared else 0
@@ -235,7 +235,7 @@ def _unit_pieces(
 
 
 def _input_pieces(layers: Sequence[LayerPart | None], elements: Tensor, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Of the inputs of layers: the elements that were read, the elements that their sums stand for, and the sums [3, features]."""
+    """The numbers of the layers' inputs: the elements that were read, the elements that the sums stand for, and the sums [3, features]."""
     nothing = torch.zeros((), dtype=accumulator(device), device=device)
     given = [None if part is None or part.inputs is None else part.inputs.to(device) for part in layers]
     # One process reads both from the sums themselves, on the host.
@@ -253,7 +253,7 @@ def _input_pieces(layers: Sequence[LayerPart | None], elements: Tensor, layout: 
 
 
 def _piece(values: Tensor | None, shape: tuple[int, int], first: int, empty: float, device: torch.device) -> Tensor:
-    """[rows, all columns] with these values from column `first` on. Values that do not fit are left out: ranks disagree about the size."""
+    """[rows, all columns] with these values from column `first` on. Values that do not fit, because ranks disagree about the size, are left out."""
     if values is not None and values.shape == shape:
         return values.to(device)
     whole = torch.full(shape, empty, dtype=accumulator(device), device=device)
@@ -263,7 +263,7 @@ def _piece(values: Tensor | None, shape: tuple[int, int], first: int, empty: flo
 
 
 def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, shared: bool, device: torch.device) -> Tensor:
-    """[layers, LAYER_SUMS] but the last two. Where ranks share them, the sample of this rank's part of a weight stands for all of the part."""
+    """[layers, LAYER_SUMS without the last two]. Where ranks share the layout, sums over a sample are scaled up to this rank's part of the weight."""
     zeros = torch.zeros(3, dtype=n.dtype, device=device)
     given = [zeros if part is None or part.numbers is None else part.numbers.to(device) for part in parts]
     numbers = torch.stack(given) if given else zeros.new_empty(0, 3)
@@ -285,10 +285,10 @@ def _layer_maxes(parts: Sequence[LayerPart | None], rates: Tensor, device: torch
 
 
 def _worst(rows: Tensor, rank: int) -> Tensor:
-    """WORST of each row: the share in the tails, and the count of what is not finite, each with this rank behind it."""
+    """The columns WORST of each row: the saturated share and the number of non-finite elements, each coded together with this rank."""
     n, low, high, bad, bad_grad = (rows[:, COLUMN[name]] for name in ("n", "low", "high", "nonfinite", "grad_nonfinite"))
     share = (low + high) / n.clamp(min=1)
-    # Weighing makes fractions of counts; only a whole number leaves the place of the rank alone.
+    # Scaled counts can be fractions. They are rounded, since a fraction would spill into the digits that hold the rank.
     code = torch.stack([(share * _FINE).round(), (bad + bad_grad).round().clamp(max=_FINE)], 1) * _FINE + (_FINE - 1 - rank)
     return torch.where(torch.stack([n > 0, bad + bad_grad > 0], 1), code, torch.full_like(code, -math.inf))
 
@@ -330,10 +330,10 @@ def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | Non
 
 
 def _summary(features: Vector) -> list[float]:
-    """columns.INPUT of columns.FEATURES: all samples, the mean square, and the mean over features of the squared mean."""
+    """The numbers of columns.INPUT, derived from columns.FEATURES."""
     n, first, second = features
     whole = float(n.sum())
-    # Without the 1/n bias of a squared sample mean: pairs of distinct samples only, over the features that have any.
+    # The square of a sample mean is too large by the variance / n. Averaging over pairs of distinct samples avoids that; it needs two samples.
     pairs = n * (n - 1)
     known = pairs > 0
     squares = (first * first - second)[known] / pairs[known]
