@@ -207,7 +207,7 @@ def _run(kind: str, inputs: Tensor, h: Tensor, c: Tensor, weights: list[Tensor],
     """
     given = [*weights, *([] if projection is None else [projection])]
     h, c = h.unsqueeze(0).to(inputs.dtype), c.unsqueeze(0).to(inputs.dtype)
-    # cuDNN is off, since it warns if the weights are not one contiguous piece of memory, as those of a single layer are not.
+    # cuDNN is off, since it warns if the weights that it is given are not one contiguous piece of memory.
     with torch.backends.cudnn.flags(enabled=False):
         if kind == "LSTM":
             return torch.lstm(inputs, (h, c), given, bias, 1, 0.0, False, False, False)[0]
