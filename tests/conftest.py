@@ -26,9 +26,11 @@ def _clean() -> Iterator[None]:
     process._close_all()
     process.take_down()
     torch.set_num_threads(threads)
+    # A script or a library that a test has run may have made torchsat quiet, as logging.config does to every logger that it does not know.
     log.handlers.clear()
-    # A script that a test has run may have made torchsat quiet.
     log.setLevel(level)
+    log.disabled, log.propagate = False, True
+    logging.disable(logging.NOTSET)
     assert eval_frame._stance.stance == "default"
     assert not hooks._global_optimizer_pre_hooks
     assert not hooks._global_optimizer_post_hooks

@@ -1,9 +1,13 @@
 """Every example of README and docs runs, and every table is what the code says."""
 
+import ast
 import importlib.util
+import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from tests.conftest import RunExample
+from torchsat.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
 # Lightning gives its advice as warnings, and uses a name of torch that is deprecated.
@@ -18,7 +23,11 @@ LIGHTNING = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),
 ]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+NAMING = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "architecture.md"]
+"""The pages that name parts of the code as `file` and `file::name`."""
+CREATED = {("observe/losses.py", "")}
+"""The files that a recipe creates."""
 BLOCKS = [
     pytest.param(code, id=f"{page.stem}-{index}", marks=LIGHTNING if "import lightning" in code else ())
     for page in PAGES
@@ -71,6 +80,108 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def names_in(path: Path) -> set[str]:
+    """The names that a file defines, as `name` and `Class.name`. Of other files than Python's, the words in it and the same behind a dot."""
+    if path.suffix != ".py":
+        return set(re.findall(r"\w+", path.read_text()))
+    found: set[str] = set()
+
+    def add(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(prefix + node.name)
+                if isinstance(node, ast.ClassDef):
+                    add(node.body, f"{prefix}{node.name}.")
+                elif prefix:
+                    attributes = (each for each in ast.walk(node) if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store))
+                    found.update(prefix + each.attr for each in attributes if ast.unparse(each.value) == "self")
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.update(prefix + name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+
+    add(ast.parse(path.read_text()).body, "")
+    return found
+
+
+@pytest.mark.parametrize("page", NAMING, ids=lambda page: page.stem)
+def test_every_file_and_name_that_a_page_states_is_there(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    quoted = set(re.findall(r"`([\w./-]+\.(?:py|c|js|md|toml)|[\w/-]+/)(?:::([\w.]+))?`", text))
+    assert len(quoted) > 10
+    missing = []
+    for file, name in quoted - CREATED:
+        path = next((each for each in (ROOT / file, ROOT / "torchsat" / file) if each.exists()), None)
+        if path is None or (name and name not in names_in(path)):
+            missing.append(f"{file}::{name}" if name else file)
+    assert not missing
+    for name in re.findall(r"`(Observation|Meter)\.(\w+)`", text):
+        source = {"Observation": "observation.py", "Meter": "meter.py"}[name[0]]
+        assert ".".join(name) in names_in(ROOT / "torchsat" / "observe" / source)
+
+
+def imported_by(path: Path) -> Iterator[str]:
+    """The parts of torchsat that a file imports when it runs, without what only type checkers import."""
+    tree = ast.parse(path.read_text())
+    guarded = [each for each in ast.walk(tree) if isinstance(each, ast.If) and ast.unparse(each.test) == "TYPE_CHECKING"]
+    skipped = {id(each) for guard in guarded for statement in guard.body for each in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and (node.module or "").split(".")[0] == "torchsat":
+            inside = (node.module or "").split(".")[1:2]
+            yield from inside or (each.name for each in node.names)
+
+
+def test_imports_point_the_way_that_the_architecture_draws() -> None:
+    (drawn,) = re.findall(r"^```\n(front .*?)^```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL | re.MULTILINE)
+    lines = [re.sub(r" {4,}the .*", "", line).split()[1:] for line in drawn.splitlines() if not line.startswith("-")]
+    height = {name: -at for at, line in enumerate(lines) for name in line}
+    assert len(height) == sum(map(len, lines)), "a part stands on two lines"
+    package = ROOT / "torchsat"
+    files = {path: path.relative_to(package).with_suffix("").parts[0] for path in package.rglob("*.py")}
+    assert set(height) == set(files.values())
+    upwards = {(part, other) for path, part in files.items() for other in imported_by(path) if height[other] > height[part]}
+    assert not upwards
+    host = {name for line in lines[-3:] for name in line}
+    assert not {(part, other) for path, part in files.items() if part in host for other in imported_by(path) if other not in host}
+
+
+def apply(change: str, folder: Path) -> None:
+    """Apply a diff without line numbers: in the file that `+++` names, the old lines of each hunk, which stand there once, become the new ones."""
+    for part in re.split(r"^\+\+\+ ", change, flags=re.MULTILINE)[1:]:
+        name, _, body = part.partition("\n")
+        text = (folder / name).read_text()
+        for hunk in re.split(r"^@@\n", body, flags=re.MULTILINE):
+            lines = hunk.splitlines(keepends=True)
+            before, after = ("".join(line[1:] for line in lines if line[0] in signs) for signs in (" -", " +"))
+            assert text.count(f"\n{before}") == 1, f"{name} has these lines {text.count(before)} times:\n{before}"
+            text = text.replace(f"\n{before}", f"\n{after}")
+        (folder / name).write_text(text)
+
+
+def test_the_recipes_for_a_column_a_metric_and_a_source_work(tmp_path: Path) -> None:
+    """Applied to a copy of the package, in which their tests run."""
+    shutil.copytree(ROOT / "torchsat", tmp_path / "torchsat", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (ROOT / "CONTRIBUTING.md").read_text().partition("### A column\n")[2]
+    for change in re.findall(r"^```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        apply(change, tmp_path)
+    codes = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (source,) = (code for code in codes if "def attach" in code)
+    (tmp_path / "torchsat" / "observe" / "losses.py").write_text(source)
+    tests = [code for code in codes if "def test_" in code]
+    assert len(tests) == 3
+    for index, code in enumerate(tests):
+        (tmp_path / f"test_recipe_{index}.py").write_text(code)
+    for kernels in (True, False):
+        # Where the C of the recipe does not compile, plain torch would pass in its place.
+        expected = kernels and cpu.reads()
+        check = f"from torchsat.kernels import cpu\n\n\ndef test_kernels():\n    assert cpu.reads() is {expected}\n"
+        (tmp_path / "test_kernels.py").write_text(check)
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TORCHSAT_KERNELS": str(int(kernels)), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "5 passed" in done.stdout
 
 
 def test_the_digits_example_alerts_and_its_sane_twin_does_not(tmp_path: Path) -> None:

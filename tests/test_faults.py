@@ -81,7 +81,7 @@ def test_an_odd_optimizer_stops_monitoring_not_training(caplog: pytest.LogCaptur
     class Odd(torch.optim.SGD):
         @property
         def param_groups(self) -> list[dict[str, object]]:
-            if sys._getframe(1).f_code.co_filename.endswith("monitor.py"):
+            if sys._getframe(1).f_code.co_filename.endswith("steps.py"):
                 raise AttributeError("no groups")
             return self._groups
 

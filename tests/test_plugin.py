@@ -1,6 +1,7 @@
 """The Saturation tab's server, on TensorBoard's own reader of event files."""
 
 import json
+import operator
 import re
 import struct
 from dataclasses import replace
@@ -21,7 +22,8 @@ from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots, write
 from torchsat import Head, Snapshot, read
 from torchsat.metrics import METRICS
-from torchsat.tensorboard import SCRIPTS
+from torchsat.record import RECORD_METRICS
+from torchsat.tensorboard import SCRIPTS, writer
 from torchsat.tensorboard import plugin as module
 from torchsat.tensorboard.loader import OBSERVATIONS, Loader
 from torchsat.tensorboard.plugin import PAGES, SaturationPlugin
@@ -95,6 +97,19 @@ def test_heads_of_a_softmax(tmp_path: Path) -> None:
     names, steps, values = Server(tmp_path).grid("/heads", run=RUN, site="s")
     assert (names, steps) == (["0", "1"], [0, 1, 2])
     np.testing.assert_allclose(values, [[0.0, 1.0], [0.1, 1.1], [0.2, 1.2]], rtol=1e-6)
+
+
+def test_a_metric_that_an_older_file_lacks_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = snapshots(3, sites=2)
+    with monkeypatch.context() as older:
+        names = tuple(name for name in RECORD_METRICS if name != "logit_std")
+        older.setattr(writer, "RECORD_METRICS", names)
+        older.setattr(writer, "_RECORD_METRICS", operator.attrgetter(*names))
+        write(tmp_path / "run", given)
+    server = Server(tmp_path)
+    assert np.isnan(server.grid("/values", run=RUN, metric="logit_std")[2]).all()
+    np.testing.assert_array_equal(server.grid("/values", run=RUN, metric="zeros")[2], from_snapshots(RUN, given).values["zeros"])
+    assert read(tmp_path / "run")[0].records[0].logit_std is None
 
 
 @pytest.mark.parametrize(

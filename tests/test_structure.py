@@ -10,6 +10,7 @@ from torch import nn
 import torchsat
 from tests.models import mlp
 from tests.training import train
+from torchsat.structure import find
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -39,3 +40,9 @@ def test_what_cannot_be_watched_is_refused_with_the_reason() -> None:
         torchsat.watch(torch.jit.trace(mlp(), torch.zeros(1, 64)))
     with pytest.raises(TypeError, match="model is a str; allowed are a"):
         torchsat.watch("model")  # type: ignore[arg-type]
+
+
+def test_a_walk_gives_every_module_by_its_name_as_a_site() -> None:
+    model = mlp()
+    found = find(model, lambda module: None, lambda module: False, lambda name: True)
+    assert [(each.name, each.module) for each in found.modules] == [("", model), *((str(at), layer) for at, layer in enumerate(model))]

@@ -178,6 +178,8 @@ class Sites:
         """Every site that has been bound to its function, whether or not it has run."""
         self.ran: dict[str, Site] = {}
         """The sites that have run, in the order in which they first ran."""
+        self.failed: set[str] = set()
+        """The places whose status is FAILED, as a set that every hook can look up quickly."""
         self.structure = Structure.NEW
         self.generation = 0
         """How many times the walk has found other modules than before."""
@@ -286,6 +288,7 @@ class Sites:
         self.known.pop(name, None)
         self.ran.pop(name, None)
         self._others[name] = Place(Status.FAILED, reason)
+        self.failed.add(name)
 
     def forget(self, prefix: str) -> None:
         """Forget the sites whose names begin with this prefix, since they turned out to be part of another site."""
@@ -300,7 +303,7 @@ class Sites:
 
     def has_failed(self, name: str) -> bool:
         """Whether this place is no longer watched because its measurement raised."""
-        return name in self._others and self._others[name].status is Status.FAILED
+        return name in self.failed
 
     def settle(self, ran: Mapping[str, object], noted: Mapping[str, str], counts_misses: bool) -> list[str]:
         """Update the status of every site that has ever run, at the end of an observation.

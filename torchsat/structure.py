@@ -65,6 +65,8 @@ class Found:
     """The modules that a walk over a model finds. It holds strong references to them, so it must not be kept after the observation was opened."""
 
     model: nn.Module
+    modules: list[NamedModule] = field(default_factory=list)
+    """Every module, for sources that look for other kinds of modules than the walk sorts out. The name of the model itself is empty."""
     activations: list[ActivationModule] = field(default_factory=list)
     own: list[NamedModule] = field(default_factory=list)
     """Modules without children, of the user's own types, which may be activations. Whether they are shows only when they run."""
@@ -108,6 +110,7 @@ def find(
     """
     found, taken = Found(model), set[str]()
     for name, module in _named(model):
+        found.modules.append(NamedModule(name, module))
         activation = activation_of(module)
         if activation is not None:
             unique = _unique(name or activation.name, taken)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import torch
@@ -50,23 +50,20 @@ class Guard:
         fail: called with a place and an exception when our code raised there.
         window: the schedule's window of this observation, to which the time that hooks take is added.
         clock: the clock of the host.
+        failed: the places that are no longer watched; the owner adds to the set.
     """
 
-    def __init__(self, fail: Callable[[str, Exception], None], window: Window, clock: Clock) -> None:
+    def __init__(self, fail: Callable[[str, Exception], None], window: Window, clock: Clock, failed: Set[str]) -> None:
         self._fail = fail
         self._window = window
         self._clock = clock
         self._local = threading.local()
-        self._closed_places: set[str] = set()
+        self._failed = failed
         self.is_open = True
 
     def close(self) -> None:
         """Make every hook do nothing from now on, since the observation is over."""
         self.is_open = False
-
-    def close_place(self, place: str) -> None:
-        """Make every hook of this place do nothing from now on."""
-        self._closed_places.add(place)
 
     @property
     def grad_enabled(self) -> bool:
@@ -77,7 +74,7 @@ class Guard:
         """Make `call` a hook of this place, which is called with `first` and the hook's own arguments, without gradients, and never raises."""
 
         def run(*args: Any) -> Any:
-            if not self.is_open or place in self._closed_places:
+            if not self.is_open or place in self._failed:
                 return None
             begun = self._clock.seconds()
             with internals.without_function_modes():

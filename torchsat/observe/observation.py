@@ -127,7 +127,7 @@ class Observation:
         self._scale: Tensor | None = None
         self._skipped: Tensor | None = None
         self._noted: dict[str, str] = {}
-        self.guard = Guard(self.fail, window, clock)
+        self.guard = Guard(self.fail, window, clock, sites.failed)
         self.passes = Passes(self.guard)
         self.lineage = Lineage(sites, self.note_if_wanted)
         self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note, self._handles)
@@ -207,7 +207,6 @@ class Observation:
     def fail(self, place: str, error: Exception) -> None:
         """Stop watching a place at which our own code raised. At MODEL this ends the observation."""
         self.sites.fail(place, str(error) if place == MODEL else f"{type(error).__name__}: {error}")
-        self.guard.close_place(place)
         for each in self.passes:
             each.forget(place)
         if place == MODEL:

@@ -18,7 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tensorboard import plugin_util
@@ -164,11 +164,11 @@ class Query:
     def _read(self, run: str, tags: Mapping[str, Any]) -> Series:
         """The whole run, from all of its tags."""
         tables: dict[str, list[tuple[Table, list[dict[str, Any]]]]] = {RECORDS: [], WEIGHTS: []}
-        for kind, over, columns in ((RECORDS, "records", "sites"), (WEIGHTS, "weights", "layers")):
+        kinds: tuple[tuple[str, Literal["records", "weights"], str], ...] = ((RECORDS, "records", "sites"), (WEIGHTS, "weights", "layers"))
+        for kind, over, columns in kinds:
             for known, data in self._data(run, tags, kind, MOST_OBSERVATIONS):
-                rows = [known["metrics"].index(name) for name in rows_of(over)]  # type: ignore[arg-type]
                 facts = [dict(zip(known["facts"], each, strict=True)) for each in known[columns]]
-                tables[kind].append((_table([each[known["facts"][0]] for each in facts], data, len(known["metrics"]), rows), facts))
+                tables[kind].append((_table([each[known["facts"][0]] for each in facts], data, known["metrics"], rows_of(over)), facts))
         found = series(run, tables[RECORDS], tables[WEIGHTS])
         return found.told(self._alerts(run, tags, found.grid("saturated")))
 
@@ -236,10 +236,14 @@ def _known(tensor: Any) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and content.get("v") == FORMAT else None
 
 
-def _table(names: Sequence[str], data: Sequence[Any], rows: int, wanted: Sequence[int]) -> Table:
-    """A table of the wanted rows of packed tensors [rows, names]."""
-    values = [datum.numpy.reshape(rows, len(names))[wanted] for datum in data]
-    return Table(tuple(names), [datum.step for datum in data], [datum.wall_time for datum in data], np.stack(values).astype(np.float32))
+def _table(names: Sequence[str], data: Sequence[Any], metrics: Sequence[str], wanted: Sequence[str]) -> Table:
+    """A table of the wanted metrics of packed tensors [metrics, names]. A metric that an older file does not have is NaN."""
+    values = np.full((len(data), len(wanted), len(names)), np.nan, np.float32)
+    there = [(at, metrics.index(name)) for at, name in enumerate(wanted) if name in metrics]
+    into, rows = [at for at, _ in there], [row for _, row in there]
+    for observation, datum in enumerate(data):
+        values[observation, into] = datum.numpy.reshape(len(metrics), len(names))[rows]
+    return Table(tuple(names), [datum.step for datum in data], [datum.wall_time for datum in data], values)
 
 
 def _page(name: str, kind: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from torchsat.columns import FEATURES, HEADS, MAXES, SUMS
+from torchsat.columns import FEATURES, HEADS, MAXES, SUMS, WEIGHT
 from torchsat.parts import LayerPart, Parts, SitePart
 from torchsat.record import LayerFacts, SiteFacts
 
@@ -25,7 +25,9 @@ LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "n
 LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated")
 """Max columns of a layer. The last two are filled where every rank holds the whole weight: they tell whether all hold the same one."""
 ENDS = ("step", "step_negated", "interval", "changed", "skipped")
-"""Max columns of the observation as a whole. The largest negated step is the lowest step of a rank."""
+"""Max columns of an observation of several ranks as a whole. The largest negated step is the lowest step of a rank."""
+ENDS_ALONE = ("skipped", "scale")
+"""Max columns of an observation of one process as a whole. It sends the GradScaler's factor along; ranks divide by it before they send."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ class LayerEntry:
     features: int = 0
     """Columns of the sums of its input [3, features]; 0 where its input is not measured."""
     stage: int | None = None
+    n: int = 0
+    """Number of elements of the weight that were read. This and the next two are set for one process only: they are on the host and need no
+    packing."""
+    numel: int = 0
+    """Number of elements of the weight."""
+    rate: float | None = None
+    """The learning rate of the optimizer's group that owns the weight."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +67,9 @@ class Places:
     """The lengths of the two vectors, and the slice of each table in one of them."""
 
     site_sums: slice
-    """[sites, SITE_SUMS] in the sums."""
+    """[sites, SITE_SUMS] in the sums; [sites, SUMS] in the layout of one process."""
     layer_sums: slice
-    """[layers, LAYER_SUMS] in the sums."""
+    """[layers, LAYER_SUMS] in the sums; [layers, WEIGHT] in the layout of one process."""
     blocks: dict[str, slice]
     """[2, units] of each site that has units, in the sums."""
     heads: dict[str, slice]
@@ -70,13 +79,11 @@ class Places:
     site_maxes: slice
     """[sites, MAXES] in the maxes."""
     worst: slice
-    """[sites, WORST] in the maxes."""
+    """[sites, WORST] in the maxes; empty in the layout of one process."""
     layer_maxes: slice
-    """[layers, LAYER_MAXES] in the maxes."""
+    """[layers, LAYER_MAXES] in the maxes; empty in the layout of one process."""
     ends: slice
-    """ENDS in the maxes."""
-    scale: slice
-    """In the maxes of one process: the GradScaler's factor. Ranks divide by it before they send, so there the slice is empty."""
+    """ENDS in the maxes; ENDS_ALONE in the layout of one process."""
     tops: dict[str, slice]
     """The last row of HEADS [1, heads] of each softmax, in the maxes."""
     sums: int
@@ -135,16 +142,15 @@ class Layout:
         heads = {name: entry.heads for name, entry in self.sites.items() if entry.heads}
         features = {name: entry.features for name, entry in self.layers.items() if entry.features}
         return Places(
-            site_sums=sums.append(len(SITE_SUMS) * len(self.sites)),
-            layer_sums=sums.append(len(LAYER_SUMS) * len(self.layers)),
+            site_sums=sums.append(len(SITE_SUMS if self.shared else SUMS) * len(self.sites)),
+            layer_sums=sums.append(len(LAYER_SUMS if self.shared else WEIGHT) * len(self.layers)),
             blocks={name: sums.append(2 * count) for name, count in units.items()},
             heads={name: sums.append((len(HEADS) - 1) * count) for name, count in heads.items()},
             inputs={name: sums.append(len(FEATURES) * count) for name, count in features.items()},
             site_maxes=maxes.append(len(MAXES) * len(self.sites)),
-            worst=maxes.append(len(WORST) * len(self.sites)),
-            layer_maxes=maxes.append(len(LAYER_MAXES) * len(self.layers)),
-            ends=maxes.append(len(ENDS)),
-            scale=maxes.append(0 if self.shared else 1),
+            worst=maxes.append(len(WORST) * len(self.sites) if self.shared else 0),
+            layer_maxes=maxes.append(len(LAYER_MAXES) * len(self.layers) if self.shared else 0),
+            ends=maxes.append(len(ENDS if self.shared else ENDS_ALONE)),
             tops={name: maxes.append(count) for name, count in heads.items()},
             sums=sums.length,
             maxes=maxes.length,
@@ -181,7 +187,8 @@ def _site_alone(part: SitePart) -> SiteEntry:
 
 
 def _layer_alone(part: LayerPart) -> LayerEntry:
-    return LayerEntry(part.facts, 0 if part.inputs is None else part.inputs.shape[1], part.stage)
+    features = 0 if part.inputs is None else part.inputs.shape[1]
+    return LayerEntry(part.facts, features, part.stage, part.n, part.numel if part.whole is None else part.whole, part.rate)
 
 
 def _site_of_all(part: SitePart) -> SiteEntry:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchsat.columns import COLUMN, HEADS, LAYER, LOSS_SCALED, MAXES, SUMS
+from torchsat.columns import COLUMN, HEADS, INPUT, LOSS_SCALED, MAXES, SUMS, WEIGHT
 from torchsat.parts import LayerPart, Parts, SitePart
 from torchsat.rows import LayerRow, SiteRow
 from torchsat.statistics import accumulator, empty_row
@@ -89,33 +89,70 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
     """
     sites = [_counted(parts.sites.get(name), layout) for name in layout.sites]
     layers = [parts.layers.get(name) for name in layout.layers]
+    rows = _rows(sites, device)
+    skipped = _number(parts.skipped, 0.0, device)
+    if layout.shared:
+        told = [ends.last_step, -ends.first_step, ends.interval, ends.changed]
+        tables = _weighed(rows, layers, layout, parts, told, device, rank, everywhere)
+    else:
+        inputs = [None if part is None else part.inputs for part in layers]
+        tables = _Tables(
+            None,
+            [rows[:, : len(SUMS)], _weights(layers, device)],
+            [rows[:, len(SUMS) :]],
+            [_piece(each, (3, entry.features), 0, 0.0, device) for each, entry in zip(inputs, layout.layers.values(), strict=True) if entry.features],
+        )
+    blocks, heads, tops = _unit_pieces(sites, tables.scales, layout, device)
+    last = [skipped] if layout.shared else [skipped, _number(parts.scale, -math.inf, device)]
+    return Vectors(
+        torch.cat([each.reshape(-1) for each in (*tables.sums, *blocks, *heads, *tables.inputs)]),
+        torch.cat([each.reshape(-1) for each in (*tables.maxes, *last, *tops)]),
+    )
+
+
+class _Tables(NamedTuple):
+    """The tables of sites and layers that `pack` puts into the two vectors."""
+
+    scales: Tensor | None
+    """The factor by which the sums of each site were multiplied; None where they were not scaled."""
+    sums: list[Tensor]
+    maxes: list[Tensor]
+    inputs: list[Tensor]
+    """The sums of each layer's input, [3, features]."""
+
+
+def _weighed(
+    rows: Tensor,
+    layers: Sequence[LayerPart | None],
+    layout: Layout,
+    parts: Parts,
+    told: Sequence[float],
+    device: torch.device,
+    rank: int,
+    everywhere: int,
+) -> _Tables:
+    """The tables of a rank that observes together with others. Its sums are scaled up to all elements that it has, read or not."""
     weights = [part if part is not None and _speaks_for(part, layout, rank) else None for part in layers]
-    inputs = [part if part is not None and part.inputs is not None and (part.input_counts or not layout.shared) else None for part in layers]
-    n, numel, input_elements, rates, told = _from_host(
+    inputs = [part if part is not None and part.inputs is not None and part.input_counts else None for part in layers]
+    n, numel, input_elements, rates, said = _from_host(
         [
             [0 if part is None else part.n for part in weights],
-            [0 if part is None else part.numel if layout.shared or part.whole is None else part.whole for part in weights],
+            [0 if part is None else part.numel for part in weights],
             [0 if part is None else part.input_elements for part in inputs],
             [-math.inf if part is None or part.rate is None else part.rate for part in layers],
-            [ends.last_step, -ends.first_step, ends.interval, ends.changed],
+            told,
         ],
         device,
     )
-    rows = _rows(sites, device)
-    if layout.shared:
-        _unscale(rows, parts)
-    read, scales = _weigh(rows, layout.shared)
-    blocks, heads, tops = _unit_pieces(sites, scales, layout, device)
-    input_read, input_elements, sums_of_inputs = _input_pieces(inputs, input_elements, layout, device)
-    squares = _layer_sums(weights, n, numel, layout.shared, device)
-    sums = [torch.cat([rows[:, : len(SUMS)], read.unsqueeze(1)], 1), torch.cat([squares, torch.stack([input_read, input_elements], 1)], 1)]
-    worst = _worst(rows, everywhere) if layout.shared else torch.full((len(sites), len(WORST)), -math.inf, dtype=rows.dtype, device=device)
-    maxes = [rows[:, len(SUMS) :], worst, _layer_maxes(layers, rates, device), told, _number(parts.skipped, 0.0, device)]
-    if not layout.shared:
-        maxes.append(_number(parts.scale, -math.inf, device))
-    return Vectors(
-        torch.cat([each.reshape(-1) for each in (*sums, *blocks, *heads, *sums_of_inputs)]),
-        torch.cat([each.reshape(-1) for each in (*maxes, *tops)]),
+    _unscale(rows, parts)
+    read, scales = _weigh(rows)
+    input_read, sums_of_inputs = _input_pieces(inputs, input_elements, layout, device)
+    of_layers = torch.cat([_layer_sums(weights, n, numel, device), torch.stack([input_read, input_elements], 1)], 1)
+    return _Tables(
+        scales,
+        [torch.cat([rows[:, : len(SUMS)], read.unsqueeze(1)], 1), of_layers],
+        [rows[:, len(SUMS) :], _worst(rows, everywhere), _layer_maxes(layers, rates, device), said],
+        sums_of_inputs,
     )
 
 
@@ -128,16 +165,11 @@ def unpack(vectors: Vectors, layout: Layout, windows: Windows) -> Numbers:
     """
     sums, maxes = (vector.numpy() for vector in vectors)
     places, count = layout.places, len(layout.sites)
-    table = sums[places.site_sums].reshape(count, len(SITE_SUMS))
-    elements = table[:, _ELEMENTS].copy()
-    # In the layout of one process the scale is exactly 1, since "read" was packed with the same value as "elements".
-    scales = np.where(elements > 0, table[:, -1] / np.maximum(elements, 1), 1.0)
-    table = table[:, :-1] * scales[:, None]
-    table[:, _ELEMENTS] = elements
+    table, scales = _unweighed(sums[places.site_sums].reshape(count, len(SITE_SUMS if layout.shared else SUMS)), layout)
     rows = np.concatenate([table, maxes[places.site_maxes].reshape(count, len(MAXES))], 1).tolist()
-    worst = maxes[places.worst].reshape(count, len(WORST)).tolist()
+    worst = maxes[places.worst].reshape(count, len(WORST)).tolist() if layout.shared else [_NOBODY] * count
     sites = []
-    for (name, entry), row, codes, scale in zip(layout.sites.items(), rows, worst, scales.tolist(), strict=True):
+    for (name, entry), row, codes, scale in zip(layout.sites.items(), rows, worst, scales, strict=True):
         units = None
         if name in places.blocks:
             units = windows.add(name, sums[places.blocks[name]].reshape(2, -1))
@@ -146,16 +178,19 @@ def unpack(vectors: Vectors, layout: Layout, windows: Windows) -> Numbers:
         heads = []
         if name in places.heads:
             heads = [*(sums[places.heads[name]].reshape(len(HEADS) - 1, -1) * scale).tolist(), maxes[places.tops[name]].tolist()]
-        (share, worst_rank), (_, nonfinite_rank) = map(_decode, codes)
+        (share, worst_rank), (_, nonfinite_rank) = _decode(codes[0]), _decode(codes[1])
         sites.append(SiteRow(entry.facts, row, units, heads, share, worst_rank, nonfinite_rank))
-    layers, differing = _unpack_layers(sums, maxes, layout)
+    if not layout.shared:
+        skipped, factor = maxes[places.ends].tolist()
+        return Numbers(sites, _layers_alone(sums, layout), factor if factor > 0 else 1.0, skipped > 0)
+    layers, differing = _layers_together(sums, maxes, layout)
     last_step, negated, interval, changed, skipped = maxes[places.ends].tolist()
-    ends = Ends(round(-negated), round(last_step), round(interval), changed > 0)
-    factor = 1.0 if layout.shared else float(maxes[places.scale][0])
-    return Numbers(sites, layers, factor if factor > 0 else 1.0, skipped > 0, differing, ends)
+    return Numbers(sites, layers, 1.0, skipped > 0, differing, Ends(round(-negated), round(last_step), round(interval), changed > 0))
 
 
 _N, _NONFINITE, _ELEMENTS = (COLUMN[name] for name in ("n", "nonfinite", "elements"))
+_NOBODY = (-math.inf,) * len(WORST)
+"""The codes in the columns WORST where one process observes by itself."""
 
 
 def _counted(part: SitePart | None, layout: Layout) -> SitePart | None:
@@ -199,20 +234,32 @@ def _unscale(rows: Tensor, parts: Parts) -> None:
         rows[:, COLUMN[name]] /= divisor * divisor
 
 
-def _weigh(rows: Tensor, shared: bool) -> tuple[Tensor, Tensor | None]:
-    """Where ranks share the layout, scale the sums in place, so that they stand for all elements of the site and not only for those that were read.
+def _weigh(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale the sums in place, so that they stand for all elements of the site and not only for those that were read.
 
     Returns:
-        The column `read` of SITE_SUMS, and the factor by which each row was multiplied; None where nothing was scaled.
+        For each row the number of elements that were read, and the factor by which the row was multiplied.
     """
     elements = rows[:, _ELEMENTS].clone()
-    if not shared:
-        return elements, None
     read = rows[:, _N] + rows[:, _NONFINITE]
     scales = torch.where(read > 0, elements / read.clamp(min=1), torch.ones_like(read))
     rows[:, : len(SUMS)] *= scales.unsqueeze(1)
     rows[:, _ELEMENTS] = elements
     return read, scales
+
+
+def _unweighed(table: Vector, layout: Layout) -> tuple[Vector, list[float]]:
+    """Undo `_weigh`: the sums [sites, SUMS] over the elements that were read, and the factor by which each row was multiplied, [sites].
+
+    The numbers of one process were not scaled and are returned bit for bit.
+    """
+    if not layout.shared:
+        return table, [1.0] * len(table)
+    elements = table[:, _ELEMENTS].copy()
+    scales = np.where(elements > 0, table[:, -1] / np.maximum(elements, 1), 1.0)
+    table = table[:, :-1] * scales[:, None]
+    table[:, _ELEMENTS] = elements
+    return table, scales.tolist()
 
 
 def _unit_pieces(
@@ -234,22 +281,18 @@ def _unit_pieces(
     return blocks, heads, tops
 
 
-def _input_pieces(layers: Sequence[LayerPart | None], elements: Tensor, layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The numbers of the layers' inputs: the elements that were read, the elements that the sums stand for, and the sums [3, features]."""
+def _input_pieces(layers: Sequence[LayerPart | None], elements: Tensor, layout: Layout, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """The numbers of the layers' inputs: the elements that were read, and the sums [3, features], scaled up to all `elements`."""
     nothing = torch.zeros((), dtype=accumulator(device), device=device)
     given = [None if part is None or part.inputs is None else part.inputs.to(device) for part in layers]
-    # One process reads both from the sums themselves, on the host.
-    reads = [nothing if inputs is None or not layout.shared else inputs[0].sum() for inputs in given]
+    reads = [nothing if inputs is None else inputs[0].sum() for inputs in given]
     read = torch.stack(reads) if reads else nothing.new_empty(0)
     pieces = []
     for at, (part, inputs, entry) in enumerate(zip(layers, given, layout.layers.values(), strict=True)):
-        if not entry.features:
-            continue
-        if inputs is not None and layout.shared:
-            inputs = inputs * (elements[at] / read[at].clamp(min=1))
-        first = part.first if part is not None and layout.shared else 0
-        pieces.append(_piece(inputs, (3, entry.features), first, 0.0, device))
-    return read, elements, pieces
+        if entry.features:
+            whole = None if inputs is None else inputs * (elements[at] / read[at].clamp(min=1))
+            pieces.append(_piece(whole, (3, entry.features), 0 if part is None else part.first, 0.0, device))
+    return read, pieces
 
 
 def _piece(values: Tensor | None, shape: tuple[int, int], first: int, empty: float, device: torch.device) -> Tensor:
@@ -262,13 +305,17 @@ def _piece(values: Tensor | None, shape: tuple[int, int], first: int, empty: flo
     return whole
 
 
-def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, shared: bool, device: torch.device) -> Tensor:
-    """[layers, LAYER_SUMS without the last two]. Where ranks share the layout, sums over a sample are scaled up to this rank's part of the weight."""
-    zeros = torch.zeros(3, dtype=n.dtype, device=device)
+def _weights(parts: Sequence[LayerPart | None], device: torch.device) -> Tensor:
+    """[layers, WEIGHT]; zeros where nothing was measured here."""
+    zeros = torch.zeros(len(WEIGHT), dtype=accumulator(device), device=device)
     given = [zeros if part is None or part.numbers is None else part.numbers.to(device) for part in parts]
-    numbers = torch.stack(given) if given else zeros.new_empty(0, 3)
-    scale = numel / n.clamp(min=1) if shared else torch.ones_like(n)
-    weight, change, grad = numbers.unbind(1)
+    return torch.stack(given) if given else zeros.new_empty(0, len(WEIGHT))
+
+
+def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, device: torch.device) -> Tensor:
+    """[layers, LAYER_SUMS without the last two]. The sums over a sample are scaled up to this rank's part of the weight."""
+    scale = numel / n.clamp(min=1)
+    weight, change, grad = _weights(parts, device).unbind(1)
     columns = [weight * scale]
     for each in (change, grad):
         known = torch.isfinite(each)
@@ -298,8 +345,19 @@ def _decode(code: float) -> tuple[float | None, int | None]:
     return (None, None) if code < 0 else (code // _FINE / _FINE, round(_FINE - 1 - code % _FINE))
 
 
-def _unpack_layers(sums: Vector, maxes: Vector, layout: Layout) -> tuple[list[LayerRow], tuple[str, ...]]:
-    """The rows of layers that were measured, and the names of those whose weight is not the same on all ranks that hold it whole."""
+def _layers_alone(sums: Vector, layout: Layout) -> list[LayerRow]:
+    """The rows of layers in the layout of one process."""
+    numbers = sums[layout.places.layer_sums].reshape(len(layout.layers), len(WEIGHT)).tolist()
+    found = []
+    for (name, entry), row in zip(layout.layers.items(), numbers, strict=True):
+        place = layout.places.inputs.get(name)
+        summed = _UNKNOWN if place is None else _summary(sums[place].reshape(3, -1))
+        found.append(LayerRow(entry.facts, [*row, *summed], entry.n, entry.numel, entry.rate))
+    return found
+
+
+def _layers_together(sums: Vector, maxes: Vector, layout: Layout) -> tuple[list[LayerRow], tuple[str, ...]]:
+    """The rows of layers that some rank has measured, and the names of those whose weight is not the same on all ranks that hold it whole."""
     places, count = layout.places, len(layout.layers)
     rows = sums[places.layer_sums].reshape(count, len(LAYER_SUMS)).tolist()
     tops = maxes[places.layer_maxes].reshape(count, len(LAYER_MAXES)).tolist()
@@ -310,23 +368,25 @@ def _unpack_layers(sums: Vector, maxes: Vector, layout: Layout) -> tuple[list[La
         values = dict(zip(LAYER_SUMS, row, strict=True))
         if values["n"]:
             place = places.inputs.get(name)
-            found.append(_layer_row(entry, values, None if place is None else sums[place].reshape(3, -1), rate, layout.shared))
+            found.append(_layer_row(entry, values, None if place is None else sums[place].reshape(3, -1), rate))
     return found, tuple(differing)
 
 
-def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | None, rate: float, shared: bool) -> LayerRow:
+def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | None, rate: float) -> LayerRow:
+    """The row of a layer. Its sums, which were scaled up to all elements, are scaled back to those that were read."""
     n, numel = values["n"], values["numel"]
-    per = n / numel if shared else 1.0
+    per = n / numel
     change = values["change_sq"] * per if values["change_n"] else math.nan
     grad = values["grad_sq"] * per if values["grad_n"] else math.nan
-    summed = [math.nan] * 3
-    if inputs is not None and not shared:
-        summed = _summary(inputs)
-    elif inputs is not None and values["input_elements"]:
+    summed = _UNKNOWN
+    if inputs is not None and values["input_elements"]:
         summed = _summary(inputs * (values["input_n"] / values["input_elements"]))
     numbers = [values["weight_sq"] * per, change, grad, *summed]
-    assert len(numbers) == len(LAYER)
     return LayerRow(entry.facts, numbers, round(n), round(numel), rate if math.isfinite(rate) else None)
+
+
+_UNKNOWN = [math.nan] * len(INPUT)
+"""The numbers of columns.INPUT for an input that was not measured."""
 
 
 def _summary(features: Vector) -> list[float]:
