@@ -1,4 +1,4 @@
-"""The logits of attention, which fused kernels never write to memory, computed again from what was called. Pure functions.
+"""Computes the logits of attention again from the arguments of the call, since fused kernels never write them to memory. Pure functions.
 
 Only some query rows are computed, so that the T x T matrix of a long context never exists. The rows are spread over batch and positions, and are the
 same for all heads.
@@ -58,7 +58,7 @@ class Queries:
         """
         batch, heads, queries, keys = shape
         rows = batch * queries if limit is None else max(_LEAST_ROWS, limit // max(1, heads * keys))
-        # What a query sees depends on its position, above all under a causal mask. So first some positions, then as many samples as fit.
+        # What a query sees depends on its position, above all under a causal mask. So positions are chosen first, then as many samples as fit.
         positions = min(queries, max(_LEAST_ROWS, math.isqrt(rows), -(-rows // max(1, batch))))
         return Queries(spaced(batch, max(1, rows // max(1, positions)), turn), spaced(queries, positions, turn))
 
@@ -137,7 +137,7 @@ def _scaled_dot_product(
     rows = Queries.of((batch, heads, length, size), limit, turn)
     q, k = upcast(q[rows.batch, :, rows.positions]), upcast(k[rows.batch])
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-    # Of grouped queries, head h reads the keys of group h // (heads per group).
+    # With grouped queries, head h reads the keys of group h // (heads per group).
     groups = k.shape[1]
     z = _product(q.reshape(q.shape[0], groups, heads // groups, *q.shape[2:]), k.unsqueeze(2)).reshape(q.shape[0], heads, q.shape[2], size)
     added = None
@@ -155,7 +155,7 @@ def _multi_head(given: dict[str, Any], limit: int | None, turn: int) -> Logits:
         query, key = query.unsqueeze(1), key.unsqueeze(1)
         padding = None if padding is None else padding.unsqueeze(0)
     length, batch, _ = query.shape
-    # As torch does it: only then is the causal mask a hint, in place of the mask that is given.
+    # As in torch: only under these conditions does is_causal replace the mask that is given.
     hint = given.get("is_causal", False) and padding is None and not given.get("need_weights", True)
     added_keys = (given.get("bias_k") is not None) + bool(given.get("add_zero_attn"))
     static = given.get("static_k")
@@ -179,7 +179,7 @@ def _multi_head(given: dict[str, Any], limit: int | None, turn: int) -> Logits:
 
 
 def _projected(given: dict[str, Any], query: Tensor, key: Tensor, rows: Queries) -> tuple[Tensor, Tensor]:
-    """Queries and keys by head, [batch, heads, rows, features]: of the queries these rows, of the keys all of the samples that the rows belong to.
+    """Queries and keys by head, [batch, heads, rows, features]: the queries of these rows, and all keys of the samples that the rows belong to.
 
     Args:
         given: the arguments of F.multi_head_attention_forward, by name.
@@ -191,7 +191,7 @@ def _projected(given: dict[str, Any], query: Tensor, key: Tensor, rows: Queries)
     else:
         weights = given["in_proj_weight"].chunk(3)[:2]
     biases = (None, None) if given["in_proj_bias"] is None else given["in_proj_bias"].detach().chunk(3)[:2]
-    # In the precision that the projections ran in, since what attention saw is what is measured.
+    # The projections run in the precision that torch used for them, so that the logits are those that the attention saw.
     q = F.linear(query[rows.positions, rows.batch], weights[0].detach(), biases[0])
     q = upcast(q.reshape(*q.shape[:2], heads, -1).permute(1, 2, 0, 3))
     if static is None:
@@ -207,13 +207,13 @@ def _projected(given: dict[str, Any], query: Tensor, key: Tensor, rows: Queries)
 
 
 def _product(q: Tensor, k: Tensor) -> Tensor:
-    """q k^T, and not in the low precision that autocast would choose."""
+    """q k^T in the precision of q and k, not in the lower one that autocast would choose."""
     with torch.autocast(q.device.type, enabled=False):
         return torch.matmul(q, k.transpose(-1, -2))
 
 
 def _masked(z: Tensor, added: Tensor | None, causal: Tensor | None, elements: int) -> Logits:
-    """Logits under a mask, which is boolean (true: visible) or is added, and under a causal one."""
+    """Logits under a mask `added`, which is boolean (true: visible) or is added to z, and under the causal mask `causal`, if there is one."""
     visible = torch.ones((1, 1, 1, 1), dtype=torch.bool, device=z.device) if causal is None else causal
     if added is not None and added.dtype == torch.bool:
         visible = visible & added

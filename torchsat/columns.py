@@ -1,4 +1,4 @@
-"""Every number that is measured on the device, once: its name, how it merges, and which kernel writes it; standard library only.
+"""The table of all numbers that are measured on the device: the name of each, how it merges, and which kernel writes it. Standard library only.
 
 A *row* is one vector per site: the sum columns, then the max columns. A column adds, or takes the largest, over elements and depends on its element
 alone. Micro-batches, repeated calls of a shared module and ranks therefore all merge by the same operation, and everything else (means, shares,
@@ -37,11 +37,11 @@ class Column:
 
     name: str
     says: str
-    """What it is a sum or the largest of."""
+    """What the column is the sum of, or the largest value of."""
     merge: Merge = Merge.SUM
     measured: Direction = Direction.FORWARD
     loss_scaled: bool = False
-    """It holds squares of gradients, which carry the factor of a GradScaler twice."""
+    """Whether it holds squared gradients, which carry the square of a GradScaler's factor."""
 
 
 ROW: tuple[Column, ...] = (
@@ -75,21 +75,21 @@ ROW: tuple[Column, ...] = (
 SUMS = tuple(column.name for column in ROW if column.merge is Merge.SUM)
 MAXES = tuple(column.name for column in ROW if column.merge is Merge.MAX)
 COLUMN = {name: at for at, name in enumerate((*SUMS, *MAXES))}
-"""The place of each column in a row."""
+"""The index of each column in a row."""
 assert tuple(COLUMN) == tuple(column.name for column in ROW), "in ROW the sum columns come first"
 BACKWARD = tuple(column.name for column in ROW if column.measured is Direction.BACKWARD)
-"""The columns that the backward pass writes: neighbours, so that one slice of a row holds them."""
+"""The columns that the backward pass writes. They are neighbours in ROW, so that one slice of a row holds them."""
 BINS = tuple(column.name for column in ROW if column.name.startswith("bin"))
-"""The histogram: neighbours, from the smallest |f'| / peak to the largest."""
+"""The bins of the histogram, from the smallest |f'| / peak to the largest. They are neighbours in ROW."""
 LOSS_SCALED = tuple(column.name for column in ROW if column.loss_scaled)
 
 HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "logit_max")
-"""Rows of the block [6, heads] of a softmax. The last one takes the largest, the others are sums over query rows."""
+"""The rows of the block [6, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows."""
 UNITS = ("units", "units_measured", "units_stuck", "unit_samples")
-"""What is derived of a merged unit block [2, units] (samples, saturated samples): how many units there are, how many have enough samples, how many of
-these are stuck, and the samples of the least sampled unit."""
+"""Numbers that are derived from a merged unit block [2, units] (samples and saturated samples of each channel or feature): how many units there are,
+how many have enough samples, how many of these are stuck (nearly all of their samples are saturated), and the samples of the least sampled unit."""
 FEATURES = ("samples", "x", "x_sq")
-"""Rows of the block [3, features] of a layer's input: samples, sum of x, sum of x^2 of each feature."""
+"""The rows of the block [3, features] of a layer's input x: for each feature the number of samples, the sum of x and the sum of x^2."""
 WEIGHT = ("weight_sq", "change_sq", "grad_sq")
 """Numbers of a layer's weight: sums of squares over the elements that were read, of the weight, of its change by the optimizer's step, and of its
 gradient."""

@@ -2,8 +2,8 @@
 
 - The stance: whether compiled functions run compiled or eager. An observed step of a compiled model may have to run eager, since hooks that were
   added after the compilation never fire in a graph.
-- The guards on hooks: by default torch ignores that the hooks of a module have changed, so the graph of one model serves every other model of its
-  class, and a model whose hooks were added later.
+- The guards on hooks: by default torch ignores that the hooks of a module have changed. A graph that was compiled for one model then also runs for
+  other models of the same class, and for a model that was given hooks later.
 
 Each monitor asks for a setting under a key of its own (its `Watcher`, see process.py) and gives it back. The setting that the user had is restored
 when the last monitor has given it back.

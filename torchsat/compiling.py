@@ -1,11 +1,15 @@
 """How a model that torch.compile has compiled is observed.
 
-Hooks that are added after a model was compiled never run, or worse, are compiled into it. So an observed step runs eager: the stance "force_eager" of
-torch's compiler holds from the start of an observation until the model is entered, which is when torch has decided between graph and eager. The
-stance belongs to the whole process, hence so short. What is compiled inside the model stays compiled, unless it is a submodule and hides sites.
+Hooks that are added after a model was compiled never run or, worse, are compiled into it. So an observed step runs eager. The *stance* of torch's
+compiler is a setting of the whole process that says whether compiled functions run compiled or eager. It is set to "force_eager" from the start of an
+observation until the model is called, because torch has chosen between graph and eager by then. It is held no longer than that, since it affects
+other models too. Functions that are compiled inside the model stay compiled; only compiled submodules, which could hide sites, run eager as well.
 
-With `compiled="in_graph"` the measurement itself is compiled into the graph (observe/ingraph.py). A model with flex_attention is never run eager:
-there the attention would build the matrices of T x T that it exists to avoid.
+With `compiled="in_graph"` the measurement itself is compiled into the graph (observe/ingraph.py). A model with flex_attention is never run eager,
+since the attention would then build the T x T matrices that it exists to avoid.
+
+How a model is observed is its `Mode`. It changes when the model is *entered* (its forward begins) during an observation, and when an observation ends
+without a training pass or without a report from the compiled graph:
 
     from \\ event   entered, not compiled   entered, compiled   a step without a pass   graph silent twice
     UNKNOWN        EAGER                   COMPILED            COMPILED                -
@@ -38,48 +42,48 @@ log = logging.getLogger("torchsat")
 
 REFUSED = "compiled, with flex_attention: it is not run eager, where the attention would take T x T memory"
 _SILENT = 2
-"""Observations in a row in which the compiled graph may tell nothing."""
+"""After this many observations in a row in which the compiled graph reported nothing, the model is observed in eager execution."""
 _MISSES = 3
-"""Observations in a row without a training pass before that is said, and no further step is observed for that reason."""
+"""After this many observations in a row without a training pass the user is told, and no further step is observed for that reason."""
 
 
 class Mode(Enum):
-    """How the model runs, and so how it is observed; see the table above."""
+    """How the model runs, and so how it is observed; see the table in the module's docstring."""
 
     UNKNOWN = "unknown"
-    """It has not been entered in an observation yet."""
+    """It has not been called in an observation yet."""
     EAGER = "eager"
     """It is not compiled: hooks are enough."""
     COMPILED = "compiled"
     """It is called from compiled code, or was not seen where it should have been: observed steps are forced to run eager."""
     IN_GRAPH = "in_graph"
-    """Its compiled graph measures."""
+    """Operators inside its compiled graph measure it."""
     REFUSED = "refused"
     """It is called from compiled code and uses flex_attention: it is not run eager, and so not seen."""
 
 
 class Compilation:
-    """How one model is observed where it may be compiled.
+    """Decides how one model is observed, and sets the compiler accordingly.
 
     Args:
-        key: under which the settings of the compiler are asked for.
+        key: stands for this monitor where it asks for settings of the compiler (compile_settings.py).
     """
 
     def __init__(self, key: object) -> None:
         self._key = key
         self.mode = Mode.UNKNOWN
         self.graph_hooks: GraphHooks | None = None
-        """The hooks that are compiled with the model; None where the user has not asked for them, or they told nothing."""
+        """The hooks that are compiled with the model; None where the user has not asked for them, or where they reported nothing."""
         self._missed = 0
-        """Observations in a row in eager execution without a training pass."""
+        """Number of observations in a row in eager execution without a training pass."""
         self._silent = 0
-        """Observations in a row in which the graph told nothing."""
+        """Number of observations in a row in which the graph reported nothing."""
         self._uses_flex: bool | None = None
         """Whether the model uses flex_attention; None: it has not been looked for yet."""
 
     @property
     def hides_model(self) -> bool:
-        """Whether the model is known not to be seen because it is not run eager."""
+        """Whether the model is known to be unseen because it uses flex_attention and is not run eager."""
         return self.mode is Mode.REFUSED and self._missed > 0
 
     def use_graph(self, model: nn.Module) -> None:
@@ -93,34 +97,35 @@ class Compilation:
         self.graph_hooks = GraphHooks()
 
     def take_off(self) -> None:
-        """Take the hooks off that are compiled with the model."""
+        """Take the graph hooks off the model."""
         if self.graph_hooks is not None:
             self.graph_hooks.take_off()
             self.graph_hooks = None
             compile_settings.ignore_hooks(self._key)
 
     def prepare(self, found: Found, sites: Sites) -> Execution:
-        """An observation is about to open: hook the graph, and decide where it is made."""
+        """Called before an observation opens: put the graph hooks on, and decide whether it measures in eager execution or in the graph."""
         if self.graph_hooks is None:
             return Execution.EAGER
         self.graph_hooks.put_on(found)
-        # What feeds what is seen in eager execution; a model that cannot run eager does without. While another monitor makes all run eager, so it is.
+        # Which layers feed which sites can be seen in eager execution only, so the first observations are eager, unless flex_attention forbids that.
+        # While another monitor forces eager execution, no graph runs.
         if self.mode is not Mode.UNKNOWN and not compile_settings.forces_eager() and (self._uses_flex or sites.knows(found)):
             return Execution.GRAPH
         return Execution.EAGER
 
     def opened(self, model: nn.Module, is_first: bool) -> None:
-        """An observation in eager execution has opened.
+        """Called when an observation in eager execution has opened.
 
         Args:
-            is_first: nobody knows yet whether the model will be compiled, and it is expected to be entered next.
+            is_first: whether the model is expected to be called next, although it is not known yet whether it is compiled.
         """
-        # A model that was never entered is idle, and left alone.
+        # A model that was never called is idle. Other models need not run eager because of it.
         if self.mode in (Mode.COMPILED, Mode.IN_GRAPH, Mode.REFUSED) or (self.mode is Mode.UNKNOWN and is_first):
             self.force_eager(model)
 
     def entered(self, model: nn.Module, training: bool) -> None:
-        """The model is entered: torch has decided between graph and eager, so the stance has done its work."""
+        """Called when the model's forward begins. torch has chosen between graph and eager by then, so the stance is no longer needed."""
         if internals.inside_compiled_code():
             self._becomes_compiled(model)
         else:
@@ -130,34 +135,37 @@ class Compilation:
             self.force_eager(model)
 
     def left(self, model: nn.Module, training: bool, observes: bool) -> None:
-        """The model is left.
+        """Called when the model's forward ends.
 
         Args:
-            observes: the observation is still open.
+            observes: whether the observation is still open.
         """
         compile_settings.release(self._key)
         if self.mode not in (Mode.COMPILED, Mode.IN_GRAPH, Mode.REFUSED):
             return
-        # A validation runs its graph, even if that means to miss this observation; the next one then holds on.
+        # A validation may run its compiled graph, although the observation may then miss its training pass. After one such miss eager stays forced.
         if (training or self._missed) and observes:
             self.force_eager(model)
         else:
             compile_settings.linger()
 
     def force_eager(self, model: nn.Module) -> None:
-        """Run the model eager, unless it uses flex_attention."""
+        """Make compiled code run eager, unless the model uses flex_attention."""
         if not self._finds_flex(model):
             compile_settings.force_eager(self._key)
 
     def saw_pass(self) -> None:
-        """An observation has seen a training pass."""
+        """Note that an observation has seen a training pass."""
         self._missed = self._silent = 0
 
     def missed_pass(self, model: nn.Module | None, speaks: bool) -> Retry | None:
-        """An observation has seen no training pass, which must not be a silent gap; why to observe the next step, if that may help.
+        """Note that an observation has seen no training pass. If this happens again and again the user is told, so that there is no silent gap.
 
         Args:
             speaks: whether this rank is the one that logs.
+
+        Returns:
+            The reason to observe the next step; None where that would not help.
         """
         if self.mode is Mode.IN_GRAPH:
             self._silent += 1
@@ -178,7 +186,7 @@ class Compilation:
         self._becomes(Mode.REFUSED if self._finds_flex(model) else Mode.COMPILED)
 
     def _fall_back(self, model: nn.Module) -> None:
-        """The graph tells nothing: observe in eager execution."""
+        """Observe in eager execution from now on, since the graph reported nothing."""
         self.take_off()
         self._silent = 0
         self._becomes_compiled(model)
@@ -203,7 +211,7 @@ class Compilation:
 
 
 def uses_flex_attention(model: nn.Module) -> bool:
-    """Whether a method of a module of this model, or a function that it calls by name, is flex_attention, as it is or compiled."""
+    """Whether a method or attribute of a module of this model, or a function that one of them calls by name, is flex_attention, compiled or not."""
     met: set[int] = set()
 
     def is_flex(value: Any, depth: int) -> bool:
@@ -226,7 +234,7 @@ def uses_flex_attention(model: nn.Module) -> bool:
 
 
 def _names_flex(code: types.CodeType) -> bool:
-    """Whether a piece of code, or one inside it, speaks of flex_attention as an attribute or imports it."""
+    """Whether this code object, or one that is nested in it, uses flex_attention as a global name or an attribute, or imports it."""
     return "flex_attention" in code.co_names or any(isinstance(inner, types.CodeType) and _names_flex(inner) for inner in code.co_consts)
 
 

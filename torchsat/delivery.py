@@ -1,7 +1,8 @@
-"""What becomes of an observation once it is under way: numbers that arrive are judged, made a Snapshot, and handed to the sinks.
+"""Delivers observations: turns numbers that have arrived on the host into a Snapshot with alerts, and hands it to the sinks.
 
-Nothing here waits for a device. What has arrived is delivered at the end of a later step, in the order of steps. What all ranks know becomes visible
-on all of them at the end of the same step, so that a loop that stops on an alert stops everywhere.
+A *sink* is a function that is called with each Snapshot. Nothing here waits for a device. Numbers that have arrived are delivered at the end of a
+later step, in the order of steps. Numbers that all ranks share become visible on all of them at the end of the same step, so that a training loop
+that stops on an alert stops on every rank.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from torchsat.transport.route import Route
 log = logging.getLogger("torchsat")
 
 _MOST_IN_FLIGHT = 16
-"""Observations on their way before one is waited for: a device that is this far behind would otherwise fill the host's pinned memory."""
+"""The most observations on their way to the host. If there are more, the oldest is waited for: a device that is this far behind would otherwise fill
+the host's pinned memory."""
 
 
 class Delivery:
     """Delivers the observations of one monitor.
 
     Args:
-        model: the name of the model's class, for people.
+        model: the name of the model's class, for messages.
     """
 
     def __init__(self, options: Options, model: str, sites: Sites, route: Route, faults: Faults) -> None:
@@ -53,9 +55,9 @@ class Delivery:
         self._judge = Judge(options.rules, faults.report)
         self._diagnosis = Diagnosis()
         self._stuck: dict[str, Stuck] = {}
-        """Of each site the last full window of its units."""
+        """For each site, the stuck units of its last full window (rows.py)."""
         self.in_flight: list[Flight] = []
-        """The observations that are under way, oldest first."""
+        """The observations that are on their way to the host, oldest first."""
         self._announced = False
         self._moved = False
         self._nothing = "of its activations, include= and exclude= leave none" if options.include or options.exclude else "no activation was found"
@@ -67,7 +69,7 @@ class Delivery:
             files = TensorBoardWriter(options.log_dir, options.writer)
             self._sinks.insert(0, files)
             if default_group() is None and int(os.environ.get("WORLD_SIZE") or 1) < 2:
-                # Of several ranks, which may come to be only after this, those that write none make none.
+                # In a job of several ranks only one writes files, and the others should not create any. Ranks may be set up only after this.
                 files.open()
 
     @property
@@ -77,7 +79,7 @@ class Delivery:
 
     @property
     def coverage(self) -> Coverage:
-        """What is seen on any rank, and what is not on this one."""
+        """The sites that are seen on any rank, and the places that are not seen on this one."""
         return self._sites.coverage(self._route.kinds)
 
     def history(self) -> dict[str, Any]:
@@ -86,14 +88,14 @@ class Delivery:
         return {"stuck": stuck, "judge": self._judge.state_dict(), "diagnosis": self._diagnosis.state_dict()}
 
     def take_up(self, history: dict[str, Any]) -> None:
-        """Go on with what another monitor remembered."""
+        """Continue with the `history` of another monitor."""
         stuck = {name: Stuck(float(share), int(samples)) for name, (share, samples) in history["stuck"].items()}
         self._judge.load_state_dict(history["judge"])
         self._diagnosis.load_state_dict(history["diagnosis"])
         self._stuck = stuck
 
     def resume(self, log_dir: str | os.PathLike[str] | None, start: int | Literal["resume"]) -> int:
-        """Take up what the event files of an earlier session say. Returns the number of the first step."""
+        """Continue with the alerts that the event files of an earlier session show. Returns the number of the first step."""
         if start == 0 or log_dir is None:
             return 0 if start == "resume" else start
         from torchsat.tensorboard.reader import read_runs
@@ -115,19 +117,19 @@ class Delivery:
         return step
 
     def add(self, flight: Flight | None) -> None:
-        """An observation is under way."""
+        """Add an observation that is on its way to the host; None: nothing was sent."""
         if flight is not None:
             self.in_flight.append(flight)
 
     def drain(self, step: int, overhead: float | None, wait: float = 0.0) -> Retry | None:
-        """Deliver, in order, what has arrived; or everything, waiting for so many seconds.
+        """Deliver the observations that have arrived, in order. With `wait`, wait up to so many seconds for each, so that all are delivered.
 
         Args:
             step: the number of the step that ends now.
             overhead: the share of training time that observing took lately.
 
         Returns:
-            OVERFLOW where one of them turned out to be of a step that its optimizer has skipped.
+            OVERFLOW if one of the delivered observations is of a step that the optimizer skipped.
         """
         retry = None
         if len(self.in_flight) > _MOST_IN_FLIGHT:
@@ -149,7 +151,7 @@ class Delivery:
     def _deliver(self, flight: Flight, overhead: float | None) -> Retry | None:
         numbers = self._route.read(flight)
         if numbers.skipped:
-            # Which steps are observed is a matter of all ranks.
+            # All ranks must observe the same steps, so one rank alone cannot observe a further one.
             return None if self._route.together else Retry.OVERFLOW
         snapshot = self._snapshot(flight, numbers, overhead)
         if snapshot is None:
@@ -158,7 +160,7 @@ class Delivery:
         if self._route.speaks:
             self._announce(snapshot)
             self._move_files()
-            # First to the files: a callback may close the monitor.
+            # The file writer is the first sink, and `on_alert` comes after all sinks: a callback may close the monitor.
             for sink in list(self._sinks):
                 self._to_sink(sink, functools.partial(sink, snapshot))
             for alert in snapshot.alerts:
@@ -166,7 +168,7 @@ class Delivery:
         return None
 
     def _snapshot(self, flight: Flight, numbers: Numbers, overhead: float | None) -> Snapshot | None:
-        """What an observation has found; None where other ranks took part in it and no rank measured anything."""
+        """The Snapshot of an observation; None where several ranks took part and none of them measured anything."""
         records = []
         for row in numbers.sites:
             record, stuck = to_record(row, numbers.scale, self._stuck.get(row.facts.site))
@@ -183,7 +185,7 @@ class Delivery:
         return replace(snapshot, alerts=self._diagnosis.judge(self._judge.judge(snapshot), self._judge.firing, snapshot))
 
     def _announce(self, snapshot: Snapshot) -> None:
-        """One line after the first observation: what is watched, and what is not."""
+        """Log one line after the first observation, which says what is watched and what is not."""
         if self._announced:
             return
         self._announced = True
@@ -196,19 +198,19 @@ class Delivery:
         log.info("torchsat: watching %s and %d layers%s", kinds, len(snapshot.weights), rest)
 
     def say_nothing_watched(self) -> None:
-        """One line where the model has no activation to be watched."""
+        """Log one line if the model has no activation that can be watched."""
         if not self._announced and self._route.speaks:
             self._announced = True
             log.warning("torchsat: %s: %s, nothing is watched. See monitor.coverage.", self._model, self._nothing)
 
     def say_stopped(self, step: int, names: list[str]) -> None:
-        """One line for sites that ran before and no longer do."""
+        """Log one line for sites that ran before and no longer do."""
         if names and self._route.speaks:
             listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             log.warning("torchsat: step %d: %s ran before, but not in the last observations.", step, listed)
 
     def _move_files(self) -> None:
-        """Only the first rank of a job writes where the user said; what another one writes, for itself or its group, must not get in between."""
+        """On every rank but the first of the job, write to a sub-directory `rank<n>`, so that the files of different ranks do not mix."""
         if self._route.rank and not self._moved:
             self._moved = True
             for sink in self._sinks:

@@ -1,6 +1,6 @@
-"""What is said when something of ours fails: one line that names the place and what is lost, and training goes on.
+"""Reports failures of torchsat itself: one log line names the place and what is lost, and training goes on.
 
-`errors="raise"`, for developers of torchsat, lets the exception through instead.
+With `errors="raise"`, which is for developers of torchsat, the exception is raised instead.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Faults:
     def __init__(self, raises: bool) -> None:
         self._raises = raises
         self.ended: str | None = None
-        """Why all monitoring of this model has ended; None as long as it goes on."""
+        """Why all monitoring of this model has ended; None as long as it continues."""
 
     def report(self, place: str, error: Exception, lost: str | None = None) -> None:
-        """Say that something failed at a place, and what is lost by it. A fault at MODEL ends the monitor.
+        """Log that something failed at a place, and what is lost because of it. A fault at MODEL ends the monitor.
 
         Raises:
             Exception: the fault itself, where the user asked for that.

@@ -106,7 +106,7 @@ _REHEARSALS = ("_prepare_forward_infra", "_shape_inference")
 
 
 def rehearses() -> bool:
-    """Whether a pipeline runs its stage only to learn the shapes of what it makes, on memory that nobody has written."""
+    """Whether a pipeline runs its stage only to learn the shapes of its outputs, on uninitialised memory."""
     if PIPELINES not in sys.modules:
         return False
     return any(frame.f_code.co_name in _REHEARSALS and frame.f_globals.get("__name__") == PIPELINES for frame in frames())
@@ -115,8 +115,8 @@ def rehearses() -> bool:
 def saving_is_hooked() -> bool:
     """Whether what autograd saves goes through hooks, as in a checkpoint, which would run the forward again to give it back.
 
-    torch.autograd.graph has `saved_tensors_hooks` to set such hooks, but nothing to ask for them. torch before 2.7 cannot say at all, so there the
-    stack is searched for a checkpoint, which is what uses such hooks.
+    torch.autograd.graph has `saved_tensors_hooks` to set such hooks, but nothing public says whether any are set. Before torch 2.7 nothing private
+    does either, so there the stack is searched for a checkpoint, which is what uses such hooks.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top is not None:
@@ -180,7 +180,7 @@ open_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
-    """Closes the user's TorchDispatchModes meanwhile, so that their counts stay those of the model. There is no public name."""
+    """A context in which the user's TorchDispatchModes are closed, so that they count only what the model does. There is no public name."""
     return _disable_current_modes()
 
 
@@ -200,7 +200,7 @@ def close_function_mode(mode: TorchFunctionMode) -> None:
 
 
 def is_real(tensor: Tensor) -> bool:
-    """Whether the tensor holds numbers of this run: neither a stand-in that has only a shape, nor one row of a transform of torch.func."""
+    """Whether the tensor holds numbers: it is no meta or fake tensor, which has only a shape, and no wrapper inside a transform of torch.func."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
@@ -224,32 +224,33 @@ def uncompiled(function: Any) -> Any:
 
 
 def forget_graphs(model: nn.Module) -> None:
-    """Compile anew what is made of the code of this model's modules. torch.compiler.reset would forget the graphs of every model."""
-    # Where forward is torch's own, as in a Sequential, what is compiled is a wrapper around the call.
+    """Drop the compiled graphs of this model's modules, so that they are compiled again. torch.compiler.reset would drop those of every model."""
+    # Where forward is torch's own, as in a Sequential, torch compiles a wrapper around the call.
     around = (external_utils.wrap_inline(model.forward), nn.Module._call_impl, nn.Module._wrapped_call_impl)
     for code in {function.__code__ for function in (*around, *(type(each).forward for each in model.modules())) if hasattr(function, "__code__")}:
         eval_frame.remove_from_cache(code)
 
 
 def can_guard_hooks() -> bool:
-    """Whether this torch can be told to look at the hooks of modules before it runs a graph."""
+    """Whether this torch has a setting that makes it check the hooks of modules before it runs a graph."""
     return hasattr(torch._dynamo.config, "skip_nnmodule_hook_guards")
 
 
 def skips_hook_guards(skips: bool | None = None) -> bool:
-    """Whether torch.compile ignores that a module's hooks have changed; set first, where a value is given. There is no public setting."""
+    """Whether torch.compile ignores that a module's hooks have changed. If a value is given, it is set first. There is no public setting."""
     if skips is not None:
         torch._dynamo.config.skip_nnmodule_hook_guards = skips
     return bool(torch._dynamo.config.skip_nnmodule_hook_guards)
 
 
 def stance() -> object:
-    """The stance of the compiler that holds now. torch.compiler.set_stance sets it, but nothing public tells it."""
+    """The stance of torch.compile now: whether compiled functions run compiled or eager. torch.compiler.set_stance sets it; nothing public reads
+    it."""
     return eval_frame._stance
 
 
 def ordered_effect() -> Callable[[Any], Any] | None:
-    """How to declare that the compiler may neither drop an operator nor move it past another; None where this torch has no such thing."""
+    """A function that forbids the compiler to drop an operator or to move it past another one; None where this torch has no such thing."""
     try:
         from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
     except ImportError:
@@ -258,7 +259,7 @@ def ordered_effect() -> Callable[[Any], Any] | None:
 
 
 def wrapped_by_data_parallel() -> nn.parallel.DistributedDataParallel | None:
-    """The DistributedDataParallel whose forward runs now. A module inside it has no other way to learn of it."""
+    """The DistributedDataParallel whose forward runs now. A module inside the wrapper cannot find it in any other way."""
     return nn.parallel.DistributedDataParallel._active_ddp_module
 
 
@@ -268,7 +269,7 @@ def is_flattened(model: nn.Module) -> bool:
 
 
 def fully_sharded_divisor(module: nn.Module) -> float | None:
-    """What fully_shard (FSDP2) divides the gradients of this module by; None where it does not say. No public getter exists."""
+    """The number that fully_shard (FSDP2) divides the gradients of this module by; None where it does not say. No public getter exists."""
     group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
     mesh = getattr(group, "mesh_info", None)
     if mesh is None:

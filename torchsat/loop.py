@@ -1,10 +1,11 @@
 """The training loop as torchsat sees it: when a step ends, and whether the next one is observed.
 
-Steps are found by a hook that torch runs around every optimizer's step (process.py, steps.py), or the user ends them by hand. From the end of one
-step on the next one is observed, if the schedule or a reason to observe again asks for it (observer.py). A step that is not observed runs the short
-way through `before_step` and `after_step`, and nothing else of ours.
+torch calls our hooks around the step of every optimizer (process.py), and steps.py finds out from these calls when a training step is over. In a loop
+without a torch optimizer the user calls `monitor.step()` instead. At the end of each step it is decided whether the next one is observed: the
+schedule or a reason to observe again (observer.py) may ask for it. On a step that is not observed, only a few lines of `before_step` and `after_step`
+run, and nothing else of ours.
 
-Nothing here may stop training: what fails is reported once through `logging` and no longer watched.
+Nothing here may stop training: a failure is reported once through `logging`, and what failed is no longer watched.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from torchsat.transport import meeting
 log = logging.getLogger("torchsat")
 
 _PASSES_WITHOUT_STEP = 200
+"""After this many training passes (calls of the model in training) without a step of an optimizer, the user is told to call `monitor.step()`."""
 _STEPS_OF_OTHERS = 8
-"""Steps of other models during which an observation waits for this one."""
+"""An observation whose model is not called is abandoned after this many optimizer steps of other models."""
 
 
 class Driver(Enum):
@@ -44,17 +46,17 @@ class Driver(Enum):
 
 
 class Loop:
-    """Finds the steps of one model, and has them observed.
+    """Finds the training steps of one model, and has the observer measure those that are due.
 
     Args:
-        model: what is watched; it is not kept alive, unless it is our own module around the stages of a pipeline.
-        stages: of a pipeline, by the name that the sites in them begin with; empty for any other model.
-        clock: of the host and the device.
+        model: the model that is watched. It is not kept alive, unless it is our own module around the stages of a pipeline.
+        stages: the stages of a pipeline, keyed by the name that their sites begin with; empty for any other model.
+        clock: the clocks of the host and the device.
     """
 
     def __init__(self, model: nn.Module, stages: Mapping[str, Any], options: Options, clock: Clock) -> None:
         self.step = 0
-        """The number of the step that runs."""
+        """The number of the current step."""
         self.is_closed = False
         self.observer = Observer(model, stages, options, clock, self._on_pass)
         self._wrapper = model if stages else None
@@ -64,13 +66,15 @@ class Loop:
         self._driver = Driver.OPTIMIZERS
         self._steps = Steps(self._model)
         self._passes = 0
-        """Training passes since the last step."""
+        """Number of training passes since the last step."""
         self._newest_pass: Pass | None = None
-        """The last pass before an optimizer stepped and the round was not over."""
+        """The newest pass when the last optimizer had stepped, if the round was not over then. A *round* is one step of every optimizer (steps.py).
+        If one of them steps again before the round is over, the passes after this one belong to the next step."""
         self._watcher = process.Watcher(self.before_step, self.after_step, self.close, self.observer.fail, self._stop)
 
     def start(self) -> None:
-        """Begin to watch: from now on the process tells this loop of steps. Raises what `errors="raise"` lets through, and leaves nothing behind."""
+        """Begin to watch: from now on our process-wide hooks call this loop at every optimizer step. An error that `errors="raise"` lets through is
+        raised, after everything has been taken off again."""
         self.step = self.observer.delivery.resume(self._options.log_dir, self._options.start)
         process.join(self._watcher)
         try:
@@ -80,13 +84,13 @@ class Loop:
             raise
 
     def resume(self, step: int, turn: int, interval: int) -> None:
-        """Go on with the numbers of a saved session."""
+        """Continue with the step, turn and interval of a saved session."""
         self.step = step
         if not self.is_closed:
             self.observer.resume(step, turn, interval)
 
     def end_step(self) -> None:
-        """End a step by hand; from then on optimizers are no longer listened to."""
+        """End a step by hand. From then on the steps of optimizers are ignored."""
         self._driver, observer = Driver.BY_HAND, self.observer
         with observer.never_raising(), observer.timed():
             if observer.observation is not None:
@@ -110,14 +114,14 @@ class Loop:
         self.observer.delivery.flush()
 
     def _stop(self) -> None:
-        """Take everything off the model, without touching files or threads: all that a forked child may do."""
+        """Take everything off the model, without touching files or threads. A forked child may do no more than this."""
         self.is_closed = True
         self._steps.forget()
         self.observer.abandon(None)
         self.observer.compilation.take_off()
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An optimizer of the process is about to step."""
+        """Called when any optimizer of the process is about to step, whichever model it belongs to."""
         observer = self.observer
         if self.is_closed or self._driver is Driver.BY_HAND or observer.faults.ended is not None:
             return
@@ -144,7 +148,7 @@ class Loop:
                 observer.observation.before_step(optimizer, has_closure(args, kwargs))
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """An optimizer of the process has stepped."""
+        """Called when any optimizer of the process has stepped."""
         if self.is_closed or self._driver is Driver.BY_HAND or not self._steps.ends(optimizer):
             return
         self._passes, observer = 0, self.observer
@@ -165,14 +169,17 @@ class Loop:
                 self._newest_pass = observation.passes.newest if observation is not None else None
 
     def _wait_for_less(self, observation: Observation) -> None:
-        """Another model trains while this one waits to be entered: nobody is to run eager for long because of it. Hooks of an observation must be
-        gone by then, or they would be compiled with the model."""
+        """Count the steps of other models while this observation waits for its own model to be called, and abandon it after a few.
+
+        The observation makes all compiled code of the process run eager, which other models should not suffer for long. Its hooks must be gone by the
+        time compiled code is compiled again, or they would be compiled with the model.
+        """
         observation.steps_of_others += 1
         if observation.steps_of_others == _STEPS_OF_OTHERS:
             self.observer.abandon(Retry.OTHER_MODEL)
 
     def _end_round(self) -> None:
-        """A step is over: finish its observation, if it has one, and open the next one, if that is due."""
+        """End the current step: finish its observation, if there is one, and open an observation of the next step, if one is due."""
         observer = self.observer
         observer.drain(self.step)
         if observer.observation is not None:
@@ -186,7 +193,7 @@ class Loop:
             observer.open(self.step)
 
     def _on_pass(self, event: PassEvent, training: bool) -> None:
-        """The model is entered or left during an observation, or a fault has ended everything."""
+        """Called during an observation when the model's forward begins or ends, and when a fault has ended all monitoring."""
         self.observer.heard(event, training)
         observation = self.observer.observation
         if event is not PassEvent.ENTERED or not training or observation is None:

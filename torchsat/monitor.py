@@ -1,4 +1,4 @@
-"""`watch` and the `Monitor`: the public face of one watched model. What happens while it trains is in loop.py."""
+"""The public interface: `watch`, and the `Monitor` of one model that it returns. What happens while the model trains is in loop.py."""
 
 from __future__ import annotations
 
@@ -29,31 +29,34 @@ def watch(
     log_dir: Directory | None = None,
     **options: Unpack[WatchOptions],
 ) -> Monitor:
-    """Watch the activations of a model while it trains; the one line.
+    """Watch the activations of a model while it trains. This one line is all that is added to a training loop.
 
     Args:
         model: any nn.Module; before or after the optimizer is made, before or after torch.compile or DistributedDataParallel. Or a stage of
             torch.distributed.pipelining, or a list of those that this rank runs.
-        log_dir: TensorBoard's directory of this run; written is the sub-run `<log_dir>/torchsat`. None: nothing is written.
+        log_dir: TensorBoard's directory of this run. torchsat writes the sub-run `<log_dir>/torchsat`. None: nothing is written.
         writer: instead of `log_dir`, a torch.utils.tensorboard.SummaryWriter to write through.
         every: observe step 0, the powers of two below this, and its multiples. 50 by default.
-        budget: the share of training time that observing may take from step `every` on: where it would take more, the interval is stretched, which
-            is logged. None: any. 0.02 by default.
+        budget: the share of training time that observing may take from step `every` on. If it would take more, fewer steps are observed, and a log
+            line says so. None: any share. 0.02 by default.
         epsilon: an element is saturated where |f'| stays below this share of its peak. 0.05 by default.
-        sample: the most elements read per call of a site, spread evenly over it; None: all. "auto", the default: 65536, and all where a kernel on the
-            GPU reads them anyway.
+        sample: the most elements that are read per call of a site (a place where an activation is computed), spread evenly over the tensor; None:
+            all. "auto", the default: 65536, or all where a kernel on the GPU reads all of them as quickly.
         include, exclude: patterns of site names (as in a shell), one or several.
-        calls: hear function calls too (`F.relu(x)`, `x.tanh()`, softmax, attention), not only modules and recurrent layers.
+        calls: measure function calls too (`F.relu(x)`, `x.tanh()`, softmax, attention), not only modules and recurrent layers.
         compiled: how a compiled model is observed: "eager" runs observed steps without the compiler; "in_graph" compiles the measurement of its
             modules into the graph (to be called before the first compiled step; that first step still runs eager).
         activations: the table that says which module or function computes which activation.
-        rules: when to alert.
-        sinks: functions of a Snapshot, called after TensorBoard's; `flush` and `close` are called too where they exist.
-        on_alert: function of an Alert, called when one fires, worsens or clears.
-        group: the ranks that observe together: "auto" is all of torch.distributed, if it is in use when training begins; None: each by itself.
-        start: the number of the first step: of a resumed run, the optimizer steps that it has taken. Alerts that fired then in `log_dir` go on with
-            their `since`. "resume": the step after the last one in `log_dir`. A checkpoint can hold more: `monitor.state_dict()`.
-        errors: "raise" lets faults of the monitor through, for developers of torchsat.
+        rules: the rules that decide when to alert.
+        sinks: functions that are called with each Snapshot, after it was written for TensorBoard. Their `flush` and `close` are called too, where
+            they exist.
+        on_alert: a function that is called with an Alert when it fires, worsens or clears.
+        group: the ranks that observe together. "auto": all ranks of torch.distributed, if it is in use when training begins. None: each rank by
+            itself.
+        start: the number of the first step; for a resumed run, the number of optimizer steps that it has taken. Alerts that were firing at that step,
+            as `log_dir` shows, keep their `since`. "resume": the step after the last one in `log_dir`. To keep more than the files show, save
+            `monitor.state_dict()` in the checkpoint.
+        errors: "raise" raises faults of the monitor instead of logging them, for developers of torchsat.
 
     Raises:
         TypeError: the model cannot be watched (not an nn.Module, nn.DataParallel, TorchScript), or there is no option of that name.
@@ -63,14 +66,14 @@ def watch(
 
 
 class _Name(str):
-    """Shown without quotes: the name of a long default."""
+    """A string that is shown without quotes: it stands for a default value that is too long to show."""
 
     __slots__ = ()
     __repr__ = str.__str__
 
 
 def _signature() -> inspect.Signature:
-    """What `help(torchsat.watch)` shows: every option with its default, as Options has them."""
+    """The signature that `help(torchsat.watch)` shows: every option with its default from Options."""
     long = {"activations": _Name("torchsat.ACTIVATIONS"), "rules": _Name("torchsat.RULES")}
     given = list(inspect.signature(watch).parameters.values())[:2]
     named = [each for name, each in inspect.signature(Options).parameters.items() if name != "log_dir"]
@@ -82,10 +85,10 @@ watch.__signature__ = _signature()  # type: ignore[attr-defined]
 
 
 class Monitor:
-    """What `watch` returns. A context manager: leaving it closes it.
+    """Watches one model; this is what `watch` returns. As a context manager it closes itself at the end of the block.
 
     Args:
-        clock: of the host and the device.
+        clock: the clocks of the host and the device.
     """
 
     def __init__(self, model: nn.Module | PipelineStage | Sequence[PipelineStage], options: Options, clock: Clock) -> None:
@@ -116,28 +119,28 @@ class Monitor:
 
     @property
     def coverage(self) -> Coverage:
-        """What is seen and what is not, as of the last observation."""
+        """What is measured and what is not, as of the last observation."""
         return self._loop.observer.delivery.coverage
 
     def step(self) -> None:
-        """End a step by hand, in a loop without a torch optimizer. From then on optimizers are no longer listened to.
+        """End a step by hand, in a loop without a torch optimizer. From then on the steps of optimizers are ignored.
 
-        Update ratios are not known in such a loop, and a GradScaler's factor is not taken out.
+        In such a loop update ratios are not known, and gradients keep the factor of a GradScaler.
         """
         if not self._loop.is_closed:
             self._loop.end_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint should hold, in plain types: the number of steps taken, and what rules and diagnosis remember."""
+        """What a checkpoint should hold, in plain types: the number of steps taken, and what rules and diagnosis remember of earlier observations."""
         loop, observer = self._loop, self._loop.observer
         observer.drain(loop.step)
         return {"step": loop.step, "interval": observer.schedule.interval, "turn": observer.turn, **observer.delivery.history()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another monitor was when it gave its `state_dict`; to be called before training goes on.
+        """Continue where another monitor was when its `state_dict` was taken. Call this before training continues.
 
         Raises:
-            ValueError: it is no such state.
+            ValueError: `state` does not come from `state_dict`.
         """
         missing = {"step", "interval", "turn", "stuck", "judge", "diagnosis"} - set(state)
         if missing:
@@ -166,7 +169,7 @@ class Monitor:
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of a model that holds its monitor holds none."""
+        """Return None, so that a copy of a model that holds its monitor as an attribute holds no monitor."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -177,7 +180,10 @@ class Monitor:
 
 
 def _trust_kernels(model: nn.Module) -> None:
-    """Before training, since it waits for the devices; on one that a model moves to later, plain torch measures."""
+    """Check our kernels on the GPUs that the model is on, and use them where they compute the right numbers.
+
+    This is done before training, since it waits for the devices. On a GPU that the model moves to later, plain torch measures instead.
+    """
     for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
         why_not = trust_kernels(device)
         if why_not is not None:

@@ -1,4 +1,4 @@
-"""Observes one step after the other: opens an observation, finishes it, and sends it on its way to the host.
+"""Opens an observation of a step, finishes it when the step is over, and sends what it measured on its way to the host.
 
 A step is observed where the schedule says so, or where there is a reason to observe again (`Retry`):
 
@@ -6,13 +6,13 @@ A step is observed where the schedule says so, or where there is a reason to obs
     OTHER_MODEL    the observation was abandoned while another model trained; the next step of this one is observed, run eager
     OVERFLOW       a GradScaler's optimizer has skipped the observed step; the next one is observed
     NO_PASS        no training pass was seen; the next steps are observed in eager execution, three at most
-    SILENT_GRAPH   the compiled graph told nothing; the next steps are observed, two at most, then in eager execution
+    SILENT_GRAPH   the compiled graph reported nothing; the next steps are observed, two at most, then in eager execution
 
 A reason is forgotten when the observation that it asked for opens. Where ranks observe together, the schedule alone decides, since all must observe
 the same steps.
 
-Hooks are on the model only during an observation. At its end the parts go to the host (transport/), and what has arrived of earlier ones is delivered
-(delivery.py).
+Hooks are on the model only during an observation. When it ends, what it measured is sent to the host (transport/), and earlier observations that have
+arrived there are delivered to the user (delivery.py).
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ TAKEN_FOR_REPEATED = "taken to be the same on all ranks of tensor parallelism, a
 
 
 class Observer:
-    """Observes the steps of one model that it is told to.
+    """Observes those steps of one model that the loop asks it to observe.
 
     Args:
-        model: what is watched; it is not kept alive.
-        stages: of a pipeline, by the name that the sites in them begin with; empty for any other model.
-        clock: of the host and the device.
-        on_pass: told when the model is entered and left during an observation, and when a fault ends everything.
+        model: the model that is watched; it is not kept alive.
+        stages: the stages of a pipeline, keyed by the name that their sites begin with; empty for any other model.
+        clock: the clocks of the host and the device.
+        on_pass: called during an observation when the model's forward begins or ends, and when a fault ends all monitoring.
     """
 
     def __init__(self, model: nn.Module, stages: Mapping[str, Any], options: Options, clock: Clock, on_pass: OnPass) -> None:
         self.turn = 0
-        """How many observations have ended: it decides which elements the next one reads."""
+        """Number of observations that have ended. It selects the elements that the next one reads, so that each observation reads other elements."""
         self.observation: Observation | None = None
-        """The one that is open."""
+        """The observation that is open; None between observations."""
         self.retry: Retry | None = None
-        """Why the next step is observed, whether or not the schedule asks for it."""
+        """Why the next step is observed even if the schedule does not ask for it; None: there is no such reason."""
         self.faults = Faults(options.raises)
         self.sites = Sites(options.activations, options.epsilon)
         self.schedule = Schedule(options.every, options.budget)
@@ -77,11 +77,11 @@ class Observer:
         self.clock = clock
         self._on_pass = on_pass
         self.device: torch.device | None = None
-        """The device of the model, whose clock tells what an observation costs."""
+        """The device of the model. Its clock measures what an observation costs."""
         self._wrapper_ranks = 0
-        """Over how many ranks the DistributedDataParallel around the model averages gradients; 0: none was seen."""
+        """Number of ranks over which a DistributedDataParallel around the model averages gradients; 0: no such wrapper was seen."""
         self._since = 0.0
-        """Since when our own code runs, on the host's clock."""
+        """The host's time up to which the time of our own code has been counted."""
 
     def begin(self, step: int) -> None:
         """Begin a session whose first step has this number."""
@@ -92,7 +92,7 @@ class Observer:
         self.open(step)
 
     def resume(self, step: int, turn: int, interval: int) -> None:
-        """Go on with the numbers of a saved session. Its next step is observed, as the first of every session is."""
+        """Continue with the numbers of a saved session. The next step is observed, like the first step of every session."""
         self.abandon(Retry.RESUMED)
         self.turn = turn
         self.schedule.resume(interval)
@@ -124,11 +124,11 @@ class Observer:
             execution = self.compilation.prepare(found, self.sites)
             observation.open(found, self.compilation.graph_hooks, execution)
             if execution is Execution.EAGER:
-                # Before the first pass nobody knows whether the model will be compiled.
+                # Before the model is called for the first time, it is not known whether it is compiled.
                 self.compilation.opened(model, step == self.schedule.first or why is Retry.OTHER_MODEL)
 
     def heard(self, event: PassEvent, training: bool) -> None:
-        """The model is entered or left during an observation, or a fault has ended everything."""
+        """Called during an observation when the model's forward begins or ends, and when a fault has ended all monitoring."""
         model, observation = self._model(), self.observation
         if event is PassEvent.FAILED:
             self.end_all()
@@ -164,7 +164,7 @@ class Observer:
             if self.compilation.hides_model:
                 self.sites.note(MODEL, REFUSED)
         if self.route.together:
-            # Which steps are observed is a matter of all ranks.
+            # All ranks must observe the same steps, so one rank alone cannot observe a further one.
             self.retry = None
             step = self._send_to_all(observation, parts, step)
         elif observation.has_measured:
@@ -180,7 +180,7 @@ class Observer:
         return step
 
     def abandon(self, why: Retry | None) -> None:
-        """End the observation that is open, if one is, without taking anything of it."""
+        """End the open observation, if there is one, and discard what it measured. `why` is the reason to observe again, if there is one."""
         observation, self.observation = self.observation, None
         if observation is not None:
             observation.abandon(why)
@@ -188,7 +188,7 @@ class Observer:
         compile_settings.release(self)
 
     def drain(self, step: int, wait: float = 0.0) -> None:
-        """Deliver what has arrived; or everything, waiting for so many seconds."""
+        """Deliver the observations that have arrived on the host. With `wait`, wait up to so many seconds for each that has not."""
         retry = self.delivery.drain(step, self.schedule.overhead, wait)
         self.schedule.is_agreed = self.route.together
         if retry is not None:
@@ -196,7 +196,7 @@ class Observer:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """What runs inside is time of our own, of the observation that has begun last."""
+        """Count the time that the body takes as time of torchsat, charged to the observation that began last."""
         self._since = self.clock.seconds()
         try:
             yield
@@ -204,13 +204,13 @@ class Observer:
             self._spend()
 
     def _spend(self) -> None:
-        """Count the time since `_since` as our own."""
+        """Count the time since `_since` as time of torchsat."""
         now = self.clock.seconds()
         self.schedule.spend(now - self._since)
         self._since = now
 
     def _meet(self) -> None:
-        """The end of the first observation decides, on all ranks alike, who observes together."""
+        """At the end of the first observation, decide whether ranks observe together. All ranks come to the same decision."""
         if self.route.has_met:
             return
         model = self._model()
@@ -220,12 +220,12 @@ class Observer:
         self.schedule.is_agreed = self.route.together
 
     def _send_to_all(self, observation: Observation, parts: Parts, step: int) -> int:
-        """Hand what was measured to all ranks; also if it is nothing, since they wait for it."""
+        """Send what was measured to all ranks. This is done even if nothing was measured, since the others wait for it."""
         for site in list(self.sites.ran.values()):
             if self.sites.is_taken_for_repeated(site):
                 self.sites.note(site.name, TAKEN_FOR_REPEATED)
         step = self._send(observation, parts, step)
-        # The ranks agree on what went before the first step: not all need see the files of an earlier session.
+        # Not every rank can read the files of an earlier session, so one rank tells the others what is known of it.
         history = self.route.take_history()
         if history is not None:
             self.delivery.take_up(history)
@@ -242,24 +242,24 @@ class Observer:
         return step if flight is None else flight.step
 
     def fail(self, error: Exception) -> None:
-        """Something outside of an observation has failed: that is the end of all monitoring of this model."""
+        """End all monitoring of this model, because something outside of an observation has failed."""
         self.sites.fail(MODEL, str(error))
         self.end_all()
         self.faults.report(MODEL, error)
 
     def end_all(self) -> None:
-        """A fault has ended all monitoring of this model."""
+        """End all monitoring of this model after a fault."""
         self.abandon(None)
-        # The other ranks are not to wait for what never comes.
+        # Otherwise the other ranks would wait for numbers that never come.
         self.route.leave()
 
     def never_raising(self) -> NeverRaising:
-        """Runs its body without gradients; what that raises ends the monitor, not training."""
+        """A context whose body runs without gradients, and whose errors end the monitor and not training."""
         return NeverRaising(self)
 
 
 class NeverRaising:
-    """The body runs without gradients; what it raises ends the monitor, not training."""
+    """A context whose body runs without gradients. An error in the body ends the monitor, not training."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer

@@ -1,4 +1,4 @@
-"""What `torchsat.watch` can be told, checked once where it is made.
+"""The options of `torchsat.watch`, which are checked once, when they are given.
 
 Every option is spelled twice: in `WatchOptions` and its base, which give a type checker the keyword arguments of `watch`, of the integrations and of
 `try_remedies`, and in `Options`, which has the defaults and the checks and is what the rest of the code reads. A test holds them together.
@@ -56,7 +56,7 @@ class WatchOptions(MeasureOptions, total=False):
 
 
 class RunOptions(WatchOptions, total=False):
-    """The same with the directory, which `watch` takes by position."""
+    """All options of `watch` together with the directory, which `watch` takes by position."""
 
     log_dir: Directory | None
 
@@ -137,7 +137,7 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def _check_when(given: Options) -> None:
-    """Check how often is observed, by whom, and from which step on."""
+    """Check the options that say how often to observe, on which ranks, and from which step on."""
     if given.group not in (None, "auto") and not _is_group(given.group):
         raise TypeError(
             f'group is {given.group!r}; allowed are "auto" (all ranks of torch.distributed), a torch.distributed.ProcessGroup of which this rank is '
@@ -155,7 +155,7 @@ def _check_when(given: Options) -> None:
 
 
 def _check_what(given: Options) -> None:
-    """Check what is measured and judged."""
+    """Check the options that say what is measured and judged."""
     if not isinstance(given.epsilon, float) or not 0 < given.epsilon < 1:
         raise ValueError(f"epsilon is {given.epsilon!r}; allowed are numbers between 0 and 1 (a share of the peak derivative; 0.05 by default)")
     if given.sample not in (None, "auto") and not _is_count(given.sample, 1):
@@ -171,7 +171,7 @@ def _check_what(given: Options) -> None:
 
 
 def _check_where(given: Options) -> None:
-    """Check where snapshots and alerts go."""
+    """Check the options that say where snapshots and alerts go."""
     if given.sinks is not None and not isinstance(given.sinks, Iterable):
         raise TypeError(f"sinks is {given.sinks!r}; allowed is a tuple of functions of one Snapshot")
     for sink in given.sinks or ():

@@ -1,6 +1,6 @@
-"""What one observation gives, as one process has it: values that a transport (transport/) brings to the host.
+"""What one observation has measured in one process: values on the device, which a transport (transport/) brings to the host.
 
-Nothing here knows whether other ranks exist. A transport for one process and one for several take the same `Parts`.
+Nothing here depends on whether other ranks exist. The transport for one process and that for several take the same `Parts`.
 """
 
 from __future__ import annotations
@@ -15,85 +15,86 @@ from torchsat.record import LayerFacts, SiteFacts
 
 @dataclass(frozen=True)
 class Span:
-    """Which of a site's units, or of a softmax's heads, this process holds, of those of all ranks of tensor parallelism."""
+    """Which of a site's units (channels or features), or which heads of a softmax, this process holds, as tensor parallelism may spread them."""
 
     count: int | None
-    """How many there are on all ranks together. None: the unit axis has no fixed size."""
+    """Number of units on all ranks together. None: the unit axis has no fixed size."""
     first: int = 0
-    """Where those of this process begin."""
+    """Index of this process's first unit among them."""
     counts: bool = True
-    """False where another rank holds the very same elements and counts them."""
+    """Whether this process counts its elements. False where another rank holds the same elements and counts them."""
 
 
 @dataclass(frozen=True)
 class SitePart:
-    """What one observation gives of one site."""
+    """What one observation has measured at one site."""
 
     facts: SiteFacts
-    """`units` is how many this process has; `span` says of how many."""
+    """`facts.units` is the number of units in this process; `span` says of how many on all ranks they are a part."""
     row: Tensor | None = None
-    """The columns of columns.ROW; None where the site did not run."""
+    """The numbers of columns.ROW, merged over all calls; None where the site did not run."""
     block: Tensor | None = None
-    """[2, units]: samples and saturated samples of each unit in this observation; None where the units are not always as many."""
+    """The unit block [2, units]: samples and saturated samples of each unit in this observation; None where the number of units is not fixed."""
     heads: Tensor | None = None
-    """columns.HEADS of each head, [6, heads]; None where this is no softmax."""
+    """[6, heads]: the numbers of columns.HEADS for each head; None where this is no softmax."""
     span: Span = Span(None)
-    """Of its units; of a softmax, of its heads."""
+    """The units that this process holds, or the heads of a softmax."""
     stage: int | None = None
-    """The stage of a pipeline that it is in; None where there is no pipeline."""
+    """The number of the pipeline stage that the site is in; None where there is no pipeline."""
     leaves: bool = False
-    """Its output leaves this stage of a pipeline for the next one."""
+    """Whether its output leaves this stage of a pipeline for the next one."""
 
 
 @dataclass(frozen=True)
 class LayerPart:
-    """What one observation gives of one layer that feeds a site."""
+    """What one observation has measured of one layer that feeds a site."""
 
     facts: LayerFacts
     numbers: Tensor | None = None
-    """The first three of columns.LAYER, NaN where unknown, over `n` elements; None where nothing was measured."""
+    """The three numbers of columns.WEIGHT, summed over `n` elements, NaN where unknown; None where nothing was measured."""
     n: int = 0
-    """Elements of the weight that were read."""
+    """Number of elements of the weight that were read."""
     numel: int = 0
-    """Elements of this process's part of the weight."""
+    """Number of elements in this process's part of the weight."""
     whole: int | None = None
-    """Elements of the weight on all ranks together; None where this process holds all of it."""
+    """Number of elements of the weight on all ranks together; None where this process holds all of it."""
     rate: float | None = None
     """The learning rate of the optimizer's group that owns the weight."""
     inputs: Tensor | None = None
-    """columns.FEATURES of its input, [3, features]; None where its input was not measured."""
+    """[3, features]: the sums of columns.FEATURES over its input; None where its input was not measured."""
     input_elements: int = 0
-    """Elements of its input, read or not."""
+    """Number of elements of its input, read or not."""
     features: int = 0
-    """Features of its input on all ranks together; 0 where the input is not measured."""
+    """Number of features of its input on all ranks together; 0 where the input is not measured."""
     first: int = 0
-    """Where the features of this process begin."""
+    """Index of this process's first input feature among them."""
     sharded: bool = False
-    """Every rank holds another part of the weight; otherwise all hold the same."""
+    """Whether the weight is a DTensor, of which each rank holds a part. Otherwise every rank holds the whole weight."""
     counts: bool = True
-    """False where another rank holds the same part of the weight."""
+    """Whether this process counts its part of the weight. False where another rank holds the same part and counts it."""
     input_counts: bool = True
-    """False where another rank was given the same input."""
+    """Whether this process counts its input. False where another rank was given the same input and counts it."""
     stage: int | None = None
+    """The number of the pipeline stage that the layer is in; None where there is no pipeline."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What one observation gives."""
+    """Everything that one observation has measured in this process."""
 
     sites: Mapping[str, SitePart] = field(default_factory=dict)
     layers: Mapping[str, LayerPart] = field(default_factory=dict)
     averages: float = 1.0
-    """What the loss that is trained on is smaller by than the one whose gradient this process sees: what data parallelism averages over."""
+    """The gradients that are read at sites are too large by this factor, since data parallelism averages gradients over ranks only later."""
     scale: Tensor | None = None
-    """What a GradScaler multiplied the loss with."""
+    """The factor that a GradScaler multiplied the loss with; None where there is no scaler."""
     skipped: Tensor | None = None
-    """The flag of an overflow, for which the optimizer itself has skipped the step."""
+    """A flag on the device: an overflow made the optimizer itself skip the step. None where the optimizer has no such flag."""
     structure: int = 0
-    """Which structure of the model this is of: a number that changes when sites or layers do. Windows of units do not reach beyond it."""
+    """A number that changes when the sites or layers of the model do. The host does not add up samples of units across such a change."""
 
     def averaged(self, averages: float) -> Parts:
-        """The same, of a loss that is smaller by this factor than the one whose gradient this process sees."""
+        """A copy with this value of `averages`."""
         return replace(self, averages=averages)
 
     @property

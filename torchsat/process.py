@@ -1,8 +1,8 @@
 """What belongs to the whole process and not to one monitor: hooks on optimizers, the handler of SIGTERM, forked children, the end of the process.
 
 torch calls a global optimizer hook for every optimizer of the process, and a process has one handler for each signal, so monitors cannot each have
-their own. A monitor joins with a `Watcher`, a row of functions, and leaves when it is closed. The hooks and the handler exist only while at least one
-watcher has joined.
+their own. A monitor joins with a `Watcher`, a record of functions, and leaves when it is closed. The hooks and the handler exist only while at least
+one watcher has joined.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def join(watcher: Watcher) -> None:
 
 
 def leave(watcher: Watcher) -> None:
-    """Call the functions of this watcher no more. The last watcher that leaves also takes the hooks and the signal handler away."""
+    """Stop calling the functions of this watcher. The last watcher that leaves also removes the hooks and the signal handler."""
     global _handles_sigterm
     _watchers.pop(watcher, None)
     release(watcher)

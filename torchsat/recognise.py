@@ -1,7 +1,8 @@
-"""What a user's module computes, where no row of the table names it: judged by the numbers of its real calls, never by running it.
+"""Finds out what a user's module computes, where the table of activations has no row for its type.
 
-If the numbers of a module are those of a row, it is that function. Failing that, the gradients of a real backward pass give f' at each element, as
-the quotient of dL/dz and dL/da. `is_function` tells then whether these quotients are the derivative of an activation or, say, the mask of a dropout.
+The module is never run for this: it is judged by the inputs z and outputs a of its real calls. If they fit a row of the table, the module is that
+function. Otherwise autograd gives f' at each element, as the quotient of dL/dz and dL/da, and `is_function` decides whether these quotients are the
+derivative of an activation or something else, such as the mask of a dropout.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _WITHOUT_MODULE = (
 
 
 def recognise(z: Tensor, a: Tensor, rows: Sequence[Activation], epsilon: float) -> Bound | None:
-    """The function that made a of z: one of these rows with its default parameters, GELU by tanh, quick GELU or squared ReLU.
+    """The function f with a = f(z): one of these rows with its default parameters, the tanh form of GELU, quick GELU or squared ReLU.
 
     Only numbers are compared, in the precision of a; no function of the user's module is called.
 
@@ -57,7 +58,7 @@ def recognise(z: Tensor, a: Tensor, rows: Sequence[Activation], epsilon: float) 
 
 
 def fits(bound: Bound, z: Tensor, a: Tensor) -> Tensor:
-    """Whether a recognised function does not make a of z any more: a boolean on the device, true where they differ."""
+    """Whether a is no longer f(z) for a function that was recognised before: a boolean tensor on the device, true if they differ."""
     function = bound.activation.function or bound.activation.calls[0]
     made = function(z.clone(), **bound.plain)
     return ((made - a.to(made)).abs() > 4 * _tolerance(a.dtype) * (made.abs() + z.abs().clamp(max=1))).any()

@@ -51,7 +51,7 @@ class SiteFacts:
     kind: Kind
     """Whether the activation is a module, a function call, a gate of a recurrent layer, or a softmax."""
     tails: Tails
-    """On which sides the function has a plateau."""
+    """On which sides the function has a plateau: a tail in which |f'| stays below epsilon times its peak."""
     output: bool
     """Whether the site computes an output of the model. Such a site is meant to saturate, so the default rules do not apply to it."""
     gate: bool

@@ -1,9 +1,9 @@
-"""The gates of recurrent layers, which fused kernels hide, computed again from what was called. Pure functions.
+"""Computes the gates of recurrent layers again from the arguments of the call, since fused kernels hide them. Pure functions.
 
-nn.LSTM, nn.GRU, nn.RNN and their cells compute their gates inside one kernel, where no hook fires. The pre-activations of the gates follow from
-inputs, hidden states and weights, by the equations in the documentation of torch. The hidden states of a layer are computed by the same kernel, which
-is run again without gradients on some sequences of the batch. Then the gates of all time steps are one matrix product, and no step waits for the one
-before.
+nn.LSTM, nn.GRU, nn.RNN and their cells compute their gates inside one kernel, where no hook fires. A *gate* here is any of the activations inside
+such a layer, the new hidden or cell state included. The pre-activations of the gates follow from inputs, hidden states and weights, by the equations
+in the documentation of torch. The hidden states of a layer are computed by the same kernel, which is run again without gradients on some sequences of
+the batch. The gates of all time steps are then one matrix product, so that no loop over time is needed.
 
 The masks of the dropout between layers are drawn again from the state that the random generator had before the call. On a CPU these are the same
 masks. cuDNN keeps a generator of its own, so that on a GPU the layers above a dropout cannot be computed again; they are reported as unseen.
@@ -39,11 +39,11 @@ class Gate:
     z: Tensor
     """[samples, units], where samples are all time steps of all sequences that were computed again."""
     elements: int
-    """How many z the whole batch has."""
+    """Number of elements of z for the whole batch, computed again or not."""
 
 
 class NotRebuiltError(ValueError):
-    """Why something that a fused kernel hides cannot be computed again."""
+    """Something that a fused kernel hides cannot be computed again; the message says why."""
 
 
 def cell_gates(module: nn.RNNCellBase, x: Tensor, state: State = None) -> Iterator[Gate]:
@@ -80,8 +80,8 @@ def rnn_gates(
         x, state: what the module was called with.
         random: the state of the CPU generator before the call, for the dropout between layers.
         output: what the module returned. It holds the hidden states of the last layer, which then need not be computed again.
-        limit: as many sequences are computed again as have about so many z per gate, and at least 4 (None: all). Where there is a dropout they are
-            all computed, since its masks are drawn for the whole batch.
+        limit: so many sequences are computed again that each gate has about this many z; at least 4 (None: all). With dropout between layers all
+            sequences are computed, since its masks are drawn for the whole batch.
         turn: which observation this is: the sequences change from one to the next.
 
     Raises:
@@ -133,7 +133,7 @@ class _Sequences:
     """The output of the last layer, [steps, batch, units of all directions], if it is known."""
 
     def some(self, chosen: slice) -> _Sequences:
-        """These sequences of the batch."""
+        """The same, with only these sequences of the batch."""
         return _Sequences(
             self.inputs[:, chosen],
             None if self.lengths is None else self.lengths[chosen],
@@ -150,7 +150,7 @@ class _Sequences:
 
 
 def _sequences(module: nn.RNNBase, x: Tensor | PackedSequence, state: State, output: Tensor | PackedSequence | None) -> _Sequences:
-    """What the first layer of a module is given."""
+    """The sequences that are given to the first layer of a module."""
 
     def ordered(sequences: Tensor | PackedSequence) -> Tensor:
         if isinstance(sequences, PackedSequence):
@@ -202,12 +202,12 @@ def _run(kind: str, inputs: Tensor, h: Tensor, c: Tensor, weights: list[Tensor],
 
     Args:
         kind: the `mode` of the module.
-        projection: the weight behind the hidden state of an LSTM with `proj_size`.
+        projection: the weight that projects the hidden state of an LSTM with `proj_size`; None for any other layer.
         bias: whether `weights` end with two biases.
     """
     given = [*weights, *([] if projection is None else [projection])]
     h, c = h.unsqueeze(0).to(inputs.dtype), c.unsqueeze(0).to(inputs.dtype)
-    # cuDNN warns if the weights of the whole module are not one piece of memory.
+    # cuDNN is off, since it warns if the weights that it is given are not one contiguous piece of memory.
     with torch.backends.cudnn.flags(enabled=False):
         if kind == "LSTM":
             return torch.lstm(inputs, (h, c), given, bias, 1, 0.0, False, False, False)[0]

@@ -1,7 +1,7 @@
-"""From merged rows to records: means, shares and ratios of the sums that came from the device; standard library only.
+"""Turns merged rows into records: computes means, shares and ratios from the sums that came from the device. Standard library only.
 
-A transport reads its numbers into `SiteRow` and `LayerRow`; `to_record` and `to_weight` make of them what a Snapshot shows. What cannot be known of a
-row (no element was finite, no gradient was seen, a function has no peak) is None in the record, never 0.
+A transport reads its numbers into `SiteRow` and `LayerRow`; `to_record` and `to_weight` turn these into the records of a Snapshot. A value that
+cannot be known (no element was finite, no gradient was seen, the function has no peak) is None in the record, never 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 
 @dataclass(frozen=True)
 class Stuck:
-    """The stuck units of a site in its last full window: one in which every unit had enough samples."""
+    """The stuck units of a site. A unit (channel or feature) is stuck if nearly all of its samples are saturated.
+
+    The samples of a unit are added up over a *window* of observations. A window is full once every unit has enough samples to tell.
+    """
 
     share: float
     """The share of its units that were stuck."""
@@ -32,7 +35,7 @@ class SiteRow:
     numbers: Sequence[float]
     """The columns of columns.ROW."""
     units: Sequence[float] | None = None
-    """columns.UNITS of the window; None where the units are not always as many."""
+    """The numbers of columns.UNITS over the window so far; None where the number of units is not fixed."""
     heads: Sequence[Sequence[float]] = ()
     """For each name in columns.HEADS one number per head; empty where this is no softmax."""
     worst: float | None = None
@@ -59,11 +62,11 @@ class LayerRow:
 
 
 def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, Stuck | None]:
-    """The record of a row, and the last full window of its units.
+    """The record of a row, and the stuck units of the site's last full window.
 
     Args:
         scale: the factor that the gradients carry (GradScaler, data parallelism).
-        stuck: the last full window before this observation. It stands until another one is full.
+        stuck: the stuck units of the last full window before this observation. They stay valid until another window is full.
     """
     facts, at, of_heads = row.facts, _Columns(row.numbers), _Heads(row.heads)
     stuck = _full_window(row.units) or stuck
@@ -119,7 +122,7 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
 def to_weight(row: LayerRow) -> Weight:
     """The record of a layer.
 
-    Its weight and gradient were read at `n` of `numel` elements, whose mean square stands for that of all of them.
+    Its weight and gradient were read at `n` of `numel` elements. The mean square over these is taken for the mean square over all.
     """
     known = {name: float(value) if math.isfinite(value) else None for name, value in zip(LAYER, row.numbers, strict=True)}
     offset = _ratio(known["input_offset_sq"], known["input_sq"])
@@ -144,7 +147,7 @@ def to_weight(row: LayerRow) -> Weight:
 
 
 class _Columns(dict[str, float]):
-    """The columns of one row by name, and what is derived from them: `n` is how many elements the sums of the forward pass are over."""
+    """The columns of one row by name, and statistics of them. `n` is the number of elements that the sums of the forward pass run over."""
 
     def __init__(self, numbers: Sequence[float]) -> None:
         super().__init__(zip(COLUMN, numbers, strict=True))
@@ -170,18 +173,18 @@ class _Columns(dict[str, float]):
 
 
 class _Heads:
-    """The block of heads of a softmax, and the means over its query rows; all unknown where there is none."""
+    """The block of heads of a softmax, and means over its query rows; every mean is None where there is no block."""
 
     def __init__(self, block: Sequence[Sequence[float]]) -> None:
         self._block = dict(zip(HEADS, block, strict=True)) if block else dict.fromkeys(HEADS, ())
         self._rows = sum(self._block["rows"])
 
     def mean(self, name: str) -> float | None:
-        """Over the rows of all heads."""
+        """The mean over the query rows of all heads."""
         return sum(self._block[name]) / self._rows if self._rows else None
 
     def lowest(self, name: str) -> float | None:
-        """The lowest of the means that single heads have."""
+        """The lowest mean that a single head has over its query rows."""
         return min((value / rows for value, rows in zip(self._block[name], self._block["rows"], strict=True) if rows), default=None)
 
     def each(self) -> tuple[Head, ...]:
@@ -195,7 +198,7 @@ def _head(rows: float, entropy: float, jacobian: float, variance: float, log_key
 
 
 def _full_window(units: Sequence[float] | None) -> Stuck | None:
-    """The stuck units of a window; None while some unit has too few samples."""
+    """The stuck units of a window; None as long as some unit has too few samples."""
     if units is None:
         return None
     values = dict(zip(UNITS, units, strict=True))

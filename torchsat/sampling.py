@@ -1,9 +1,9 @@
 """Which elements of a tensor are read.
 
 A sample is a lattice: every `step`-th element in memory order. The step shares no factor with any dimension of the tensor, so that the elements
-visit all units, positions and samples of the batch evenly. A step that divides the width would see some units only: on units that differ, its
-share of saturated elements was 11 percentage points off. Random indices would be as even, but drawing them costs more than the statistics do, and it
-would move the generator of the user. Where the lattice begins moves from one observation to the next.
+visit all units, positions and samples of the batch evenly. A step that divides the width would see only some units: on units that differ, its share
+of saturated elements was 11 percentage points off. Random indices would be as even, but drawing them costs more than the statistics do, and would
+change the state of the user's random generator. In each observation the lattice begins at another element.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 _PRIME = 7919
-"""Successive observations begin this far apart. It is a prime, so that every beginning has its turn: in each `step` observations once."""
+"""The lattices of successive observations begin this far apart, modulo `step`. It is a prime, so that `step` observations use every beginning."""
 
 
 def coprime(step: int, sizes: Iterable[int]) -> int:
@@ -96,7 +96,7 @@ def _sample(shape: tuple[int, ...], strides: tuple[int, ...], limit: int | None,
 
 @dataclass(eq=False)
 class Units:
-    """Which unit each element of a sample belongs to: its index along `axis`."""
+    """Which unit (channel or feature) each element of a sample belongs to: its index along `axis`."""
 
     sample: Sample
     axis: int

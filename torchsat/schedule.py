@@ -1,16 +1,18 @@
-"""When to observe: step 0, the powers of two below `every`, its multiples; and less often where that would cost more than the budget.
+"""Decides which steps are observed: step 0, the powers of two below `every`, and its multiples; fewer where that would cost more than the budget.
 
-What an observation costs is measured in two ways, and the larger counts: the time that our own code took, and by how much the observed step was
-longer than the few steps behind it (which also sees what our code does to others: caches, a compiled model run eager). On a GPU only the second means
-anything; it is taken from events on the device's own clock, read once they have passed, so that nobody waits. One step is not like another, hence
-medians; the first observation, which finds out the structure of the model, does not count.
+The cost of an observation is measured in two ways, and the larger one counts: the time that our own code took, and the difference between the
+observed step and the few steps after it. The difference includes indirect costs, such as cold caches or a compiled model that runs eager. On a GPU
+only the difference means anything. It is computed from events on the device's own clock, which are read after they have passed, so that nothing waits
+for the device. Steps take different times, so medians are used. The first observation does not count, since it also finds out the structure of the
+model.
 
-What lies between two steps (a batch is loaded, a whole validation runs) is no cost of ours: the time before the model is entered counts for at most
-one step.
+The time between two steps, in which a batch is loaded or a whole validation runs, is not caused by torchsat. So the time before the model is called
+counts as no more than one step.
 
-The handful of observations below `every` is outside the budget: it is what tells early that an initialisation is bad.
+The few observations below step `every` are not limited by the budget, since they show early that an initialisation is bad.
 
-An observation that is abandoned voids its window, so that nothing is concluded from it:
+A *window* is one observation together with the steps up to the next one. When an observation is abandoned its window becomes void, and its times are
+not used:
 
     OPEN --finish()--> FINISHED        OPEN --void()--> VOID
 """
@@ -28,12 +30,13 @@ from enum import Enum
 import torch
 
 _WINDOWS = 8
-"""The cost of an observation is the median over so many."""
+"""The cost of an observation is the median over this many windows."""
 _FOLLOWERS = 5
-"""An observed step is compared with so many steps behind it."""
+"""An observed step is compared with this many steps after it."""
 _ROUND = (1, 2, 5)
+"""First digits of the factors by which `every` may be multiplied: 1, 2, 5, 10, 20, 50, ..."""
 _SLACK = 0.7
-"""An interval becomes shorter only where that would cost at most this share of the budget, so that it does not swing to and fro."""
+"""An interval becomes shorter only if that would cost at most this share of the budget, so that it does not change back and forth."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Mark:
     event: torch.cuda.Event | None
 
     def passed(self) -> bool:
-        """Whether the device has come to this moment."""
+        """Whether the device has reached this moment."""
         return self.event is None or self.event.query()
 
     def until(self, later: Mark) -> float:
@@ -58,10 +61,10 @@ class Clock:
     """The clocks of the host and of the device. A test hands a monitor a clock of its own."""
 
     seconds: Callable[..., float] = staticmethod(time.perf_counter)
-    """The host's time, from any fixed moment on. Every hook reads it twice, so it is the function of the standard library itself."""
+    """The host's time in seconds, counted from an arbitrary moment. Every hook reads it twice, so it is the standard library's function itself."""
 
     def mark(self, device: torch.device | None) -> Mark:
-        """This moment; on a GPU also the moment at which the device will have done what it has been given so far."""
+        """This moment; on a GPU also the moment at which the device will have finished the work that is queued so far."""
         event = None
         if device is not None and device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
@@ -74,7 +77,7 @@ CLOCK = Clock()
 
 
 class WindowState(Enum):
-    """How far a window has come; see the module's docstring."""
+    """The state of a window; see the module's docstring."""
 
     OPEN = "open"
     FINISHED = "finished"
@@ -83,53 +86,54 @@ class WindowState(Enum):
 
 @dataclass(eq=False)
 class Window:
-    """One observation and the steps up to the next."""
+    """The times of one observation and of the steps up to the next one."""
 
     step: int
     begin: Mark
-    """The end of the step before."""
+    """The end of the step before the observed one."""
     entry: Mark | None = None
-    """When the model was entered for training; None where that was not seen."""
+    """When the model was called for training; None where that was not seen."""
     own: float = 0.0
-    """Seconds of our own code."""
+    """Seconds that our own code took."""
     end: Mark | None = None
+    """When the observation was over; None before that."""
     followers: list[Mark] = field(default_factory=list)
-    """The ends of the next steps."""
+    """The ends of the steps after the observed one."""
     following: Mark | None = None
-    """When the next window began."""
+    """When the next window began; None before that."""
     state: WindowState = WindowState.OPEN
 
     def enter(self, mark: Mark) -> None:
-        """The model is entered for training."""
+        """Note the first call of the model for training."""
         if self.entry is None:
             self.entry = mark
 
     def spend(self, seconds: float) -> None:
-        """Our own code ran for so long."""
+        """Add seconds that our own code took."""
         self.own += seconds
 
     def finish(self, mark: Mark) -> None:
-        """The observation is over."""
+        """Note the end of the observation."""
         if self.state is WindowState.OPEN:
             self.end, self.state = mark, WindowState.FINISHED
 
     def void(self) -> None:
-        """The observation was abandoned: nothing is concluded from its time."""
+        """Make the window void, since its observation was abandoned: its times are not used."""
         if self.state is WindowState.OPEN:
             self.state = WindowState.VOID
 
     def passed(self) -> bool:
-        """Whether all its marks have passed."""
+        """Whether the window is complete and the device has reached all its marks, so that its times can be read."""
         return self.end is not None and self.following is not None and self.following.passed()
 
     def costs(self) -> tuple[float, float]:
-        """Seconds that the observation took, and seconds that a step without one takes."""
+        """The seconds that the observation cost, and the seconds that a step without an observation takes."""
         assert self.end is not None
         idle = 0.0 if self.entry is None else self.begin.until(self.entry)
         busy = self.begin.until(self.end) - idle
         ends = [self.end, *self.followers]
         if not self.followers:
-            # There is nothing to compare with but our own time.
+            # No step was timed after it, so only the time of our own code is known.
             return (self.own, busy + idle - self.own) if self.end.event is None else (0.0, busy + idle)
         step = statistics.median(one.until(other) for one, other in itertools.pairwise(ends))
         return max(busy + min(idle, step) - step, self.own if self.end.event is None else 0.0), step
@@ -149,23 +153,23 @@ class Schedule:
         self.interval = every
         """The interval now: `every`, or a multiple of it."""
         self.wanted = every
-        """The interval that the budget asks for on this rank."""
+        """The interval that the budget requires on this rank."""
         self.first = 0
-        """The number of the first step, which finds out the structure of the model."""
+        """The number of the first step. Its observation finds out the structure of the model, so its cost is not counted."""
         self.is_agreed = False
-        """Several ranks agree on the interval: here it is only wanted."""
+        """Whether several ranks agree on the interval. This rank then only says which interval it wants."""
         self.compares = False
-        """Whether the ends of the steps are asked for."""
+        """Whether the caller is to report the end of each step with `follow`, so that the observed step can be compared with those after it."""
         self._windows: list[Window] = []
-        """Those whose marks have not all passed."""
+        """The windows whose times cannot be read yet, oldest first."""
         self._costs: deque[tuple[float, float]] = deque(maxlen=_WINDOWS)
-        """Seconds of each of the last observations, and of a step without one."""
+        """For each of the last observations, its cost in seconds, and the seconds of a step without an observation."""
         self._shares: deque[tuple[float, float]] = deque(maxlen=2 * _WINDOWS)
-        """Seconds of each of the last observations, and of its window, from step `every` on."""
+        """For each of the last observations from step `every` on, its cost in seconds, and the seconds of its whole window."""
         self._said = every
-        """The interval that the user knows of."""
+        """The interval that the user was told last."""
         self._unsaid: str | None = None
-        """What has not been said yet, since below `every` the interval does not matter."""
+        """A message that is held back, since the interval does not matter below step `every`."""
 
     def due(self, step: int) -> bool:
         """Whether this step is observed."""
@@ -178,7 +182,7 @@ class Schedule:
         return sum(cost for cost, _ in self._shares) / whole if whole else None
 
     def begin(self, step: int, mark: Mark) -> Window:
-        """An observation begins; its window."""
+        """Begin the window of an observation, and return it."""
         self._windows = [each for each in self._windows if each.state is not WindowState.VOID]
         if self._windows and self._windows[-1].following is None:
             self._windows[-1].following = mark
@@ -189,24 +193,24 @@ class Schedule:
         return window
 
     def follow(self, mark: Mark) -> None:
-        """A step without an observation is over, while `compares`."""
+        """Note the end of a step without an observation, as long as `compares` is true."""
         if self.compares:
             followers = self._windows[-1].followers
             followers.append(mark)
             self.compares = len(followers) < _FOLLOWERS
 
     def finish(self, window: Window, mark: Mark) -> None:
-        """The observation of this window is over."""
+        """Note that the observation of this window is over."""
         window.finish(mark)
         self.compares = window.state is WindowState.FINISHED
 
     def spend(self, seconds: float) -> None:
-        """Our own code ran for so long, outside of hooks: it counts for the observation that has begun last."""
+        """Add seconds that our own code took outside of hooks. They count for the observation that began last."""
         if self._windows and self._windows[-1].state is not WindowState.VOID:
             self._windows[-1].spend(seconds)
 
     def agree(self, interval: int) -> str | None:
-        """All ranks observe as seldom as the one that needs it most; in words, if that is a change."""
+        """Set the interval that all ranks have agreed upon: the longest that any of them wants. Returns a message for the user if it has changed."""
         before, self.interval = self.interval, interval
         if interval == before:
             return None
@@ -216,12 +220,16 @@ class Schedule:
         )
 
     def resume(self, interval: int) -> None:
-        """Go on with the interval of an earlier session, if it can be one of ours."""
+        """Continue with the interval of an earlier session, if it is a multiple of `every` and there is a budget."""
         if interval % self.every == 0 and self.budget is not None:
             self.interval = self.wanted = interval
 
     def adjust(self, step: int) -> str | None:
-        """Set the interval by what is known after the observation of this step; in words, if it has changed. Below `every` it does not matter yet."""
+        """Set the interval by what observations have cost so far, after the observation of this step.
+
+        Returns:
+            A message for the user if the interval has changed. Below step `every` the message is held back.
+        """
         sentence = self._stretch()
         if self.is_agreed:
             return None
@@ -236,7 +244,7 @@ class Schedule:
         return sentence
 
     def _stretch(self) -> str | None:
-        """Find the interval that the budget asks for; in words, if it has changed."""
+        """Compute the interval that the budget requires. Returns a message for the user if it has changed."""
         self._measure()
         if self.budget is None or not self._costs:
             return None
@@ -258,7 +266,7 @@ class Schedule:
         )
 
     def _measure(self) -> None:
-        """Take in the windows whose marks have passed, in order."""
+        """Read the times of the windows whose marks have all passed, oldest first."""
         while self._windows and (self._windows[0].state is WindowState.VOID or self._windows[0].passed()):
             window = self._windows.pop(0)
             if window.state is WindowState.VOID:
@@ -271,7 +279,7 @@ class Schedule:
 
 
 def _rounded_up(multiple: float) -> int:
-    """The next of 1, 2, 5, 10, 20, 50, ..."""
+    """The smallest of 1, 2, 5, 10, 20, 50, ... that is not smaller than `multiple`."""
     decade = 1
     while True:
         for digit in _ROUND:

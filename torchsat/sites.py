@@ -1,15 +1,18 @@
-"""What is known of one model's sites over the whole run: their functions, their place in the model, and what is seen and what is not.
+"""What is known of one model's sites over the whole run: the function of each, its place in the model, and whether it is measured.
 
-An observation begins with what is known here and adds to it when it ends. Nothing that belongs to one observation alone is kept here.
+A *site* is one place in a model where one activation is computed: a module such as nn.ReLU, a call such as `F.gelu(x)`, a gate of a recurrent layer,
+or a softmax. An *observation* is one training step that is measured. It starts with what is known here and adds to it when it ends; nothing that
+belongs to one observation alone is kept here.
 
-Every place (a site, a layer, a call) has exactly one `Status` with one reason, so that `coverage` cannot contradict itself:
+Every *place* (a site, a layer, or a call that cannot be measured) has exactly one `Status` with one reason, so that `monitor.coverage` cannot
+contradict itself. The walk is the loop over all modules before each observation (structure.py):
 
-    UNMEASURABLE   the walk over the modules recognises it and says why it cannot be measured; decided anew at each walk
+    UNMEASURABLE   the walk recognises it and knows why it cannot be measured; decided anew at each walk
     EXPECTED       the walk found it, and it has not run yet
     SEEN           measured
-    PARTLY         measured, but the last observation of it lacked something
+    PARTLY         measured, but something was missing in the last observation of it
     STOPPED        measured before, but not in the last observations
-    UNSEEN         it was met while the model ran, and could not be measured
+    UNSEEN         it was noticed while the model ran, and could not be measured
     FAILED         its measurement raised; it is no longer watched
 
     from \\ event      found by walk   ran     noted     missed 5 times   failed
@@ -21,7 +24,8 @@ Every place (a site, a layer, a call) has exactly one `Status` with one reason, 
     STOPPED           unchanged       SEEN    PARTLY    STOPPED          FAILED
     FAILED            FAILED          FAILED  FAILED    FAILED           FAILED
 
-"noted" means that an observation has something to say against a place, whether or not it ran there.
+"noted" means that an observation found something missing at a place (`Sites.note`), whether or not the place ran. "missed 5 times" means that a site
+did not run in 5 observations in a row.
 """
 
 from __future__ import annotations
@@ -40,14 +44,14 @@ from torchsat.record import Coverage, Kind, SiteFacts
 from torchsat.structure import Found, find
 
 MISSES = 5
-"""Observations in a row in which a site did not run, before that is said. Layers dropped at random and idle experts come back sooner."""
+"""A site that has not run in this many observations in a row is reported as stopped. Randomly dropped layers and idle experts run again sooner."""
 _HAS_NOT_RUN = "it has not run in an observed training pass"
 _CALLS_OFF = "function calls are not heard (calls=False)"
 _STOPPED = f"it ran before, but not in the last {MISSES} observations"
 
 
 class Status(Enum):
-    """What is known of one place; the order is that in which coverage lists them."""
+    """How far one place is measured. Coverage lists places in the order of these values."""
 
     UNMEASURABLE = 0
     FAILED = 1
@@ -63,17 +67,17 @@ MEASURED = frozenset((Status.SEEN, Status.PARTLY, Status.STOPPED))
 
 @dataclass(frozen=True)
 class Place:
-    """The status of one place, and the reason for it. SEEN needs none."""
+    """The status of one place, and the reason that is shown to the user. SEEN needs no reason."""
 
     status: Status
     reason: str = ""
 
 
 class Structure(Enum):
-    """Whether it is known what feeds what in the model, and which sites make its output.
+    """Whether it is known which layers and sites feed each site, and which sites compute the model's output.
 
-    NEW -> KNOWN: an observation has seen a whole pass in eager execution.
-    KNOWN -> NEW: the walk finds other modules, or a site ran for the first time after the structure had been looked at.
+    NEW -> KNOWN: an observation has seen a training pass (one call of the model in training) in eager execution.
+    KNOWN -> NEW: the walk finds other modules than before, or a site ran for the first time after the structure had been learned.
     """
 
     NEW = "new"
@@ -85,13 +89,13 @@ class LayerSpan:
     """How tensor parallelism spreads the outputs of one layer over ranks."""
 
     units: int
-    """Outputs on all ranks together."""
+    """Number of outputs on all ranks together."""
     first: int
-    """Where those of this rank begin."""
+    """Index of this rank's first output among them."""
     counts: bool
-    """False where another rank makes the very same outputs and counts them."""
+    """Whether this rank counts its outputs. False where another rank computes the same outputs and counts them."""
     width: int
-    """How many outputs this rank makes."""
+    """Number of outputs on this rank."""
 
 
 @dataclass(eq=False)
@@ -102,38 +106,38 @@ class Site:
     bound: Bound
     kind: Kind = "module"
     gate: bool = False
-    """The source of the site knows that it is a gate; see also `multiplies`."""
+    """Whether its kind makes it a gate: an activation whose output multiplies another signal, as in an LSTM. See also `multiplies`."""
     place: Place = Place(Status.SEEN)
     feeds_on: dict[str, None] = field(default_factory=dict)
-    """The layers that feed it: a set that keeps its order."""
+    """Names of the layers that feed it: those whose weights are met first on the way back from its input. The dict serves as an ordered set."""
     after: dict[str, None] = field(default_factory=dict)
-    """The sites that its input depends on most directly: a set that keeps its order."""
+    """Names of the sites that its input comes from with no other site between. The dict serves as an ordered set."""
     traced: bool = False
-    """Its node was seen in the autograd graph, so that `hidden` and `reaches_output` can be trusted."""
+    """Whether its node was found in the autograd graph. Only then can `hidden` and `reaches_output` be trusted."""
     hidden: bool = False
-    """A weight comes after it."""
+    """Whether a layer with a weight runs on its output, so that it does not compute an output of the model."""
     reaches_output: bool = False
-    """The model's output depends on it through no further weight."""
+    """Whether the model's output depends on it with no weight between."""
     output: bool = False
-    """It makes an output of the model; decided from the three above when the structure has become known."""
+    """Whether it computes an output of the model. This is decided from the three fields above once the structure is known."""
     decided: bool = False
-    """Its place in the model has been found out."""
+    """Whether the fields above that describe its place in the model have been filled in."""
     multiplies: bool = False
-    """Its output multiplies another signal, as a gate does."""
+    """Whether the autograd graph showed that its output multiplies another signal, as that of a gate does."""
     units: int | None = None
-    """Channels or features; None where it has none, or not always as many."""
+    """Number of units (channels or features) on this rank; None where there is no unit axis, or where its size differs between calls."""
     units_vary: bool = False
-    """Two calls had different numbers of units."""
+    """Whether two calls had different numbers of units."""
     span: Span | None = None
-    """Where z is a DTensor: which of its units this rank holds."""
+    """Which of its units this rank holds, where z is a DTensor; None for any other z."""
     head_count: int | None = None
-    """Of a softmax; None where it is no softmax, or its heads are not always as many."""
+    """Number of heads of a softmax in the last observation of it; None where this is no softmax."""
     is_attention: bool | None = None
-    """Of a softmax over the last of four axes: whether its logits are those of attention. None: not known yet."""
+    """For a softmax over the last of four axes: whether a batched matrix product computes its logits, as in attention. None: not known yet."""
     doubt: Tensor | None = None
-    """A flag on its way to the host: whether a recognised function has turned out to be another one."""
+    """A flag, maybe still on its way to the host: whether a user's module no longer computes the function that it was recognised as."""
     missed: int = 0
-    """Observations in a row in which it did not run."""
+    """Number of observations in a row in which it did not run."""
 
     def start_over(self) -> None:
         """Forget what depends on the structure of the model."""
@@ -142,7 +146,7 @@ class Site:
         self.units, self.units_vary = None, False
 
     def facts(self) -> SiteFacts:
-        """What a record says of this site besides its numbers."""
+        """The fields of a record that describe this site and are not measured."""
         constants = self.bound.constants
         return SiteFacts(
             site=self.name,
@@ -173,45 +177,50 @@ class Sites:
         self.known: dict[str, Site] = {}
         """Every site that has been bound to its function, whether or not it has run."""
         self.ran: dict[str, Site] = {}
-        """Those that have run, in the order in which they first did."""
+        """The sites that have run, in the order in which they first ran."""
         self.failed: set[str] = set()
-        """The places whose status is FAILED, for every hook to look up quickly."""
+        """The places whose status is FAILED, as a set that every hook can look up quickly."""
         self.structure = Structure.NEW
         self.generation = 0
-        """How often the walk has found other modules."""
+        """How many times the walk has found other modules than before."""
         self.own: weakref.WeakKeyDictionary[nn.Module, Bound | None] = weakref.WeakKeyDictionary()
-        """What modules of the user's own types turned out to compute. None: no activation. Missing: not known yet."""
+        """The function that each module of a user's own type was found to compute. None: it is no activation. No entry: it is not known yet."""
         self.linear_calls: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        """In how many calls such a module has looked linear."""
+        """For each module of a user's own type, the number of calls in which it has looked like a linear function."""
         self.fed_by_data: set[str] = set()
-        """The layers whose input is the model's: nothing that learns computed it."""
+        """Names of the layers whose input is data: no parameter was used to compute it."""
         self.outputs: dict[str, tuple[int, int]] = {}
-        """Of each layer, how many outputs it makes on this rank, and how far from the end their axis lies."""
+        """For each layer, the number of its outputs on this rank, and the position of their axis counted from the last one."""
         self.spans: dict[str, LayerSpan] = {}
-        """Of the layers whose weights tensor parallelism spreads over ranks."""
+        """How the outputs are spread, for each layer whose weight tensor parallelism spreads over ranks."""
         self.counts_repeated = True
-        """Whether this rank is the one that counts what tensor parallelism repeats on several."""
+        """Whether this rank counts the elements that tensor parallelism repeats on several ranks. Only one of these ranks counts them."""
         self.has_modules = False
-        """Whether the last walk found a module of the table."""
+        """Whether the last walk found a module that is listed in the table of activations."""
         self.has_recurrent = False
-        """Whether it found a recurrent layer."""
+        """Whether the last walk found a recurrent layer."""
         self._signature: tuple[tuple[str, int, str | None], ...] = ()
         self._others: dict[str, Place] = {}
-        """The places that are no site which has run."""
+        """Every place with a status that is not a site in `ran`."""
         self._recurrent: set[str] = set()
-        """The recurrent layers that have run."""
+        """Names of the recurrent layers that have run."""
         self._rows: dict[type[nn.Module], Activation | None] = {}
 
     def walk(self, model: nn.Module, selects: Callable[[str], bool]) -> Found:
-        """What there is to hook in a model, of the sites that are wanted."""
+        """Find the modules of a model that can be hooked. `selects` says whether a site of this name is wanted."""
         return find(model, self._activation_of, self._may_be_own, selects)
 
     def knows(self, found: Found) -> bool:
-        """Whether the model is as it was when its sites and what feeds them were last found out."""
+        """Whether the structure of the model is known, and the model still has the modules that it had then."""
         return self.structure is Structure.KNOWN and self._signature == found.signature
 
     def expect(self, found: Found, calls: Sequence[str], hears_calls: bool) -> None:
-        """Take up what a walk found; forget what depends on the structure where it is another one than before."""
+        """Record the places that a walk found. If the modules are not the same as before, forget everything that depends on the structure.
+
+        Args:
+            calls: places of the function calls that modules of torch.nn are known to make.
+            hears_calls: whether function calls are measured (the option `calls`).
+        """
         self.has_modules, self.has_recurrent = bool(found.activations), bool(found.recurrent)
         for name in [name for name, place in self._others.items() if place.status in (Status.UNMEASURABLE, Status.EXPECTED)]:
             del self._others[name]
@@ -230,7 +239,7 @@ class Sites:
                 site.start_over()
 
     def reject(self, name: str, reason: str) -> None:
-        """The walk over the modules says that a place cannot be measured."""
+        """Record that the walk over the modules found a place that cannot be measured."""
         if name in self.ran:
             self.ran[name].place = Place(Status.PARTLY, reason)
         elif not self.has_failed(name):
@@ -250,11 +259,11 @@ class Sites:
         return site
 
     def bind_named(self, function: str) -> Bound:
-        """The function of this name as a kernel of torch computes it: the user's row of that name, or else our own."""
+        """The activation of this name, bound without a module, for gates inside a kernel of torch. A row of the user's table goes before ours."""
         return bind_plain(next(row for row in (*self.activations, *ACTIVATIONS) if row.name == function), self.epsilon)
 
     def note(self, name: str, reason: str) -> None:
-        """Something is to be said against a place. What it already says stays, where it has not run."""
+        """Record why a place is not measured, or only in part. At a place that has not run, the first reason stays."""
         place = self._others.get(name)
         if name in self.ran:
             self.ran[name].place = Place(Status.PARTLY, reason)
@@ -263,49 +272,49 @@ class Sites:
             self._others[name] = Place(Status.UNSEEN, reason)
 
     def has_run(self, site: Site) -> None:
-        """A site runs."""
+        """Record that a site runs."""
         if site.name not in self.ran and not self.has_failed(site.name):
             self._others.pop(site.name, None)
             self.ran[site.name] = site
 
     def has_run_layer(self, name: str) -> None:
-        """A recurrent layer runs, whose gates are the sites."""
+        """Record that a recurrent layer runs. Its gates are the sites, so the layer itself is no longer listed as a place that has not run."""
         self._recurrent.add(name)
         if name in self._others and self._others[name].status is Status.EXPECTED:
             del self._others[name]
 
     def fail(self, name: str, reason: str) -> None:
-        """The measurement of a place has raised. It is no longer watched."""
+        """Record that the measurement of a place raised an error. The place is no longer watched."""
         self.known.pop(name, None)
         self.ran.pop(name, None)
         self._others[name] = Place(Status.FAILED, reason)
         self.failed.add(name)
 
     def forget(self, prefix: str) -> None:
-        """Forget the sites whose names begin so: they turned out to be part of another one."""
+        """Forget the sites whose names begin with this prefix, since they turned out to be part of another site."""
         for name in [name for name in self.known if name.startswith(prefix)]:
             del self.known[name]
             self.ran.pop(name, None)
 
     def retract(self, name: str, reason: str) -> None:
-        """This is no longer to be said against a place that has not run."""
+        """Take back the status UNSEEN of a place, if it was given for this reason."""
         if self._others.get(name) == Place(Status.UNSEEN, reason):
             del self._others[name]
 
     def has_failed(self, name: str) -> bool:
-        """Whether this place is no longer watched."""
+        """Whether this place is no longer watched because its measurement raised."""
         return name in self.failed
 
     def settle(self, ran: Mapping[str, object], noted: Mapping[str, str], counts_misses: bool) -> list[str]:
-        """Take up how an observation has ended.
+        """Update the status of every site that has ever run, at the end of an observation.
 
         Args:
-            ran: the sites that were measured in it.
-            noted: what it had to say against places.
-            counts_misses: whether it would have seen every site that ran.
+            ran: the sites that were measured in the observation.
+            noted: the places at which something was missing, each with the reason.
+            counts_misses: whether the observation would have seen every site that ran. Only then did a site that it lacks not run.
 
         Returns:
-            The sites that have stopped by now and had not before.
+            The sites whose status has just become STOPPED.
         """
         stopped = []
         for name, site in self.ran.items():
@@ -323,17 +332,17 @@ class Sites:
         """What is seen and what is not.
 
         Args:
-            everywhere: the sites that are seen on any rank, and their kinds; empty where this process is by itself.
+            everywhere: the sites that are seen on any rank, and their kinds; empty where this process observes by itself.
         """
         kinds: Mapping[str, Kind] = everywhere or {name: site.kind for name, site in self.ran.items()}
         listed = [*self._others.items(), *((name, site.place) for name, site in self.ran.items() if site.place.status is not Status.SEEN)]
         listed = [(name, place) for name, place in listed if place.status is not Status.EXPECTED or name not in kinds]
-        # Sorting keeps the order within a status, which is that in which they were met.
+        # The sort is stable: within a status, places stay in the order in which they were met.
         listed.sort(key=lambda each: each[1].status.value)
         return Coverage(tuple(kinds), tuple((name, place.reason) for name, place in listed), tuple(Counter(kinds.values()).items()))
 
     def span(self, site: Site) -> Span:
-        """Which of a site's units, or of a softmax's heads, this rank holds, where tensor parallelism spreads them over ranks or repeats them."""
+        """Which of a site's units, or which heads of a softmax, this rank holds. Tensor parallelism may spread them over ranks, or repeat them."""
         own = site.head_count if site.kind == "softmax" else site.units
         if site.span is not None:
             return site.span if own is not None else Span(None, 0, site.span.counts)
@@ -342,7 +351,7 @@ class Sites:
             if made is None:
                 continue
             if site.kind == "softmax" and own and made.units % own == 0 and made.width:
-                # Heads lie one behind the other in the output of the layer that makes queries.
+                # The layer that computes queries puts all features of one head next to each other, so its outputs are spread head by head.
                 return Span(own * (made.units // made.width), made.first * own // made.width, True)
             if own is not None and own == made.width != made.units:
                 return Span(made.units, made.first, True)
@@ -350,11 +359,11 @@ class Sites:
         return Span(own, 0, self.counts_repeated)
 
     def is_taken_for_repeated(self, site: Site) -> bool:
-        """Whether nothing tells how tensor parallelism spreads this site, so that it is taken to be the same on all its ranks."""
+        """Whether this site is assumed to be the same on all ranks of tensor parallelism, since nothing shows how it is spread over them."""
         return bool(self.spans) and site.span is None and site.kind != "recurrent" and not any(name in self.spans for name in site.feeds_on)
 
     def feeders(self) -> dict[str, tuple[str, ...]]:
-        """The sites that each layer feeds."""
+        """For each layer, the names of the sites that it feeds."""
         feeds: dict[str, list[str]] = {}
         for site in self.ran.values():
             for name in site.feeds_on:
@@ -368,6 +377,6 @@ class Sites:
         return self._rows[kind]
 
     def _may_be_own(self, module: nn.Module) -> bool:
-        """Whether this is a leaf of the user's own type that has not been found to be something else."""
+        """Whether this is a module without children, of a user's own type, that has not been found to compute something else than an activation."""
         leaf = next(module.children(), None) is None and not type(module).__module__.startswith("torch.")
         return leaf and (module not in self.own or self.own[module] is not None)

@@ -1,9 +1,10 @@
-"""What is computed of z, a and their gradients at the elements that were read; columns.py says what each number is.
+"""Computes the sums and maxima over z, a and their gradients, at the elements that were read. columns.py says what each number is.
 
-`observe` and `observe_gradient` fill the row of a site, the first in a forward pass and the second in a backward pass. Beside its row a site keeps a
-*unit block* [2, units] with the samples and the saturated samples of each unit. The host adds up the blocks of several observations until every unit
-has enough samples (transport/windows.py), so that stuck units are found in memory that grows with the units and not with the samples. A softmax has a
-block of heads instead, a layer a block of features.
+z is the pre-activation of a site, a = f(z) its activation. `observe` and `observe_gradient` fill the row of a site, the first in a forward pass and
+the second in a backward pass. Beside its row a site keeps a *unit block* [2, units] with the samples and the saturated samples of each unit (channel
+or feature). The host adds up the blocks of several observations until every unit has enough samples (transport/windows.py), so that stuck units are
+found in memory that grows with the units and not with the samples. A softmax has a block of heads in place of a unit block, and a layer has a block
+of features.
 
 Most functions exist twice: as kernels (kernels/), which read every element once, and here in plain torch, which runs on any device and which the
 kernels are tested against. Nothing here waits for the device: there is no `.item()` and no branch on a device tensor. Non-finite elements are counted
@@ -38,7 +39,7 @@ def accumulator(device: torch.device) -> torch.dtype:
 
 
 def empty_row(device: torch.device) -> Tensor:
-    """The row of no element at all, from which every merge starts."""
+    """The row of a site at which no element was read. Merging it changes nothing, so every merge starts from it."""
     return _empty_row(device).clone()
 
 
@@ -56,7 +57,7 @@ def _row(values: Mapping[str, Tensor], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _places(names: tuple[str, ...], device: torch.device) -> Tensor:
-    """Where these columns lie in a row. Cached, since a copy to a GPU would wait for it."""
+    """The indices of these columns in a row. They are cached, since each copy to a GPU would wait for the GPU."""
     return torch.tensor([COLUMN[name] for name in names], device=device)
 
 
@@ -196,7 +197,7 @@ def _observe(
     if sigmoid:
         values |= {"gate_left": ((a < 0.1) & finite).sum(), "gate_right": ((a > 0.9) & finite).sum()}
     if peak is not None:
-        # torch.full, not torch.tensor: a number copied to a GPU would wait for it.
+        # torch.tensor would copy the number to the GPU and wait for that; torch.full does not.
         values["peak"] = peak.to(dtype) if isinstance(peak, Tensor) else torch.full((), peak, dtype=dtype, device=device)
     if len(z):
         far = torch.full((), math.inf, dtype=dtype, device=device)
@@ -270,7 +271,7 @@ def put_squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:
         cpu.squares(x, y, out, at)
         return
     dtype = out.dtype
-    # In parts on the CPU, where a norm in float64 copies the whole vector first.
+    # On the CPU the vector is read in parts, since a norm in float64 copies the whole vector first.
     size = _PART if x.device.type == "cpu" else max(1, len(x))
     for column in range(1 if y is None else 2):
         out[at + column] = 0

@@ -1,11 +1,11 @@
-"""When a training step is over: the steps of optimizers, put together into rounds.
+"""Finds out when a training step is over, from the steps of single optimizers.
 
-One step of ours is one round in which every optimizer that owns parameters of the model steps once: a GAN's two optimizers make one step together.
-Which optimizers take part is learned from the first round: it is over when no gradient is left to another optimizer. Later rounds are over when all
-members of the last one have stepped, or when one of them steps a second time.
+What torchsat counts as one step is a *round*, in which every optimizer that owns parameters of the model steps once: a GAN's two optimizers make one
+step together. Which optimizers take part is learned from the first round. It is over when every parameter that has a gradient belongs to an optimizer
+that has stepped. A later round is over when all optimizers of the round before have stepped, or when one of them steps a second time.
 
-An optimizer's step may run another one inside it (a wrapper, SAM); only the outermost counts. A step that raised never reaches its end, so what is
-running is not remembered but looked up on the stack.
+An optimizer's step may run another optimizer's step inside it (a wrapper, SAM); only the outermost counts. A step that raises an error never reaches
+its end, so the steps that are running are looked up on the Python stack and not only remembered.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ class Steps:
     """The optimizer steps of one model.
 
     Args:
-        model: gives the model, or None once it is gone.
+        model: a function that returns the model, or None once the model no longer exists.
     """
 
     def __init__(self, model: Callable[[], nn.Module | None]) -> None:
         self._model = model
         self._owned: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
-        """For each optimizer how many parameters it had when it was looked at, and whether one of them is the model's."""
+        """For each optimizer, how many parameters it had when it was looked at, and whether one of them belongs to the model."""
         self._running: list[Optimizer] = []
         """The optimizers whose `step` is running, outermost first."""
         self._stepped: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        """Those that have stepped since the last round ended."""
+        """The optimizers that have stepped since the last round ended."""
         self._members: weakref.WeakSet[Optimizer] | None = None
-        """Those of the last round; None before the first has ended."""
+        """The optimizers that stepped in the last round; None before the first round has ended."""
         self.only: Callable[[], Optimizer | None] = _nobody
-        """The only optimizer of the last round, if it was one: the short way through a step that is not observed."""
+        """Returns the only optimizer of the last round, or None where there were several. With it a step that is not observed needs fewer checks."""
 
     @property
     def is_running(self) -> bool:
@@ -45,37 +45,37 @@ class Steps:
         return bool(self._running)
 
     def begins_short(self, optimizer: Optimizer) -> bool:
-        """Whether this is the model's only optimizer and its step begins, in which case it has been taken up; else `begins` is to be asked."""
+        """Note that a step begins, if this optimizer is the only one and no step is running. Returns whether that was so; otherwise call `begins`."""
         if self.only() is optimizer and not self._running:
             self._running.append(optimizer)
             return True
         return False
 
     def begins(self, optimizer: Optimizer) -> bool:
-        """An optimizer that owns parameters of the model begins to step. Whether it is the outermost one."""
+        """Note that an optimizer that owns parameters of the model begins to step. Returns whether it is the outermost one."""
         if self._running:
             self._running = [each for each in internals.steps_on_stack()[:-1] if self.owns(each)]
         self._running.append(optimizer)
         return len(self._running) == 1
 
     def ends(self, optimizer: Optimizer) -> bool:
-        """An optimizer has stepped. Whether it owns parameters of the model and was the outermost one."""
+        """Note that an optimizer has stepped. Returns whether it owns parameters of the model and was the outermost one."""
         if not self._running or self._running[-1] is not optimizer:
             return False
         self._running.pop()
         return not self._running
 
     def look_again(self) -> None:
-        """The model is entered: forget steps that have raised."""
+        """Forget the steps that raised an error and so never ended. This is called when the model's forward begins."""
         if self._running:
             self._running = [each for each in internals.steps_on_stack() if self.owns(each)]
 
     def has_stepped(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer has stepped in the round that runs."""
+        """Whether this optimizer has stepped in the current round."""
         return optimizer in self._stepped
 
     def add(self, optimizer: Optimizer) -> bool:
-        """This optimizer has stepped in the round that runs. Whether the round is over with it."""
+        """Note that this optimizer has stepped in the current round. Returns whether the round is over."""
         self._stepped.add(optimizer)
         if self._members is not None:
             return set(self._members) <= set(self._stepped)
@@ -86,7 +86,7 @@ class Steps:
         return all(parameter.grad is None or id(parameter) in stepped for parameter in model.parameters())
 
     def end_round(self) -> None:
-        """The round is over; a new one begins."""
+        """End the current round and begin a new one."""
         self._members, self._stepped = self._stepped, weakref.WeakSet()
         members = list(self._members)
         self.only = weakref.ref(members[0]) if len(members) == 1 else _nobody
@@ -108,9 +108,9 @@ class Steps:
 
 
 def has_closure(args: tuple[object, ...], kwargs: dict[str, object]) -> bool:
-    """Whether `step` was given a closure. torch hands a hook the optimizer itself as the first argument."""
+    """Whether `step` was given a closure. The first of `args`, as torch passes them to a hook, is the optimizer itself."""
     return len(args) > 1 or kwargs.get("closure") is not None
 
 
 def _nobody() -> None:
-    """No optimizer."""
+    """Returns None, like a weak reference to an optimizer that is gone."""

@@ -1,7 +1,8 @@
-"""What a model is made of: its modules by type, before any of them has run.
+"""Sorts the modules of a model by type, before any of them has run.
 
-One walk over the modules sorts them into what can be a site, a layer, a recurrent layer, or a place in whose forward a function may be called. The
-sources of sites (observe/) put their hooks on what is found here. What a module does with real data is no question of this file.
+One walk over the modules finds those that can be a site (a place where one activation is computed), a layer with a weight, a recurrent layer, or a
+module in whose forward an activation function may be called. The sources of sites (observe/) put their hooks on what is found here. Only types are
+looked at: what a module computes shows when it runs, and is found out in observe/.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _CALLERS = (
     ((nn.Softmax, nn.Softmin, nn.Softmax2d, nn.MultiheadAttention), "softmax"),
     (nn.LogSoftmax, "log_softmax"),
 )
-"""The leaves of torch.nn that call a function which is a site, and the name of that function."""
+"""The modules of torch.nn whose forward calls a function that is a site, and the name of that function."""
 FLATTENED = (
     "a model in FullyShardedDataParallel (FSDP1) cannot be watched: it makes one flat parameter of the weights of many layers. "
     "Use torch.distributed.fsdp.fully_shard (FSDP2)."
@@ -33,7 +34,7 @@ FLATTENED = (
 
 
 class Stages(nn.ModuleDict):
-    """The stages of a pipeline that one rank runs. They are entered one by one, never as a whole."""
+    """The stages of a pipeline that one rank runs. The pipeline calls each stage by itself and never this module, so hooks go on the stages."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class NamedModule:
 
 @dataclass(frozen=True)
 class ActivationModule(NamedModule):
-    """A module of which a row of the table says what it computes."""
+    """A module whose function is known from a row of the table of activations."""
 
     activation: Activation
 
@@ -56,35 +57,35 @@ class CallingModule(NamedModule):
     """A module in whose forward a function may be called."""
 
     explained: bool
-    """All that happens inside is accounted for by another source, so that calls in it are not sites of their own."""
+    """Whether the module is measured as a whole (it is an activation or a recurrent layer), so that calls inside it are not sites of their own."""
 
 
 @dataclass
 class Found:
-    """What a walk over a model finds. It keeps the model alive, so it is not to be kept."""
+    """The modules that a walk over a model finds. It holds strong references to them, so it must not be kept after the observation was opened."""
 
     model: nn.Module
     modules: list[NamedModule] = field(default_factory=list)
-    """Every module; the name of the model itself is empty. For a source that looks for a kind of module of its own."""
+    """Every module, for sources that look for other kinds of modules than the walk sorts out. The name of the model itself is empty."""
     activations: list[ActivationModule] = field(default_factory=list)
     own: list[NamedModule] = field(default_factory=list)
-    """Leaves of the user's own types, which may be activations: only what they do with real data will tell."""
+    """Modules without children, of the user's own types, which may be activations. Whether they are shows only when they run."""
     layers: list[NamedModule] = field(default_factory=list)
     recurrent: list[NamedModule] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
-    """The places of function calls that modules of torch.nn are known to make."""
+    """The places of function calls that modules of torch.nn are known to make, such as `attn/softmax`."""
     callers: list[CallingModule] = field(default_factory=list)
     unmeasurable: list[tuple[str, str]] = field(default_factory=list)
-    """(place, reason) of what is recognised and cannot be measured."""
+    """(place, reason) of each module that is recognised and cannot be measured."""
 
     @property
     def names(self) -> list[str]:
-        """The sites that are modules, whether or not they run."""
+        """Names of the sites that are modules, whether or not they run."""
         return [each.name for each in self.activations]
 
     @property
     def signature(self) -> tuple[tuple[str, int, str | None], ...]:
-        """What two models with the same sites and the same layers have in common."""
+        """A value that stays equal as long as the model has the same sites and the same layers."""
         sites = ((each.name, id(each.module), None) for each in self.activations)
         return (*sites, *((each.name, id(each.module), why_unmeasured(each.module)) for each in self.layers))
 
@@ -104,7 +105,7 @@ def find(
 
     Args:
         activation_of: the row of the table that a module computes, if any.
-        may_be_own: whether this module can be an activation of the user's own making.
+        may_be_own: whether this module may be an activation that the user has written.
         selects: whether a site of this name is wanted.
     """
     found, taken = Found(model), set[str]()
@@ -124,11 +125,11 @@ def find(
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules and their names, those of DistributedDataParallel wrappers cut out."""
+    """Each module with its name. The `.module` that a DistributedDataParallel inside the model adds to paths is cut out."""
     modules = list(model.named_modules())
     wrapped = [path for path, module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
     for path, module in modules:
-        # The innermost first: what is cut out of a path must still be where the outer one looks.
+        # The innermost wrapper goes first: its own path still contains the `.module` of the outer ones.
         for outer in reversed(wrapped):
             if path.startswith(f"{outer}.module"):
                 path = outer + path[len(outer) + len(".module") :]
@@ -165,7 +166,7 @@ def _add_other(found: Found, name: str, module: nn.Module, may_be_own: Callable[
 
 
 def stages_of(model: Any) -> dict[str, Any]:
-    """The stages of a pipeline by name, where the user gave one, or a list of those that this rank runs; empty for any other model."""
+    """The stages of a pipeline by name (`stage0`), if the user gave a stage or a list of those that this rank runs; empty for any other model."""
     given = model if isinstance(model, (list, tuple)) else [model]
     if not given or not all(internals.is_stage(each) for each in given):
         return {}
@@ -173,7 +174,7 @@ def stages_of(model: Any) -> dict[str, Any]:
 
 
 def unwrap(model: Any) -> nn.Module:
-    """The module itself, out of its compiled or distributed wrapper.
+    """The module inside its compiled and distributed wrappers.
 
     Raises:
         TypeError: it cannot be watched; the message says why, and what to do instead.

@@ -1,4 +1,4 @@
-"""The layers that feed a site: gain, gradient norm, update ratio, and what their input looks like.
+"""Measures the layers that feed a site: sums for their gain, gradient norm and update ratio, and statistics of their input.
 
 A layer is an `nn.Linear`, a convolution, or one of the matrices of a recurrent layer. Its input is measured in a forward pre-hook as three sums per
 feature, which merge. Its weight is measured just before the optimizer's step, as it was when it made z, and again just after it.
@@ -27,13 +27,14 @@ from torchsat.sharding import is_pending, local
 from torchsat.statistics import accumulator, observe_features, put_squares
 
 ENTERED = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
-"""The matrices of a recurrent layer or cell that its own input enters, in both directions. What enters the others is computed inside of torch."""
+"""The weight matrices of a recurrent layer or cell that its own input is multiplied with, in both directions. The inputs of its other matrices are
+computed inside torch's kernel."""
 _RUN = 16
 """Elements of a run: as many float32 as one cache line holds."""
 _LESS = 4
-"""A weight or an input is read at this many times fewer elements than a site. Only means are derived from them, and no shares of single units."""
+"""Of a weight or input, this many times fewer elements are read than of a site, since only means are derived from them, and no shares of units."""
 _PER_FEATURE = 8
-"""Elements of an input that are read of each feature, at least, as far as the limit of a site allows."""
+"""At least this many elements of each input feature are read, as far as the limit for a site allows."""
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -123,7 +124,8 @@ class Layer:
         self.fan_in = fan_in(module) if parameter == "weight" else int(getattr(module, parameter).shape[1])
         self.limit, self.turn = limit, turn
         self.input_counts: bool | None = None
-        """Whether this rank counts its input, where other ranks are given the same one. None: the input is no DTensor, which would say so."""
+        """Whether this rank counts its input. False where another rank is given the same input and counts it. None: the input is no DTensor, so that
+        nothing says whether others are given it."""
         self.first = 0
         """The index of this rank's first input feature among those of all ranks."""
         self.input_elements = 0
@@ -139,7 +141,7 @@ class Layer:
         """Keep the elements of the weight for a comparison after the optimizer's step."""
         weight = local(weight)
         taken = elements(weight, self.limit, self.turn)
-        # A view of the weight would change with it.
+        # A view must be copied, since the step changes the weight in place.
         self.before = taken.clone() if taken.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() else taken
 
     def observe_grad(self, weight: Tensor, divisor: Tensor | None) -> None:
@@ -151,14 +153,14 @@ class Layer:
                 numbers[at] /= divisor.to(numbers) ** 2
 
     def after_step(self, weight: Tensor) -> None:
-        """Measure the weight as it was before the optimizer's step, and its change; of a weight that does not learn there is no change to measure."""
+        """Measure the weight as it was before the optimizer's step, and its change. No change is measured of a weight that does not learn."""
         if self.n:
             return
         now = elements(local(weight), self.limit, self.turn)
         self.n = now.shape[0]
         known = self.before is not None and weight.requires_grad
         first, second = (self.before, now) if self.before is not None and known else (now, None)
-        # "change_sq" stands behind "weight_sq", where the sum of squares of the difference is written.
+        # put_squares writes the second sum behind the first, and "change_sq" follows "weight_sq".
         put_squares(first, second, self._on(weight), WEIGHT.index("weight_sq"))
 
     @property
@@ -172,7 +174,7 @@ class Layer:
         return self.fan_in if self.parameter in ENTERED else 0
 
     def _on(self, weight: Tensor) -> Tensor:
-        """The numbers, on the device of the weight."""
+        """The tensor `numbers`, which is made at the first use, on the device of the weight."""
         if self.numbers is None:
             self.numbers = torch.full((len(WEIGHT),), math.nan, dtype=accumulator(weight.device), device=weight.device)
         return self.numbers

@@ -1,6 +1,6 @@
-"""One observation: hooks go on the model, a training step runs, and what they saw becomes `Parts`.
+"""One observation: hooks are put on the model, a training step runs, and what the hooks measured becomes `Parts`.
 
-`observation.py` has the value itself. `SOURCES` there lists where activations come from; each source is one file with one function `attach`, which
-puts its hooks on what the walk over the modules has found. What all sources share is in hooks (the guard), passes (which pass counts), lineage (which
-layer feeds which site) and meter (from z, a and gradients to rows).
+`observation.py` has the class `Observation`. `SOURCES` there lists where activations come from; each source is one file with one function `attach`,
+which puts its hooks on the modules that the walk has found (structure.py). The sources share hooks.py (the guard that every hook runs through),
+passes.py (which forward passes count), lineage.py (which layer feeds which site) and meter.py (from z, a and gradients to rows).
 """

@@ -1,11 +1,13 @@
-"""Function calls: `F.gelu(x)`, `x.tanh()`, softmax, attention, GLU. A mode of torch hears them, a stack of modules says where they happen.
+"""Measures function calls that are activations: `F.gelu(x)`, `x.tanh()`, softmax, attention, GLU.
 
-The mode costs about 2 us per call of torch. So it is open only in an observation, only between entering and leaving the outermost module, and not
-inside modules that are sites themselves. A call is named after the module in whose forward it happens and numbered within one run of that forward:
-`blocks.0/gelu`, `blocks.0/gelu_1`; directly in the model, `gelu`.
+A TorchFunctionMode is called in place of every function of torch, and a stack of the modules that are running says where a call happens. A call *is
+heard* if the mode is called for it. The mode costs about 2 us per call of torch. So it is open only in an observation, only while the outermost
+module runs, and not inside modules that are sites themselves. A call is named after the module in whose forward it happens and numbered within one
+run of that forward: `blocks.0/gelu`, `blocks.0/gelu_1`; directly in the model, `gelu`.
 
-With a mode open, torch.nn's encoder layers and attention leave their fused inference path. Where they would take it, nothing is heard, so that
-training stays bit for bit the same. A function compiled by the user is compiled once more for calls under the mode, and not heard.
+With a mode open, torch.nn's encoder layers and attention do not take their fused inference path. Where they would take it the mode is closed, so that
+training stays bit for bit the same, and calls inside are not heard. A function that the user has compiled is compiled once more when it is called
+under the mode, and calls inside it are not heard either.
 """
 
 from __future__ import annotations
@@ -41,11 +43,11 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Any]
 Finish = Callable[[Any], None]
-"""What is done with the result of a call."""
+"""Called with the result of a function call, to measure it."""
 
 
 class Role(Enum):
-    """A function that is a site and no element-wise activation; the value is the name of the site."""
+    """The functions that are sites but no element-wise activations."""
 
     SOFTMAX = "softmax"
     SOFTMIN = "softmin"
@@ -73,9 +75,9 @@ UNSEEN: Mapping[str, str] = {
 _FUSED_INFERENCE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 _FUSED = "it is frozen and in evaluation mode, where torch runs it as one kernel"
 _SOFTMAX = Bound(Activation("softmax"), lambda z: z, {}, {}, 0.0, None)
-"""What a softmax has in place of a function of one element."""
+"""Stands where other sites have their element-wise function, since a softmax has none."""
 _PRODUCTS = ("Bmm", "Baddbmm", "Matmul")
-"""The beginnings of the names of nodes that are batched matrix products."""
+"""How the names of those autograd nodes begin that are batched matrix products."""
 
 
 @dataclass
@@ -85,13 +87,14 @@ class Frame:
     path: str
     module: nn.Module
     hears: bool
+    """Whether function calls in this forward are measured."""
     keeps_open: bool = False
-    """The mode stays open though nothing is heard: to open it again would cost more than to let a call or two pass."""
+    """Whether the mode stays open although no calls are measured, since closing and opening it would cost more than the few calls in this forward."""
     calls: dict[str, int] = field(default_factory=dict)
-    """How often each function has been called so far."""
+    """For each site name, such as `gelu`, how often its function has been called so far."""
 
     def place(self, name: str) -> str:
-        """The name of the next call of this function."""
+        """The place of the next call of this function, such as `blocks.0/gelu_1`. Each use of this method counts one call."""
         count = self.calls.get(name, 0)
         self.calls[name] = count + 1
         place = f"{self.path}/{name}" if self.path else name
@@ -99,7 +102,7 @@ class Frame:
 
 
 class CallMode(TorchFunctionMode):
-    """The mode, and the modules that are running, by thread.
+    """The mode that is called for functions of torch, and for each thread a stack of the modules that are running.
 
     Args:
         hear: called in place of every function of torch while the mode is open, with (frame, function, args, kwargs). It must call the function.
@@ -124,12 +127,12 @@ class CallMode(TorchFunctionMode):
         return frames[-1] if frames else None
 
     def enter(self, frame: Frame) -> None:
-        """A module's forward begins."""
+        """Note that a module's forward begins."""
         self._frames.append(frame)
         self._set(frame.hears or frame.keeps_open)
 
     def leave(self, module: nn.Module) -> Frame | None:
-        """Leave a module, and those inside it whose end was not heard."""
+        """Note that a module's forward has ended, and so have those inside it whose end no hook reported. Returns its frame, if there is one."""
         frames = self._frames
         found = next((at for at in range(len(frames) - 1, -1, -1) if frames[at].module is module), None)
         if found is None:
@@ -140,7 +143,7 @@ class CallMode(TorchFunctionMode):
         return frame
 
     def reset(self) -> None:
-        """Leave everything on this thread: a KeyboardInterrupt ends a forward without calling any hook."""
+        """Forget the modules that are running on this thread. A KeyboardInterrupt ends a forward without calling any hook."""
         self._frames.clear()
         self._set(False)
 
@@ -152,7 +155,8 @@ class CallMode(TorchFunctionMode):
         return frames
 
     def _set(self, on: bool) -> None:
-        """Open or close the mode, wherever in the stack it lies: others may have been opened since, or have closed it."""
+        """Open or close the mode, wherever it is in torch's stack of modes: other code may have opened modes above it since, or may have closed
+        it."""
         is_open = self in internals.function_modes()
         if on and not is_open:
             super().__enter__()  # type: ignore[no-untyped-call]
@@ -173,11 +177,11 @@ class Calls:
             self._roles.update(dict.fromkeys(row.calls, row))
 
     def reset(self) -> None:
-        """Leave everything: the observation is over, or a forward ended without a word."""
+        """Forget the modules that are running: the observation is over, or an exception ended a forward without calling hooks."""
         self._mode.reset()
 
     def hook(self, found: Found) -> Callable[[], None]:
-        """Hook the modules in whose forward functions may be called; what is returned hooks their ends."""
+        """Hook the beginning of each forward in which functions may be called. The function that is returned hooks their ends."""
         self._names = frozenset(found.names)
         for each in found.callers:
             self._observation.hook_before(each.module, MODEL, self._begin_module, each.name, each.explained)
@@ -193,7 +197,7 @@ class Calls:
         return self._observation.sites.own.get(module) is not None
 
     def _begin_module(self, path: str, explained: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A module is entered: its calls are heard, and what its parent computed before is looked through."""
+        """Note that a module's forward begins, and look for activations that its parent has computed before and no hook saw."""
         observation, above = self._observation, self._mode.top
         counts = internals.in_backward() or observation.passes.counts(module)
         if not counts and above is None:
@@ -203,7 +207,7 @@ class Calls:
             if above is not None:
                 lineage.look(ends((args, kwargs)), above.path)
             else:
-                # What comes into the model, or is computed between its modules, is not the model's.
+                # What was computed outside of the outermost module does not belong to the model.
                 lineage.survey.skip(ends((args, kwargs)))
         fused = counts and _takes_fused_path(module, (*args, *kwargs.values()), observation.guard.grad_enabled)
         if fused:
@@ -247,7 +251,7 @@ class Calls:
     def _before(
         self, place: str, role: Activation | Role, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Finish | None:
-        """What to do with the result of the call; None: nothing."""
+        """Called before a function that is a site runs. Returns what is to be called with its result; None: nothing."""
         rest = args[1:]
         z = args[0] if args else kwargs.get("query" if role is Role.ATTENTION else "input")
         if not isinstance(z, Tensor) or not z.is_floating_point() or not internals.is_real(z) or not z.numel():
@@ -263,13 +267,13 @@ class Calls:
         counts = self._observation.meter.counts_at(place, module)
         if counts is None:
             return None
-        # Neither overwrites its input, so everything else can wait until the call has succeeded.
+        # Neither an attention nor a softmax overwrites its input, so everything else can wait until the call has succeeded.
         if role is Role.ATTENTION:
             return functools.partial(self._end_attention, site, function, args, kwargs) if counts else None
         given = rest[0] if rest else kwargs.get("dim")
         axis = (_implicit_axis(z.ndim) if given is None else int(given)) % max(1, z.ndim)
         if z.ndim == 4 and axis == 3 and site.is_attention is None and z.grad_fn is not None:
-            # Logits come out of a batched product of queries and keys; a map that happens to have four axes does not.
+            # The logits of attention are a batched matrix product of queries and keys. Other tensors with four axes, such as images, are not.
             site.is_attention = any(node.name().startswith(_PRODUCTS) for node in Survey().upstream([z.grad_fn], has_weight, 64))
         rows = self._observation.meter.rows_of(z, axis, site.is_attention is not False)
         return functools.partial(self._end_softmax, site, Call(z, rows, z, z.grad_fn, z.output_nr, counts), role is Role.SOFTMIN)
@@ -296,7 +300,8 @@ class Calls:
         return functools.partial(self._end_glu, site, dataclasses.replace(call, node=z.grad_fn), kept, axis)
 
     def _end_glu(self, site: Site, call: Call, value: Tensor, axis: int, a: Tensor) -> None:
-        """The gate is half of the input: what reaches it comes through the other half."""
+        """Measure the gate of a GLU, which is the sigmoid of the second half of the input, z. The output is gate times `value`, the first half, so
+        dL/da of the gate is the gradient of the output times `value`."""
         sample, own, meter = call.sample, a.grad_fn, self._observation.meter
         assert isinstance(sample, Sample)
         if call.counts:
@@ -333,7 +338,7 @@ class Calls:
 
 
 def attach(observation: Observation, found: Found) -> Callable[[], None] | None:
-    """Hear the function calls, unless the user does not want them; what is returned hooks the ends of modules."""
+    """Measure function calls, unless the user does not want that. The function that is returned hooks the ends of forwards."""
     return observation.calls.hook(found) if observation.options.calls else None
 
 
@@ -346,7 +351,7 @@ def _site_name(role: Activation | Role | None, function: Function) -> str:
 
 
 def _takes_fused_path(module: nn.Module, given: Iterable[Any], grad_enabled: bool) -> bool:
-    """Whether torch.nn may run this module in one fused kernel for inference, which it does not under a mode."""
+    """Whether torch.nn may run this module in one fused kernel for inference, which it does not do while a mode is open."""
     if module.training or not isinstance(module, _FUSED_INFERENCE):
         return False
     tensors = [*module.parameters(), *(value for value in given if isinstance(value, Tensor))]
@@ -354,5 +359,5 @@ def _takes_fused_path(module: nn.Module, given: Iterable[Any], grad_enabled: boo
 
 
 def _implicit_axis(ndim: int) -> int:
-    """The axis of F.softmax where none is given."""
+    """The axis that F.softmax takes where none is given."""
     return 0 if ndim in (0, 1, 3) else 1

@@ -1,6 +1,8 @@
-"""What the autograd graph tells of a pass: which layers feed a site, what comes after it, what multiplies it, and what nobody saw.
+"""Reads the autograd graph of a forward pass: which layers feed a site, what comes after it, what it is multiplied with, and which activations no
+hook saw.
 
-Nodes are looked at while the pass runs and forgotten after it. A walk holds nodes, never tensors, so that it keeps no activation alive.
+Nodes are looked at while the pass runs and forgotten after it. A walk over the graph holds nodes, never tensors, so that it keeps no activation in
+memory.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ _VIEW = re.compile(r"(\w*View|Unsqueeze|Squeeze|Expand|Transpose|Permute|Slice|S
 _COLLECTIVE = re.compile(r"c10d|AllReduce|AllGather|ReduceScatter|AllToAll|Broadcast|WaitTensor", re.IGNORECASE)
 _UNHEARD = "called where no hook of torch is heard: in a compiled or scripted function, in torch.ops, in a transform of torch.func"
 MOST_NODES = 3000
-"""The most nodes that Python looks at in one pass."""
+"""The most nodes that are looked at in one pass; `Survey` says why there is a limit."""
 
 
 def upstream(starts: Iterable[Node | None], stop: Callable[[Node], bool], limit: int = 512) -> Iterator[Node]:
-    """The nodes that lead to these, breadth first. The walk does not go beyond a node for which `stop` holds."""
+    """These nodes and those that their outputs were computed from, breadth first. The walk does not go beyond a node for which `stop` holds."""
     queue, met = deque(node for node in starts if node is not None), set[Node]()
     while queue and len(met) < limit:
         node = queue.popleft()
@@ -44,12 +46,12 @@ def upstream(starts: Iterable[Node | None], stop: Callable[[Node], bool], limit:
 
 
 def has_weight(node: Node) -> bool:
-    """Whether a matrix enters here: a product, or a parameter of two dimensions."""
+    """Whether the node uses a weight: it is a matrix product or a convolution, or a parameter with at least two dimensions enters it."""
     return bool(_MATRIX_PRODUCT.search(node.name())) or any(leaf.ndim >= 2 and leaf.requires_grad for leaf in _parameters(node))
 
 
 def _parameters(node: Node) -> Iterator[Tensor]:
-    """The leaves that enter a node directly, or through a few casts, views and transposes."""
+    """The leaves (parameters, mostly) that enter a node directly or through a few casts, views and transposes."""
     for start, _ in node.next_functions:
         if start is not None and (variable := getattr(_through_views(start), "variable", None)) is not None:
             yield variable
@@ -74,10 +76,10 @@ def _behind_views(node: Node) -> Node:
 
 
 def derivative(a: Tensor, node: Node, output_nr: int, direction: Tensor) -> Tensor | None:
-    """J^T direction from a tensor back to an earlier edge of its graph, which stays as it is.
+    """J^T direction, where J is the Jacobian of `a` with respect to an output of an earlier node of its graph. The graph is kept.
 
-    None where that would run more than torch's own derivatives: a user's backward, a collective, or hooks of saved tensors (as in a checkpoint, which
-    would run the forward again).
+    None where that would run anything but torch's own derivatives: a backward that the user wrote, a collective, or hooks on saved tensors (a
+    checkpoint has such hooks, which would run the forward again).
     """
     assert a.grad_fn is not None
     between = list(upstream([a.grad_fn], lambda each: each is node))
@@ -90,11 +92,11 @@ def derivative(a: Tensor, node: Node, output_nr: int, direction: Tensor) -> Tens
 
 
 def ends(values: Any) -> set[Node]:
-    """The nodes of the tensors in any structure that a module takes or gives."""
+    """The autograd nodes that computed the tensors in a nested structure, such as the arguments or the result of a module."""
     found = set[Node | None]()
     for leaf in tree_leaves(_opened(values)):
         if isinstance(leaf, Tensor):
-            # A view whose base was changed without gradients has a history that cannot be had.
+            # grad_fn cannot be read of a view whose base was changed without gradients.
             with contextlib.suppress(RuntimeError):
                 found.add(leaf.grad_fn)
     return {node for node in found if node is not None}
@@ -108,11 +110,11 @@ def _opened(values: Any) -> Any:
 
 
 class Survey:
-    """Walks over the graph of one pass, and what they have met: a part at a time, as modules are entered and left.
+    """The walks over the graph of one pass, and the nodes that they have met. A part of the graph is walked whenever a module begins or ends.
 
-    What a site accounts for is given to `explain`; `explore` then says which of the other nodes are activations. When a chain of nodes that Python
-    has touched is freed, each node frees the next one inside its own destructor, and a chain of tens of thousands overflows the stack. No more than
-    MOST_NODES are therefore touched.
+    `explain` marks the nodes that a site accounts for; `explore` then finds the activations among the other nodes. When a chain of nodes that Python
+    has touched is freed, each node frees the next one inside its own destructor, and a chain of tens of thousands overflows the stack. Therefore no
+    more than MOST_NODES are touched.
     """
 
     def __init__(self) -> None:
@@ -127,38 +129,39 @@ class Survey:
         return len(self._touched) >= MOST_NODES
 
     def upstream(self, starts: Iterable[Node | None], stop: Callable[[Node], bool], limit: int = MOST_NODES) -> Iterator[Node]:
-        """As the function `upstream`, but no further than MOST_NODES nodes in the whole pass."""
+        """Like the function `upstream`, but with no more than MOST_NODES nodes in the whole pass."""
         for node in upstream(starts, lambda node: self.is_spent or stop(node), limit):
             self._touched.add(node)
             yield node
 
     def feeders(self, nodes: Iterable[Node | None], weights: dict[int, str]) -> tuple[str, ...]:
-        """The layers whose weights are the first met on the way back from z."""
+        """Names of the layers whose weights are met first on the way back from these nodes. `weights` maps the id of a weight to the name of its
+        layer."""
         names: dict[str, None] = {}
         for met in self.upstream(nodes, has_weight, 512):
             names.update((weights[id(leaf)], None) for leaf in _parameters(met) if id(leaf) in weights)
         return tuple(names)
 
     def depends(self, node: Node, other: Node) -> bool:
-        """Whether a node is made from another one."""
+        """Whether a node is computed from another one."""
         return any(met is other for met in self.upstream([node], lambda met: met is other, 512))
 
     def is_learned(self, node: Node) -> bool:
-        """Whether more than single parameters go into a node: a matrix, or an input of the model."""
+        """Whether a weight enters the computation of a node, and not only scale or shift parameters of one dimension."""
         return any(has_weight(met) for met in self.upstream([node], has_weight, 512))
 
     def skip(self, nodes: Iterable[Node]) -> None:
-        """These nodes, and what lies before them, do not belong to the model."""
+        """Leave out these nodes and all before them, since they do not belong to the model."""
         self._met.update(nodes)
 
     def explain(self, starts: Iterable[Node], before: set[Node]) -> None:
-        """What lies between the nodes of an input and those of an output is accounted for."""
+        """Mark the nodes between an output, made by `starts`, and an input, made by `before`: a site accounts for them."""
         for node in self.upstream(starts, lambda node: node in before or node in self._met):
             if node not in before:
                 self._met.add(node)
 
     def explore(self, starts: Iterable[Node]) -> Iterator[tuple[str, str]]:
-        """(what, why it is not seen) of the nodes that lead here and were not met before."""
+        """For each activation among these nodes and those before them that was not met yet: its name, and why it is not measured."""
         for node in list(self.upstream(starts, self._met.__contains__)):
             if node in self._met:
                 continue

@@ -1,8 +1,9 @@
-"""The doors between the user's training and our code: hooks that leave no trace in a saved model, and the guard around every one of them.
+"""The hooks by which the user's training calls our code, and the guard that every hook runs through.
 
 A hook of ours runs in the middle of the user's forward or backward. So it does nothing while torch compiles or traces, it computes without gradients
-and hidden from the user's modes, and it never raises: the first fault at a place ends the watching of that place, with one line. Once its observation
-is over a hook that fires late finds a closed guard and does nothing.
+and hidden from the user's modes, and it never raises: after the first error at a place, one line is logged and that place is no longer watched. A
+hook that fires when its observation is over finds the guard closed and does nothing. A model that is saved or copied while our hooks are on it holds
+no trace of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torchsat.schedule import Clock, Window
 
 
 class Inert:
-    """A hook whose copies and pickles do nothing: they are a function of the standard library, so that a saved model never needs torchsat."""
+    """A hook whose copies and pickles are a function of the standard library that does nothing, so that a saved model never needs torchsat."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -43,13 +44,13 @@ class Hook(Inert):
 
 
 class Guard:
-    """What every hook of one observation runs through.
+    """Wraps the hooks of one observation, so that they compute without gradients, never raise, and do nothing after the end of the observation.
 
     Args:
-        fail: told of a place and an exception when something of ours raised there.
-        window: where the time that hooks take is added up.
-        clock: of the host.
-        failed: the places that are no longer watched; the owner adds to it.
+        fail: called with a place and an exception when our code raised there.
+        window: the schedule's window of this observation, to which the time that hooks take is added.
+        clock: the clock of the host.
+        failed: the places that are no longer watched; the owner adds to the set.
     """
 
     def __init__(self, fail: Callable[[str, Exception], None], window: Window, clock: Clock, failed: Set[str]) -> None:
@@ -61,7 +62,7 @@ class Guard:
         self.is_open = True
 
     def close(self) -> None:
-        """Let no hook through any more: the observation is over."""
+        """Make every hook do nothing from now on, since the observation is over."""
         self.is_open = False
 
     @property
@@ -70,7 +71,7 @@ class Guard:
         return bool(getattr(self._local, "grad_enabled", False))
 
     def __call__(self, place: str, call: Callable[..., Any], *first: Any) -> Callable[..., Any]:
-        """The call with these first arguments, without gradients and without ever raising."""
+        """Make `call` a hook of this place, which is called with `first` and the hook's own arguments, without gradients, and never raises."""
 
         def run(*args: Any) -> Any:
             if not self.is_open or place in self._failed:

@@ -1,17 +1,17 @@
-"""Activations inside a compiled graph: `watch(model, compiled="in_graph")`.
+"""Measures activations inside a compiled graph: `watch(model, compiled="in_graph")`.
 
-Hooks that are there before torch.compile are compiled with the model. What ours add are operators that torch.compile can neither look into nor
-leave out nor move past each other (an ordered effect). At run time such an operator calls the monitor, which measures z, a or a gradient there
-and then, with the kernels of eager observation, if the step is observed, and returns at once if it is not: so switching observation on and off
-compiles nothing anew.
+Hooks that are on a module before torch.compile runs are compiled with it. Ours add operators to the graph that torch.compile can neither look into
+nor leave out nor move past each other (they have an *ordered effect*). At run time such an operator calls the monitor. If the step is observed, z, a
+or a gradient is measured at once, with the kernels of eager observation; otherwise the operator returns at once. So nothing is compiled again when an
+observation begins or ends.
 
-Which site is measured is told by a slot, a tensor of one number on the CPU. A plain number would be compiled into the graph, and each of many equal
-blocks would get a graph of its own. A gradient is reached by an identity with a backward of its own, put before and after the activation: the one
-before sees what reaches z through this activation alone. The identity copies, since a view would forbid an in-place operation behind it; the compiler
-removes the copy.
+Each operator is given a *slot*, a CPU tensor that holds one number, which says which site or layer is measured. A plain number would be compiled into
+the graph, and each of many equal blocks would get a graph of its own. Gradients are read by an identity function with a backward of our own, which is
+put before and after the activation; the one before it sees only what reaches z through this activation. The identity returns a copy, since torch
+would forbid in-place operations on a view that it returns; the compiler removes the copy.
 
-In eager execution these hooks do nothing, so that a step observed in eager counts nothing twice. The hooks live as long as the monitor
-(`GraphHooks`); what they tell goes to the observation that is open (`GraphReceiver`), or to nobody.
+In eager execution these hooks do nothing, so that a step that is observed there counts nothing twice. The hooks (`GraphHooks`) live as long as the
+monitor. What the operators measure goes to the observation that is open (`GraphReceiver`); between observations they do nothing.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
 _slots: dict[int, tuple[weakref.ref[GraphHooks], str]] = {}
-"""By the number in a slot: whose hooks these are, and the name of the site or layer."""
+"""For the number in each slot, the hooks that it belongs to, and the name of the site or layer."""
 _numbers = itertools.count()
 _library: torch.library.Library | None = None
 
 
 def _receiver(slot: Tensor) -> tuple[GraphReceiver | None, str]:
-    """Who is to be told what happens at this slot, if anybody, and the name of the site or layer."""
+    """The receiver that measures at this slot, None where no observation is open, and the name of the site or layer."""
     known = _slots.get(int(slot))
     hooks = None if known is None else known[0]()
     return (None, "") if known is None or hooks is None else (hooks.receiver, known[1])
@@ -98,7 +98,7 @@ def why_not_in_graph() -> str | None:
 
 
 class _Identity(torch.autograd.Function):
-    """The same numbers; its backward shows the gradient."""
+    """Returns its input. Its backward hands the gradient to the monitor and returns it unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, slot: Tensor, of_output: bool) -> Tensor:
@@ -136,7 +136,7 @@ class _BeforeSite(_CompiledHook):
         if not args or not _measures(module, args[0]):
             return None
         if getattr(module, "inplace", False):
-            # Behind the activation z is overwritten; what it becomes is computed again from the elements that are read.
+            # After the activation z is overwritten, so it is read here; a is computed again from the elements that are read.
             torch.ops.torchsat.observe(args[0].detach(), None, self.slot)
         return (_Identity.apply(args[0], self.slot, False), *args[1:])  # type: ignore[no-untyped-call]
 
@@ -162,20 +162,20 @@ class GraphHooks:
 
     def __init__(self) -> None:
         self.receiver: GraphReceiver | None = None
-        """Who is told what the graph computes: the observation that is open, or nobody."""
+        """The receiver of the observation that is open; None between observations."""
         self._signature: tuple[Any, ...] = ()
-        """Of the model that is hooked."""
+        """The signature of the modules that are hooked (`Found.signature`)."""
         self._handles: list[Any] = []
         self._slots: list[int] = []
 
     def put_on(self, found: Found) -> None:
-        """Hook the modules that were found, if they are not those that are hooked."""
+        """Hook the modules that were found, in place of those that were hooked before, unless they are the same."""
         signature = found.signature
         if signature == self._signature:
             return
         self.take_off()
         self._signature = signature
-        # The slope of RReLU is drawn: it is not known where the output has overwritten z.
+        # RReLU draws its slope at random, so |f'| needs both z and a, and an in-place one has overwritten z by the time a is there.
         self._hook_sites(each for each in found.activations if not (each.activation.from_output and getattr(each.module, "inplace", False)))
         for each in found.layers:
             if why_unmeasured(each.module) is None:
@@ -203,23 +203,23 @@ class GraphHooks:
 
 
 class GraphReceiver:
-    """Measures what the compiled graph tells, for one observation."""
+    """Measures the tensors that the compiled graph hands over during one observation."""
 
     def __init__(self, observation: Observation) -> None:
         self._observation = observation
         self._samples: dict[str, Sample] = {}
-        """What was read in the last call of each site: its gradients are read at the same elements."""
+        """The elements that were read in the last call of each site. Its gradients are read at the same elements."""
 
     def heard_site(self, name: str, z: Tensor, a: Tensor | None) -> None:
-        """The graph computes a site: z, and a where z was not overwritten with it."""
+        """Called by the graph at a site, with z, and with a unless the activation overwrites z."""
         self._observation.guard(name, self._count, name)(z, a)
 
     def heard_gradient(self, name: str, grad: Tensor, of_output: bool) -> None:
-        """The backward of the graph computes dL/da (of the output) or dL/dz of a site."""
+        """Called by the backward of the graph at a site, with dL/da (`of_output`) or dL/dz."""
         self._observation.guard(name, self._add_gradient, name)(grad, of_output)
 
     def heard_layer(self, name: str, x: Tensor) -> None:
-        """The graph runs a layer on x."""
+        """Called by the graph at a layer, with its input x."""
         layer = self._observation.layers.measured.get(name)
         module = layer.module() if layer is not None else None
         if module is not None:
@@ -253,7 +253,7 @@ class GraphReceiver:
 
 
 def attach(observation: Observation, found: Found) -> None:
-    """Get ready for what the graph will tell: its hooks are on the model already."""
+    """Bind the sites and choose the layers that the graph will report. Its hooks are on the model already."""
     observation.layers.choose(found)
     for each in found.activations:
         if not observation.sites.has_failed(each.name):

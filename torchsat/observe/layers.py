@@ -1,6 +1,6 @@
-"""The layers that feed sites: what their input looks like, and what the optimizer's step does to their weights.
+"""Measures the layers that feed sites: statistics of their inputs, and what the optimizer's step does to their weights.
 
-While the structure of the model is new, every layer is measured, since nobody knows yet which of them feed a site; afterwards only those that do.
+As long as it is not known which layers feed a site, every layer is measured; afterwards only those that do.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ class Layers:
     """The layers that one observation measures.
 
     Args:
-        observation: whose options, passes, sites and lineage are used.
+        observation: the observation, whose options, passes, sites and lineage are used.
     """
 
     def __init__(self, observation: Observation) -> None:
         self._observation = observation
         self.measured: dict[str, Layer] = {}
+        """The layers that are measured, by name."""
         self._rates: dict[int, float] = {}
-        """The learning rate of each parameter that an optimizer has stepped, by its address."""
+        """The learning rate of each parameter that an optimizer has stepped, by the id of the parameter."""
 
     def choose(self, found: Found) -> None:
         """Choose the layers to be measured, and say of the others why they cannot be."""
@@ -69,7 +70,7 @@ class Layers:
         passes.current.merge_inputs(name, x, feature_axis(module, x.ndim), options.limit, self._observation.turn)
 
     def feed_recurrent(self, module: nn.Module, x: Tensor) -> None:
-        """Measure the input of a recurrent layer: it enters the matrices of the first layer and of both directions."""
+        """Measure the input of a recurrent layer, which is the input of its first layer's matrices, in both directions."""
         observation = self._observation
         for layer in self.measured.values():
             if layer.module() is module and layer.parameter in ENTERED:
@@ -79,7 +80,7 @@ class Layers:
                     observation.sites.fed_by_data.add(layer.name)
 
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:
-        """An optimizer is about to step: keep its weights, and measure their gradients, which a closure would only make during the step."""
+        """Called before an optimizer steps: keep samples of its weights, and measure their gradients, unless a closure is yet to compute these."""
         divisor = getattr(optimizer, "grad_scale", None)
         self._rates.update((id(p), float(group["lr"])) for group in optimizer.param_groups if _is_number(group.get("lr")) for p in group["params"])
         for layer, weight in self._weights(optimizer):
@@ -88,7 +89,7 @@ class Layers:
                 layer.observe_grad(weight, divisor)
 
     def after_step(self, optimizer: Optimizer | None, closure: bool = False) -> None:
-        """An optimizer has stepped, or, where None is given, something else has: measure what it did to the weights."""
+        """Called after an optimizer has stepped, or with None after a step that the user ended by hand: measure what the step did to the weights."""
         for layer, weight in self._weights(optimizer):
             if closure or optimizer is None:
                 layer.observe_grad(weight, None)
@@ -99,7 +100,7 @@ class Layers:
         return self._weights(None)
 
     def _weights(self, optimizer: Optimizer | None) -> list[tuple[Layer, Tensor]]:
-        """The layers whose weight this optimizer owns and can be read now; of None, all."""
+        """The layers whose weight can be read now and belongs to this optimizer (None: to any or to none), and that weight."""
         owned = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
         alive = [(layer, module) for layer in self.measured.values() if (module := layer.module()) is not None]
         weights = [(layer, cast(Tensor, getattr(module, layer.parameter))) for layer, module in alive]
@@ -113,7 +114,7 @@ class Layers:
 
         Args:
             inputs: the sums of each layer's input.
-            weights: those that could be read when the observation ended.
+            weights: the layers whose weight could be read when the observation ended, and that weight.
         """
         observation, feeds = self._observation, self._observation.sites.feeders()
         parts = {}
@@ -122,7 +123,7 @@ class Layers:
                 continue
             given = inputs.get(layer.name)
             if not layer.n and given is not None:
-                # A layer that no optimizer owns (a frozen part) has a gain and an input too.
+                # No optimizer owns this layer, which is frozen. Its gain and its input are measured all the same.
                 layer.after_step(weight)
             place = placement(weight)
             repeated = observation.sites.counts_repeated
@@ -162,7 +163,7 @@ def _before(observation: Observation, layer: Layer, module: nn.Module, args: tup
     x, lineage = first_tensor(args, kwargs), observation.lineage
     weight = getattr(module, layer.parameter)
     if lineage.learns:
-        # FSDP puts another weight there for the pass.
+        # FSDP replaces the weight by another tensor for the time of the pass.
         lineage.know(weight, layer.name)
     part = part_of(x)
     if is_pending(x):
@@ -180,7 +181,7 @@ def _before(observation: Observation, layer: Layer, module: nn.Module, args: tup
 
 
 def _look_at_ranks(observation: Observation, layer: Layer, module: nn.Module, x: Tensor, weight: Tensor) -> None:
-    """How tensor parallelism spreads a layer and its input over ranks."""
+    """Note how tensor parallelism spreads a layer and its input over ranks."""
     sites, place, given = observation.sites, placement(weight), placement(x)
     if place is not None and isinstance(module, nn.Linear):
         sites.counts_repeated = sites.counts_repeated and place.is_first

@@ -1,7 +1,8 @@
-"""Who feeds whom: the layers behind each site, the sites before it, and which sites are gates or make the model's output.
+"""Finds out the structure of a model: which layers and sites feed each site, and which sites are gates or compute the model's output.
 
-The autograd graph of a pass tells all of it, but to walk over the graph in Python costs more than the measurement itself. So it is done only while
-the structure of the model is new, and kept in `Sites` until the walk over the modules finds other ones.
+A gate is an activation whose output multiplies another signal. All of this shows in the autograd graph of a pass, but a walk over the graph in Python
+costs more than the measurement itself. So the graph is walked only as long as the structure is not known. It is then kept in `Sites` until the walk
+over the modules finds other modules.
 """
 
 from __future__ import annotations
@@ -22,66 +23,66 @@ _GATES = ("sigmoid", "hardsigmoid")
 
 
 class Lineage:
-    """What one observation learns of the structure of the model.
+    """Learns the structure of the model during one observation.
 
     Args:
-        sites: what is known already, and where what is learned goes.
-        note: told of a place that the graph shows and nobody saw, with the reason.
+        sites: the sites of the model, to which what is learned is added.
+        note: called with a place that the graph shows and no hook saw, and the reason.
     """
 
     def __init__(self, sites: Sites, note: Callable[[str, str], None]) -> None:
         self._sites = sites
         self._note = note
         self.learns = sites.structure is Structure.NEW
-        """Whether this observation is one that looks at the structure."""
+        """Whether this observation learns the structure."""
         self._nodes: dict[Node, Site] = {}
-        """The nodes that make the outputs of sites, in the pass that runs."""
+        """The autograd nodes that computed the outputs of sites in the present pass."""
         self._survey: Survey | None = None
         self._last_layer: str | None = None
         self._last_site: str | None = None
         self._weights: dict[int, str] = {}
-        """The name of each layer by the address of its weight."""
+        """The name of each layer by the id of its weight."""
         self._alive: list[weakref.ref[Tensor]] = []
-        """References to these weights: one that dies must not leave its address to another tensor."""
+        """Weak references to these weights. They remove the entry of a weight that dies, since another tensor could get the same id."""
 
     @property
     def looks(self) -> bool:
-        """Whether the graph is to be looked at now. A recompute inside a backward shows the same graph once more."""
+        """Whether the graph is to be looked at now. It is not during a recompute inside a backward, which only repeats the same graph."""
         return self.learns and not internals.in_backward()
 
     @property
     def survey(self) -> Survey:
-        """The walks over the graph of the pass that runs."""
+        """The walks over the graph of the present pass."""
         if self._survey is None:
             self._survey = Survey()
         return self._survey
 
     def begin_pass(self) -> None:
-        """A training pass through the whole model begins."""
+        """Note that a training pass through the whole model begins."""
         self._last_layer = self._last_site = None
         self.end_pass()
 
     def end_pass(self) -> None:
-        """The pass is over: its graph is not kept."""
+        """Let go of the graph of the pass, which is over."""
         self._nodes.clear()
         self._survey = None
 
     def know(self, weight: Tensor, name: str) -> None:
-        """This weight is that of a layer, as long as it lives: wrappers put others in its place."""
+        """Remember which layer this weight belongs to, for as long as the tensor lives. Wrappers such as FSDP put other tensors in its place."""
         key, weights = id(weight), self._weights
         if weights.get(key) != name:
             weights[key] = name
             self._alive.append(weakref.ref(weight, lambda _: weights.pop(key, None)))
 
     def ran_layer(self, name: str) -> None:
-        """A layer has run."""
+        """Note that a layer has run."""
         self._last_layer = name
 
     def ran(self, site: Site, nodes: Iterable[Node | None], last_layer: bool = False) -> None:
-        """A site ran on what these nodes made.
+        """Note that a site ran on the output of these nodes.
 
         Args:
-            last_layer: where the nodes tell no layer that feeds the site, it is the one that ran last.
+            last_layer: if no layer is found behind the nodes, take the layer that ran last for the one that feeds the site.
         """
         if not self.learns:
             return
@@ -98,28 +99,28 @@ class Lineage:
         site.after.update(dict.fromkeys(name for name in before if name != site.name))
 
     def made(self, site: Site, node: Node) -> None:
-        """This node makes the output of a site."""
+        """Note the node that computed the output of a site."""
         if self.looks:
             self._nodes[node] = site
             site.traced = True
             if len(self._nodes) > MOST_NODES:
-                # Where the parts of a model are called one by one, again and again, no pass ever ends.
+                # If the parts of a model are called one by one and never the whole, no pass ends and the nodes would pile up.
                 self._nodes.pop(next(iter(self._nodes)))
 
     def made_all(self, site: Site, nodes: Iterable[Node]) -> None:
-        """What comes after a recurrent layer comes after this site, its last gate."""
+        """Note the nodes that computed the output of a recurrent layer. What comes after the layer then comes after this site, its last gate."""
         if self.learns:
             self._nodes.update(dict.fromkeys(nodes, site))
 
     def enters_layer(self, node: Node | None) -> None:
-        """A layer runs on what this node made: the sites behind it make no output of the model."""
+        """Note that a layer runs on the output of this node. The sites that this output comes from do not compute an output of the model."""
         if self.learns and self._nodes:
             for met in self.survey.upstream([node], lambda met: met in self._nodes or has_weight(met)):
                 if met in self._nodes:
                     self._nodes[met].hidden = True
 
     def reached_output(self, ends: set[Node]) -> None:
-        """These nodes make the output of the model: find the sites it depends on through no further weight."""
+        """Find the sites that the output of the model depends on with no weight between. These nodes computed the output."""
         if not self.learns:
             return
         for node in self.survey.upstream(ends, lambda node: node in self._nodes or has_weight(node)):
@@ -130,15 +131,15 @@ class Lineage:
             self._note(MODEL, f"its graph has more than {MOST_NODES} nodes: what no hook saw beyond them is not known")
 
     def look(self, nodes: set[Node], path: str) -> None:
-        """Name what the graph shows before these nodes and nobody saw, as happening in the module of this path."""
+        """Report the activations before these nodes that no hook saw, as places in the module of this path."""
         for what, reason in self.survey.explore(nodes):
             self._note(f"{path}/{what}" if path else what, reason)
 
     def conclude(self, whole_model: bool) -> None:
-        """The observation has seen a whole pass: decide what each site is.
+        """Decide which sites compute an output of the model, at the end of an observation that has seen training passes.
 
         Args:
-            whole_model: the model was entered as a whole, so that its output was seen.
+            whole_model: whether the model was called as a whole, so that its output was seen.
         """
         if not self.learns:
             return
@@ -149,7 +150,7 @@ class Lineage:
             site.output = site.traced and not site.hidden and (site.reaches_output or not whole_model)
 
     def _mark_gates(self) -> None:
-        """A sigmoid is a gate if its output multiplies another signal that does not come from it."""
+        """Mark the sigmoids that are gates: their output multiplies another signal, which does not come from it."""
         survey = self._survey
         for pair in survey.products if survey is not None else ():
             for node, other in (pair, pair[::-1]):

@@ -1,11 +1,10 @@
-"""From z, a and their gradients to the row of a site.
+"""Measures z, a and their gradients at each site, and merges them into its row (columns.ROW). z is the input of an activation, a its output.
 
-- z is read before the activation runs: after an in-place activation it is overwritten.
-- Everything is measured at once, inside the hook: what is kept for later may be overwritten by then.
-- Gradients are read at the autograd node of the activation, whose inputs and outputs are dL/dz through this activation alone and dL/da; a tensor hook
-on
-  z would add what reaches z by other ways (z * sigmoid(z)). An activation of several nodes is read on both sides of it. Module backward hooks are
-  never used: they fail on in-place activations.
+- z is read before the activation runs, since an in-place activation overwrites it.
+- Everything is measured at once, inside the hook, since tensors that are kept for later may be overwritten by then.
+- Gradients are read at the autograd node of the activation. In the backward the node is given dL/da and returns dL/dz through this activation alone;
+  a tensor hook on z would also see what reaches z by other ways (as in z * sigmoid(z)). Where an activation consists of several nodes, hooks before
+  and after them are used. Module backward hooks are never used, since they fail on in-place activations.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from torchsat.statistics import known_slope, observe, observe_gradient, observe_
 
 @dataclass(frozen=True)
 class Call:
-    """What is kept of one call of an activation from before it runs until its output is there."""
+    """What is kept of one call of an activation, from before it runs until it has returned."""
 
     z: Tensor
     sample: Sample | SoftmaxRows
@@ -48,15 +47,15 @@ class Call:
     output_nr: int
     """Which output of that node z is."""
     counts: bool
-    """False in a recompute, of which only the gradient is wanted."""
+    """Whether the call enters the numbers of the forward pass. False in a recompute (of a checkpoint), of which only the gradient is read."""
 
 
 class Meter:
     """Measures the sites of one observation.
 
     Args:
-        note: told of a site that is seen only in part, with what is missing.
-        hooks: where the handle of a hook that outlives the pass goes.
+        note: called with a site that is measured only in part, and with what is missing.
+        hooks: a list that takes the handles of hooks that outlive the pass, so that they are removed at the end of the observation.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Meter:
         self._hooks = hooks
         self._units: dict[tuple[Sample, int], Units] = {}
         self._recomputed: set[str] = set()
-        """The sites that only recomputes have shown so far."""
+        """Names of the sites that have run in recomputes only so far."""
         self._ignores_gradients = False
 
     def sample_of(self, z: Tensor) -> Sample:
@@ -92,7 +91,7 @@ class Meter:
         return SoftmaxRows.of(z, axis, self._options.limit, self._turn, has_heads)
 
     def counts_at(self, name: str, module: nn.Module) -> bool | None:
-        """Whether a call at this site is counted. False: only its gradient is read. None: it is not looked at."""
+        """Whether a call at this site counts. False: only its gradient is read. None: it is not measured at all."""
         counts = self._passes.counts(module)
         if internals.in_backward():
             if not self._passes.has_row(name):
@@ -102,7 +101,7 @@ class Meter:
 
     @contextlib.contextmanager
     def ignoring_gradients(self) -> Iterator[None]:
-        """What flows through the graph meanwhile is not of the user's backward."""
+        """A context in which gradients are not measured, since they come from a backward of ours and not of the user."""
         self._ignores_gradients = True
         try:
             yield
@@ -110,7 +109,7 @@ class Meter:
             self._ignores_gradients = False
 
     def begin(self, site: Site, z: Tensor, module: nn.Module, in_place: bool) -> Call | None:
-        """Take what is needed of z before the activation may overwrite it; None where the call is not looked at."""
+        """Read what is needed of z before the activation may overwrite it. Returns None where the call is not measured."""
         counts = self.counts_at(site.name, module)
         if counts is None:
             return None
@@ -130,7 +129,7 @@ class Meter:
         return Call(z, sample, taken, z.grad_fn, z.output_nr, counts)
 
     def end(self, site: Site, call: Call, a: object) -> None:
-        """Measure a call whose output is there."""
+        """Measure a call after it has returned a."""
         sample = call.sample
         assert isinstance(sample, Sample)
         part = part_of(a) if isinstance(a, Tensor) else a
@@ -144,19 +143,19 @@ class Meter:
         self.tap_output(site, call, a)
 
     def tap_output(self, site: Site, call: Call, a: Tensor) -> None:
-        """Read the gradient of a call, and know its place in the graph."""
+        """Put hooks on the graph that read the gradients of a call in the backward, and note the node that computed its output."""
         if a.requires_grad and a.grad_fn is not None:
             self._lineage.made(site, a.grad_fn)
             self._tap_gradient(site, call, a)
 
     def ran(self, site: Site, nodes: list[Node | None], last_layer: bool = False) -> None:
-        """A site ran on what these nodes made; see Lineage.ran."""
+        """Note that a site ran on the output of these nodes; see Lineage.ran."""
         self._passes.has_measured = True
         self._sites.has_run(site)
         self._lineage.ran(site, nodes, last_layer)
 
     def read_call(self, site: Site, z: Tensor, in_place: bool) -> Sample:
-        """Which elements of z are read of a call that is measured inside a compiled graph."""
+        """Which elements of z are read in a call that is measured inside a compiled graph."""
         return self._site_sample(site, z, in_place)
 
     def count(
@@ -172,10 +171,10 @@ class Meter:
         """Merge the row and the unit block of one call.
 
         Args:
-            z, a: the elements that were read, vectors.
-            axis: that of the units; None: as the layer that feeds the site says, or by the number of axes.
-            slope: f'(z) at these elements, where the function itself does not tell it.
-            elements: how many the call has; None: those of the tensor that was sampled.
+            z, a: the elements that were read, as vectors.
+            axis: the axis of the units (channels or features). None: that of the layer which feeds the site or, failing that, by the number of axes.
+            slope: f'(z) at these elements, where it is known only from autograd. None: it is computed from the function.
+            elements: the number of elements of the call, read or not. None: that of the tensor that was sampled.
         """
         bound, current = site.bound, self._passes.current
         edges: Edges
@@ -208,7 +207,7 @@ class Meter:
         current.add(current.heads, site.name, heads)
 
     def gradient_adder(self, site: Site) -> Callable[[Tensor | None, Tensor | None], None]:
-        """What takes the elements of dL/da and dL/dz during the backward of the pass that runs now."""
+        """A function to be called in the backward with dL/da and dL/dz at the elements that were read. It adds them to the pass that runs now."""
         current = self._passes.current
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
@@ -219,7 +218,7 @@ class Meter:
         return self._guard(site.name, add)
 
     def _site_sample(self, site: Site, z: Tensor, in_place: bool) -> Sample:
-        """What is read of a call: all of it where that costs neither time nor memory, and the user has not set a limit."""
+        """Which elements of a call are read: all where that costs neither time nor memory and the user has not set a limit; otherwise a sample."""
         if self._options.may_read_whole and not in_place and reads_whole(z) and known_slope(site.bound, z) is not None:
             sample = Sample.of(z, None, self._turn)
             if sample.strides == z.stride():
@@ -227,7 +226,7 @@ class Meter:
         return self.sample_of(z)
 
     def _units_of(self, site: Site, sample: Sample, axis: int | None) -> Units | None:
-        """The units of a site; None where it has none, or not always as many."""
+        """The units of a site; None where it has no unit axis, or where the number of units is not fixed."""
         axis = self._unit_axis(site, sample.shape) if axis is None else axis
         size = None if axis is None or site.units_vary else sample.shape[axis]
         if site.units is not None and size != site.units:
@@ -240,7 +239,7 @@ class Meter:
         return self._units.setdefault((sample, axis), Units(sample, axis))
 
     def _unit_axis(self, site: Site, shape: tuple[int, ...]) -> int | None:
-        """The axis of channels or features: that of the layer which feeds the site, where the sizes agree; else by the number of axes."""
+        """The axis of channels or features: that of the layer which feeds the site, if the sizes agree; otherwise by the number of axes."""
         for name in site.feeds_on:
             width, from_end = self._sites.outputs.get(name, (-1, 0))
             if 0 < from_end <= len(shape) and shape[-from_end] == width:
@@ -248,9 +247,9 @@ class Meter:
         return {0: None, 1: None, 2: 1, 3: 2}.get(len(shape), 1)
 
     def _tap_gradient(self, site: Site, call: Call, a: Tensor) -> None:
-        """Read dL/da and dL/dz of one call in the backward.
+        """Put hooks on the graph that read dL/da and dL/dz of one call in the backward.
 
-        The hooks below live on nodes of the graph and must not hold its tensors, z above all: such a ring is never freed.
+        The hooks belong to nodes of the graph and must not hold tensors of the graph, such as z: such a cycle of references is never freed.
         """
         sample, z_nr, a_nr, own, node = call.sample, call.output_nr, a.output_nr, a.grad_fn, call.node
         add = self.gradient_adder(site)
@@ -266,7 +265,7 @@ class Meter:
             own.register_hook(lambda grad_inputs, grad_outputs: add_both(grad_outputs[0], grad_inputs[at]))
             return
         if a is call.z and node is not None:
-            # In place on a view: the graph goes on from the whole tensor that z is a view of.
+            # The activation ran in place on a view: the graph continues from the whole tensor that z is a view of.
             whole = next((before for before, _ in own.next_functions if before is not None), None)
             base = internals.base_of(a)
             covers = base is not None and base.numel() == a.numel() and base.is_contiguous() and a.is_contiguous()
@@ -278,7 +277,7 @@ class Meter:
         if node is not None:
             node.register_prehook(lambda grad_outputs: add_both(None, grad_outputs[z_nr]))
         elif call.z.requires_grad and call.z.is_leaf:
-            # The leaf outlives the pass: unlike a node's, its hook must be taken off.
+            # A leaf outlives the pass, so its hook must be removed. Hooks on nodes end with the graph.
             self._hooks.append(call.z.register_hook(lambda grad: add_both(None, grad)))
         own.register_prehook(lambda grad_outputs: add_both(grad_outputs[a_nr], None))
 

@@ -1,4 +1,4 @@
-"""Activations that are modules of the table: nn.ReLU, nn.Tanh, and rows of the user's own."""
+"""Measures activations that are modules: those that the table of activations lists, such as nn.ReLU, nn.Tanh, and rows that the user has added."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
 Calls = dict[int, Call]
-"""The forward call under way, by thread."""
+"""The call of one module that is running, by the id of the thread."""
 
 
 def attach(observation: Observation, found: Found) -> None:
-    """Hook every module of which a row of the table says what it computes."""
+    """Hook every module whose function is known from a row of the table."""
     for each in found.activations:
         if observation.sites.has_failed(each.name):
             continue
@@ -44,13 +44,13 @@ def _before(observation: Observation, site: Site, calls: Calls, module: nn.Modul
     if not internals.is_real(z):
         return
     if site.bound.activation.computes(module):
-        # Neither attributes nor parameters need be what they were when the hooks were made.
+        # Attributes and parameters may have changed since the hooks were made.
         if any(getattr(module, name) != value for name, value in site.bound.plain.items()):
             site.bound = bind(site.bound.activation, module, observation.options.epsilon)
         if site.bound.learned:
             learned = {name: getattr(module, name).detach().reshape(value.shape) for name, value in site.bound.learned.items()}
             site.bound = dataclasses.replace(site.bound, learned=learned)
-    # A module of the user's may overwrite its input without saying so.
+    # A module that the user has written may overwrite its input without having an attribute `inplace`.
     in_place = getattr(module, "inplace", not type(module).__module__.startswith("torch.nn."))
     call = observation.meter.begin(site, z, module, in_place)
     if call is not None:

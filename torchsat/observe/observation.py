@@ -1,15 +1,15 @@
-"""One observation, from its opening to its end: the value that owns all that belongs to it.
+"""One observation, from its beginning to its end: the object that owns everything that belongs to it.
 
     HOOKED --a training pass is measured--> ENTERED --finish()--> FINISHED
        |                                       |
        +------------------ abandon(why) -------+----------------> ABANDONED
 
-HOOKED: the hooks are on the model, and nothing has been measured yet. ENTERED: something of a training pass has been measured. FINISHED: `finish` has
-taken the hooks off and given the Parts. ABANDONED: the hooks are off, the schedule's window is void, and what was measured is lost; the monitor
-observes a later step in its place. Nothing leads out of the last two: a hook that fires late finds a closed guard.
+HOOKED: the hooks are on the model, and nothing has been measured yet. ENTERED: something of a training pass (one call of the model in training) has
+been measured. FINISHED: `finish` has taken the hooks off and returned the Parts. ABANDONED: the hooks are off, the schedule's window is void, and
+what was measured is lost; the monitor may observe a later step in its place. The last two are final: a hook that fires late finds a closed guard.
 
-The observation owns hooks, passes, rows, the scratch of lineage, learning rates, the loss scale, notes, and its window in the schedule. What outlives
-it is written into `Sites` by `finish`.
+The observation owns hooks, passes with their rows, what lineage keeps during a pass, learning rates, the loss scale, notes, and its window in the
+schedule. What outlives it is written into `Sites` by `finish`.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ from torchsat.sites import Sites, Structure
 from torchsat.structure import Found
 
 Source = Callable[["Observation", Found], Callable[[], None] | None]
-"""Puts hooks on what was found. What it returns, if anything, puts on those that must run after the hooks of all later sources."""
+"""A function that puts hooks on the modules that were found. If it returns a function, that one is called after all sources, for hooks that must run
+after those of the other sources."""
 
 SOURCES: tuple[Source, ...] = (passes.attach, calls.attach, modules.attach, own.attach, recurrent.attach, layers.attach)
 """Where activations come from in eager execution. Their hooks run in this order."""
 GRAPH_SOURCES: tuple[Source, ...] = (ingraph.attach,)
-"""Where they come from while the compiled graph measures."""
+"""Where activations come from while the compiled graph measures."""
 ONLY_IN_EAGER = "measured in eager steps only: in a compiled graph the activations of modules are heard, not function calls, gates or attention"
 
 
 class Stage(Enum):
-    """How far an observation has come; see the diagram above."""
+    """The state of an observation; see the diagram in the module's docstring."""
 
     HOOKED = "hooked"
     ENTERED = "entered"
@@ -58,9 +59,9 @@ class Stage(Enum):
 
 
 class Execution(Enum):
-    """Where an observation is made.
+    """Whether an observation measures with hooks in eager execution, or with operators in a compiled graph.
 
-    EAGER -> GRAPH: hooks for eager execution are on, but a compiled graph was heard.
+    EAGER -> GRAPH: the hooks for eager execution are on, but the operators of a compiled graph reported something.
     """
 
     EAGER = "eager"
@@ -81,14 +82,14 @@ class Observation:
     """One observed step.
 
     Args:
-        sites: what is known of its sites; `finish` adds to it.
-        options: of the monitor.
-        turn: which observation this is: it decides which elements are read.
-        window: of the schedule, where its time is added up.
-        clock: of the host and the device.
-        faults: where faults are reported.
-        on_pass: told when the model is entered and left, and when a fault ends everything.
-        stages: of a pipeline, by the name that the sites in them begin with; empty for any other model.
+        sites: what is known of the sites of the model; `finish` adds to it.
+        options: the options of the monitor.
+        turn: the number of this observation, which selects the elements that are read.
+        window: the schedule's window, to which the time of our own code is added.
+        clock: the clocks of the host and the device.
+        faults: reports errors of our own code.
+        on_pass: called when the model's forward begins or ends, and when a fault ends all monitoring.
+        stages: the stages of a pipeline, keyed by the name that their sites begin with; empty for any other model.
     """
 
     def __init__(
@@ -111,9 +112,9 @@ class Observation:
         self.execution = Execution.EAGER
         self.abandoned_for: Retry | None = None
         self.steps_of_others = 0
-        """Steps of other models' optimizers since it was opened, as long as this model was not entered."""
+        """Number of optimizer steps of other models since the observation was opened, as long as this model has not been called."""
         self.newly_stopped: list[str] = []
-        """After `finish`: the sites that have not run in the last observations, and did before."""
+        """After `finish`: the sites that ran before but not in the last observations, and were not reported for that yet."""
         self.unspread: list[Tensor] = []
         """After `finish`: the weights of layers that tensor parallelism does not spread."""
         self._stage = Stage.HOOKED
@@ -122,7 +123,7 @@ class Observation:
         self._handles: list[Any] = []
         self._graph_hooks: GraphHooks | None = None
         self._graph_only: frozenset[str] | None = None
-        """Where only the graph measures: the sites that it can measure, which are modules."""
+        """The names of the sites that a compiled graph can measure, if the graph alone measures; None in eager execution."""
         self._scale: Tensor | None = None
         self._skipped: Tensor | None = None
         self._noted: dict[str, str] = {}
@@ -135,7 +136,7 @@ class Observation:
 
     @property
     def stage(self) -> Stage:
-        """How far this observation has come."""
+        """The state of this observation."""
         return Stage.ENTERED if self._stage is Stage.HOOKED and self.passes.has_measured else self._stage
 
     @property
@@ -152,8 +153,8 @@ class Observation:
         """Put the hooks on the model as it was found.
 
         Args:
-            graph_hooks: those that are compiled with the model, if there are any: what they tell goes to this observation from now on.
-            execution: GRAPH puts no other hooks on.
+            graph_hooks: the hooks that are compiled with the model, if there are any. What they measure goes to this observation from now on.
+            execution: with GRAPH no other hooks are put on.
         """
         self.execution = execution
         self._graph_only = frozenset(found.names) if execution is Execution.GRAPH else None
@@ -167,34 +168,35 @@ class Observation:
                 hook_ends()
 
     def hook_before(self, module: nn.Module, place: str, call: Callable[..., None], *first: Any) -> None:
-        """Call this with (*first, module, args, kwargs) before the module's forward, through the guard of a place."""
+        """Have `call` called with (*first, module, args, kwargs) before the module's forward, through the guard for this place."""
         self._handles.append(module.register_forward_pre_hook(Hook(self.guard(place, call, *first)), with_kwargs=True))
 
     def hook_after(self, module: nn.Module, place: str, call: Callable[..., None], *first: Any, always: bool = False) -> None:
-        """Call this with (*first, module, args, output) after the module's forward; `always`: also after one that raised, with None."""
+        """Have `call` called with (*first, module, args, output) after the module's forward; `always`: after one that raised too, with output
+        None."""
         self._handles.append(module.register_forward_hook(Hook(self.guard(place, call, *first)), always_call=always))
 
     def heard_graph(self) -> None:
-        """A compiled graph has told something, so that the structure of the model could not be seen."""
+        """Note that a compiled graph has reported something, so that this observation cannot see the structure of the model."""
         self.execution = Execution.GRAPH
 
     def note(self, place: str, reason: str) -> None:
-        """Say what is missing at a place."""
+        """Record what is missing at a place."""
         self._noted[place] = reason
         self.sites.note(place, reason)
 
     def note_if_wanted(self, place: str, reason: str) -> None:
-        """The same, unless the user has excluded the place; the first reason stays."""
+        """Like `note`, unless the user has excluded the place or this observation has noted another reason there before."""
         if self.options.selects(place) and place not in self._noted:
             self.note(place, reason)
 
     def reject(self, place: str, reason: str) -> None:
-        """The modules themselves show that a place cannot be measured."""
+        """Record that a place cannot be measured, as its module shows before it runs."""
         self._noted.setdefault(place, reason)
         self.sites.reject(place, reason)
 
     def forget_inside(self, name: str) -> None:
-        """A module has turned out to be a site: what was heard inside it is none of its own."""
+        """Forget the function calls inside a module that has turned out to be a site itself."""
         inside = [place for place in self.sites.known if place.startswith(f"{name}/")]
         self.sites.forget(f"{name}/")
         self._noted.pop(name, None)
@@ -203,7 +205,7 @@ class Observation:
                 each.forget(place)
 
     def fail(self, place: str, error: Exception) -> None:
-        """Something of ours raised at a place, which is no longer watched. At MODEL that is the end of the observation."""
+        """Stop watching a place at which our own code raised. At MODEL this ends the observation."""
         self.sites.fail(place, str(error) if place == MODEL else f"{type(error).__name__}: {error}")
         for each in self.passes:
             each.forget(place)
@@ -213,13 +215,13 @@ class Observation:
         self._faults.report(place, error)
 
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:
-        """An optimizer of the model is about to step; `closure`: it computes gradients while it does."""
+        """Called before an optimizer of the model steps. `closure` says that gradients are computed during the step."""
         scale, self._skipped = internals.gradient_scale(optimizer)
         self._scale = scale if scale is not None else self._scale
         self.layers.before_step(optimizer, closure)
 
     def after_step(self, optimizer: Optimizer | None, closure: bool = False) -> None:
-        """An optimizer of the model has stepped, or, where None is given, something that is no torch optimizer."""
+        """Called after an optimizer of the model has stepped, or with None after a step that the user ended by hand."""
         self.layers.after_step(optimizer, closure)
 
     def stage_of(self, name: str) -> int | None:
@@ -227,14 +229,14 @@ class Observation:
         return None if not self._stages else int(self._stage_object(name).stage_index)
 
     def finish(self) -> Parts:
-        """Take the hooks off and put together what the passes gave. Where nothing was measured, no part has a row."""
+        """Take the hooks off and merge what the passes measured into Parts. Where nothing was measured, no part has a row."""
         weights = self.layers.weights()
         self._unhook(Stage.FINISHED)
         whole, eager = self.passes.settle(), self.execution is Execution.EAGER
         if self.has_measured and eager:
             self.lineage.conclude(self.passes.has_entered)
         if any(name in whole.rows and not site.decided for name, site in self.sites.ran.items()):
-            # What ran for the first time after the structure had been looked at is looked at in the next observation.
+            # Some site ran for the first time after the structure had been learned, so the next observation learns it again.
             self.sites.structure = Structure.NEW
         self.lineage.end_pass()
         if self.has_measured and self._graph_only is not None:
@@ -277,7 +279,7 @@ class Observation:
         return self._stages[name.partition("/")[0].partition(".")[0]]
 
     def _site_parts(self, whole: Pass) -> dict[str, SitePart]:
-        """What was measured of every site that has ever run; rows are None where it did not in this observation."""
+        """What was measured at every site that has ever run. The row of a site is None if it did not run in this observation."""
         parts = {}
         for name, site in self.sites.ran.items():
             heads = whole.heads.get(name)

@@ -1,7 +1,8 @@
-"""Leaves of the user's own types: whether such a module is an activation is found out from what it makes of real data.
+"""Finds out whether a module that the user has written, without children, is an activation, and measures it if it is one.
 
-If its numbers are those of a row of the table, it is that function. Otherwise autograd tells its derivative at each element; where that is a function
-of z, the module is an activation without a known peak or known plateaus. A module that acts on several elements at once is none.
+This is decided from its inputs z and outputs a in real calls. If they fit a row of the table of activations, the module is that function. Otherwise
+autograd gives its derivative at each element. If that is a function of z, the module is an activation of which neither the peak nor the plateaus are
+known. If an output depends on several elements of the input, it is no activation.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 NOT_DIFFERENTIATED = "it may be an activation, but its derivative cannot be had inside a checkpoint: name it in activations="
 _LINEAR_CALLS = 20
-"""Calls in which a module has looked linear before it is taken to be so. A clamp may not have been reached by the first ones."""
+"""A module is taken for linear after it has looked so in this many calls. The inputs of the first calls may not reach the limits of a clamp."""
 
 
 def attach(observation: Observation, found: Found) -> None:
-    """Hook every leaf that may be an activation of the user's."""
+    """Hook every module that may be an activation that the user has written."""
     for each in found.own:
         if not observation.sites.has_failed(each.name):
             calls: list[Call] = []
@@ -52,7 +53,7 @@ def _before(observation: Observation, name: str, calls: list[Call], module: nn.M
 
 
 def _after(observation: Observation, name: str, calls: list[Call], module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
-    """Measure a call of what is known to be an activation, or find out whether it is one."""
+    """Measure a call of a module that is known to be an activation, or find out whether it is one."""
     call = calls.pop() if calls else None
     if call is None or not isinstance(a, Tensor) or a.shape != call.z.shape or not a.is_floating_point():
         return
@@ -79,7 +80,7 @@ def _after(observation: Observation, name: str, calls: list[Call], module: nn.Mo
 
 
 def _find_out(observation: Observation, name: str, module: nn.Module, call: Call, a: Tensor) -> Tensor | None:
-    """Decide what this module computes, and keep it in `sites.own`, if one call can tell; f'(z) of this call, where it was computed for that."""
+    """Decide what this module computes and keep it in `sites.own`, if this call is enough to tell. Returns f'(z) of this call, if it was needed."""
     sample, sites = call.sample, observation.sites
     assert isinstance(sample, Sample)
     bound, slope = recognise(call.taken, sample.take(a.detach()), observation.options.activations, observation.options.epsilon), None
@@ -106,7 +107,7 @@ def _find_out(observation: Observation, name: str, module: nn.Module, call: Call
 
 
 def _slope(observation: Observation, call: Call, a: Tensor, direction: Tensor | None) -> Tensor | None:
-    """f'(z) times a direction, by autograd, through the graph of the call that has just run; None where that cannot be had."""
+    """f'(z) times a direction, by autograd through the graph of the call that has just run; None where that is not possible."""
     if a.grad_fn is None or call.node is None:
         return None
     with observation.meter.ignoring_gradients():
@@ -114,14 +115,14 @@ def _slope(observation: Observation, call: Call, a: Tensor, direction: Tensor | 
 
 
 def _doubt(observation: Observation, site: Site, module: nn.Module, z: Tensor, a: Tensor) -> None:
-    """A module may change what it computes; where it no longer is the function that it was taken for, autograd tells its derivative."""
+    """Check that a module still computes the function that it was recognised as. If it does not, its derivative comes from autograd from now on."""
     if site.doubt is not None and bool(site.doubt):
         site.doubt, site.bound = None, differentiated(type(module).__name__, observation.options.epsilon)
         observation.sites.own[module] = site.bound
         return
     differs = fits(site.bound, z, a)
     if differs.is_cuda:
-        # It is looked at in the next observation: to wait for it now would stop the device.
+        # The flag is read in the next observation. Reading it now would wait for the device.
         site.doubt = torch.zeros((), dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
     elif bool(differs):
         site.doubt = differs

@@ -1,11 +1,10 @@
-"""Which forward passes an observation is made of, and what each of them adds.
+"""Decides which forward passes count in an observation, and keeps what each of them measured. A *pass* is one call of the whole model.
 
-- A pass counts if it is a training pass: autograd was on when the model was entered, and some part of the model is in training mode. The passes of
-one
-  thread are observed, the first that trains: a model may be used by another thread meanwhile.
+- A pass counts if it is a training pass: autograd was on when the model was called, and some part of the model is in training mode. Only passes of
+  one thread are observed, the first that trains, since another thread may use the model at the same time.
 - A recompute of activation checkpointing runs inside a backward and is not counted again. In reentrant mode only the recompute can see gradients.
-- A pass whose gradients were thrown away (a batch that the user skipped) or whose forward raised is forgotten. When the next backward begins tells:
-  the gradients that an earlier one left are gone.
+- A pass is forgotten if its forward raised, or if its gradients were thrown away, as for a batch that the user skipped. The latter shows when the
+  next backward begins: the gradients that the earlier one left in `.grad` are gone.
 - What runs outside the model's own forward (its parts called one by one) belongs to a pass of its own, the first of the list.
 """
 
@@ -36,25 +35,25 @@ if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
 _MOST = 8
-"""Passes kept apart. Of more, the oldest can no longer be thrown away."""
+"""The most passes that are kept apart. If there are more, the oldest is merged into the first of the list and can no longer be dropped."""
 
 
 class PassEvent(Enum):
-    """What the owner of an observation is told about the model, during the user's forward."""
+    """The events that the owner of an observation is told, during the user's forward."""
 
     ENTERED = "entered"
     LEFT = "left"
     FAILED = "failed"
-    """The observation has ended by a fault of ours: all monitoring of this model is over."""
+    """An error of our own code has ended the observation and all monitoring of this model."""
 
 
 OnPass = Callable[[PassEvent, bool], None]
-"""Told of each event, and whether it is one of a training pass."""
+"""Called with each event, and with whether it belongs to a training pass."""
 
 
 @dataclass(eq=False)
 class Pass:
-    """What one training pass adds to the observation, until it is known that it counts."""
+    """What one training pass has measured. It is kept apart from other passes until it is known that the pass counts."""
 
     rows: dict[str, Tensor] = field(default_factory=dict)
     """The row of each site."""
@@ -63,7 +62,7 @@ class Pass:
     heads: dict[str, Tensor] = field(default_factory=dict)
     """The block of heads of each softmax."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    """Of each layer's input: samples, sum of x, sum of x^2 per feature."""
+    """The sums of each layer's input, [3, features] (columns.FEATURES)."""
     backward: int | None = None
     """The number of the backward that added this pass's gradient to `.grad`."""
     dropped: bool = False
@@ -83,17 +82,17 @@ class Pass:
             old += value.to(old.device)
 
     def place(self, kind: dict[str, Tensor], name: str, device: torch.device) -> Tensor | None:
-        """What can be merged into in place, on this device."""
+        """The tensor under this name that can be merged into in place; None where there is none on this device."""
         there = kind.get(name)
         return there if there is not None and there.device == device else None
 
     def put(self, kind: dict[str, Tensor], name: str, value: Tensor) -> None:
-        """Take back what `place` gave, merged in place, or take something new."""
+        """Store a value: nothing is left to do if it is the tensor that `place` returned, merged in place; a new one is merged."""
         if value is not kind.get(name):
             self.add(kind, name, value)
 
     def merge_inputs(self, name: str, x: Tensor, axis: int, limit: int | None, turn: int) -> None:
-        """Merge the sums of an input x of a layer, features along `axis`."""
+        """Merge the sums of an input x of a layer. The features lie along `axis`."""
         sums = self.place(self.inputs, name, x.device)
         self.put(self.inputs, name, input_sums(x, axis, limit, turn, sums if sums is not None and sums.shape[1] == x.shape[axis] else None))
 
@@ -109,7 +108,7 @@ class Pass:
             kind.pop(site, None)
 
     def keep_where(self, alive: Tensor) -> None:
-        """Drop the pass on the device, unless the flag there is true."""
+        """Empty the pass if this flag is false. The flag stays on the device: the host does not wait for it."""
         for name, row in self.rows.items():
             self.rows[name] = torch.where(alive.to(row.device), row, empty_row(row.device))
         for kind in (self.blocks, self.inputs):
@@ -121,7 +120,7 @@ class Pass:
             self.heads[name] = torch.where(alive.to(heads.device), heads, nothing)
 
     def settle(self, into: Pass) -> None:
-        """Become part of another pass. What still arrives goes there too."""
+        """Merge this pass into another one. Numbers that arrive later go there too."""
         pairs = ((self.rows, into.rows), (self.blocks, into.blocks), (self.heads, into.heads), (self.inputs, into.inputs))
         for mine, theirs in pairs:
             for name, value in mine.items():
@@ -133,14 +132,14 @@ class Passes:
     """The passes of one observation.
 
     Args:
-        guard: of the observation.
+        guard: the guard of the observation.
     """
 
     def __init__(self, guard: Guard) -> None:
         self._model: Callable[[], nn.Module | None] = lambda: None
         self._guard = guard
         self._passes = [Pass()]
-        """First what is settled, and what ran outside the model's own forward; then one for each pass that may still be dropped."""
+        """The first entry holds what ran outside the model's own forward, and passes that can no longer be dropped; each other entry is one pass."""
         self._running: Pass | None = None
         """The pass whose backward began last: a recompute belongs to it."""
         self._local = threading.local()
@@ -151,10 +150,10 @@ class Passes:
         self.has_measured = False
         """Whether anything of a training pass has been measured."""
         self.is_stepping = False
-        """Whether an optimizer of the model is stepping: what a closure adds to `.grad` tells nothing of earlier passes."""
+        """Whether an optimizer of the model is stepping. Gradients that its closure computes then say nothing about earlier passes."""
 
     def watch(self, model: nn.Module) -> None:
-        """The passes are those of this model, which is not kept alive."""
+        """Set the model whose passes these are. It is not kept alive."""
         self._model = weakref.ref(model)
 
     def __iter__(self) -> Iterator[Pass]:
@@ -170,27 +169,27 @@ class Passes:
 
     @property
     def outside(self) -> Pass:
-        """The pass that is never dropped: what ran outside the model's own forward."""
+        """The pass that is never dropped. It holds what ran outside the model's own forward."""
         return self._passes[0]
 
     @property
     def current(self) -> Pass:
-        """The pass that what happens now belongs to."""
+        """The pass to which numbers that are measured now belong."""
         if self.is_inside:
             return self._passes[-1]
         return self._running if self._running is not None and internals.in_backward() else self._passes[0]
 
     @property
     def is_inside(self) -> bool | None:
-        """Inside the model, on this thread: whether that is a training pass. None outside of the model."""
+        """Whether this thread is inside a training pass that is observed; False inside any other pass, None outside of the model."""
         return getattr(self._local, "inside", None)
 
     def was_interrupted(self, model: nn.Module) -> bool:
-        """As the model is entered: whether the pass before never ended. A KeyboardInterrupt calls no hook."""
+        """Asked when the model's forward begins: whether the pass before never ended. A KeyboardInterrupt ends a forward without calling any hook."""
         return not internals.in_backward() and self.is_inside is not None and not internals.runs_twice(model)
 
     def enter(self, model: nn.Module) -> bool | None:
-        """The model is entered. Whether a training pass begins; None where no pass begins."""
+        """Note that the model's forward begins. Returns whether a training pass begins; None where no pass begins, as in a recompute."""
         if internals.in_backward():
             return None
         if self.is_inside is not None and internals.runs_twice(model):
@@ -209,7 +208,7 @@ class Passes:
         return training
 
     def leave(self) -> bool | None:
-        """The model is left. Whether a training pass ends; None where no pass ends."""
+        """Note that the model's forward ends. Returns whether a training pass ends; None where no pass ends."""
         training = self.is_inside
         if internals.in_backward() or training is None:
             return None
@@ -220,7 +219,7 @@ class Passes:
         return training
 
     def expect_backward(self, outputs: set[Node]) -> None:
-        """Hear when the backward of the newest pass begins, at the nodes of the model's output."""
+        """Put hooks on the nodes that computed the model's output, which notice when the backward of the newest pass begins."""
         begins = self._guard(MODEL, self._backward_begins, self.newest)
         for node in outputs:
             node.register_prehook(lambda grad_outputs: begins())
@@ -233,7 +232,7 @@ class Passes:
         return inside if inside is not None else self._guard.grad_enabled and module.training and self._claims_thread()
 
     def drop_after(self, mark: Pass | None) -> None:
-        """Forget the passes that began after a mark: they belong to the next step."""
+        """Drop the passes that began after this one, since they belong to the next step."""
         if mark is not None and mark in self._passes:
             for each in self._passes[self._passes.index(mark) + 1 :]:
                 each.drop()
@@ -243,7 +242,7 @@ class Passes:
         return any(site in each.rows for each in self._passes)
 
     def settle(self) -> Pass:
-        """All passes as one; none is kept."""
+        """Merge all passes into one, and return it."""
         whole = Pass()
         for each in self._passes:
             each.settle(whole)
@@ -282,7 +281,7 @@ class Passes:
         return bool(parameters) and internals.will_accumulate(parameters[0])
 
     def _grad_is_alive(self) -> bool | Tensor:
-        """Whether what earlier backwards added to `.grad` is still there; a flag where only the device knows."""
+        """Whether the gradients that earlier backwards added to `.grad` are still there; a boolean tensor where only the device knows."""
         grads = [each.grad for each in self._parameters() if each.grad is not None and not each.grad.is_sparse]
         if not grads:
             return False
@@ -290,7 +289,7 @@ class Passes:
 
 
 def attach(observation: Observation, found: Found) -> Callable[[], None]:
-    """Hook the entry of the model; what is returned hooks its end.
+    """Hook the beginning of the model's forward. The function that is returned hooks its end.
 
     The end is hooked last of all, so that a model that is itself an activation is still in its pass when its own hook runs.
     """

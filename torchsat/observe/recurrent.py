@@ -1,4 +1,4 @@
-"""The gates of recurrent layers, which one kernel of torch hides: they are computed again from inputs, hidden states and weights (replay.py)."""
+"""Measures the gates of recurrent layers. One kernel of torch hides them, so replay.py computes them again from inputs, hidden states and weights."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Given:
-    """What a recurrent layer was called with."""
+    """The arguments of one call of a recurrent layer."""
 
     x: Tensor | PackedSequence
     state: State
     random: Tensor | None
-    """The state of the CPU's generator before the call, where a dropout between layers draws from it."""
+    """The state of the CPU's random generator before the call, if a dropout between layers draws from it."""
 
 
 def attach(observation: Observation, found: Found) -> None:
@@ -41,7 +41,7 @@ def attach(observation: Observation, found: Found) -> None:
 
 
 def matrices(layer: NamedModule) -> list[tuple[str, str, nn.Parameter]]:
-    """(place, parameter, weight) of the matrices of a recurrent layer, each of which is a layer that feeds gates."""
+    """(place, parameter, weight) of each weight matrix of a recurrent layer. Each matrix counts as a layer that feeds gates."""
     named = layer.module.named_parameters(recurse=False)
     return [(f"{layer.name}.{name}", name, weight) for name, weight in named if name.startswith(("weight_ih", "weight_hh"))]
 

@@ -12,7 +12,7 @@ Only the layout differs (layout.py). The layout of one process holds what ran th
 several ranks is agreed upon at their first observation (agreement.py): the sites and layers of all ranks, in order. A rank that has not run a site
 contributes nothing to it. Ranks may have read different shares of their elements, so each rank weighs its sums by the elements that they stand for,
 and the reader scales them back; gradients are divided by what data parallelism averages over. When the sites of some rank have changed, the rank
-says so in a column of the MAX vector, and LAG steps later, when every rank has read that column, all agree anew.
+says so in a column of the MAX vector, and LAG steps later, when every rank has read that column, all agree on a new layout.
 
 No rank waits for another one. The collectives run asynchronously in a process group of our own, which is made from the store of the user's job, so
 that they can never be taken for collectives of the user. Their result is read LAG steps later. A result that never arrives, because a rank has died

@@ -1,6 +1,7 @@
-"""What ranks agree upon at their first observation, and when the sites of some rank have changed: the layout, the step, and the history.
+"""How ranks agree on the layout of their numbers, on the number of the step, and on what is remembered of an earlier session.
 
-These are the only collectives that a rank waits for, at most GRACE seconds.
+They agree at their first observation, and again on the layout when the sites of some rank have changed. These are the only collectives that a rank
+waits for, at most GRACE seconds.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ class Collectives:
 
     Args:
         group: the backend, such as torch.distributed.ProcessGroupGloo.
-        device: where it reads and writes tensors.
+        device: the device on which it reads and writes tensors.
     """
 
     def __init__(self, group: Any, device: torch.device, rank: int, size: int) -> None:
         self.device, self.rank, self.size = device, rank, size
         self._group = group
         self._works: list[Any] = []
-        """Collectives that may not be over."""
+        """The handles of collectives that may still be running."""
 
     @staticmethod
     def like(group: dist.ProcessGroup, store: Any, device: torch.device, rank: int, size: int) -> Collectives:
@@ -43,7 +44,7 @@ class Collectives:
 
         Args:
             store: where the members find each other.
-            device: that of the model. Where the user's group has no backend for it, one for the GPU or the CPU is used.
+            device: the device of the model. Where the user's group has no backend for it, one for the GPU or the CPU is used.
 
         Raises:
             RuntimeError: the user's group has no backend that can be used.
@@ -64,7 +65,7 @@ class Collectives:
         raise RuntimeError(f"its process group has no backend for {device.type}")
 
     def merge(self, vectors: Vectors) -> list[Any]:
-        """Start to merge the vectors of all ranks, in place; the works of the two all-reduces."""
+        """Start to merge the vectors of all ranks, in place. Returns the handles of the two all-reduces."""
         works = [
             self._group.allreduce([vector], operation) for vector, operation in zip(vectors, (dist.ReduceOp.SUM, dist.ReduceOp.MAX), strict=True)
         ]
@@ -79,7 +80,7 @@ class Collectives:
         return torch.stack(gathered).cpu()
 
     def broadcast(self, text: bytes, size: int, root: int) -> bytes:
-        """The text of one rank, which has `size` bytes, on all; on the others `text` is not read."""
+        """Send the text of the rank `root`, which has `size` bytes, to all ranks, and return it. The `text` that other ranks give is not read."""
         sent = torch.frombuffer(bytearray(text if self.rank == root else bytes(size)), dtype=torch.uint8).to(self.device)
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = root, 0
@@ -87,15 +88,15 @@ class Collectives:
         return sent.cpu().numpy().tobytes()
 
     def let_go(self) -> None:
-        """Be done with the group. A group that still has collectives under way stays in memory until the process ends: destroying it would wait for
-        what never comes, as long as the timeout of the group."""
+        """Release the group. A group whose collectives are still running stays in memory until the process ends: to destroy it would mean to wait for
+        them, until the timeout of the group."""
         group, self._group = self._group, None
         if group is not None and not all(work.is_completed() for work in self._works):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
         self._works = []
 
     def _finish(self, work: Any) -> None:
-        """Wait for a collective, but not for a rank that never joins it: TimeoutError."""
+        """Wait for a collective. Raises TimeoutError if some rank does not join it within GRACE seconds."""
         self._works.append(work)
         until = time.monotonic() + meeting.GRACE
         while not work.is_completed():
@@ -111,16 +112,16 @@ class Agreement:
 
     layout: Layout
     step: int
-    """The step of the rank that is furthest."""
+    """The step number of the furthest rank: the one with the highest number."""
     furthest: int
-    """That rank."""
+    """The rank with that step number."""
 
 
 def agree(collectives: Collectives, told: bytes, step: int) -> Agreement:
-    """All ranks tell each other their sites and layers, and their step. Equal texts travel once.
+    """Exchange sites, layers and step numbers between all ranks. A text that several ranks would send is sent once.
 
     Args:
-        told: what this rank tells (layout.told).
+        told: the sites and layers of this rank, as layout.told encodes them.
 
     Raises:
         TimeoutError: a rank did not answer.
@@ -135,7 +136,10 @@ def agree(collectives: Collectives, told: bytes, step: int) -> Agreement:
 
 
 def agree_on_history(collectives: Collectives, furthest: int, history: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """What the furthest rank remembers, on all others; None on that rank. The files of its earlier session need not be theirs.
+    """Send what the furthest rank remembers of an earlier session to all others, which may not be able to read its files.
+
+    Returns:
+        What that rank remembers; None on that rank itself.
 
     Raises:
         TimeoutError: a rank did not answer.
@@ -147,12 +151,12 @@ def agree_on_history(collectives: Collectives, furthest: int, history: Callable[
 
 
 def encode(history: dict[str, Any]) -> bytes:
-    """Plain types as JSON. Python writes and reads NaN and infinities too, and floats to the last bit."""
+    """Encode plain types as JSON. Python's JSON also keeps NaN and infinities, and floats to the last bit."""
     return json.dumps(history, separators=(",", ":")).encode()
 
 
 def decode(text: bytes) -> dict[str, Any]:
-    """The history that was encoded. JSON does not tell tuples from lists: each comes back as a tuple, as records have them."""
+    """The history that was encoded. JSON makes no difference between tuples and lists: each comes back as a tuple, as records have them."""
     found: dict[str, Any] = _with_tuples(json.loads(text))
     return found
 

@@ -20,7 +20,7 @@ class Copy(NamedTuple):
 
     vectors: Vectors
     event: torch.cuda.Event | None
-    """It happens once the numbers are there; None: they are there already."""
+    """A CUDA event that has passed once the numbers are on the host; None: they are there already."""
 
     @property
     def is_done(self) -> bool:
@@ -39,19 +39,20 @@ class Flight:
     """Seconds since the epoch, when the observation ended."""
     layout: Layout
     copies: Sequence[Copy]
-    """One of each device of this process, or the one that all ranks merged."""
+    """One copy for each device of this process, or the single copy of what all ranks have merged."""
     works: Sequence[Any] = ()
-    """The collectives that merge the vectors of ranks."""
+    """The handles of the collectives that merge the vectors of all ranks; empty for one process."""
     own: Sequence[Copy] = ()
-    """Of several ranks: what this rank alone has sent."""
+    """Where several ranks observe together, the vectors of this rank alone."""
     averages: float = 1.0
-    """Of one process: what data parallelism averages gradients over. Ranks have divided by it before they send."""
+    """The number by which gradients are still to be divided, because data parallelism averages over it (parts.Parts.averages). It is 1 where several
+    ranks observe together, which have divided by it before they send."""
     structure: int = 0
     """Which structure of the model the numbers are of (parts.Parts.structure)."""
     give_up: Callable[[str], None] = field(default=lambda why: None, repr=False)
-    """Told why the other ranks are no longer heard."""
+    """Called with the reason when the other ranks no longer answer."""
     failed: bool = False
-    """The numbers of the other ranks will not come."""
+    """Whether the numbers of the other ranks will never arrive."""
 
     def arrived(self) -> bool:
         """Whether the numbers are on the host: those of all ranks or, where that has failed, those of this one."""
@@ -101,15 +102,15 @@ def to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def copy_to_host(vectors: Vectors) -> Copy:
-    """Both vectors on the host."""
+    """Start to copy both vectors to the host."""
     sums, _ = to_host(vectors.sums)
     maxes, event = to_host(vectors.maxes)
-    # The same stream copies one after the other, so the event of the second copy is behind both.
+    # One stream makes both copies, one after the other, so the event of the second copy passes after both.
     return Copy(Vectors(sums, maxes), event)
 
 
 def copy_after(works: Sequence[Any], vectors: Vectors, own: Vectors) -> tuple[Copy, Copy]:
-    """On the host: what the collectives make of the vectors, and what this rank alone has sent.
+    """Start to copy two pairs of vectors to the host: `vectors`, after the collectives have merged them, and `own`, those of this rank alone.
 
     On a GPU a stream of its own waits for the collectives, so that the stream of the user's model does not. It copies the rank's own vectors first:
     they arrive even if the collectives never end.

@@ -25,9 +25,9 @@ LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "n
 LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated")
 """Max columns of a layer. The last two are filled where every rank holds the whole weight: they tell whether all hold the same one."""
 ENDS = ("step", "step_negated", "interval", "changed", "skipped")
-"""Max columns of the whole observation, where ranks share it."""
+"""Max columns of an observation of several ranks as a whole. The largest negated step is the lowest step of a rank."""
 ENDS_ALONE = ("skipped", "scale")
-"""The same of one process. Ranks divide by the GradScaler's factor before they send; one process sends it along."""
+"""Max columns of an observation of one process as a whole. It sends the GradScaler's factor along; ranks divide by it before they send."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class SiteEntry:
     heads: int | None = None
     """Columns of its block of heads [6, heads]; None where it is no softmax."""
     stage: int | None = None
-    """The stage of a pipeline that it is in."""
+    """The number of the pipeline stage that it is in; None where there is no pipeline."""
     leaves: bool = False
-    """Its output leaves the stage for the next one."""
+    """Whether its output leaves the stage for the next one."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,12 @@ class LayerEntry:
     """Columns of the sums of its input [3, features]; 0 where its input is not measured."""
     stage: int | None = None
     n: int = 0
-    """In the layout of one process, which need not send what is on the host already: elements of the weight that were read, ..."""
+    """Number of elements of the weight that were read. This and the next two are set for one process only: they are on the host and need no
+    packing."""
     numel: int = 0
-    """... elements of the weight, ..."""
+    """Number of elements of the weight."""
     rate: float | None = None
-    """... and the learning rate."""
+    """The learning rate of the optimizer's group that owns the weight."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class Places:
     """The lengths of the two vectors, and the slice of each table in one of them."""
 
     site_sums: slice
-    """[sites, SITE_SUMS] in the sums; of one process [sites, SUMS]."""
+    """[sites, SITE_SUMS] in the sums; [sites, SUMS] in the layout of one process."""
     layer_sums: slice
-    """[layers, LAYER_SUMS] in the sums; of one process [layers, WEIGHT]."""
+    """[layers, LAYER_SUMS] in the sums; [layers, WEIGHT] in the layout of one process."""
     blocks: dict[str, slice]
     """[2, units] of each site that has units, in the sums."""
     heads: dict[str, slice]
@@ -78,11 +79,11 @@ class Places:
     site_maxes: slice
     """[sites, MAXES] in the maxes."""
     worst: slice
-    """[sites, WORST] in the maxes; of one process empty."""
+    """[sites, WORST] in the maxes; empty in the layout of one process."""
     layer_maxes: slice
-    """[layers, LAYER_MAXES] in the maxes; of one process empty."""
+    """[layers, LAYER_MAXES] in the maxes; empty in the layout of one process."""
     ends: slice
-    """ENDS, or ENDS_ALONE, in the maxes."""
+    """ENDS in the maxes; ENDS_ALONE in the layout of one process."""
     tops: dict[str, slice]
     """The last row of HEADS [1, heads] of each softmax, in the maxes."""
     sums: int
@@ -98,7 +99,7 @@ class Layout:
     sites: dict[str, SiteEntry] = field(default_factory=dict)
     layers: dict[str, LayerEntry] = field(default_factory=dict)
     owners: dict[str, int] = field(default_factory=dict)
-    """Of several ranks: the rank, counted in their group, that speaks for each layer whose weight every rank holds."""
+    """In the layout of several ranks: for each layer, the rank in their group whose numbers are taken if every rank holds the whole weight."""
     shared: bool = False
     """Whether several ranks have agreed on it. Then each rank weighs its numbers and leaves out what another rank counts; one process sends its
     numbers as they are."""
@@ -115,7 +116,7 @@ class Layout:
         """The layout of several ranks.
 
         Args:
-            texts: what ranks have `told`, by the first rank of those that told the same, in the order of ranks.
+            texts: what the ranks have `told`. Each different text appears once, under the first rank that told it, in the order of ranks.
         """
         sites: dict[str, SiteEntry] = {}
         layers: dict[str, LayerEntry] = {}
@@ -135,7 +136,7 @@ class Layout:
 
     @functools.cached_property
     def places(self) -> Places:
-        """Where everything lies: first what has as many columns everywhere, then blocks, heads and inputs."""
+        """The place of each table: first the tables whose rows have a fixed number of columns, then blocks, heads and inputs."""
         sums, maxes = _Vector(), _Vector()
         units = {name: entry.units for name, entry in self.sites.items() if entry.units}
         heads = {name: entry.heads for name, entry in self.sites.items() if entry.heads}
@@ -157,7 +158,7 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """What a rank hands to the two all-reduces of one observation."""
+        """Number of bytes that a rank gives to the two all-reduces of one observation."""
         return 8 * (self.places.sums + self.places.maxes)
 
 
@@ -180,7 +181,7 @@ class _Vector:
 
 
 def _site_alone(part: SitePart) -> SiteEntry:
-    """Of this process: its units and heads are those that it holds itself."""
+    """The entry of a site in the layout of one process: its units and heads are those that the process holds itself."""
     units, heads = (None if block is None else block.shape[1] for block in (part.block, part.heads))
     return SiteEntry(part.facts, units, heads, part.stage, part.leaves)
 
@@ -191,7 +192,7 @@ def _layer_alone(part: LayerPart) -> LayerEntry:
 
 
 def _site_of_all(part: SitePart) -> SiteEntry:
-    """Of all ranks together: what leaves a stage of a pipeline is no output of the model."""
+    """The entry of a site in the layout of several ranks. A site whose output leaves a pipeline stage computes no output of the model."""
     facts = replace(part.facts, output=part.facts.output and not part.leaves)
     if facts.kind == "softmax":
         return SiteEntry(facts, facts.units, part.span.count, part.stage, part.leaves)
@@ -199,14 +200,16 @@ def _site_of_all(part: SitePart) -> SiteEntry:
 
 
 def _join_sites(known: SiteEntry, new: SiteEntry) -> SiteEntry:
-    """The site on two ranks: it comes after what it follows on either; where they disagree about its units or heads, it has none."""
+    """Join the entries of one site on two ranks. It comes after all sites that it follows on either rank; where the ranks disagree about its number
+    of units or heads, it has none."""
     units, heads = (one if one == other else None for one, other in ((known.units, new.units), (known.heads, new.heads)))
     facts = replace(known.facts, after=_union(known.facts.after, new.facts.after), units=known.facts.units if known.units == new.units else None)
     return replace(known, facts=facts, units=units, heads=heads)
 
 
 def _join_layers(known: LayerEntry, new: LayerEntry) -> LayerEntry:
-    """The layer on two ranks: it feeds what it feeds on either; where they disagree about its features, its input is not measured."""
+    """Join the entries of one layer on two ranks. It feeds all sites that it feeds on either rank; where the ranks disagree about its features, its
+    input is not measured."""
     facts = replace(known.facts, feeds=_union(known.facts.feeds, new.facts.feeds))
     return replace(known, facts=facts, features=known.features if known.features == new.features else 0)
 
@@ -216,7 +219,7 @@ def _union(known: tuple[str, ...], new: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _join_stages(sites: dict[str, SiteEntry]) -> dict[str, SiteEntry]:
-    """A site that begins a stage of a pipeline comes after the sites whose output leaves the stage before."""
+    """Let each site that begins a stage of a pipeline come after the sites whose output leaves the stage before."""
     leaving: dict[int | None, list[str]] = {}
     for name, entry in sites.items():
         if entry.leaves:

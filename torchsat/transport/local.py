@@ -24,7 +24,7 @@ class Local:
     def __init__(self) -> None:
         self.windows = Windows()
         self._structure: int | None = None
-        """The structure of the model that the windows are of."""
+        """The structure of the model (`Parts.structure`) for which the windows have been added up."""
 
     def send(self, step: int, parts: Parts) -> Flight | None:
         """Start the copy of one observation; None where no site ran."""
@@ -44,7 +44,7 @@ class Local:
 
 
 def _by_device(parts: Parts, layout: Layout) -> dict[torch.device, Parts]:
-    """What lies on each device. The loss scale and the overflow flag count there too, since they may lie where no site does."""
+    """The parts that are on each device. The devices of the loss scale and of the overflow flag count too, since no site may be on them."""
     rows = {name: part.row.device for name, part in parts.sites.items() if name in layout.sites and part.row is not None}
     numbers = {name: part.numbers.device for name, part in parts.layers.items() if name in layout.layers and part.numbers is not None}
     scale, skipped = (None if flag is None else flag.device for flag in (parts.scale, parts.skipped))

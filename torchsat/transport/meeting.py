@@ -1,4 +1,4 @@
-"""Whether several ranks observe together, which they decide in the store of their job."""
+"""Decides whether several ranks observe together. The ranks meet in the key-value store of their job."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Any
 
 GRACE = 5.0
-"""Seconds that a rank waits, once, for others: for those that have not begun to train a watched model, or for a result that is late."""
+"""Seconds that a rank waits, once, for other ranks: for those that have not begun to train a watched model, or for a result that is late."""
 PATIENCE = 60.0
 """Seconds that a rank waits for others that train a watched model, but are still in their first observed step."""
 LAG = 4
@@ -17,7 +17,7 @@ CLOSING = 10.0
 
 
 class Meeting(Enum):
-    """How this process stands to the other ranks of its group. ALONE and LOST are final.
+    """Whether this process observes together with the other ranks of its group. ALONE and LOST are final.
 
     | from     | to       | when                                                                                                          |
     | -------- | -------- | ------------------------------------------------------------------------------------------------------------- |
@@ -37,7 +37,7 @@ class Meeting(Enum):
     """This rank observes by itself, and the others did or do observe together."""
 
     def without_others(self) -> Meeting:
-        """The state after this rank has stopped to observe with others."""
+        """The state after this rank has stopped observing with others."""
         return {Meeting.UNMET: Meeting.ALONE, Meeting.TOGETHER: Meeting.LOST}.get(self, self)
 
 

@@ -1,4 +1,4 @@
-"""From the parts of an observation to two vectors, and from the merged vectors to rows: one packing for one process and for many.
+"""Packs the parts of an observation into two vectors, and turns merged vectors into rows. The packing is the same for one process and for many.
 
 `pack` runs on the device and never waits for it: numbers of the host go there in one copy from pinned memory. `unpack` runs on the host.
 """
@@ -23,7 +23,7 @@ from torchsat.transport.layout import LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST,
 from torchsat.transport.windows import Windows
 
 _FINE = 2**20
-"""How finely a saturated share is coded, and the most ranks. The code of a share and a rank lie beside each other in the 53 bits of a float64."""
+"""Number of values that the code of a saturated share can have, and the most ranks. Both are coded together in the 53 bits of a float64."""
 
 
 Vector = NDArray[np.float64]
@@ -45,11 +45,11 @@ class Ends:
     first_step: int = 0
     """The lowest step number of a rank for this observation."""
     last_step: int = 0
-    """The highest one. It is the same as the lowest, or ranks have come to different steps."""
+    """The highest one. If it is not the same as the lowest, the ranks have come to different steps."""
     interval: int = 1
     """The longest interval between observations that a rank wants."""
     changed: bool = False
-    """Some rank has other sites or layers than it told the others."""
+    """Whether some rank has other sites or layers than it told the others."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class Numbers:
     sites: list[SiteRow]
     layers: list[LayerRow]
     scale: float = 1.0
-    """What gradients are still to be divided by: the factor of a GradScaler times what data parallelism averages over."""
+    """The number by which gradients are still to be divided: the factor of a GradScaler, and what data parallelism averages over."""
     skipped: bool = False
-    """The optimizer found an overflow and skipped the step."""
+    """Whether the optimizer found an overflow and skipped the step."""
     differing: tuple[str, ...] = ()
     """Layers of which every rank holds the whole weight, but not the same one."""
     ends: Ends = Ends()
 
 
 def merge(pairs: Sequence[Vectors]) -> Vectors:
-    """One pair of vectors, float64, of several pairs that have the same layout and are on the host."""
+    """Merge several pairs of vectors, which have the same layout and are on the host, into one pair in float64."""
     sums, maxes = (vector.double() for vector in pairs[0])
     for pair in pairs[1:]:
         sums, maxes = sums + pair.sums, torch.maximum(maxes, pair.maxes.double())
@@ -84,8 +84,8 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
     Args:
         device: where the vectors are made. What lies on another device is copied there.
         ends: what this process tells the others: its own step, interval and changes.
-        rank: the number of this process in the group of those that share the layout.
-        everywhere: its number in the whole job, by which people know it.
+        rank: the rank of this process in the group that shares the layout.
+        everywhere: its rank in the whole job, which is the one that users are shown.
     """
     sites = [_counted(parts.sites.get(name), layout) for name in layout.sites]
     layers = [parts.layers.get(name) for name in layout.layers]
@@ -111,10 +111,10 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
 
 
 class _Tables(NamedTuple):
-    """The tables of sites and layers, and what lies behind them."""
+    """The tables of sites and layers that `pack` puts into the two vectors."""
 
     scales: Tensor | None
-    """By how much the sums of each site were multiplied; None where they were not."""
+    """The factor by which the sums of each site were multiplied; None where they were not scaled."""
     sums: list[Tensor]
     maxes: list[Tensor]
     inputs: list[Tensor]
@@ -131,7 +131,7 @@ def _weighed(
     rank: int,
     everywhere: int,
 ) -> _Tables:
-    """The tables of one of several ranks, whose sums stand for all elements that it has, read or not."""
+    """The tables of a rank that observes together with others. Its sums are scaled up to all elements that it has, read or not."""
     weights = [part if part is not None and _speaks_for(part, layout, rank) else None for part in layers]
     inputs = [part if part is not None and part.inputs is not None and part.input_counts else None for part in layers]
     n, numel, input_elements, rates, said = _from_host(
@@ -190,7 +190,7 @@ def unpack(vectors: Vectors, layout: Layout, windows: Windows) -> Numbers:
 
 _N, _NONFINITE, _ELEMENTS = (COLUMN[name] for name in ("n", "nonfinite", "elements"))
 _NOBODY = (-math.inf,) * len(WORST)
-"""The codes of WORST where there are no ranks."""
+"""The codes in the columns WORST where one process observes by itself."""
 
 
 def _counted(part: SitePart | None, layout: Layout) -> SitePart | None:
@@ -206,20 +206,20 @@ def _speaks_for(part: LayerPart, layout: Layout, rank: int) -> bool:
 
 
 def _from_host(lists: Sequence[Sequence[float]], device: torch.device) -> tuple[Tensor, ...]:
-    """Numbers of the host on a device, in one copy that nobody waits for: from pinned memory, where the device has such."""
+    """Copy lists of numbers from the host to a device, in one copy that nothing waits for (from pinned memory, if the device is a GPU)."""
     numbers = torch.tensor([float(each) for values in lists for each in values], dtype=accumulator(device), pin_memory=device.type == "cuda")
     return torch.split(numbers.to(device, non_blocking=True), [len(values) for values in lists])
 
 
 def _number(value: Tensor | None, absent: float, device: torch.device) -> Tensor:
-    """One number of the device as a vector."""
+    """One number that is on a device as a vector of length 1; `absent` where there is none."""
     if value is None:
         return torch.full((1,), absent, dtype=accumulator(device), device=device)
     return value.detach().reshape(1).to(device, accumulator(device))
 
 
 def _rows(sites: Sequence[SitePart | None], device: torch.device) -> Tensor:
-    """[sites, ROW]; of a site that did not run, the row of no element."""
+    """[sites, ROW]. A site that did not run has an empty row."""
     nothing = empty_row(device)
     rows = [nothing if part is None or part.row is None else part.row.to(device) for part in sites]
     return torch.stack(rows) if rows else nothing.new_empty(0, len(COLUMN))
@@ -235,10 +235,10 @@ def _unscale(rows: Tensor, parts: Parts) -> None:
 
 
 def _weigh(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Make the sums stand for all elements of the site, in place.
+    """Scale the sums in place, so that they stand for all elements of the site and not only for those that were read.
 
     Returns:
-        How many elements were read, and by how much each row was multiplied.
+        For each row the number of elements that were read, and the factor by which the row was multiplied.
     """
     elements = rows[:, _ELEMENTS].clone()
     read = rows[:, _N] + rows[:, _NONFINITE]
@@ -249,9 +249,9 @@ def _weigh(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unweighed(table: Vector, layout: Layout) -> tuple[Vector, list[float]]:
-    """The sums of sites over the elements that were read, and by how much each row was multiplied for that: [sites, SUMS], [sites].
+    """Undo `_weigh`: the sums [sites, SUMS] over the elements that were read, and the factor by which each row was multiplied, [sites].
 
-    The numbers of one process have never been weighed, and come out bit for bit.
+    The numbers of one process were not scaled and are returned bit for bit.
     """
     if not layout.shared:
         return table, [1.0] * len(table)
@@ -265,7 +265,7 @@ def _unweighed(table: Vector, layout: Layout) -> tuple[Vector, list[float]]:
 def _unit_pieces(
     sites: Sequence[SitePart | None], scales: Tensor | None, layout: Layout, device: torch.device
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """What lies behind the tables of sites: unit blocks, blocks of heads without their last row, and the last rows."""
+    """The tables of sites whose sizes differ: unit blocks, blocks of heads without their last row, and those last rows."""
     blocks, heads, tops = [], [], []
     for at, (part, entry) in enumerate(zip(sites, layout.sites.values(), strict=True)):
         first = part.span.first if part is not None and layout.shared else 0
@@ -282,7 +282,7 @@ def _unit_pieces(
 
 
 def _input_pieces(layers: Sequence[LayerPart | None], elements: Tensor, layout: Layout, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """Of the inputs of layers: the elements that were read, and the sums [3, features], which stand for all `elements`."""
+    """The numbers of the layers' inputs: the elements that were read, and the sums [3, features], scaled up to all `elements`."""
     nothing = torch.zeros((), dtype=accumulator(device), device=device)
     given = [None if part is None or part.inputs is None else part.inputs.to(device) for part in layers]
     reads = [nothing if inputs is None else inputs[0].sum() for inputs in given]
@@ -296,7 +296,7 @@ def _input_pieces(layers: Sequence[LayerPart | None], elements: Tensor, layout: 
 
 
 def _piece(values: Tensor | None, shape: tuple[int, int], first: int, empty: float, device: torch.device) -> Tensor:
-    """[rows, all columns] with these values from column `first` on. Values that do not fit are left out: ranks disagree about the size."""
+    """[rows, all columns] with these values from column `first` on. Values that do not fit, because ranks disagree about the size, are left out."""
     if values is not None and values.shape == shape:
         return values.to(device)
     whole = torch.full(shape, empty, dtype=accumulator(device), device=device)
@@ -313,7 +313,7 @@ def _weights(parts: Sequence[LayerPart | None], device: torch.device) -> Tensor:
 
 
 def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, device: torch.device) -> Tensor:
-    """[layers, LAYER_SUMS] but the last two. The sample of this rank's part of a weight stands for all of the part."""
+    """[layers, LAYER_SUMS without the last two]. The sums over a sample are scaled up to this rank's part of the weight."""
     scale = numel / n.clamp(min=1)
     weight, change, grad = _weights(parts, device).unbind(1)
     columns = [weight * scale]
@@ -332,10 +332,10 @@ def _layer_maxes(parts: Sequence[LayerPart | None], rates: Tensor, device: torch
 
 
 def _worst(rows: Tensor, rank: int) -> Tensor:
-    """WORST of each row: the share in the tails, and the count of what is not finite, each with this rank behind it."""
+    """The columns WORST of each row: the saturated share and the number of non-finite elements, each coded together with this rank."""
     n, low, high, bad, bad_grad = (rows[:, COLUMN[name]] for name in ("n", "low", "high", "nonfinite", "grad_nonfinite"))
     share = (low + high) / n.clamp(min=1)
-    # Weighing makes fractions of counts; only a whole number leaves the place of the rank alone.
+    # Scaled counts can be fractions. They are rounded, since a fraction would spill into the digits that hold the rank.
     code = torch.stack([(share * _FINE).round(), (bad + bad_grad).round().clamp(max=_FINE)], 1) * _FINE + (_FINE - 1 - rank)
     return torch.where(torch.stack([n > 0, bad + bad_grad > 0], 1), code, torch.full_like(code, -math.inf))
 
@@ -346,7 +346,7 @@ def _decode(code: float) -> tuple[float | None, int | None]:
 
 
 def _layers_alone(sums: Vector, layout: Layout) -> list[LayerRow]:
-    """The rows of the layers of one process."""
+    """The rows of layers in the layout of one process."""
     numbers = sums[layout.places.layer_sums].reshape(len(layout.layers), len(WEIGHT)).tolist()
     found = []
     for (name, entry), row in zip(layout.layers.items(), numbers, strict=True):
@@ -373,7 +373,7 @@ def _layers_together(sums: Vector, maxes: Vector, layout: Layout) -> tuple[list[
 
 
 def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | None, rate: float) -> LayerRow:
-    """The row of a layer over the elements that were read, of sums that stand for all."""
+    """The row of a layer. Its sums, which were scaled up to all elements, are scaled back to those that were read."""
     n, numel = values["n"], values["numel"]
     per = n / numel
     change = values["change_sq"] * per if values["change_n"] else math.nan
@@ -386,14 +386,14 @@ def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | Non
 
 
 _UNKNOWN = [math.nan] * len(INPUT)
-"""columns.INPUT of an input that was not measured."""
+"""The numbers of columns.INPUT for an input that was not measured."""
 
 
 def _summary(features: Vector) -> list[float]:
-    """columns.INPUT of columns.FEATURES: all samples, the mean square, and the mean over features of the squared mean."""
+    """The numbers of columns.INPUT, derived from columns.FEATURES."""
     n, first, second = features
     whole = float(n.sum())
-    # Without the 1/n bias of a squared sample mean: pairs of distinct samples only, over the features that have any.
+    # The square of a sample mean is too large by the variance / n. Averaging over pairs of distinct samples avoids that; it needs two samples.
     pairs = n * (n - 1)
     products = first * first - second
     if not pairs.all():

@@ -14,11 +14,11 @@ from torchsat.internals import fully_sharded_divisor
 
 
 def averaged_over(model: nn.Module | None, weights: Iterable[Tensor]) -> float:
-    """What data parallelism divides the gradients of a model by; 1 where there is none, or where it is told to divide by nothing.
+    """The number that data parallelism divides the gradients of a model by; 1 where there is none, or where it is set not to divide.
 
     Args:
-        weights: those that tensor parallelism does not spread over ranks. If one is spread all the same, FSDP2 has done it, maybe from a module
-            around the model.
+        weights: the weights that tensor parallelism does not spread over ranks. If one of them is a DTensor all the same, FSDP2 has spread it, maybe
+            through a module around the model.
     """
     for module in model.modules() if model is not None else ():
         divisor = fully_sharded_divisor(module) if isinstance(module, FSDPModule) else None
@@ -37,14 +37,15 @@ def default_group() -> dist.ProcessGroup | None:
 
 
 def averages(model: nn.Module | None, weights: Iterable[Tensor], wrapper_ranks: int, stages: Iterable[Any]) -> float:
-    """What the loss that is trained on is smaller by than the one whose gradient a rank sees.
+    """The factor by which the gradients that a rank reads during the backward are larger than those that training uses.
 
-    Data parallelism averages over ranks, and a pipeline divides what its micro-batches have added up (torch 2.6 leaves that to the loss).
+    Data parallelism averages gradients over ranks only afterwards, and a pipeline divides the sum over its micro-batches by their number (torch 2.6
+    leaves that to the loss).
 
     Args:
-        weights: those that tensor parallelism does not spread over ranks.
-        wrapper_ranks: over how many ranks the DistributedDataParallel averages whose forward ran the model; 0: none did.
-        stages: of a pipeline that the model is, if it is any.
+        weights: the weights that tensor parallelism does not spread over ranks.
+        wrapper_ranks: the number of ranks over which the DistributedDataParallel around the model averages; 0: there is none around it.
+        stages: the stages of a pipeline that are watched; empty for any other model.
     """
     if not dist.is_available() or not dist.is_initialized():
         return 1.0

@@ -31,28 +31,28 @@ class Ranks:
 
     Args:
         group: the process group; None where there is none, so that this process is alone.
-        kind: of the model. Ranks meet over the n-th model of a kind that each of them trains.
-        give_up: told once why the others are no longer heard.
+        kind: the kind of the model. The n-th monitor of a kind on one rank observes together with the n-th of that kind on the others.
+        give_up: called once, with the reason, when this rank stops observing with the others because they no longer answer.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, kind: str, give_up: Callable[[str], None]) -> None:
         self.meeting = Meeting.UNMET
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self.everywhere = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        """The rank in the whole job, by which people know it."""
+        """The rank in the whole job, which is the one that users are shown."""
         self.layout = Layout()
-        """What all ranks have agreed upon; empty before they have."""
+        """The layout that all ranks have agreed upon; empty before that."""
         self.history: dict[str, Any] | None = None
-        """What the furthest rank remembers of an earlier session, for the ranks that do not; None once it has been taken up."""
+        """What the rank with the highest step number remembers of an earlier session, for the other ranks; None once it has been used."""
         self.interval = 0
         """The interval between observations that the ranks have agreed upon; 0: none yet."""
         self._group = group
         self._give_up = give_up
         self._collectives: Collectives | None = None
         self._said = b""
-        """What this rank has told the others of its sites and layers."""
+        """What this rank has told the others about its sites and layers; empty before that."""
         self._told: dict[int, Ends] = {}
-        """By step: what the ranks told each other then, and have not acted upon yet."""
+        """For each step, what the ranks told each other then and have not acted upon yet."""
         self._windows = Windows()
         self._rendezvous: Rendezvous | None = None
         if group is not None:
@@ -68,13 +68,13 @@ class Ranks:
         return self.meeting is Meeting.TOGETHER
 
     def meet(self, device: torch.device) -> str | None:
-        """At the end of the first observed step, on every rank: decide whether all observe together.
+        """Decide whether all ranks observe together. Every rank calls this at the end of its first observed step.
 
         Args:
-            device: that of the model.
+            device: the device of the model.
 
         Returns:
-            Why this rank observes by itself although it has a group; None where it does not, or has none.
+            Why this rank observes by itself although it has a group; None where the ranks observe together or there is no group.
         """
         if self.meeting is not Meeting.UNMET:
             return None
@@ -95,7 +95,7 @@ class Ranks:
         return None
 
     def leave(self) -> None:
-        """Observe with nobody any more, and say so to those who will miss this rank."""
+        """Stop observing with other ranks, and tell them so."""
         if self.together and self._rendezvous is not None:
             with contextlib.suppress(Exception):
                 self._rendezvous.say_left(self.everywhere)
@@ -113,18 +113,18 @@ class Ranks:
         before: Callable[[], None] = lambda: None,
         history: Callable[[], dict[str, Any]] = dict,
     ) -> Flight | None:
-        """Hand this rank's numbers to the others. Every rank calls it at the end of the same observed steps, whether or not it has any.
+        """Send this rank's numbers to the others. Every rank calls this at the end of the same observed steps, even if it measured nothing.
 
         Args:
             interval: the interval between observations that this rank wants.
-            before: reads the flights that are LAG steps old.
-            history: what this rank remembers of an earlier session, in plain types.
+            before: called to read the flights that are LAG steps old.
+            history: returns what this rank remembers of an earlier session, in plain types.
 
         Returns:
             The flight, which has the step that the ranks agree upon; None where the others were lost just now.
 
         Raises:
-            TimeoutError: the others did not answer when all were to agree.
+            TimeoutError: the others did not answer while the ranks were agreeing.
         """
         facts = told(parts)
         step = self._settle(step, facts, before, history)
@@ -134,7 +134,7 @@ class Ranks:
         ends = Ends(step, step, interval, facts != self._said)
         vectors = pack(parts, self.layout, collectives.device, ends, rank=self.rank, everywhere=self.everywhere)
         own = Vectors(*(vector.clone() for vector in vectors))
-        # A rank that observes by itself has no worst rank.
+        # These numbers are used if the others are lost. A rank that observes by itself has no worst rank.
         own.maxes[self.layout.places.worst] = -math.inf
         works = collectives.merge(vectors)
         merged, mine = copy_after(works, vectors, own)
@@ -150,7 +150,7 @@ class Ranks:
         return numbers
 
     def _settle(self, step: int, facts: bytes, before: Callable[[], None], history: Callable[[], dict[str, Any]]) -> int:
-        """Agree with the others on what is open before this rank sends. Returns the number of the step, on which the first agreement decides."""
+        """Before this rank sends, agree with the others on whatever is open. Returns the number of the step, which the first agreement may change."""
         if self._collectives is None:
             return step
         if not self._said:
@@ -159,10 +159,10 @@ class Ranks:
                 self.history = agree_on_history(self._collectives, agreement.furthest, history)
             return agreement.step
         before()
-        # What was read before its time (by `flush`) is acted upon only now too, as on the other ranks.
+        # Numbers that `flush` has read early are acted upon only when they are LAG steps old, as on the other ranks.
         due = [self._told.pop(at) for at in sorted(self._told) if at + LAG <= step]
         self.interval = due[-1].interval if due else self.interval
-        # Reading may have lost the others.
+        # `before` may have found that the others are lost.
         if self.together and any(ends.changed for ends in due):
             self._agree(self._collectives, facts, step)
         return step
@@ -174,7 +174,7 @@ class Ranks:
         return agreement
 
     def _lose(self, why: str) -> None:
-        """The others are no longer heard, or not to be trusted."""
+        """Stop observing with the others, because they no longer answer or are at other steps."""
         if not self.together:
             return
         with contextlib.suppress(Exception):

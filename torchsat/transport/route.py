@@ -1,4 +1,4 @@
-"""The way of one monitor's observations to the host: `Local` until the monitor has met other ranks, and again after it has lost them."""
+"""Chooses the transport of one monitor's observations: `Local` until the monitor has met other ranks, and again after it has lost them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Route:
 
     Args:
         group: the ranks that observe together, as the user gave it: "auto" is all of torch.distributed, None this process by itself.
-        kind: of the model; ranks meet over models of one kind.
-        raises: let faults through.
+        kind: the kind of the model; monitors of several ranks observe together only if their models are of one kind.
+        raises: raise faults instead of logging them.
     """
 
     def __init__(self, group: dist.ProcessGroup | Literal["auto"] | None, kind: str, raises: bool) -> None:
@@ -36,7 +36,7 @@ class Route:
         self._raises = raises
         self.local = Local()
         self._ranks: Ranks | None = None
-        """The view of the other ranks; None before this one has entered. It is kept after they are lost, for what is under way."""
+        """This monitor's view of the other ranks; None before its first training pass. After they are lost it still reads the flights sent before."""
         self._differing_said = False
 
     @property
@@ -46,7 +46,7 @@ class Route:
 
     @property
     def has_met(self) -> bool:
-        """Whether it is decided who observes with this rank."""
+        """Whether it has been decided if other ranks observe with this one."""
         return self._ranks is not None and self._ranks.meeting is not Meeting.UNMET
 
     @property
@@ -56,7 +56,7 @@ class Route:
 
     @property
     def rank(self) -> int:
-        """The rank of this process in the whole job, of which there may be nothing left; 0 where there is none."""
+        """The rank of this process in the whole job, even after torch.distributed has been shut down; 0 where there is only one process."""
         if self._ranks is not None:
             return self._ranks.everywhere
         return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -74,7 +74,7 @@ class Route:
         return {name: entry.facts.kind for name, entry in self._ranks.layout.sites.items()}
 
     def enter(self) -> None:
-        """The first training pass begins: tell the other ranks that this one watches."""
+        """Tell the other ranks, when the first training pass begins, that this one watches its model."""
         if self._ranks is None:
             group = default_group() if self._group == "auto" else self._group
             try:
@@ -84,7 +84,7 @@ class Route:
                 self._ranks = Ranks(None, self._kind, self._say_lost)
 
     def meet(self, device: torch.device) -> None:
-        """The first observation ends: decide whether it is one of several ranks, on all of them alike."""
+        """Decide, at the end of the first observation, whether several ranks observe together. All of them come to the same decision."""
         self.enter()
         assert self._ranks is not None
         why_apart = self._ranks.meet(device)
@@ -92,12 +92,12 @@ class Route:
             self._say_lost(why_apart)
 
     def send(self, step: int, parts: Parts, *, interval: int, before: Callable[[], None], history: Callable[[], dict[str, Any]]) -> Flight | None:
-        """Send what was measured on its way; also if it is nothing, where other ranks wait for it. None where nothing is under way.
+        """Send what was measured to the host; where other ranks wait for it, even if it is nothing. Returns None where nothing was sent.
 
         Args:
             interval: the interval between observations that this rank wants.
-            before: reads the flights that are old enough.
-            history: what this rank remembers of an earlier session.
+            before: called to read the flights that are old enough.
+            history: returns what this rank remembers of an earlier session.
         """
         if self._ranks is None or not self._ranks.together:
             return self.local.send(step, parts)
@@ -111,7 +111,7 @@ class Route:
             return None
 
     def take_history(self) -> dict[str, Any] | None:
-        """What the furthest rank remembers of an earlier session, once, where this one is to go on with it."""
+        """What another rank remembers of an earlier session, if this rank is to continue with it. It is returned once, then None."""
         if self._ranks is None:
             return None
         history, self._ranks.history = self._ranks.history, None
@@ -135,7 +135,7 @@ class Route:
         return numbers
 
     def leave(self) -> None:
-        """Observe with nobody any more, so that the others do not wait for what never comes."""
+        """Stop observing with other ranks, so that they do not wait for numbers that never come."""
         if self._ranks is not None:
             self._ranks.leave()
 

@@ -1,4 +1,4 @@
-"""Unit blocks added up over observations, on the host, until every unit has enough samples to be called stuck or not."""
+"""Adds up unit blocks over observations, on the host, until every unit (channel or feature) has enough samples to tell whether it is stuck."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torchsat.columns import UNITS
 
 UNIT_SAMPLES = 1000
-"""How many samples a unit must have before it can be called stuck. At 50 % saturation 128 independent samples are all alike once in 10^38 times, but
-the samples of one batch are not independent."""
+"""How many samples a unit must have before it can be called stuck. At 50 % saturation, 128 independent samples are all saturated or all not once in
+10^38 times, but the samples of one batch are not independent."""
 STUCK_SHARE = 0.99
 """A unit is stuck if at least this share of its samples is saturated."""
 Block = NDArray[np.float64]
@@ -19,9 +19,9 @@ Block = NDArray[np.float64]
 
 
 class Windows:
-    """The window of each site: its unit block, summed since the last full window.
+    """The window of each site: its unit blocks, added up since the last full window.
 
-    A window is full once every unit has UNIT_SAMPLES samples. It is kept as it is until the next observation, which begins a new one.
+    A window is full once every unit has UNIT_SAMPLES samples. The next observation then begins a new window.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class Windows:
         self._blocks.pop(site, None)
 
     def keep(self, units: Mapping[str, int | None]) -> None:
-        """Forget the windows of all sites but those that have as many units as before."""
+        """Keep only the windows of sites that still have as many units as before."""
         self._blocks = {site: window for site, window in self._blocks.items() if window.shape[1] == (units.get(site) or 0)}
 
     def start_over(self) -> None:
@@ -56,7 +56,7 @@ class Windows:
 
 
 def _summary(window: Block) -> list[float]:
-    """columns.UNITS of a window."""
+    """The numbers of columns.UNITS for a window."""
     samples, saturated = window
     least, most = float(samples.min()), float(samples.max())
     if most < UNIT_SAMPLES:
