@@ -30,7 +30,7 @@ from torchsat.rows import to_record
 from torchsat.statistics import empty_row
 from torchsat.transport.layout import SITE_SUMS, WORST, LayerEntry, Layout, SiteEntry
 from torchsat.transport.packing import Ends, Vectors, merge, pack, unpack
-from torchsat.transport.windows import Windows
+from torchsat.transport.windows import UnitWindows
 
 DOCS = Path(__file__).parent.parent / "docs" / "distributed.md"
 NETWORKS = ((10, 1024), (50, 1024), (50, 4096), (500, 1024), (5000, 1024))
@@ -78,7 +78,7 @@ def measured() -> str:
     rows = []
     for sites, width in NETWORKS:
         agreed = layout(sites, width)
-        given, windows = parts(agreed, width), Windows()
+        given, windows = parts(agreed, width), UnitWindows()
         packs, reads = [], []
         for _ in range(5):
             begun = time.perf_counter()
@@ -111,7 +111,7 @@ def simulated(ranks: int, sites: int) -> str:
         counts, saturated, sums = counts + taken, saturated + flat, sums + mean
         worst = torch.maximum((flat / taken).double(), worst)
     assert total is not None
-    found = unpack(total, agreed, Windows()).sites
+    found = unpack(total, agreed, UnitWindows()).sites
     records = [to_record(row, 1.0, None)[0] for row in found]
     wrong = sum(
         record.n != n_ or round((record.low or 0) * record.n) != s for record, n_, s in zip(records, counts.tolist(), saturated.tolist(), strict=True)

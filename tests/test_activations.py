@@ -12,7 +12,7 @@ from torch import nn
 from tests.truth import known
 from torchsat import ACTIVATIONS, Activation
 from torchsat.activations import bind
-from torchsat.recognise import fits, is_function, recognise
+from torchsat.recognise import differs, is_function, recognise
 
 MODULES = [
     nn.Sigmoid(),
@@ -336,8 +336,8 @@ def test_a_changed_function_no_longer_fits() -> None:
     z = 2 * torch.randn(500)
     bound = recognise(z, torch.tanh(z), ACTIVATIONS, 0.05)
     assert bound is not None
-    assert not fits(bound, z, torch.tanh(z))
-    assert fits(bound, z, torch.tanh(1.01 * z))
+    assert not differs(bound, z, torch.tanh(z))
+    assert differs(bound, z, torch.tanh(1.01 * z))
 
 
 def test_a_slope_that_follows_z_is_told_from_a_mask() -> None:

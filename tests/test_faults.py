@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.models import Block, Calling, mlp
 from tests.training import traces_of, train
+from tests.truth import known
 from torchsat import Activation
 
 
@@ -117,3 +118,29 @@ def test_a_call_that_cannot_be_measured_is_named_and_the_rest_goes_on(caplog: py
     assert monitor.coverage.seen == ("selu",)
     assert "sparse" in dict(monitor.coverage.unseen)["tanh"]
     assert len([message for message in caplog.messages if "tanh" in message]) == 1
+
+
+def test_a_sink_that_raises_for_a_developer_raises_once_and_monitoring_goes_on() -> None:
+    steps: list[int] = []
+
+    def sink(snapshot: torchsat.Snapshot) -> None:
+        steps.append(snapshot.step)
+        if snapshot.step == 1:
+            raise KeyError("sink")
+
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    kept: list[int] = []
+    monitor = torchsat.watch(model, every=1, sinks=[sink, lambda snapshot: kept.append(snapshot.step)], errors="raise")
+    raised = []
+    for step in range(4):
+        model(torch.randn(4, 64)).sum().backward()
+        try:
+            optimizer.step()
+        except KeyError:
+            raised.append(step)
+    assert (steps, raised) == ([0, 1], [1])
+    # What came after the sink in that step is lost, and the step itself is not counted; then all goes on without the sink.
+    assert kept[0] == 0
+    assert kept[-1] == known(monitor.latest).step
+    assert monitor.coverage.unseen == ()

@@ -24,7 +24,7 @@ from torchsat.transport.flight import Copy, Flight
 from torchsat.transport.layout import ENDS, LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST, LayerEntry, Layout, SiteEntry, told
 from torchsat.transport.local import Local, _by_device
 from torchsat.transport.packing import Ends, Numbers, Vectors, _summary, merge, pack, unpack
-from torchsat.transport.windows import UNIT_SAMPLES, Windows
+from torchsat.transport.windows import UNIT_SAMPLES, UnitWindows
 
 from .conftest import record
 from .truth import known
@@ -125,13 +125,13 @@ def joined(ranks: Sequence[Parts]) -> Layout:
     return Layout.joined({rank: text for text, rank in texts.items()})
 
 
-def together(*ranks: Parts, layout: Layout | None = None, ends: Sequence[Ends] = (), windows: Windows | None = None) -> Numbers:
+def together(*ranks: Parts, layout: Layout | None = None, ends: Sequence[Ends] = (), windows: UnitWindows | None = None) -> Numbers:
     """What several ranks read that observe together, without a process for each."""
     layout = layout or joined(ranks)
     own_ends = ends or [Ends(3, 3)] * len(ranks)
     pairs = [pack(parts, layout, CPU, own_ends[rank], rank=rank, everywhere=10 + rank) for rank, parts in enumerate(ranks)]
     assert all((len(pair.sums), len(pair.maxes)) == (layout.places.sums, layout.places.maxes) for pair in pairs)
-    return unpack(merge(pairs), layout, windows or Windows())
+    return unpack(merge(pairs), layout, windows or UnitWindows())
 
 
 def column(numbers: Numbers, site: str, name: str) -> float:
@@ -276,7 +276,7 @@ def test_a_process_sends_one_pair_for_each_device() -> None:
     first = replace(whole, sites={"act": whole.sites["act"]}, layers={}, skipped=None)
     second = replace(whole, sites={"soft": whole.sites["soft"]}, scale=None)
     pairs = [pack(parts, layout, CPU, Ends(3, 3)) for parts in (first, second, Parts())]
-    found, expected = unpack(merge(pairs), layout, Windows()), sent(whole)
+    found, expected = unpack(merge(pairs), layout, UnitWindows()), sent(whole)
     assert [each.numbers for each in found.sites] == [each.numbers for each in expected.sites]
     assert [each.heads for each in found.sites] == [each.heads for each in expected.sites]
     assert [each.numbers for each in found.layers] == [each.numbers for each in expected.layers]
@@ -310,7 +310,7 @@ def test_each_rank_of_tensor_parallelism_has_its_own_units_and_heads() -> None:
             {"layer": layer(x[:, of_features], WEIGHT, input_elements=len(x) * 2, features=4, first=of_features.start, sharded=True, numel=6, n=6)},
         )
 
-    windows = Windows()
+    windows = UnitWindows()
     found = together(part(slice(0, 2), slice(0, 1), slice(0, 2)), part(slice(2, 5), slice(1, 3), slice(2, 4)), windows=windows)
     assert found.sites[0].facts.units == 5
     window = windows.get("act")
@@ -442,7 +442,7 @@ def samples(count: int, saturated: int = 0, units: int = 4) -> Tensor:
 
 
 def test_a_window_ends_with_the_observation_that_filled_it() -> None:
-    windows = Windows()
+    windows = UnitWindows()
     assert windows.add("a", samples(UNIT_SAMPLES - 1).numpy()) == [4, 0, 0, UNIT_SAMPLES - 1]
     assert windows.add("a", samples(1).numpy()) == [4, 4, 0, UNIT_SAMPLES]
     assert windows.add("a", samples(2).numpy()) == [4, 0, 0, 2]
@@ -459,7 +459,7 @@ def test_a_window_ends_with_the_observation_that_filled_it() -> None:
 
 
 def test_a_window_is_not_changed_by_what_was_added_to_it() -> None:
-    windows, given = Windows(), samples(3)
+    windows, given = UnitWindows(), samples(3)
     windows.add("a", given.numpy())
     windows.add("a", samples(4).numpy())
     assert torch.equal(given, samples(3))
@@ -468,10 +468,10 @@ def test_a_window_is_not_changed_by_what_was_added_to_it() -> None:
 def test_the_windows_of_one_process() -> None:
     local = Local()
 
-    def observe(block: Tensor | None, structure: int = 0, ran: bool = True) -> float | None:
+    def observe(block: Tensor | None, generation: int = 0, ran: bool = True) -> float | None:
         part = SitePart(site_facts(), row(n=1, elements=1) if ran else None, block)
         other = SitePart(site_facts("other"), row(n=1, elements=1))
-        found = sent(Parts({"act": part, "other": other}, structure=structure), local)
+        found = sent(Parts({"act": part, "other": other}, generation=generation), local)
         by_name = {each.facts.site: each.units for each in found.sites}
         assert by_name["other"] is None
         units = by_name.get("act")
@@ -486,8 +486,8 @@ def test_the_windows_of_one_process() -> None:
     assert observe(None) is None
     assert observe(samples(5)) == 5
     # Another model.
-    assert observe(samples(5), structure=1) == 5
-    assert observe(samples(5), structure=1) == 10
+    assert observe(samples(5), generation=1) == 5
+    assert observe(samples(5), generation=1) == 10
 
 
 class Work:

@@ -19,7 +19,7 @@ from torchsat.record import HISTOGRAM_EDGES, Record, SiteFacts
 from torchsat.rows import SiteRow, to_record
 from torchsat.sampling import Sample, Units
 from torchsat.statistics import empty_row, merge_, observe, observe_gradient, upcast
-from torchsat.transport.windows import Windows
+from torchsat.transport.windows import UnitWindows
 
 
 @pytest.fixture(params=["kernels", "plain"], autouse=True)
@@ -56,7 +56,7 @@ def make_row(module: nn.Module, z: torch.Tensor) -> torch.Tensor:
 
 
 def to_host(row: torch.Tensor, block: torch.Tensor | None = None) -> Record:
-    units = None if block is None else Windows().add("act", block.numpy())
+    units = None if block is None else UnitWindows().add("act", block.numpy())
     return to_record(SiteRow(FACTS, row.tolist(), units), 1.0, None)[0]
 
 
@@ -200,7 +200,7 @@ def test_attenuation_and_gradient_rms_by_hand() -> None:
 
 
 def test_a_unit_is_stuck_only_after_a_thousand_samples_and_windows_start_over() -> None:
-    windows = Windows()
+    windows = UnitWindows()
     z = torch.tensor([0.5, -0.5, 0.5]).repeat(400, 1)
     values = []
     for _ in range(4):

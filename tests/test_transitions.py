@@ -16,7 +16,7 @@ from torchsat.compiling import Compilation, Mode
 from torchsat.faults import MODEL
 from torchsat.loop import Driver
 from torchsat.observe.ingraph import GraphHooks
-from torchsat.observe.observation import Execution, Retry, Stage
+from torchsat.observe.observation import Execution, Retry, State
 from torchsat.observer import Observer
 from torchsat.schedule import Mark, Schedule, WindowState
 from torchsat.sites import MISSES, Place, Site, Sites, Status, Structure
@@ -50,11 +50,11 @@ def test_an_observation_is_hooked_entered_and_finished() -> None:
     model = Block()
     _, observer, step = watched(model)
     first = known(observer.observation)
-    assert first.stage is Stage.HOOKED
+    assert first.state is State.HOOKED
     model(x()).sum().backward()
-    assert (first.stage, first.window.state) == (Stage.ENTERED, WindowState.OPEN)
+    assert (first.state, first.window.state) == (State.ENTERED, WindowState.OPEN)
     step(x())
-    assert (first.stage, first.window.state) == (Stage.FINISHED, WindowState.FINISHED)
+    assert (first.state, first.window.state) == (State.FINISHED, WindowState.FINISHED)
     assert known(observer.observation) is not first
 
 
@@ -66,14 +66,14 @@ def test_an_observation_is_abandoned(entered: bool) -> None:
     if entered:
         model(x()).sum().backward()
     observer.abandon(Retry.OTHER_MODEL)
-    assert (first.stage, first.abandoned_for, first.window.state) == (Stage.ABANDONED, Retry.OTHER_MODEL, WindowState.VOID)
+    assert (first.state, first.abandoned_for, first.window.state) == (State.ABANDONED, Retry.OTHER_MODEL, WindowState.VOID)
     assert (observer.observation, observer.retry) == (None, Retry.OTHER_MODEL)
     assert not traces_of(model)
     # Nothing leads out of it.
     first.abandon(Retry.NO_PASS)
     assert first.abandoned_for is Retry.OTHER_MODEL
     monitor.close()
-    assert first.stage is Stage.ABANDONED
+    assert first.state is State.ABANDONED
 
 
 @pytest.mark.parametrize("ends", ["finish", "abandon"])
@@ -100,7 +100,7 @@ def test_a_fault_of_everything_ends_the_observation(caplog: pytest.LogCaptureFix
     observer = loop_of(monitor).observer
     first = known(observer.observation)
     first.fail(MODEL, KeyError("bug"))
-    assert (first.stage, observer.observation, observer.faults.ended) == (Stage.ABANDONED, None, "KeyError: 'bug'")
+    assert (first.state, observer.observation, observer.faults.ended) == (State.ABANDONED, None, "KeyError: 'bug'")
     assert monitor.coverage.unseen[0] == (MODEL, "'bug'")
     assert len([message for message in caplog.messages if "all monitoring stops" in message]) == 1
     torch.optim.SGD(model.parameters(), lr=0.0).step()
@@ -167,7 +167,7 @@ def test_a_session_that_goes_on_is_observed_at_once() -> None:
     monitor, observer, _ = watched(Block())
     first = known(observer.observation)
     monitor.load_state_dict({**monitor.state_dict(), "step": 7})
-    assert (first.stage, first.abandoned_for) == (Stage.ABANDONED, Retry.RESUMED)
+    assert (first.state, first.abandoned_for) == (State.ABANDONED, Retry.RESUMED)
     assert (known(observer.observation).window.step, observer.retry) == (7, None)
 
 

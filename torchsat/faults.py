@@ -21,9 +21,13 @@ class Faults:
     """
 
     def __init__(self, raises: bool) -> None:
-        self._raises = raises
+        self.raises = raises
         self.ended: str | None = None
         """Why all monitoring of this model has ended; None as long as it continues."""
+
+    def end(self, error: Exception) -> None:
+        """Remember that all monitoring of this model has ended because of this fault."""
+        self.ended = f"{type(error).__name__}: {error}"
 
     def report(self, place: str, error: Exception, lost: str | None = None) -> None:
         """Log that something failed at a place, and what is lost because of it. A fault at MODEL ends the monitor.
@@ -31,9 +35,9 @@ class Faults:
         Raises:
             Exception: the fault itself, where the user asked for that.
         """
-        if place == MODEL:
-            self.ended = f"{type(error).__name__}: {error}"
-        if self._raises:
+        if self.raises:
             raise error
+        if place == MODEL:
+            self.end(error)
         lost = lost or ("all monitoring stops" if place == MODEL else f"{place} is no longer watched")
         log.warning("torchsat: %s: %s: %s; %s. Training is not affected.", place, type(error).__name__, error, lost)

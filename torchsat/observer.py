@@ -243,8 +243,9 @@ class Observer:
 
     def fail(self, error: Exception) -> None:
         """End all monitoring of this model, because something outside of an observation has failed."""
-        self.sites.fail(MODEL, str(error))
-        self.end_all()
+        if not self.faults.raises:
+            self.sites.fail(MODEL, str(error))
+            self.end_all()
         self.faults.report(MODEL, error)
 
     def end_all(self) -> None:

@@ -90,7 +90,7 @@ class Parts:
     """The factor that a GradScaler multiplied the loss with; None where there is no scaler."""
     skipped: Tensor | None = None
     """A flag on the device: an overflow made the optimizer itself skip the step. None where the optimizer has no such flag."""
-    structure: int = 0
+    generation: int = 0
     """A number that changes when the sites or layers of the model do. The host does not add up samples of units across such a change."""
 
     def averaged(self, averages: float) -> Parts:

@@ -57,7 +57,7 @@ def recognise(z: Tensor, a: Tensor, rows: Sequence[Activation], epsilon: float) 
     return None
 
 
-def fits(bound: Bound, z: Tensor, a: Tensor) -> Tensor:
+def differs(bound: Bound, z: Tensor, a: Tensor) -> Tensor:
     """Whether a is no longer f(z) for a function that was recognised before: a boolean tensor on the device, true if they differ."""
     function = bound.activation.function or bound.activation.calls[0]
     made = function(z.clone(), **bound.plain)

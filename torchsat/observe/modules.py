@@ -18,7 +18,7 @@ from torchsat.structure import Found
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
-Calls = dict[int, Call]
+RunningCalls = dict[int, Call]
 """The call of one module that is running, by the id of the thread."""
 
 
@@ -32,12 +32,12 @@ def attach(observation: Observation, found: Found) -> None:
         except Exception as error:
             observation.fail(each.name, error)
             continue
-        calls: Calls = {}
+        calls: RunningCalls = {}
         observation.hook_before(each.module, each.name, _before, observation, site, calls)
         observation.hook_after(each.module, each.name, _after, observation, site, calls)
 
 
-def _before(observation: Observation, site: Site, calls: Calls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before(observation: Observation, site: Site, calls: RunningCalls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     thread = threading.get_ident()
     calls.pop(thread, None)
     z = first_tensor(args, kwargs)
@@ -57,7 +57,7 @@ def _before(observation: Observation, site: Site, calls: Calls, module: nn.Modul
         calls[thread] = call
 
 
-def _after(observation: Observation, site: Site, calls: Calls, module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
+def _after(observation: Observation, site: Site, calls: RunningCalls, module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
     call = calls.pop(threading.get_ident(), None)
     if call is not None:
         observation.meter.end(site, call, a)

@@ -49,7 +49,7 @@ GRAPH_SOURCES: tuple[Source, ...] = (ingraph.attach,)
 ONLY_IN_EAGER = "measured in eager steps only: in a compiled graph the activations of modules are heard, not function calls, gates or attention"
 
 
-class Stage(Enum):
+class State(Enum):
     """The state of an observation; see the diagram in the module's docstring."""
 
     HOOKED = "hooked"
@@ -117,7 +117,7 @@ class Observation:
         """After `finish`: the sites that ran before but not in the last observations, and were not reported for that yet."""
         self.unspread: list[Tensor] = []
         """After `finish`: the weights of layers that tensor parallelism does not spread."""
-        self._stage = Stage.HOOKED
+        self._state = State.HOOKED
         self._faults = faults
         self._stages = stages
         self._handles: list[Any] = []
@@ -135,14 +135,14 @@ class Observation:
         self.calls = Calls(self)
 
     @property
-    def stage(self) -> Stage:
+    def state(self) -> State:
         """The state of this observation."""
-        return Stage.ENTERED if self._stage is Stage.HOOKED and self.passes.has_measured else self._stage
+        return State.ENTERED if self._state is State.HOOKED and self.passes.has_measured else self._state
 
     @property
     def is_open(self) -> bool:
         """Whether hooks of ours can still measure something."""
-        return self._stage is Stage.HOOKED
+        return self._state is State.HOOKED
 
     @property
     def has_measured(self) -> bool:
@@ -210,6 +210,7 @@ class Observation:
         for each in self.passes:
             each.forget(place)
         if place == MODEL:
+            self._faults.end(error)
             self.abandon(None)
             self.on_pass(PassEvent.FAILED, False)
         self._faults.report(place, error)
@@ -231,7 +232,7 @@ class Observation:
     def finish(self) -> Parts:
         """Take the hooks off and merge what the passes measured into Parts. Where nothing was measured, no part has a row."""
         weights = self.layers.weights()
-        self._unhook(Stage.FINISHED)
+        self._unhook(State.FINISHED)
         whole, eager = self.passes.settle(), self.execution is Execution.EAGER
         if self.has_measured and eager:
             self.lineage.conclude(self.passes.has_entered)
@@ -250,7 +251,7 @@ class Observation:
             layers=self.layers.parts(whole.inputs, weights),
             scale=self._scale,
             skipped=self._skipped,
-            structure=self.sites.generation,
+            generation=self.sites.generation,
         )
 
     def abandon(self, why: Retry | None) -> None:
@@ -261,12 +262,12 @@ class Observation:
         """
         if self.is_open:
             self.abandoned_for = why
-            self._unhook(Stage.ABANDONED)
+            self._unhook(State.ABANDONED)
             self.lineage.end_pass()
             self.window.void()
 
-    def _unhook(self, stage: Stage) -> None:
-        self._stage = stage
+    def _unhook(self, state: State) -> None:
+        self._state = state
         self.guard.close()
         for handle in self._handles:
             handle.remove()

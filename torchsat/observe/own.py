@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchsat import internals
 from torchsat.observe.graph import derivative
 from torchsat.observe.meter import Call
-from torchsat.recognise import differentiated, fits, is_function, recognise
+from torchsat.recognise import differentiated, differs, is_function, recognise
 from torchsat.sampling import Sample, Units
 from torchsat.sites import Site
 from torchsat.statistics import upcast
@@ -120,10 +120,10 @@ def _doubt(observation: Observation, site: Site, module: nn.Module, z: Tensor, a
         site.doubt, site.bound = None, differentiated(type(module).__name__, observation.options.epsilon)
         observation.sites.own[module] = site.bound
         return
-    differs = fits(site.bound, z, a)
-    if differs.is_cuda:
+    changed = differs(site.bound, z, a)
+    if changed.is_cuda:
         # The flag is read in the next observation. Reading it now would wait for the device.
-        site.doubt = torch.zeros((), dtype=torch.bool, pin_memory=True).copy_(differs, non_blocking=True)
-    elif bool(differs):
-        site.doubt = differs
+        site.doubt = torch.zeros((), dtype=torch.bool, pin_memory=True).copy_(changed, non_blocking=True)
+    elif bool(changed):
+        site.doubt = changed
         _doubt(observation, site, module, z, a)

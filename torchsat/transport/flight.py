@@ -47,8 +47,8 @@ class Flight:
     averages: float = 1.0
     """The number by which gradients are still to be divided, because data parallelism averages over it (parts.Parts.averages). It is 1 where several
     ranks observe together, which have divided by it before they send."""
-    structure: int = 0
-    """Which structure of the model the numbers are of (parts.Parts.structure)."""
+    generation: int = 0
+    """Which structure of the model the numbers are of (parts.Parts.generation)."""
     give_up: Callable[[str], None] = field(default=lambda why: None, repr=False)
     """Called with the reason when the other ranks no longer answer."""
     failed: bool = False

@@ -11,7 +11,7 @@ from torchsat.parts import Parts
 from torchsat.transport.flight import Flight, copy_to_host
 from torchsat.transport.layout import Layout
 from torchsat.transport.packing import Ends, Numbers, pack, unpack
-from torchsat.transport.windows import Windows
+from torchsat.transport.windows import UnitWindows
 
 
 class Local:
@@ -22,9 +22,9 @@ class Local:
     """
 
     def __init__(self) -> None:
-        self.windows = Windows()
-        self._structure: int | None = None
-        """The structure of the model (`Parts.structure`) for which the windows have been added up."""
+        self.windows = UnitWindows()
+        self._generation: int | None = None
+        """The structure of the model (`Parts.generation`) for which the windows have been added up."""
 
     def send(self, step: int, parts: Parts) -> Flight | None:
         """Start the copy of one observation; None where no site ran."""
@@ -32,12 +32,12 @@ class Local:
             return None
         layout, ends = Layout.of(parts), Ends(step, step)
         copies = [copy_to_host(pack(here, layout, device, ends)) for device, here in _by_device(parts, layout).items()]
-        return Flight(step, time.time(), layout, copies, averages=parts.averages, structure=parts.structure)
+        return Flight(step, time.time(), layout, copies, averages=parts.averages, generation=parts.generation)
 
     def read(self, flight: Flight) -> Numbers:
         """The numbers of a flight that has arrived. Flights are to be read in the order in which they were sent."""
-        if flight.structure != self._structure:
-            self._structure = flight.structure
+        if flight.generation != self._generation:
+            self._generation = flight.generation
             self.windows.start_over()
         numbers = unpack(flight.merged(), flight.layout, self.windows)
         return replace(numbers, scale=numbers.scale * flight.averages)

@@ -20,7 +20,7 @@ from torchsat.parts import LayerPart, Parts, SitePart
 from torchsat.rows import LayerRow, SiteRow
 from torchsat.statistics import accumulator, empty_row
 from torchsat.transport.layout import LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST, LayerEntry, Layout
-from torchsat.transport.windows import Windows
+from torchsat.transport.windows import UnitWindows
 
 _FINE = 2**20
 """Number of values that the code of a saturated share can have, and the most ranks. Both are coded together in the 53 bits of a float64."""
@@ -156,7 +156,7 @@ def _weighed(
     )
 
 
-def unpack(vectors: Vectors, layout: Layout, windows: Windows) -> Numbers:
+def unpack(vectors: Vectors, layout: Layout, windows: UnitWindows) -> Numbers:
     """The rows of merged vectors, on the host.
 
     Args:

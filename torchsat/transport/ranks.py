@@ -20,7 +20,7 @@ from torchsat.transport.flight import Flight, copy_after
 from torchsat.transport.layout import Layout, told
 from torchsat.transport.meeting import LAG, Meeting, Rendezvous
 from torchsat.transport.packing import Ends, Numbers, Vectors, pack, unpack
-from torchsat.transport.windows import Windows
+from torchsat.transport.windows import UnitWindows
 
 _met: dict[str, int] = {}
 """How many monitors of this process have announced themselves to each group, by kind of model."""
@@ -53,7 +53,7 @@ class Ranks:
         """What this rank has told the others about its sites and layers; empty before that."""
         self._told: dict[int, Ends] = {}
         """For each step, what the ranks told each other then and have not acted upon yet."""
-        self._windows = Windows()
+        self._windows = UnitWindows()
         self._rendezvous: Rendezvous | None = None
         if group is not None:
             name = hashlib.sha256(json.dumps([dist.get_process_group_ranks(group), kind]).encode()).hexdigest()[:12]
@@ -138,7 +138,7 @@ class Ranks:
         own.maxes[self.layout.places.worst] = -math.inf
         works = collectives.merge(vectors)
         merged, mine = copy_after(works, vectors, own)
-        return Flight(step, time.time(), self.layout, [merged], works, [mine], structure=parts.structure, give_up=self._lose)
+        return Flight(step, time.time(), self.layout, [merged], works, [mine], generation=parts.generation, give_up=self._lose)
 
     def read(self, flight: Flight) -> Numbers:
         """The numbers of a flight that has arrived, also after the others were lost."""

@@ -18,7 +18,7 @@ Block = NDArray[np.float64]
 """[2, units]: samples and saturated samples of each unit."""
 
 
-class Windows:
+class UnitWindows:
     """The window of each site: its unit blocks, added up since the last full window.
 
     A window is full once every unit has UNIT_SAMPLES samples. The next observation then begins a new window.
