@@ -95,14 +95,14 @@ def test_the_derivative_is_finite_and_within_its_peak_over_the_whole_range(modul
 
 
 def test_the_derivative_survives_where_the_output_has_rounded_to_one() -> None:
-    # bfloat16 sigmoid is 1 from z = 6.25 on; f'(6.25) = 0.001925..., the product form in float32 (literature.md section 3).
+    # bfloat16 sigmoid is 1 from z = 6.25 on; f'(6.25) = 0.001925..., the product form in float32.
     z = torch.tensor([6.25], dtype=torch.bfloat16)
     assert torch.sigmoid(z).item() == 1.0
     expected = math.exp(-6.25) / (1 + math.exp(-6.25)) ** 2
     assert derivative(nn.Sigmoid(), z.float()).item() == pytest.approx(expected, rel=1e-6)
 
 
-# sup|f'| and the edges of the tails at epsilon 0.05, from literature.md section 3.
+# sup|f'| and the edges of the tails at epsilon 0.05, by closed forms that were checked in float64.
 PUBLISHED = {
     "Sigmoid()": (0.25, -4.35654, 4.35654),
     "Tanh()": (1, -2.17827, 2.17827),
@@ -159,7 +159,7 @@ def test_every_row_agrees_with_the_search_on_a_grid(module: nn.Module, epsilon: 
 
 
 def test_what_normal_inputs_give() -> None:
-    """The expected numbers are those of section 4a of literature.md: E|f'| / peak and the share of z ~ N(0, 1) in the tails at epsilon 0.05."""
+    """The expected numbers were computed by quadrature: E|f'| / peak and the share of z ~ N(0, 1) in the tails at epsilon 0.05."""
     tanh, sigmoid, hardtanh, gelu, relu = (
         known(bind(row(module), module, 0.05).constants) for module in (nn.Tanh(), nn.Sigmoid(), nn.Hardtanh(), nn.GELU(), nn.ReLU())
     )

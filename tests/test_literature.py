@@ -29,7 +29,7 @@ FUNCTIONS: dict[str, tuple[type[nn.Module], Callable[[float], float], Callable[[
 @pytest.mark.parametrize("init", ["standard", "xavier"])
 def test_the_gradient_decays_over_depth_as_mean_field_theory_says(name: str, init: str) -> None:
     """Shows 4. Five layers of 1000 units, five seeds, a random gradient at the top: the ratio of neighbouring rms dL/dz is
-    sqrt(chi), chi = sigma_w^2 E f'(sqrt(q) x)^2 at the lower layer's q, where q = sigma_w^2 E f(.)^2 of the layer below (literature.md 4c)."""
+    sqrt(chi), chi = sigma_w^2 E f'(sqrt(q) x)^2 at the lower layer's q, where q = sigma_w^2 E f(.)^2 of the layer below."""
     kind, f, slope = FUNCTIONS[name]
     variance = 1 / 3 if init == "standard" else 1.0
     logs = torch.zeros(4, dtype=torch.float64)
@@ -60,7 +60,7 @@ def test_the_gradient_decays_over_depth_as_mean_field_theory_says(name: str, ini
 
 def test_the_drifting_sigmoid_layer_of_glorot_and_bengio_fires_though_its_tails_are_empty() -> None:
     """Shows 5. Four layers of 300 sigmoids, the authors' initialisation (torch's default weights, no bias), SGD 0.1, batches of 10:
-    the top hidden layer is pushed to 0 (literature.md 1.2: mean .5, .36 after 100 steps, .10 after 1000)."""
+    the top hidden layer is pushed to 0 (mean .5, .36 after 100 steps, .10 after 1000)."""
     torch.manual_seed(0)
     pixels, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     pixels = pixels.float() / 16

@@ -73,7 +73,7 @@ def test_what_fires_carries_its_latest_value() -> None:
 
 
 def test_the_drifting_layer_without_a_saturated_element_fires_by_its_derivative() -> None:
-    # Glorot & Bengio: m = 0.08 and no element in a tail (literature.md 1.2).
+    # Glorot & Bengio: m = 0.08 and no element in a tail.
     drift = record(
         activation="sigmoid", low=0.0, high=0.0, saturated=0.0, relative_derivative=0.08, normal_derivative=0.826, normal_low=0.0, normal_high=0.0
     )
