@@ -38,7 +38,8 @@ BY_NAME = {metric.name: metric for metric in METRICS}
 
 
 def snapshots(sites: int, count: int, every: int = 10) -> list[Snapshot]:
-    """Shares that differ from cell to cell, histograms, layers; an alert that fires on and clears, one of a site with markup for a name."""
+    """Shares that differ from cell to cell, histograms and layers; an alert that fires to the end, and one that clears, at a site with markup for a
+    name."""
     generator, made = np.random.default_rng(0), []
     for index in range(count):
         shares = generator.random(sites)
@@ -89,7 +90,7 @@ def wait(driver: Any, script: str, *arguments: Any) -> Any:
 
 
 def settled(driver: Any) -> None:
-    """Wait for what the last change began."""
+    """Wait until everything that the last change began is drawn."""
     driver.execute_async_script("const done = arguments[0]; torchsat.draw().then(done);")
 
 

@@ -1,4 +1,4 @@
-"""Causes against sums done by hand, and against faults that were put into small networks."""
+"""Causes, compared with sums worked out by hand and with faults that were built into small networks."""
 
 import math
 from collections import OrderedDict
@@ -62,7 +62,7 @@ def causes(now: Snapshot, first: Snapshot | None = None, **given: object) -> dic
 
 
 def test_shares_are_the_terms_of_the_logarithm() -> None:
-    """Gain 4 where tanh wants 1; input rms 6 of which 3/4 is offset: ln 4, 0.5 ln 4, ln 3."""
+    """The gain is 4 where tanh needs 1; the input has rms 6, and 3/4 of its mean square is offset. The terms are ln 4, 0.5 ln 4 and ln 3."""
     now = snapshot(record(z_rms=24.0), weight(data=True, gain=4.0, input_rms=6.0, input_centred_share=0.25))
     total = math.log(4) + math.log(6)
     assert causes(now) == pytest.approx(
@@ -71,7 +71,7 @@ def test_shares_are_the_terms_of_the_logarithm() -> None:
 
 
 def test_growth_and_alignment_are_learned() -> None:
-    """Gain 2 at the start, 6 now; z is 3 times what the gain explains."""
+    """The gain was 2 at the start and is 6 now; z is 3 times as large as the gain explains."""
     now = snapshot(record(z_rms=18.0), weight(gain=6.0), step=100)
     first = snapshot(record(), weight(gain=2.0))
     total = math.log(2) + math.log(3) + math.log(3)
@@ -79,13 +79,13 @@ def test_growth_and_alignment_are_learned() -> None:
 
 
 def test_inputs_of_a_hidden_layer_are_no_inputs() -> None:
-    """A sigmoid's output is un-centred by nature: nothing that the user standardises."""
+    """The output of a sigmoid is un-centred by nature. It is no input of the model that the user could standardise."""
     now = snapshot(record(z_rms=6.0), weight(gain=9.0, input_rms=0.7, input_centred_share=0.1))
     assert set(causes(now)) == {"init_too_large"}
 
 
 def test_blame_goes_back_through_an_unbounded_activation_but_not_through_a_norm() -> None:
-    """ReLU hands on what it gets: gain 10 before it, and an input of rms 20."""
+    """ReLU passes on the size of its input: there is a gain of 10 before it, and an input of rms 20."""
     relu = record("relu", activation="relu", a_mean=20.0, a_std=30.0, z_rms=200.0)
     tanh = record("tanh", z_rms=math.hypot(20, 30), after=("relu",))
     layers = weight("one", "relu", data=True, gain=10.0, input_rms=20.0), weight("two", "tanh", gain=1.0, input_rms=math.hypot(20, 30))
@@ -126,7 +126,7 @@ def test_alerts_of_one_origin_are_one_alert() -> None:
     told = diagnosis.judge(raw, raw, snapshot(*CHAIN, step=2))
     assert {(each.site, each.rule): each.also for each in told} == {("b", "saturated"): ("c", "a"), ("other", "saturated"): ()}
     assert diagnosis.firing == told
-    # Nothing new: nothing is said.
+    # If nothing is new, nothing is told again.
     assert diagnosis.judge([], raw, snapshot(*CHAIN, step=3)) == ()
 
 

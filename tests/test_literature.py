@@ -1,4 +1,4 @@
-"""Published results, seen through the library: Glorot and Bengio (2010) and mean-field theory."""
+"""The library reproduces published results: those of Glorot and Bengio (2010) and of mean-field theory."""
 
 import itertools
 import math
@@ -28,8 +28,9 @@ FUNCTIONS: dict[str, tuple[type[nn.Module], Callable[[float], float], Callable[[
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("init", ["standard", "xavier"])
 def test_the_gradient_decays_over_depth_as_mean_field_theory_says(name: str, init: str) -> None:
-    """Shows 4. Five layers of 1000 units, five seeds, a random gradient at the top: the ratio of neighbouring rms dL/dz is
-    sqrt(chi), chi = sigma_w^2 E f'(sqrt(q) x)^2 at the lower layer's q, where q = sigma_w^2 E f(.)^2 of the layer below."""
+    """Five layers of 1000 units, five seeds, and a random gradient at the top. By the theory of Schoenholz et al. (2017) the rms of dL/dz changes
+    from one layer to the next by sqrt(chi). Here chi = sigma_w^2 E f'(sqrt(q) x)^2 with x ~ N(0, 1), and q, the mean square of z in the lower layer,
+    is sigma_w^2 E f(z)^2 over the layer below it."""
     kind, f, slope = FUNCTIONS[name]
     variance = 1 / 3 if init == "standard" else 1.0
     logs = torch.zeros(4, dtype=torch.float64)
@@ -59,8 +60,8 @@ def test_the_gradient_decays_over_depth_as_mean_field_theory_says(name: str, ini
 
 
 def test_the_drifting_sigmoid_layer_of_glorot_and_bengio_fires_though_its_tails_are_empty() -> None:
-    """Shows 5. Four layers of 300 sigmoids, the authors' initialisation (torch's default weights, no bias), SGD 0.1, batches of 10:
-    the top hidden layer is pushed to 0 (mean .5, .36 after 100 steps, .10 after 1000)."""
+    """Four layers of 300 sigmoids with the initialisation of the authors (torch's default weights, no bias), trained by SGD with rate 0.1 and batches
+    of 10. Training pushes the outputs of the top hidden layer towards 0: their mean is 0.5 at first, 0.36 after 100 steps, 0.10 after 1000."""
     torch.manual_seed(0)
     pixels, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     pixels = pixels.float() / 16
@@ -95,7 +96,7 @@ def test_the_drifting_sigmoid_layer_of_glorot_and_bengio_fires_though_its_tails_
 
 
 def test_the_edges_of_saturation_are_where_the_derivative_says() -> None:
-    """5 % of the peak: sigmoid'(z) = 0.0125 and tanh'(z) = 0.05, found by bisection."""
+    """The edges lie where the derivative is 5 % of its peak: sigmoid'(z) = 0.0125 and tanh'(z) = 0.05. They are found by bisection here."""
     assert optimize.brentq(lambda z: FUNCTIONS["sigmoid"][2](z) - 0.0125, 0, 20) == pytest.approx(4.35654, abs=1e-5)
     assert optimize.brentq(lambda z: FUNCTIONS["tanh"][2](z) - 0.05, 0, 20) == pytest.approx(2.17827, abs=1e-5)
     z = torch.tensor([-4.36, -4.35, 4.35, 4.36])

@@ -1,4 +1,4 @@
-"""The Saturation tab's server, on TensorBoard's own reader of event files."""
+"""The server of the Saturation tab, with data from TensorBoard's own reader of event files."""
 
 import json
 import operator

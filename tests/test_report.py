@@ -1,4 +1,4 @@
-"""The text report, from event files alone."""
+"""The report in its four formats, from event files alone."""
 
 import io
 import json

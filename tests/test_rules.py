@@ -1,4 +1,4 @@
-"""When rules fire, hold back and clear; what healthy layers must not raise."""
+"""When rules raise an alert, wait, and clear it; and that healthy layers raise none."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -73,7 +73,7 @@ def test_what_fires_carries_its_latest_value() -> None:
 
 
 def test_the_drifting_layer_without_a_saturated_element_fires_by_its_derivative() -> None:
-    # Glorot & Bengio: m = 0.08 and no element in a tail.
+    # Glorot & Bengio: E|f'| / peak = 0.08 and no element in a tail.
     drift = record(
         activation="sigmoid", low=0.0, high=0.0, saturated=0.0, relative_derivative=0.08, normal_derivative=0.826, normal_low=0.0, normal_high=0.0
     )
@@ -164,7 +164,7 @@ def test_a_layer_that_moves_a_thousand_times_less_than_the_others_is_frozen() ->
     (alert,) = fired([weights(1e-7, 1e-3, 2e-3, 1e-3)] * 3)
     assert (alert.site, alert.rule, alert.severity, alert.threshold) == ("layer0", "frozen_weights", "warning", 1e-3)
     assert "layer0, which feeds act0, is frozen" in alert.message
-    # A schedule at zero, a frozen part and a small network say nothing.
+    # Neither a learning rate of zero, nor a part that is frozen on purpose, nor a network of two layers raises an alert.
     for benign in (weights(0.0, 0.0, 0.0), weights(None, 1e-3, 1e-3, 1e-3), weights(1e-9, 1e-3), weights(1e-5, 1e-3, 1e-3)):
         assert fired([benign] * 3) == []
 
@@ -178,7 +178,7 @@ def test_chosen_learning_rates_and_idle_layers_are_not_frozen() -> None:
 
 
 def test_the_gradient_is_compared_by_its_norm_so_that_pooling_takes_nothing_away() -> None:
-    # A mean over 1024 positions: each element gets 1/1024, the norm falls only by 1/32.
+    # Behind a mean over 1024 positions the gradient of each element is 1/1024 as large, but the norm over all only 1/32.
     first, last = record("first", grad_z_rms=1e-3 / 1024, elements=1024 * 64), record("last", grad_z_rms=1e-3, elements=64)
     assert gradient_over_depth(Snapshot(0, 0.0, (first, last))) == pytest.approx(1 / 32)
     assert fired([(first, last)] * 4) == []
@@ -251,5 +251,5 @@ def test_a_recurrent_layer_is_judged_only_before_it_has_learned() -> None:
     )
     assert [event.firing for step in range(6, 9) for event in untrained.judge(lstm(step, 0.0, 0.0, 0.0))] == [False]
     assert all(learned.judge(lstm(step, *([0.0, 0.0, 0.0] if step < 2 else [0.9, 0.9, 0.9]))) == () for step in range(9))
-    # One gate that is open is enough.
+    # A layer with one open gate is not saturated.
     assert all(Judge().judge(lstm(step, 0.9, 0.1, 0.9)) == () for step in range(4))

@@ -1,4 +1,4 @@
-"""What is written is what is read back, by our reader and by TensorBoard's; damage is said."""
+"""What is written is read back, by our reader and by TensorBoard's, and damage to a file is reported."""
 
 import contextlib
 import io
@@ -66,7 +66,7 @@ def write(directory: Path, given: list[Snapshot]) -> Path:
 
 
 def same(one: Snapshot, other: Snapshot) -> None:
-    """Equal but for the float32 of the file."""
+    """Check that two snapshots are equal but for the float32 of the file."""
 
     def compare(a: object, b: object, where: str) -> None:
         if isinstance(a, dict):
@@ -369,7 +369,7 @@ def test_what_is_wrong_with_many_steps_is_said_once(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("load_fast", ["true", "false"])
 def test_tensorboard_serves_the_run(load_fast: str, tmp_path: Path) -> None:
-    """A real server on loopback, with both of its ways to load data."""
+    """Starts a real server on loopback, with either of its ways to load data."""
     write(tmp_path / "run", snapshots())
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "0", "--host", "127.0.0.1", f"--load_fast={load_fast}"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"})

@@ -1,4 +1,4 @@
-"""Runs as arrays, and colours that mean what they show."""
+"""Runs as arrays, and the colours of numbers."""
 
 import json
 import math
@@ -25,7 +25,7 @@ RAMPS: tuple[Ramp, ...] = ("heat", "amount", "balance")
 
 
 def oklab(colour: tuple[int, int, int]) -> np.ndarray:
-    """8-bit sRGB to OKLab, by the forward matrices (the code under test uses the inverse ones)."""
+    """From 8-bit sRGB to OKLab, by the forward matrices. The code under test uses the inverse ones."""
     encoded = np.array(colour) / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     lms = np.array(
@@ -39,7 +39,7 @@ def oklab(colour: tuple[int, int, int]) -> np.ndarray:
 
 
 def seen_by_a_deuteranope(colour: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Machado, Oliveira and Fernandes (2009), severity 1, in linear sRGB."""
+    """A colour as somebody without green cones sees it, by Machado, Oliveira and Fernandes (2009), severity 1, in linear sRGB."""
     encoded = np.array(colour) / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     seen = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]) @ linear
