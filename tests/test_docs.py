@@ -14,10 +14,13 @@ from types import ModuleType
 import pytest
 import torch
 
+import torchsat
 from tests.conftest import RunExample
 from torchsat.kernels import cpu
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = Path(torchsat.__file__).parent
+"""Where the package is installed, which need not be beside the tests."""
 # Lightning gives its advice as warnings, and uses a name of torch that is deprecated.
 LIGHTNING = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -112,13 +115,13 @@ def test_every_file_and_name_that_a_page_states_is_there(page: Path) -> None:
     assert len(quoted) > 10
     missing = []
     for file, name in quoted - CREATED:
-        path = next((each for each in (ROOT / file, ROOT / "torchsat" / file) if each.exists()), None)
+        path = next((each for each in (ROOT / file, PACKAGE / file, PACKAGE.parent / file) if each.exists()), None)
         if path is None or (name and name not in names_in(path)):
             missing.append(f"{file}::{name}" if name else file)
     assert not missing
     for name in re.findall(r"`(Observation|Meter)\.(\w+)`", text):
         source = {"Observation": "observation.py", "Meter": "meter.py"}[name[0]]
-        assert ".".join(name) in names_in(ROOT / "torchsat" / "observe" / source)
+        assert ".".join(name) in names_in(PACKAGE / "observe" / source)
 
 
 def imported_by(path: Path) -> Iterator[str]:
@@ -137,7 +140,7 @@ def test_imports_point_the_way_that_the_architecture_draws() -> None:
     lines = [re.sub(r" {4,}the .*", "", line).split()[1:] for line in drawn.splitlines() if not line.startswith("-")]
     height = {name: -at for at, line in enumerate(lines) for name in line}
     assert len(height) == sum(map(len, lines)), "a part stands on two lines"
-    package = ROOT / "torchsat"
+    package = PACKAGE
     files = {path: path.relative_to(package).with_suffix("").parts[0] for path in package.rglob("*.py")}
     assert set(height) == set(files.values())
     upwards = {(part, other) for path, part in files.items() for other in imported_by(path) if height[other] > height[part]}
@@ -161,7 +164,7 @@ def apply(change: str, folder: Path) -> None:
 
 def test_the_recipes_for_a_column_a_metric_and_a_source_work(tmp_path: Path) -> None:
     """Applied to a copy of the package, in which their tests run."""
-    shutil.copytree(ROOT / "torchsat", tmp_path / "torchsat", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, tmp_path / "torchsat", ignore=shutil.ignore_patterns("__pycache__"))
     text = (ROOT / "CONTRIBUTING.md").read_text().partition("### A column\n")[2]
     for change in re.findall(r"^```diff\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         apply(change, tmp_path)
