@@ -32,7 +32,7 @@ def peak(training: Training) -> float:
         before = torch.cuda.memory_allocated()
         training.step(batch)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         training.step(batch)
     results = seen.profiler
     assert results is not None

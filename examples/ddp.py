@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.parallel import DistributedDataParallel
@@ -57,9 +58,11 @@ def train_parallel(kind: str, steps: int, device: torch.device) -> list[torchsat
     else:
         model = nn.Sequential(*blocks()).to(device)
         if kind == "fully_shard":
+            # Without a mesh, torch shards onto GPUs wherever the machine has one.
+            mesh = init_device_mesh(device.type, (size,))
             for block in model:
-                fully_shard(block)
-            fully_shard(model)
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         run = model if kind == "fully_shard" else DistributedDataParallel(model)
         monitor = torchsat.watch(run, every=10, budget=None, sample=None, sinks=[kept.append])  # the one line
         optimizer = sgd(run)

@@ -1,8 +1,11 @@
-"""What only a CUDA device can show: no step waits for it, and its numbers are those of the CPU. Not run on a GPU yet."""
+"""What only a CUDA device can show: no step waits for it, and its numbers are those of the CPU."""
 
+import contextlib
 import copy
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,19 @@ from torchsat import Snapshot
 from torchsat.statistics import trust_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@contextlib.contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Within it, an operation of torch that waits for the device raises."""
+    with warnings.catch_warnings():
+        # torch says that it does not detect every operation that waits.
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def one_step(model: nn.Module, x: Tensor, **options: object) -> torchsat.Snapshot:
@@ -47,8 +63,7 @@ def test_no_step_waits_for_the_device(scaled: bool, tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cuda", enabled=scaled)
     monitor = torchsat.watch(model, tmp_path, every=1, errors="raise")
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for _ in range(20):
             with torch.autocast("cuda", torch.float16, enabled=scaled):
                 loss = model(x).float().square().mean()
@@ -56,8 +71,6 @@ def test_no_step_waits_for_the_device(scaled: bool, tmp_path: Path) -> None:
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     monitor.close()
     assert monitor.latest is not None
     assert monitor.latest.step >= 18
@@ -180,17 +193,15 @@ def test_a_group_on_the_device_records_the_same_and_waits_for_nothing() -> None:
             generator = torch.Generator("cuda").manual_seed(1)
             for step in range(12):
                 # Who takes part is found out at the end of the first step, and agreed upon once.
-                torch.cuda.set_sync_debug_mode("error" if step else "default")
-                optimizer.zero_grad()
-                model(torch.randn(128, 32, device="cuda", generator=generator)).square().mean().backward()
-                optimizer.step()
-            torch.cuda.set_sync_debug_mode("default")
+                with waiting_is_an_error() if step else contextlib.nullcontext():
+                    optimizer.zero_grad()
+                    model(torch.randn(128, 32, device="cuda", generator=generator)).square().mean().backward()
+                    optimizer.step()
             monitor.close()
             return found
 
         merged, alone = run(dist.group.WORLD), run(None)
     finally:
-        torch.cuda.set_sync_debug_mode("default")
         dist.destroy_process_group()
     assert [snapshot.step for snapshot in merged] == list(range(12))
     for one, other in zip(merged, alone, strict=True):

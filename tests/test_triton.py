@@ -1,6 +1,6 @@
 """The kernels for NVIDIA GPUs give the same rows as the plain implementation, and compile for GPUs.
 
-Here they are run by Triton's interpreter on the CPU. What they do and cost on a GPU is tested in tests/test_gpu.py and benchmarks/bandwidth.py.
+On a machine with a GPU they run there, elsewhere in Triton's interpreter on the CPU. What they cost is measured by benchmarks/bandwidth.py.
 """
 
 import math
@@ -27,12 +27,10 @@ from torchsat.sampling import Sample, Units
 from torchsat.statistics import disagreement, observe, observe_gradient
 
 pytest.importorskip("triton", reason="Triton is not installed")
-pytestmark = [
-    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU"),
-    # The interpreter computes with NumPy, which warns of overflows; a GPU does not.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
-CPU = torch.device("cpu")
+# The interpreter computes with NumPy, which warns of overflows; a GPU does not.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+"""Where the kernels run. The plain implementation always runs on the CPU."""
 
 
 @pytest.fixture
@@ -79,26 +77,27 @@ def test_forward_rows_and_units(
     units = Units(sample, axis)
     z, a = sample.take(whole), sample.take(torch.tanh(whole.float()).to(dtype))
     slope = 1 / (1 + z.float().abs())
+    there = [sample.take(each.to(DEVICE)) for each in (whole, torch.tanh(whole.float()).to(dtype))]
     for sigmoid in (True, False):
         row, block = observe(z, a, slope, peak, edges, whole.numel(), sigmoid, units)
-        found, counts = statistics.empty_row(CPU), torch.zeros(2, units.size, dtype=torch.float64)
+        found, counts = statistics.empty_row(DEVICE), torch.zeros(2, units.size, dtype=torch.float64, device=DEVICE)
         for _ in range(2):
-            kernels.observe(z, a, slope, peak, edges, whole.numel(), sigmoid, found, units.place, counts)
+            kernels.observe(*there, slope.to(DEVICE), peak, edges, whole.numel(), sigmoid, found, units.place, counts)
         close(found, statistics.merge_(row, row.clone()))
         assert block is not None
-        assert torch.equal(counts, 2 * block)
+        assert torch.equal(counts.cpu(), 2 * block)
 
 
 def test_of_many_elements_the_units_are_counted_on_an_even_sample(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_UNIT_SAMPLES", 3000)
-    z = torch.arange(7.0).sub(3).repeat(4000, 1)
-    units, counts = Units(Sample.of(z, None, 0), 1), torch.zeros(2, 7, dtype=torch.float64)
-    row = statistics.empty_row(CPU)
-    kernels.observe(z.flatten(), z.flatten(), torch.ones(z.numel()), 1.0, (-2.5, 1.5), z.numel(), False, row, units.place, counts)
+    z = torch.arange(7.0, device=DEVICE).sub(3).repeat(4000, 1)
+    units, counts = Units(Sample.of(z, None, 0), 1), torch.zeros(2, 7, dtype=torch.float64, device=DEVICE)
+    row = statistics.empty_row(DEVICE)
+    kernels.observe(z.flatten(), z.flatten(), torch.ones_like(z).flatten(), 1.0, (-2.5, 1.5), z.numel(), False, row, units.place, counts)
     assert row[0] == 28000
     assert counts[0].sum() == pytest.approx(2800, abs=1)
     assert counts[0].max() - counts[0].min() <= 1
-    assert torch.equal(counts[1], counts[0] * torch.tensor([1.0, 0, 0, 0, 0, 1, 1]))
+    assert torch.equal(counts[1], counts[0] * torch.tensor([1.0, 0, 0, 0, 0, 1, 1], device=DEVICE))
 
 
 @pytest.mark.parametrize(
@@ -116,8 +115,8 @@ def test_the_formulas_are_the_derivatives_of_the_table(kernels: ModuleType, modu
     assert of.kind in kernels.KINDS
     z = torch.cat([torch.linspace(-20, 20, 21), torch.tensor([0.0, -0.0, 3.0, 6.0, -0.5, 2.0, 1e4, -1e4, 700, -700, 1e-30])])
     for each in z:
-        row = statistics.empty_row(CPU)
-        kernels.observe(each.reshape(1), each.reshape(1), of, 1.0, (None, None), 1, False, row)
+        row, there = statistics.empty_row(DEVICE), each.reshape(1).to(DEVICE)
+        kernels.observe(there, there, of, 1.0, (None, None), 1, False, row)
         expected = bound.evaluate(each.double(), each.double(), {})[0].item()
         assert row[COLUMNS.index("derivative")].item() == pytest.approx(expected, rel=1e-5, abs=3e-8), each
 
@@ -125,22 +124,24 @@ def test_the_formulas_are_the_derivatives_of_the_table(kernels: ModuleType, modu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("plain")
 def test_gradients(kernels: ModuleType, dtype: torch.dtype) -> None:
-    first, second = hostile((130, 97), dtype).flatten(), hostile((130, 97), dtype).flatten().flip(0)
-    for given in ((first, second), (first, None), (None, second), (first[::7], second[::7])):
-        row, count = statistics.empty_row(CPU), next(each for each in given if each is not None).numel()
-        kernels.observe_gradient(*given, count, row)
-        close(row, observe_gradient(*given))
+    here = hostile((130, 97), dtype).flatten(), hostile((130, 97), dtype).flatten().flip(0)
+    there = [each.to(DEVICE) for each in here]
+    for has_a, has_z, apart in ((True, True, 1), (True, False, 1), (False, True, 1), (True, True, 7)):
+        first, second = ([each[::apart] if has else None for has, each in zip((has_a, has_z), both, strict=True)] for both in (here, there))
+        row = statistics.empty_row(DEVICE)
+        kernels.observe_gradient(*second, len(here[0][::apart]), row)
+        close(row, observe_gradient(*first))
 
 
 def test_the_check_before_training_passes_right_kernels_and_no_others(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert disagreement(kernels, CPU) is None
+    assert disagreement(kernels, DEVICE) is None
     right = kernels.observe_gradient
 
     def wrong(grad_a: Tensor, grad_z: Tensor, count: int, row: Tensor) -> None:
         right(grad_a, grad_z, count - 1000, row)
 
     monkeypatch.setattr(kernels, "observe_gradient", wrong)
-    assert str(disagreement(kernels, CPU)).startswith("grad_a_n is 18998")
+    assert str(disagreement(kernels, DEVICE)).startswith("grad_a_n is 18998")
     assert not kernels.reads(torch.zeros(1))
 
 
@@ -150,8 +151,8 @@ def test_a_monitor_reads_all_of_a_call_where_kernels_do(kernels: ModuleType, mon
     monkeypatch.setattr(meter, "reads_whole", lambda tensor: True)
     torch.manual_seed(0)
     modules = (nn.Tanh(), nn.GELU(), nn.ELU(), nn.ReLU(inplace=True))
-    model = nn.Sequential(*(each for act in modules for each in (nn.Linear(300, 300), act)))
-    x, found = torch.randn(300, 300), list[torchsat.Snapshot]()
+    model = nn.Sequential(*(each for act in modules for each in (nn.Linear(300, 300), act))).to(DEVICE)
+    x, found = torch.randn(300, 300).to(DEVICE), list[torchsat.Snapshot]()
     for sample in ("auto", 65536, None):
         monitor = torchsat.watch(model, sample=sample, sinks=[found.append], errors="raise")
         model(x).square().mean().backward()
