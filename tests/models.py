@@ -96,3 +96,23 @@ class Everything(nn.Module):
         x = F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True)
         x = F.glu(x + F.gumbel_softmax(x, dim=-1))
         return F.log_softmax(self.head(F.elu_(x)), -1)
+
+
+class EverySite(nn.Module):
+    """A model with a site of every kind: module, function call, gate, softmax and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.prelu = nn.Linear(64, 32), nn.ReLU(inplace=True), nn.PReLU(8)
+        self.conv = nn.Conv1d(4, 8, 3, padding=1)
+        self.lstm = nn.LSTM(8, 8, bidirectional=True)
+        self.cell = nn.GRUCell(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.prelu(self.conv(self.relu(self.first(x)).unflatten(1, (4, 8))))
+        x, _ = self.lstm(x.transpose(1, 2))
+        heads = x.unflatten(-1, (2, 8)).transpose(1, 2)
+        x = F.scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2).flatten(2)
+        x = F.glu(torch.cat([x, F.gelu(x)], -1))
+        out: Tensor = self.cell(x.softmax(-1).sum(1)).tanh()
+        return out

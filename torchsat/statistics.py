@@ -273,13 +273,12 @@ def put_squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:
     dtype = out.dtype
     # On the CPU the vector is read in parts, since a norm in float64 copies the whole vector first.
     size = _PART if x.device.type == "cpu" else max(1, len(x))
-    for column in range(1 if y is None else 2):
-        out[at + column] = 0
+    sums = out[at : at + (1 if y is None else 2)].zero_()
     for first in range(0, len(x), size):
         part = x[first : first + size]
-        out[at] += torch.linalg.vector_norm(part, dtype=dtype).square()
+        sums[0] += torch.linalg.vector_norm(part, dtype=dtype).square()
         if y is not None:
-            out[at + 1] += torch.linalg.vector_norm(y[first : first + size].to(dtype) - part.to(dtype)).square()
+            sums[1] += torch.linalg.vector_norm(y[first : first + size].to(dtype) - part.to(dtype)).square()
 
 
 def observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:
