@@ -173,6 +173,8 @@ def test_the_kernels_are_right_here_and_read_everything() -> None:
 
 # torch advises TensorFloat32, whose roundings would differ between the two runs.
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+# torch captures an empty graph of its own to begin with.
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_in_the_graph_every_step_is_measured_as_in_eager(mode: str) -> None:
     def run(compiled: str) -> list[torchsat.Snapshot]:
@@ -196,6 +198,46 @@ def test_in_the_graph_every_step_is_measured_as_in_eager(mode: str) -> None:
         for record, expected in zip(one.records, other.records, strict=True):
             for name in ("n", "derivative", "z_std", "a_std", "grad_a_rms", "grad_z_rms"):
                 assert getattr(record, name) == pytest.approx(getattr(expected, name), rel=1e-3, abs=1e-6), (one.step, record.site, name)
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["whole step", "without the optimizer"])
+def test_a_step_that_is_captured_by_hand_trains_the_same_and_is_left_alone(outside: bool) -> None:
+    def run(watched: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, found = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 1)).cuda(), list[Snapshot]()
+        monitor = torchsat.watch(model, every=1, budget=None, sinks=[found.append], errors="raise") if watched else None
+        optimizer, x = torch.optim.SGD(model.parameters(), lr=0.01), torch.randn(128, 32, device="cuda")
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=False)
+            model(x).square().mean().backward()
+            if not outside:
+                optimizer.step()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+                if outside:
+                    optimizer.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        for _ in range(5):
+            graph.replay()
+            if outside:
+                optimizer.step()
+        step()
+        optimizer.step()
+        if monitor is not None:
+            monitor.close()
+            assert [snapshot.step for snapshot in found][:3] == [0, 1, 2]
+            assert len(found) >= 3 + (not outside)
+        return [parameter.detach() for parameter in model.parameters()]
+
+    assert all(torch.equal(one, other) for one, other in zip(run(False), run(True), strict=True))
 
 
 def test_a_group_on_the_device_records_the_same_and_waits_for_nothing() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+import pytest
 import torch
 from torch import nn
 
@@ -14,6 +15,8 @@ import torchsat
 from tests.models import Block, Wrapped, mlp
 from tests.training import loop_of, traces_of, train
 from tests.truth import known
+from torchsat import loop
+from torchsat.observe import hooks
 
 
 def test_a_watched_model_is_pickled_and_copied_without_us() -> None:
@@ -98,6 +101,7 @@ def test_between_observations_nothing_of_ours_runs_but_the_hook_on_the_optimizer
     hook = [
         "loop.after_step",
         "loop.before_step",
+        "hooks.is_capturing",
         "steps.begins_short",
         "steps.ends",
         "process._after_step",
@@ -117,3 +121,37 @@ def test_between_observations_nothing_of_ours_runs_but_the_hook_on_the_optimizer
             "schedule.follow",
             "conftest.mark",
         }
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_steps_that_are_captured_in_a_cuda_graph_are_left_alone(
+    by_hand: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CUDA graph is captured, says torch. tests/test_gpu.py captures one."""
+    model, capturing, found = mlp(), False, list[torchsat.Snapshot]()
+    monkeypatch.setattr(hooks, "is_capturing", lambda: capturing)
+    monkeypatch.setattr(loop, "is_capturing", lambda: capturing)
+    monitor = torchsat.watch(model, every=1, budget=None, sinks=[found.append], errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        if by_hand:
+            monitor.step()
+        else:
+            optimizer.step()
+
+    step(torch.randn(16, 64))
+    capturing = True
+    for _ in range(2):
+        step(torch.full((16, 64), torch.nan))
+    capturing = False
+    for parameter in model.parameters():
+        parameter.data.fill_(0.1)
+    step(torch.randn(16, 64))
+    monitor.close()
+    assert [snapshot.step for snapshot in found] == [0, 1]
+    assert [[record.nonfinite for record in snapshot.records] for snapshot in found] == [[0] * len(found[0].records)] * 2
+    assert [message for message in caplog.messages if "was captured in a CUDA graph" in message] == caplog.messages
+    assert len(caplog.messages) == 1

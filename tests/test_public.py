@@ -121,7 +121,10 @@ ARROWS = {
         *("compile_settings", "compiling", "delivery", "faults", "internals", "observe.observation", "observe.passes", "options", "parts"),
         *("schedule", "sites", "structure", "transport.parallel", "transport.route"),
     },
-    "loop": {"compiling", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps", "transport.meeting"},
+    "loop": {
+        *("compiling", "observe.hooks", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps"),
+        "transport.meeting",
+    },
     "monitor": {"loop", "options", "record", "schedule", "statistics", "structure"},
     "picture": set(),
     "remedies": {"internals", "record", "weights"},

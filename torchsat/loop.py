@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from torchsat import process
 from torchsat.compiling import Mode
+from torchsat.observe.hooks import is_capturing
 from torchsat.observe.observation import Observation, Retry
 from torchsat.observe.passes import Pass, PassEvent
 from torchsat.observer import Observer
@@ -36,6 +37,11 @@ _PASSES_WITHOUT_STEP = 200
 """After this many training passes (calls of the model in training) without a step of an optimizer, the user is told to call `monitor.step()`."""
 _STEPS_OF_OTHERS = 8
 """An observation whose model is not called is abandoned after this many optimizer steps of other models."""
+_CAPTURED = (
+    "torchsat: a training step of %s was captured in a CUDA graph. Capturing executes nothing, and a replay runs no Python, so these steps are "
+    "neither measured nor counted; steps outside the graph are. To have all of them measured, train eagerly, or with "
+    'torch.compile(model, mode="reduce-overhead") and watch(..., compiled="in_graph").'
+)
 
 
 class Driver(Enum):
@@ -64,6 +70,8 @@ class Loop:
         self._model = weakref.ref(model)
         self._options = options
         self._driver = Driver.OPTIMIZERS
+        self._was_captured = False
+        """Whether the user has been told that a step was captured in a CUDA graph."""
         self._steps = Steps(self._model)
         self._passes = 0
         """Number of training passes since the last step."""
@@ -92,6 +100,9 @@ class Loop:
     def end_step(self) -> None:
         """End a step by hand. From then on the steps of optimizers are ignored."""
         self._driver, observer = Driver.BY_HAND, self.observer
+        if is_capturing():
+            self._say_captured()
+            return
         with observer.never_raising(), observer.timed():
             if observer.observation is not None:
                 observer.observation.after_step(None)
@@ -127,6 +138,10 @@ class Loop:
             return
         if self._model() is None:
             self.close()
+            return
+        if is_capturing():
+            if self._steps.owns(optimizer):
+                self._say_captured()
             return
         observation = observer.observation
         if observation is None and self._steps.begins_short(optimizer):
@@ -167,6 +182,12 @@ class Loop:
                 self._end_round()
             else:
                 self._newest_pass = observation.passes.newest if observation is not None else None
+
+    def _say_captured(self) -> None:
+        """Tell the user once that a step which is captured in a CUDA graph, and is not executed now, will not be observed."""
+        if not self._was_captured:
+            self._was_captured = True
+            log.warning(_CAPTURED, type(self._model()).__name__)
 
     def _wait_for_less(self, observation: Observation) -> None:
         """Count the steps of other models while this observation waits for its own model to be called, and abandon it after a few.

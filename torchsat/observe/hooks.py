@@ -1,9 +1,9 @@
 """The hooks by which the user's training calls our code, and the guard that every hook runs through.
 
-A hook of ours runs in the middle of the user's forward or backward. So it does nothing while torch compiles or traces, it computes without gradients
-and hidden from the user's modes, and it never raises: after the first error at a place, one line is logged and that place is no longer watched. A
-hook that fires when its observation is over finds the guard closed and does nothing. A model that is saved or copied while our hooks are on it holds
-no trace of them.
+A hook of ours runs in the middle of the user's forward or backward. So it does nothing while torch compiles or traces, or while the user captures a
+CUDA graph, which would record our kernels and fail at our copies to the host. It computes without gradients and hidden from the user's modes, and it
+never raises: after the first error at a place, one line is logged and that place is no longer watched. A hook that fires when its observation is over
+finds the guard closed and does nothing. A model that is saved or copied while our hooks are on it holds no trace of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ import torch
 
 from torchsat import internals
 from torchsat.schedule import Clock, Window
+
+
+def is_capturing() -> bool:
+    """Whether the user captures a CUDA graph now: kernels are recorded and not executed, and nothing may be copied to the host."""
+    # A build of torch without CUDA has the function, which raises.
+    return _HAS_CUDA and torch.cuda.is_current_stream_capturing()
+
+
+_HAS_CUDA = torch.backends.cuda.is_built()
 
 
 class Inert:
@@ -74,7 +83,7 @@ class Guard:
         """Make `call` a hook of this place, which is called with `first` and the hook's own arguments, without gradients, and never raises."""
 
         def run(*args: Any) -> Any:
-            if not self.is_open or place in self._failed:
+            if not self.is_open or place in self._failed or is_capturing():
                 return None
             begun = self._clock.seconds()
             with internals.without_function_modes():
