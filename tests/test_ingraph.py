@@ -326,3 +326,31 @@ def test_what_only_eager_steps_measure_is_said_as_long_as_the_graph_measures() -
         unseen.append(monitor.coverage.unseen)
     only_in_eager = (("gelu", ONLY_IN_EAGER),)
     assert unseen == [(), only_in_eager, (), only_in_eager]
+
+
+@able
+@pytest.mark.skipif(not hasattr(torch._inductor.config, "custom_should_partition_ops"), reason="before torch 2.9 an operator cannot be kept out")
+def test_the_compiler_keeps_our_operators_out_of_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked of the scheduler of the compiler, which without a GPU records no CUDA graphs."""
+    from torch._inductor.scheduler import Scheduler
+
+    reasons: list[str] = []
+    decide: Callable[..., str | None] = Scheduler.should_partition
+
+    def should_partition(scheduler: Scheduler, node: Any) -> str | None:
+        reason = decide(scheduler, node)
+        operator = getattr(node.node, "op_overload", None)
+        if "torchsat" in str(operator):
+            reasons.append(f"{operator}: {reason}")
+        return reason
+
+    monkeypatch.setattr(Scheduler, "should_partition", should_partition)
+    model = net()
+    monitor = torchsat.watch(model, every=1, budget=None, compiled="in_graph", errors="raise")
+    run, optimizer = torch.compile(model, fullgraph=True), torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(2):
+        run(torch.randn(8, 16)).square().mean().backward()
+        optimizer.step()
+    monitor.close()
+    expected = [f"torchsat.{name}.default: custom partition op: torchsat::{name}.default" for name in ("gradient", "layer", "observe")]
+    assert sorted(set(reasons)) == expected
