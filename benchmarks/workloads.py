@@ -254,7 +254,12 @@ def twins(work: Workload, device: torch.device, seed: int = 0) -> Iterator[nn.Mo
     torch.manual_seed(seed)
     model = work.model().to(device)
     while True:
-        yield copy.deepcopy(model)
+        twin = copy.deepcopy(model)
+        for module in twin.modules():
+            if isinstance(module, nn.RNNBase):
+                # The weights of a copy lie apart, which cuDNN would put together in each call.
+                module.flatten_parameters()
+        yield twin
 
 
 def machine(device: torch.device) -> str:

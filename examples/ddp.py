@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--fully-shard", dest="kind", action="store_const", const="fully_shard", default="ddp")
     parser.add_argument("--pipeline", dest="kind", action="store_const", const="pipeline")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one device a process (not run on a GPU yet)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one device a process")
     given = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The rows of statistics.py on NVIDIA GPUs: one Triton kernel per call, which reads every element once. Not run on a GPU yet.
+"""The rows of statistics.py on NVIDIA GPUs: one Triton kernel per call, which reads every element once.
 
 A program of the kernel reads one block of elements and writes one row; two small operations then merge the rows. Sums are float64, so that neither a
 mean far from 0 nor a vanishing gradient loses its digits. Units are counted at a sample of the elements, by the first programs: two atomic additions
