@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.models import linear_at, mlp
 from tests.truth import known
-from torchsat.weights import fan_in
+from torchsat.weights import elements, fan_in
 
 
 def test_weights_are_measured_by_hand() -> None:
@@ -141,3 +141,13 @@ def test_a_lazy_layer_is_measured_once_it_exists() -> None:
     assert monitor.latest is not None
     assert [weight.name for weight in monitor.latest.weights] == ["0"]
     assert monitor.coverage.unseen == ()
+
+
+@pytest.mark.parametrize("limit", [1, 64, 100, 1000])
+@pytest.mark.parametrize("shape", [(64, 64), (7, 11), (3, 48)])
+def test_a_small_sample_reads_something_of_a_weight_in_every_observation(shape: tuple[int, ...], limit: int) -> None:
+    weight = torch.arange(float(shape[0] * shape[1])).reshape(shape)
+    read = [elements(weight, limit, turn).tolist() for turn in range(300)]
+    assert all(read)
+    # A weight is read in runs of 16 neighbours. What is left behind the last whole run is not read.
+    assert len({element for each in read for element in each}) >= weight.numel() // 16 * 16

@@ -17,7 +17,7 @@ from torchsat.columns import COLUMN, MAXES, SUMS, UNITS
 from torchsat.diagnosis import Diagnosis
 from torchsat.judge import Judge
 from torchsat.parts import LayerPart, Parts, SitePart, Span
-from torchsat.record import LayerFacts, SiteFacts, Snapshot
+from torchsat.record import Snapshot
 from torchsat.rules import RULES
 from torchsat.transport.agreement import decode, encode
 from torchsat.transport.flight import Copy, Flight
@@ -27,20 +27,11 @@ from torchsat.transport.packing import Ends, Numbers, Vectors, _summary, merge, 
 from torchsat.transport.windows import UNIT_SAMPLES, UnitWindows
 
 from .conftest import record
+from .facts import layer_facts, site_facts
 from .truth import known
 
 CPU = torch.device("cpu")
 NOT_SUMMED = {"elements"}
-
-
-def site_facts(name: str = "act", **given: Any) -> SiteFacts:
-    values = {"activation": "tanh", "kind": "module", "tails": "both", "output": False, "gate": False, "after": (), "units": 4}
-    normal = {"normal_low": 0.01, "normal_high": 0.01, "normal_derivative": 0.6}
-    return SiteFacts(site=name, **{**values, **normal, **given})
-
-
-def layer_facts(name: str = "layer", **given: Any) -> LayerFacts:
-    return LayerFacts(**{"name": name, "feeds": ("act",), "fan_in": 3, "data": False, **given})
 
 
 def row(**columns: float) -> Tensor:

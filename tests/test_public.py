@@ -104,7 +104,7 @@ ARROWS = {
     "transport.agreement": {"internals", "transport.layout", "transport.meeting", "transport.packing"},
     "transport.ranks": {
         *("internals", "parts", "transport.agreement", "transport.flight", "transport.layout", "transport.meeting", "transport.packing"),
-        "transport.windows",
+        *("transport.parallel", "transport.windows"),
     },
     "transport.parallel": {"internals"},
     "transport.route": {

@@ -6,24 +6,13 @@ from typing import Any
 
 import pytest
 
+from tests.facts import layer_facts, site_facts
 from torchsat.columns import BINS, COLUMN, HEADS, LAYER, MAXES
 from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 from torchsat.rows import LayerRow, SiteRow, Stuck, to_record, to_weight
 
-FACTS = SiteFacts(
-    site="blocks.0.act",
-    activation="tanh",
-    kind="module",
-    tails="both",
-    output=True,
-    gate=False,
-    after=("blocks.0.input",),
-    units=4,
-    normal_low=0.015,
-    normal_high=0.016,
-    normal_derivative=0.6,
-)
-LAYER_FACTS = LayerFacts(name="blocks.0.linear", feeds=("blocks.0.act",), fan_in=50, data=True)
+FACTS = site_facts("blocks.0.act", output=True, after=("blocks.0.input",), normal_low=0.015, normal_high=0.016)
+LAYER_FACTS = layer_facts("blocks.0.linear", feeds=("blocks.0.act",), fan_in=50, data=True)
 
 
 def row(facts: SiteFacts = FACTS, units: Any = None, heads: Any = (), **columns: float) -> SiteRow:

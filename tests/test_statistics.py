@@ -10,12 +10,13 @@ import torch
 from scipy import integrate, stats
 from torch import nn
 
+from tests.facts import site_facts
 from tests.test_activations import MODULES, row
 from tests.truth import known
 from torchsat.activations import bind
 from torchsat.columns import BINS, COLUMN
 from torchsat.kernels import cpu
-from torchsat.record import HISTOGRAM_EDGES, Record, SiteFacts
+from torchsat.record import HISTOGRAM_EDGES, Record
 from torchsat.rows import SiteRow, to_record
 from torchsat.sampling import Sample, Units
 from torchsat.statistics import empty_row, merge_, observe, observe_gradient, upcast
@@ -32,19 +33,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return str(request.param)
 
 
-FACTS = SiteFacts(
-    site="act",
-    activation="tanh",
-    kind="module",
-    tails="both",
-    output=False,
-    gate=False,
-    after=(),
-    units=None,
-    normal_low=None,
-    normal_high=None,
-    normal_derivative=None,
-)
+FACTS = site_facts(units=None, normal_low=None, normal_high=None, normal_derivative=None)
 
 
 def make_row(module: nn.Module, z: torch.Tensor) -> torch.Tensor:

@@ -28,16 +28,16 @@ def coprime(step: int, sizes: Iterable[int]) -> int:
     return step
 
 
-def beginning(turn: int, step: int) -> int:
-    """Where a lattice with this step begins in the turn-th observation: a number from 0 to step - 1."""
-    return turn * _PRIME % step
+def beginning(turn: int, step: int, size: int) -> int:
+    """Where a lattice with this step begins in the turn-th observation: a number below the step, and below the size, so that something is read."""
+    return turn * _PRIME % max(1, min(step, size))
 
 
 def spaced(size: int, wanted: int, turn: int) -> slice:
     """About `wanted` of `size` indices, evenly spaced."""
     # A step that divides the size would meet the same column of an image, or the same window, in every observation.
     step = coprime(max(1, -(-size // max(1, wanted))), (size,))
-    return slice(beginning(turn, max(1, min(step, size))), size, step)
+    return slice(beginning(turn, step, size), size, step)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _sample(shape: tuple[int, ...], strides: tuple[int, ...], limit: int | None,
     order = tuple(sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis)))
     total = math.prod(shape)
     step = coprime(1 if limit is None else -(-total // limit) or 1, shape)
-    return Sample(shape, order, beginning(turn, min(step, max(total, 1))), step)
+    return Sample(shape, order, beginning(turn, step, total), step)
 
 
 @dataclass(eq=False)

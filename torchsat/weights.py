@@ -102,7 +102,7 @@ def _runs(shape: tuple[int, ...], limit: int | None, turn: int) -> tuple[int, in
     if limit is None or math.prod(shape) <= max(limit // _LESS, 2 * _RUN):
         return 0, 1, 0
     step = coprime(-(-whole // wanted), (whole, *shape))
-    start = beginning(turn, step)
+    start = beginning(turn, step, whole)
     return start, step, -(-(whole - start) // step)
 
 

@@ -307,7 +307,7 @@ def observe(
     formula = slope if isinstance(slope, Formula) else Formula(GIVEN)
     start, step, inner, size = (0, 1, 1, 1) if place is None else place
     unit_step = coprime(max(1, -(-count // _UNIT_SAMPLES)), (size, inner))
-    unit_start = beginning(next(_turns), unit_step)
+    unit_start = beginning(next(_turns), unit_step, count)
     programs = triton.cdiv(count, _BLOCK)
     out = torch.empty(programs, len(COLUMN), dtype=torch.float64, device=z.device)
     low, high = edges

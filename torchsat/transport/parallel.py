@@ -29,9 +29,19 @@ def averaged_over(model: nn.Module | None, weights: Iterable[Tensor]) -> float:
     return float(next((weight.device_mesh.size() for weight in weights if isinstance(weight, DTensor)), 1))
 
 
+def is_distributed() -> bool:
+    """Whether this process is a rank of a job that uses torch.distributed now."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def job_rank() -> int:
+    """The rank of this process in the whole job; 0 where torch.distributed is not in use."""
+    return dist.get_rank() if is_distributed() else 0
+
+
 def default_group() -> dist.ProcessGroup | None:
     """The group of all ranks of the job; None where there is only one, or where torch.distributed is not in use."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
+    if not is_distributed() or dist.get_world_size() < 2:
         return None
     return dist.group.WORLD
 
@@ -47,7 +57,7 @@ def averages(model: nn.Module | None, weights: Iterable[Tensor], wrapper_ranks: 
         wrapper_ranks: the number of ranks over which the DistributedDataParallel around the model averages; 0: there is none around it.
         stages: the stages of a pipeline that are watched; empty for any other model.
     """
-    if not dist.is_available() or not dist.is_initialized():
+    if not is_distributed():
         return 1.0
     chunks = max((stage.chunks or 1 for stage in stages if hasattr(stage, "scale_grads")), default=1)
     return float((wrapper_ranks or averaged_over(model, weights)) * chunks)

@@ -20,6 +20,7 @@ from torchsat.transport.flight import Flight, copy_after
 from torchsat.transport.layout import Layout, told
 from torchsat.transport.meeting import LAG, Meeting, Rendezvous
 from torchsat.transport.packing import Ends, Numbers, Vectors, pack, unpack
+from torchsat.transport.parallel import job_rank
 from torchsat.transport.windows import UnitWindows
 
 _met: dict[str, int] = {}
@@ -38,7 +39,7 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None, kind: str, give_up: Callable[[str], None]) -> None:
         self.meeting = Meeting.UNMET
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
-        self.everywhere = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        self.everywhere = job_rank()
         """The rank in the whole job, which is the one that users are shown."""
         self.layout = Layout()
         """The layout that all ranks have agreed upon; empty before that."""

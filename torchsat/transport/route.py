@@ -15,7 +15,7 @@ from torchsat.transport.flight import Flight
 from torchsat.transport.local import Local
 from torchsat.transport.meeting import Meeting
 from torchsat.transport.packing import Numbers
-from torchsat.transport.parallel import default_group
+from torchsat.transport.parallel import default_group, job_rank
 from torchsat.transport.ranks import Ranks
 
 log = logging.getLogger("torchsat")
@@ -59,7 +59,7 @@ class Route:
         """The rank of this process in the whole job, even after torch.distributed has been shut down; 0 where there is only one process."""
         if self._ranks is not None:
             return self._ranks.everywhere
-        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+        return job_rank()
 
     @property
     def interval(self) -> int:
