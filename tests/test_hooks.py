@@ -155,3 +155,13 @@ def test_steps_that_are_captured_in_a_cuda_graph_are_left_alone(
     assert [[record.nonfinite for record in snapshot.records] for snapshot in found] == [[0] * len(found[0].records)] * 2
     assert [message for message in caplog.messages if "was captured in a CUDA graph" in message] == caplog.messages
     assert len(caplog.messages) == 1
+
+
+def test_where_cuda_was_never_used_nobody_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA build of torch on a machine without a driver raises where it is asked for the current stream."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: 1 / 0)
+    assert not hooks.is_capturing()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert hooks.is_capturing()

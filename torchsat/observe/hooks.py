@@ -21,11 +21,8 @@ from torchsat.schedule import Clock, Window
 
 def is_capturing() -> bool:
     """Whether the user captures a CUDA graph now: kernels are recorded and not executed, and nothing may be copied to the host."""
-    # A build of torch without CUDA has the function, which raises.
-    return _HAS_CUDA and torch.cuda.is_current_stream_capturing()
-
-
-_HAS_CUDA = torch.backends.cuda.is_built()
+    # Without a driver, and in a build without CUDA, the second function raises.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class Inert:
