@@ -39,8 +39,8 @@ _STEPS_OF_OTHERS = 8
 """An observation whose model is not called is abandoned after this many optimizer steps of other models."""
 _CAPTURED = (
     "torchsat: a training step of %s was captured in a CUDA graph. Capturing executes nothing, and a replay runs no Python, so these steps are "
-    "neither measured nor counted; steps outside the graph are. To have all of them measured, train eagerly, or with "
-    'torch.compile(model, mode="reduce-overhead") and watch(..., compiled="in_graph").'
+    "neither measured nor counted; steps outside the graph are. To have all of them measured, train eagerly or with torch.compile, whose "
+    'mode="reduce-overhead" captures CUDA graphs for you.'
 )
 
 
