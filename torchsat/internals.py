@@ -258,8 +258,8 @@ def ordered_effect() -> Callable[[Any], Any] | None:
     return lambda operator: _register_effectful_op(operator, _EffectType.ORDERED)
 
 
-def keep_out_of_cuda_graphs(operators: Iterable[str]) -> None:
-    """Have the compiler run these operators (`namespace::name`) between the CUDA graphs that it records, if it records any.
+def keep_out_of_cuda_graphs(operator: str) -> None:
+    """Have the compiler run this operator (`namespace::name`) between the CUDA graphs that it records, if it records any.
 
     The public way is the tag `torch.Tag.cudagraph_unsafe`. The compiler does not see it on an operator with an ordered effect.
     """
@@ -267,7 +267,7 @@ def keep_out_of_cuda_graphs(operators: Iterable[str]) -> None:
 
     known = getattr(config, "custom_should_partition_ops", None)
     if known is not None:
-        config.custom_should_partition_ops = [*known, *(each for each in operators if each not in known)]
+        config.custom_should_partition_ops = [*known, operator]
 
 
 def wrapped_by_data_parallel() -> nn.parallel.DistributedDataParallel | None:

@@ -85,14 +85,14 @@ def why_not_in_graph() -> str | None:
     if not internals.can_guard_hooks():
         return f"torch {torch.__version__} cannot be told to compile anew for a model with other hooks"
     library: Any = torch.library.Library("torchsat", "DEF")
-    names = [schema.partition("(")[0] for schema in _OPERATORS]
-    for name, (schema, run) in zip(names, _OPERATORS.items(), strict=True):
+    for schema, run in _OPERATORS.items():
+        name = schema.partition("(")[0]
         library.define(schema)
         library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"torchsat::{name}", lambda *given: None, lib=library)
         declare(getattr(torch.ops.torchsat, name).default)
-    # A CUDA graph replays kernels and no Python, so these operators have to run between the graphs of a compiled model.
-    internals.keep_out_of_cuda_graphs([f"torchsat::{name}" for name in names])
+        # A CUDA graph replays kernels and no Python, so the operator has to run between the graphs of a compiled model.
+        internals.keep_out_of_cuda_graphs(f"torchsat::{name}")
     _library = library
     return None
 
