@@ -112,7 +112,7 @@ ARROWS = {
         "transport.ranks",
     },
     "delivery": {
-        *("alerts", "diagnosis", "faults", "judge", "observe.observation", "options", "record", "rows", "sites"),
+        *("alerts", "diagnosis", "faults", "judge", "observe.observation", "options", "process", "record", "rows", "sites"),
         *("tensorboard", "tensorboard.reader", "tensorboard.writer"),
         *("transport.flight", "transport.meeting", "transport.packing", "transport.parallel", "transport.route"),
     },

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from torchsat.faults import Faults
 from torchsat.judge import Judge
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
+from torchsat.process import undisturbed
 from torchsat.record import Alert, Coverage, Snapshot
 from torchsat.rows import Stuck, to_record, to_weight
 from torchsat.sites import Sites
@@ -58,6 +60,8 @@ class Delivery:
         """For each site, the stuck units of its last full window (rows.py)."""
         self.in_flight: list[Flight] = []
         """The observations that are on their way to the host, oldest first."""
+        self._delivering = threading.RLock()
+        """Held by the thread that delivers. At SIGTERM that may be another one than the training thread (process.py)."""
         self._announced = False
         self._moved = False
         self._nothing = "of its activations, include= and exclude= leave none" if options.include or options.exclude else "no activation was found"
@@ -144,8 +148,10 @@ class Delivery:
                 flight.wait(wait)
             elif not flight.arrived():
                 break
-            self.in_flight.remove(flight)
-            retry = self._deliver(flight, overhead) or retry
+            with undisturbed(), self._delivering:
+                if flight in self.in_flight:
+                    self.in_flight.remove(flight)
+                    retry = self._deliver(flight, overhead) or retry
         return retry
 
     def _deliver(self, flight: Flight, overhead: float | None) -> Retry | None:

@@ -78,7 +78,7 @@ class Loop:
         self._newest_pass: Pass | None = None
         """The newest pass when the last optimizer had stepped, if the round was not over then. A *round* is one step of every optimizer (steps.py).
         If one of them steps again before the round is over, the passes after this one belong to the next step."""
-        self._watcher = process.Watcher(self.before_step, self.after_step, self.close, self.observer.fail, self._stop)
+        self._watcher = process.Watcher(self.before_step, self.after_step, self.close, self.save, self.observer.fail, self._stop)
 
     def start(self) -> None:
         """Begin to watch: from now on our process-wide hooks call this loop at every optimizer step. An error that `errors="raise"` lets through is
@@ -122,6 +122,12 @@ class Loop:
         """Wait for every observation in flight, and for the sinks."""
         with self.observer.never_raising():
             self.observer.drain(self.step, wait=meeting.CLOSING if self.is_closed else meeting.PATIENCE)
+        self.observer.delivery.flush()
+
+    def save(self) -> None:
+        """Write what has arrived on the host, since the process may be about to end. Called on a thread of its own, while this one is interrupted."""
+        with self.observer.never_raising():
+            self.observer.drain(self.step)
         self.observer.delivery.flush()
 
     def _stop(self) -> None:
@@ -205,6 +211,7 @@ class Loop:
         observer.drain(self.step)
         if observer.observation is not None:
             self.step = observer.finish(observer.observation, self.step)
+            process.catch_sigterm()
         elif observer.schedule.compares:
             observer.schedule.follow(observer.clock.mark(observer.device))
         self.step += 1
