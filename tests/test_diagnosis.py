@@ -149,6 +149,29 @@ def test_an_alert_that_turns_out_to_have_an_origin_is_closed() -> None:
     assert diagnosis.firing == (told[1],)
 
 
+def test_of_two_alerts_of_one_place_the_one_that_was_told_stays() -> None:
+    diagnosis = Diagnosis()
+    first = [alert("a", "stuck_units", severity="warning")]
+    diagnosis.judge(first, first, snapshot(*CHAIN, step=2))
+    # `Judge.firing` has the urgent one first.
+    told = diagnosis.judge([alert("a")], [alert("a"), *first], snapshot(*CHAIN, step=4))
+    assert [(each.site, each.rule, each.severity, each.firing, each.also) for each in told] == [("a", "stuck_units", "critical", True, ())]
+    assert diagnosis.judge([], [alert("a"), *first], snapshot(*CHAIN, step=8)) == ()
+
+
+def test_an_alert_is_never_told_with_itself() -> None:
+    rules = ("nonfinite", "saturated", "stuck_units", "attention_collapse", "exploding_gradient", "vanishing_gradient", "frozen_weights")
+    for before in rules:
+        for after in rules:
+            diagnosis = Diagnosis()
+            old, new = alert("a", before), alert("a", after)
+            diagnosis.judge([old], [old], snapshot(*CHAIN, step=2))
+            for event in diagnosis.judge([new], [new, old], snapshot(*CHAIN, step=4)):
+                assert "a: told with a" not in event.message
+                assert event.firing or event.message == f"a: {before} is told with {after} from here on"
+                assert verdict(event).count("a is bad") <= 1
+
+
 def test_an_alert_that_worsens_is_told_again() -> None:
     diagnosis = Diagnosis()
     mild = [alert("a", severity="warning")]

@@ -388,7 +388,7 @@ def _of_nonfinite(alert: Alert, scene: Scene) -> list[Term]:
 def _of_attention(alert: Alert, scene: Scene) -> list[Term]:
     """Logits that vary so much within a row that one key takes all of the weight."""
     record = scene.record(alert.site)
-    if record is None:
+    if record is None or record.logit_std is None:
         return []
     place = attribute(record.site.partition("/")[0])
     return [

@@ -87,7 +87,8 @@ class Diagnosis:
             if key in groups or key not in self._raw:
                 continue
             origin = next(origin for origin, members in groups.items() if key in members)
-            over = replace(events[-1], step=snapshot.step, firing=False, message=f"{key[0]}: told with {origin[0]} from here on")
+            told = f"told with {origin[0]}" if origin[0] != key[0] else f"{key[1]} is told with {origin[1]}"
+            over = replace(events[-1], step=snapshot.step, firing=False, message=f"{key[0]}: {told} from here on")
             self._told.apply(over)
             said.append(over)
         return said
@@ -114,8 +115,9 @@ class Diagnosis:
         sites = {key: [site for site in sites_of(key[0], snapshot) if site in position] for key in self._raw}
         before = {site: upstream_of(site, snapshot.records) for key in self._raw for site in sites[key]}
 
-        def order(key: Key) -> tuple[int, int]:
-            return _RANK.get(key[1], 3), min((position[site] for site in sites[key]), default=len(position))
+        def order(key: Key) -> tuple[int, int, bool]:
+            # Of two alerts of one place, the one that has been told stays the origin: it would be no news that the other one fires there too.
+            return _RANK.get(key[1], 3), min((position[site] for site in sites[key]), default=len(position)), self._told.get(key) is None
 
         def follows(key: Key, origin: Key) -> bool:
             rank, lower = _RANK.get(key[1]), _RANK.get(origin[1])

@@ -12,8 +12,8 @@ that happens. It must not change how the process reacts to the signal, so these 
 - Where ours is the handler of the process, it writes what there is and lets the signal do what it does without a handler.
 - A framework that sets its handler after us may call ours from its own (Lightning does). Then it has taken over the decision how to end. Ours writes
   what there is and returns, and monitoring goes on.
-- The handler interrupts the main thread anywhere, even between two lines of ours. What must be whole, such as handing a snapshot to the sinks, runs in
-  a block of `undisturbed`, and the signal waits for its end.
+- The handler interrupts the main thread anywhere, even between two lines of ours. What must be whole, such as handing a snapshot to the sinks, runs
+  in a block of `undisturbed`, and the signal waits for its end.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ are frozen. A number that cannot be known (no gradient was seen, the function ha
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -242,10 +243,9 @@ class Alert:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Alert:
-        """The inverse of `as_dict`. Fields that are not known here, of a later version, are left out."""
-        known = {field.name for field in fields(Alert)}
-        kept = {key: value for key, value in values.items() if key in known}
-        return Alert(**{**kept, "causes": tuple(Cause(**cause) for cause in kept.get("causes", ())), "also": tuple(kept.get("also", ()))})
+        """The inverse of `as_dict`, also after JSON. Fields that are not known here, of a later version, are left out."""
+        kept = _known(Alert, values)
+        return Alert(**{**kept, "causes": tuple(Cause(**_known(Cause, cause)) for cause in kept.get("causes", ()))})
 
 
 @dataclass(frozen=True)
@@ -270,10 +270,32 @@ class Snapshot:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Snapshot:
-        """The inverse of `as_dict`."""
-        records = tuple(Record(**{**each, "heads": each["heads"] and tuple(Head(**head) for head in each["heads"])}) for each in values["records"])
-        weights = tuple(Weight(**each) for each in values["weights"])
-        return Snapshot(**{**values, "records": records, "weights": weights, "alerts": tuple(map(Alert.from_dict, values["alerts"]))})
+        """The inverse of `as_dict`, also after JSON, which makes a list of each tuple. Fields that are not known here, of a later version, are left
+        out."""
+        records = []
+        for each in values["records"]:
+            known = _known(Record, each)
+            heads = known.get("heads")
+            records.append(Record(**{**known, "heads": None if heads is None else tuple(Head(**_known(Head, head)) for head in heads)}))
+        weights = tuple(Weight(**_known(Weight, each)) for each in values.get("weights", ()))
+        alerts = tuple(map(Alert.from_dict, values.get("alerts", ())))
+        return Snapshot(**{**_known(Snapshot, values), "records": tuple(records), "weights": weights, "alerts": alerts})
+
+    def __iter__(self) -> Iterator[Record]:
+        """The records, in the order of `records`."""
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        """The number of records."""
+        return len(self.records)
+
+    def __bool__(self) -> bool:
+        """True: a snapshot without records is still one."""
+        return True
+
+    def __contains__(self, site: object) -> bool:
+        """Whether the site of this name ran in this observation, or whether this record is one of `records`."""
+        return any(site in (record.site, record) for record in self.records)
 
     def __getitem__(self, site: str) -> Record:
         """The record of this site. KeyError: the site did not run in this observation."""
@@ -281,7 +303,7 @@ class Snapshot:
             if record.site == site:
                 return record
         names = [record.site for record in self.records]
-        near = get_close_matches(site, names, n=3) or names[:5]
+        near = get_close_matches(str(site), names, n=3) or names[:5]
         raise KeyError(f"no site {site!r} at step {self.step}; " + (f"near it: {', '.join(near)}" if near else "the snapshot is empty"))
 
 
@@ -308,6 +330,14 @@ class Coverage:
 
 
 _NOUNS = {"module": ("module", "modules"), "call": ("call", "calls"), "recurrent": ("gate", "gates"), "softmax": ("softmax", "softmaxes")}
+
+
+
+def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that are fields of this dataclass, with a tuple for each list."""
+    names = {field.name for field in fields(kind)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if name in names}
+
 
 SITE_FACTS = tuple(field.name for field in fields(SiteFacts))
 RECORD_METRICS = tuple(field.name for field in fields(Record) if field.name not in (*SITE_FACTS, "histogram", "heads"))
