@@ -31,7 +31,7 @@ NEEDS = {
 """The packages that a script imports, beside those which torchsat itself needs. A script without them is skipped."""
 WITHOUT_ARGUMENTS = ("dashboard", "healthy")
 """The scripts that read no command line."""
-WITHOUT_MAIN = ("other_rules", "workloads")
+WITHOUT_MAIN = ("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "other_rules", "workloads")
 
 Load = Callable[[str, str], ModuleType]
 
@@ -80,6 +80,24 @@ def tiny(load: Load) -> Any:
 
     work = load("benchmarks", "workloads").Workload("tiny", "a tanh layer", model, batch, lambda model: torch.optim.SGD(model.parameters(), lr=1e-3))
     return lambda device: {"tiny": work}
+
+
+def test_audit(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The small grid reaches every field, and every figure agrees."""
+    arguments(monkeypatch, "--small")
+    status = load("benchmarks", "audit").main()
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert "| Record.saturated | " in printed
+
+
+def test_identity(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every training of the zoo is bit for bit what it is without torchsat."""
+    arguments(monkeypatch)
+    status = load("benchmarks", "identity").main()
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert "\n0 of " in printed
 
 
 def test_bandwidth(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

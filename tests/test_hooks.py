@@ -4,12 +4,16 @@ import copy
 import io
 import pickle
 import sys
+from collections import Counter
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchsat
 from tests.models import Block, Wrapped, mlp
@@ -124,6 +128,52 @@ def test_between_observations_nothing_of_ours_runs_but_the_hook_on_the_optimizer
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
+class CountingCalls(TorchFunctionMode):
+    """A mode of the user's that counts what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_function__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[function.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class CountingOperators(TorchDispatchMode):
+    """A mode of the user's that counts the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [CountingCalls, CountingOperators])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_the_modes_of_the_user_see_nothing_of_ours(kind: type[CountingCalls] | type[CountingOperators], by_hand: bool) -> None:
+    counts = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = torchsat.watch(model, every=1, budget=None, errors="raise") if watched else None
+        with kind() as mode:
+            for _ in range(3):
+                model(torch.ones(4, 8)).sum().backward()
+                optimizer.step()
+                if by_hand and monitor is not None:
+                    monitor.step()
+        counts.append(dict(mode.calls))
+        if monitor is not None:
+            monitor.close()
+            assert monitor.latest is not None
+    assert counts[0] == counts[1]
+
+
 def test_steps_that_are_captured_in_a_cuda_graph_are_left_alone(
     by_hand: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

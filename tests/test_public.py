@@ -116,13 +116,13 @@ ARROWS = {
         *("tensorboard", "tensorboard.reader", "tensorboard.writer"),
         *("transport.flight", "transport.meeting", "transport.packing", "transport.parallel", "transport.route"),
     },
-    "process": {"compile_settings"},
+    "process": {"compile_settings", "internals"},
     "observer": {
         *("compile_settings", "compiling", "delivery", "faults", "internals", "observe.observation", "observe.passes", "options", "parts"),
         *("schedule", "sites", "structure", "transport.parallel", "transport.route"),
     },
     "loop": {
-        *("compiling", "observe.hooks", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps"),
+        *("compiling", "internals", "observe.hooks", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps"),
         "transport.meeting",
     },
     "monitor": {"loop", "options", "record", "schedule", "statistics", "structure"},

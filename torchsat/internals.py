@@ -184,6 +184,18 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+@contextlib.contextmanager
+def hidden_from_modes() -> Iterator[None]:
+    """A context whose calls of torch neither a TorchFunctionMode nor a TorchDispatchMode of the user's sees: they count and change what the user
+    computes, and not what we do."""
+    with without_function_modes():
+        if open_dispatch_modes():
+            with without_dispatch_modes():
+                yield
+        else:
+            yield
+
+
 def function_modes() -> list[TorchFunctionMode]:
     """The open TorchFunctionModes, outermost first."""
     modes: list[TorchFunctionMode] = _get_current_function_mode_stack()

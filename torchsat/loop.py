@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from torchsat import process
 from torchsat.compiling import Mode
+from torchsat.internals import hidden_from_modes
 from torchsat.observe.hooks import is_capturing
 from torchsat.observe.observation import Observation, Retry
 from torchsat.observe.passes import Pass, PassEvent
@@ -103,7 +104,7 @@ class Loop:
         if is_capturing():
             self._say_captured()
             return
-        with observer.never_raising(), observer.timed():
+        with hidden_from_modes(), observer.never_raising(), observer.timed():
             if observer.observation is not None:
                 observer.observation.after_step(None)
             self._end_round()

@@ -34,6 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchsat.compile_settings import ignore_hooks, release, restore_stance
+from torchsat.internals import hidden_from_modes, open_dispatch_modes, without_function_modes
 
 StepHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]
 
@@ -130,13 +131,23 @@ def _tell(hooks: list[tuple[Watcher, StepHook]], optimizer: Optimizer, args: tup
     global _hooks_running
     _hooks_running += 1
     try:
-        for watcher, hook in hooks:
-            try:
-                hook(optimizer, args, kwargs)
-            except Exception as error:
-                watcher.fault(error)
+        # This runs at every step. The function that hides us from both kinds of modes costs more than the check for the rarer kind.
+        with without_function_modes():
+            if open_dispatch_modes():
+                with hidden_from_modes():
+                    _call(hooks, optimizer, args, kwargs)
+            else:
+                _call(hooks, optimizer, args, kwargs)
     finally:
         _hooks_running -= 1
+
+
+def _call(hooks: list[tuple[Watcher, StepHook]], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for watcher, hook in hooks:
+        try:
+            hook(optimizer, args, kwargs)
+        except Exception as error:
+            watcher.fault(error)
 
 
 @atexit.register
