@@ -127,7 +127,6 @@ def test_between_observations_nothing_of_ours_runs_but_the_hook_on_the_optimizer
         }
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
 class CountingCalls(TorchFunctionMode):
     """A mode of the user's that counts what is called."""
 
@@ -174,6 +173,7 @@ def test_the_modes_of_the_user_see_nothing_of_ours(kind: type[CountingCalls] | t
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize("by_hand", [False, True])
 def test_steps_that_are_captured_in_a_cuda_graph_are_left_alone(
     by_hand: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchsat.compile_settings import ignore_hooks, release, restore_stance
-from torchsat.internals import hidden_from_modes, open_dispatch_modes, without_function_modes
+from torchsat.internals import open_dispatch_modes, without_dispatch_modes, without_function_modes
 
 StepHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]
 
@@ -61,6 +61,8 @@ _watchers: dict[Watcher, None] = {}
 """All watchers, in the order in which they joined. They keep their monitors alive, whether or not the user keeps what `watch` returned."""
 _hooks: list[Any] = []
 """The handles of the two global optimizer hooks; empty while nobody watches."""
+_NOTHING = contextlib.nullcontext()
+"""Entered at each step where no TorchDispatchMode of the user's is open."""
 _hooks_running = 0
 """The number of calls of our optimizer hooks that are running, on all threads."""
 _PATIENCE = 10.0
@@ -131,23 +133,14 @@ def _tell(hooks: list[tuple[Watcher, StepHook]], optimizer: Optimizer, args: tup
     global _hooks_running
     _hooks_running += 1
     try:
-        # This runs at every step. The function that hides us from both kinds of modes costs more than the check for the rarer kind.
-        with without_function_modes():
-            if open_dispatch_modes():
-                with hidden_from_modes():
-                    _call(hooks, optimizer, args, kwargs)
-            else:
-                _call(hooks, optimizer, args, kwargs)
+        with without_function_modes(), without_dispatch_modes() if open_dispatch_modes() else _NOTHING:
+            for watcher, hook in hooks:
+                try:
+                    hook(optimizer, args, kwargs)
+                except Exception as error:
+                    watcher.fault(error)
     finally:
         _hooks_running -= 1
-
-
-def _call(hooks: list[tuple[Watcher, StepHook]], optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for watcher, hook in hooks:
-        try:
-            hook(optimizer, args, kwargs)
-        except Exception as error:
-            watcher.fault(error)
 
 
 @atexit.register
