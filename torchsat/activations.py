@@ -23,9 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torchsat.attributes import stored
 from torchsat.internals import twin
 from torchsat.numeric import check_elementwise, derivative_of, grid, normal_mean, peak_on_grid, tails_on_grid
 from torchsat.record import Tails
+from torchsat.tensors import plain as plain_tensor
 
 Edges = tuple[float | Tensor | None, float | Tensor | None]
 """(z_L, z_R): where the low tail ends and where the high one begins; None where there is none."""
@@ -156,7 +158,7 @@ def bind(activation: Activation, module: nn.Module, epsilon: float) -> Bound:
         ValueError: the module lacks a parameter, or its function is not element-wise and so has no f'(z).
     """
     try:
-        values = {name: getattr(module, name) for name in activation.parameters}
+        values = {name: stored(module, name) for name in activation.parameters}
     except AttributeError as error:
         raise ValueError(
             f"activation {activation.name!r} names the parameters {activation.parameters}, but {type(module).__name__} lacks one: {error}"
@@ -182,7 +184,7 @@ def bind_call(
     if missing:
         raise ValueError(f"activation {activation.name!r} was called without {', '.join(missing)}; give the row `defaults=`")
     if known is not None and all(known.plain.get(name) == value for name, value in values.items() if not isinstance(value, Tensor)):
-        return replace(known, learned={name: value.detach() for name, value in values.items() if isinstance(value, Tensor)})
+        return replace(known, learned={name: plain_tensor(value).detach() for name, value in values.items() if isinstance(value, Tensor)})
     return _bind(activation, values, epsilon, function, lambda: function)
 
 
@@ -202,7 +204,7 @@ def _bind(
         function: what computes it in the model.
         testable: makes a function that computes the same in float64 on the CPU, and leaves no trace on the module.
     """
-    learned = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    learned = {name: plain_tensor(value).detach() for name, value in values.items() if isinstance(value, Tensor)}
     plain = {name: value for name, value in values.items() if name not in learned}
     derivative = activation.derivative
     if derivative is None:

@@ -355,6 +355,17 @@ def finished(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def flat_weights(module: nn.RNNBase) -> dict[str, Tensor] | None:
+    """The weights and biases that the last forward of a recurrent layer has used, by name; None where it keeps none.
+
+    The layer hands this list to its kernel. Reading the weights by name would compute those again that are computed from others.
+    """
+    names, weights = (vars(module).get(name) for name in ("_flat_weights_names", "_flat_weights"))
+    if names is None or weights is None or len(names) != len(weights) or not all(isinstance(each, Tensor) for each in weights):
+        return None
+    return dict(zip(names, weights, strict=True))
+
+
 def is_stage(value: object) -> bool:
     """Whether this is a stage of torch.distributed.pipelining, of whichever kind."""
     pipelines = sys.modules.get(PIPELINES)

@@ -19,10 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from torchsat import internals
+from torchsat.attributes import stored
 from torchsat.sampling import spaced
+from torchsat.sharding import is_freed, part_of
+from torchsat.tensors import why_unread
 
 State = Tensor | tuple[Tensor, Tensor] | None
 """The hidden state, and the cell state of an LSTM, that a call was given."""
+COMPUTED = "a weight of it is computed from others, and reading it can change them"
+FREED = "a tensor whose memory is freed after the forward"
 _LEAST_SEQUENCES = 4
 """At least this many sequences of a batch are computed again."""
 
@@ -46,6 +52,33 @@ class NotRebuiltError(ValueError):
     """Something that a fused kernel hides cannot be computed again; the message says why."""
 
 
+def why_unknown(module: nn.RNNBase | nn.RNNCellBase) -> str | None:
+    """Why the weights that the last call of this module has used cannot be read; None where they can.
+
+    A weight that is computed from others (spectral norm, weight drop) must not be read, since that computes it again. nn.LSTM, nn.GRU and nn.RNN keep
+    the weights that a forward has used; their cells do not.
+    """
+    try:
+        weights = _weights(module)
+    except AttributeError:
+        return COMPUTED
+    reasons = (FREED if is_freed(each) else why_unread(each) for each in weights.values())
+    return next((f"a weight of it is {reason}" for reason in reasons if reason is not None), None)
+
+
+def _weights(module: nn.RNNBase | nn.RNNCellBase) -> dict[str, Tensor]:
+    """The weights and biases that the last call has used, by the name of the attribute.
+
+    Raises:
+        AttributeError: they are not kept.
+    """
+    used = internals.flat_weights(module) if isinstance(module, nn.RNNBase) else None
+    if used is None:
+        names = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ()))
+        used = {name: stored(module, name) for name in names}
+    return {name: part_of(each) for name, each in used.items()}
+
+
 def cell_gates(module: nn.RNNCellBase, x: Tensor, state: State = None) -> Iterator[Gate]:
     """The gates of one step of an nn.LSTMCell, nn.GRUCell or nn.RNNCell, which was called with x and this state."""
     kind = "RNN_" + module.nonlinearity.upper() if isinstance(module, nn.RNNCell) else type(module).__name__.removesuffix("Cell")
@@ -58,7 +91,7 @@ def cell_gates(module: nn.RNNCellBase, x: Tensor, state: State = None) -> Iterat
     if state is None:
         zero = x.new_zeros(len(x), module.hidden_size)
         state = (zero, zero) if kind == "LSTM" else zero
-    weights = [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh] if module.bias else [module.weight_ih, module.weight_hh]
+    weights = list(_weights(module).values())
     h, c = state if isinstance(state, tuple) else (state, state)
     for name, function, z in _gates(kind, x.unsqueeze(0), h.unsqueeze(0), c, weights):
         yield Gate("", name, function, z.flatten(0, 1), z.numel())
@@ -174,14 +207,15 @@ def _direction(module: nn.RNNBase, given: _Sequences, layer: int, direction: int
     """The hidden states of one layer in one direction, [steps, batch, units], and its gates as `_gates` gives them."""
     suffix = _suffix(layer, direction)
     names = [f"weight_ih_{suffix}", f"weight_hh_{suffix}"] + ([f"bias_ih_{suffix}", f"bias_hh_{suffix}"] if module.bias else [])
-    weights = [getattr(module, name) for name in names]
+    used = _weights(module)
+    weights = [used[name] for name in names]
     h, c = _first_state(module, given, layer, direction)
     inputs = _reversed(given.inputs, given.lengths) if direction else given.inputs
     if given.last is not None and layer == module.num_layers - 1:
         hidden = given.last.chunk(2 if module.bidirectional else 1, -1)[direction]
         hidden = _reversed(hidden, given.lengths) if direction else hidden
     else:
-        projection = getattr(module, f"weight_hr_{suffix}") if module.proj_size else None
+        projection = used[f"weight_hr_{suffix}"] if module.proj_size else None
         hidden = _run(module.mode, inputs, h, c, weights, projection, module.bias)
     before = torch.cat([h.unsqueeze(0).to(hidden.dtype), hidden[:-1]])
     return _reversed(hidden, given.lengths) if direction else hidden, _gates(module.mode, inputs, before, c, weights)

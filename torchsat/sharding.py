@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from torchsat.internals import finished, shard_offset
+from torchsat.tensors import plain
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Placement:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is spread over ranks; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This rank's part of a tensor that is spread over ranks; any other tensor as it is, read as a plain one where it holds plain data."""
+    return plain(tensor.to_local() if isinstance(tensor, DTensor) else tensor)
 
 
 def part_of(tensor: Tensor) -> Tensor:
     """This rank's part, as a plain tensor that no collective still computes."""
-    return finished(local(tensor))
+    return plain(finished(local(tensor)))
 
 
 def is_freed(weight: Tensor) -> bool:

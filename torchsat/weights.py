@@ -16,16 +16,18 @@ import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
+from torchsat.attributes import stored
 from torchsat.columns import WEIGHT
 from torchsat.internals import Convolution, TransposedConvolution
 from torchsat.sampling import Sample, Units, beginning, coprime
 from torchsat.sharding import is_pending, local
 from torchsat.statistics import accumulator, observe_features, put_squares
+from torchsat.tensors import why_unread
 
+COMPUTED = "its weight is computed from others, and reading it can change them"
+NOT_YET = "its weight does not exist yet"
 ENTERED = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
 """The weight matrices of a recurrent layer or cell that its own input is multiplied with, in both directions. The inputs of its other matrices are
 computed inside torch's kernel."""
@@ -44,14 +46,19 @@ def is_layer(module: nn.Module) -> bool:
 
 def why_unmeasured(module: nn.Module) -> str | None:
     """Why the weight of this layer cannot be measured; None where it can."""
-    if is_parametrized(module, "weight"):
-        return "its weight is computed from others, and reading it can change them"
-    weight = getattr(module, "weight", None)
+    return why_unreadable(module, "weight")
+
+
+def why_unreadable(module: nn.Module, parameter: str) -> str | None:
+    """Why this weight of a module cannot be read; None where it can."""
+    try:
+        weight = stored(module, parameter)
+    except AttributeError:
+        return COMPUTED
     if not isinstance(weight, Tensor) or is_lazy(weight):
-        return "its weight does not exist yet"
-    if type(weight) not in (Tensor, nn.Parameter) and not isinstance(weight, DTensor):
-        return f"its weight is a {type(weight).__name__}"
-    return None
+        return NOT_YET
+    reason = why_unread(local(weight))
+    return None if reason is None else f"its weight is {reason}"
 
 
 def fan_in(module: nn.Module) -> int:
@@ -82,7 +89,7 @@ def input_sums(x: Tensor, axis: int, limit: int | None, turn: int, sums: Tensor 
         turn: which observation this is.
     """
     sample = Sample.of(x, None if limit is None else min(limit, max(1, limit // _LESS, _PER_FEATURE * x.shape[axis])), turn)
-    return observe_features(sample.take(x.detach()), Units(sample, axis), sums)
+    return observe_features(_widened(sample.take(x.detach())), Units(sample, axis), sums)
 
 
 def elements(weight: Tensor, limit: int | None, turn: int) -> Tensor:
@@ -90,8 +97,13 @@ def elements(weight: Tensor, limit: int | None, turn: int) -> Tensor:
     start, step, runs = _runs(tuple(weight.shape), limit, turn)
     flat = weight.detach() if weight.is_contiguous() else Sample.of(weight, None, 0).take(weight.detach())
     if step == 1:
-        return flat.reshape(-1)
-    return flat.as_strided((runs, _RUN), (_RUN * step, 1), flat.storage_offset() + _RUN * start).reshape(-1)
+        return _widened(flat.reshape(-1))
+    return _widened(flat.as_strided((runs, _RUN), (_RUN * step, 1), flat.storage_offset() + _RUN * start).reshape(-1))
+
+
+def _widened(values: Tensor) -> Tensor:
+    """The same values as float32 where they are float8, with which torch cannot compute."""
+    return values.float() if values.element_size() == 1 else values
 
 
 @functools.lru_cache(maxsize=4096)
@@ -121,7 +133,7 @@ class Layer:
         self.module = weakref.ref(module)
         """Weak, so that a layer does not keep the user's model alive."""
         self.parameter = parameter
-        self.fan_in = fan_in(module) if parameter == "weight" else int(getattr(module, parameter).shape[1])
+        self.fan_in = fan_in(module) if parameter == "weight" else int(stored(module, parameter).shape[1])
         self.limit, self.turn = limit, turn
         self.input_counts: bool | None = None
         """Whether this rank counts its input. False where another rank is given the same input and counts it. None: the input is no DTensor, so that
@@ -146,7 +158,7 @@ class Layer:
 
     def observe_grad(self, weight: Tensor, divisor: Tensor | None) -> None:
         """Measure the gradient. `divisor` is the factor of a GradScaler that it still carries."""
-        if weight.is_leaf and weight.grad is not None and not weight.grad.is_sparse and not is_pending(weight.grad):
+        if weight.is_leaf and weight.grad is not None and not is_pending(weight.grad) and why_unread(local(weight.grad)) is None:
             numbers, at = self._on(weight), WEIGHT.index("grad_sq")
             put_squares(elements(local(weight.grad), self.limit, self.turn), None, numbers, at)
             if divisor is not None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Set
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from torchsat import internals
 from torchsat.schedule import Clock, Window
+
+_Result = TypeVar("_Result")
 
 
 def is_capturing() -> bool:
@@ -70,6 +72,18 @@ class Guard:
     def close(self) -> None:
         """Make every hook do nothing from now on, since the observation is over."""
         self.is_open = False
+
+    def attempt(self, place: str, call: Callable[..., _Result], *arguments: Any) -> _Result | None:
+        """The result of a piece of work for one place; None where it raised, which ends the watching of that place alone.
+
+        It works after the end of the observation too. Subclasses of Tensor and modes of the user see nothing of it.
+        """
+        try:
+            with internals.without_function_modes():
+                return call(*arguments)
+        except Exception as error:
+            self._fail(place, error)
+            return None
 
     @property
     def grad_enabled(self) -> bool:

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from torchsat import internals
+from torchsat.attributes import stored, stored_or
 from torchsat.observe.modules import first_tensor
 from torchsat.observe.recurrent import matrices
 from torchsat.parts import LayerPart
@@ -19,7 +18,8 @@ from torchsat.record import LayerFacts
 from torchsat.sharding import is_freed, is_pending, local, part_of, placement
 from torchsat.sites import LayerSpan
 from torchsat.structure import Found
-from torchsat.weights import ENTERED, Layer, feature_axis, why_unmeasured, width
+from torchsat.tensors import why_unread
+from torchsat.weights import ENTERED, Layer, feature_axis, why_unmeasured, why_unreadable, width
 
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
@@ -53,13 +53,14 @@ class Layers:
             if reason is not None:
                 observation.reject(each.name, reason)
             elif wanted(each.name, each.name):
-                self._add(each.name, each.module, "weight", cast(Tensor, each.module.weight))
+                observation.guard.attempt(each.name, self._add, each.name, each.module, "weight")
         for each in found.recurrent:
-            for place, parameter, weight in matrices(each):
-                if wanted(place, each.name):
-                    self._add(place, each.module, parameter, weight)
+            for place, parameter in matrices(each):
+                if wanted(place, each.name) and why_unreadable(each.module, parameter) is None:
+                    observation.guard.attempt(place, self._add, place, each.module, parameter)
 
-    def _add(self, name: str, module: nn.Module, parameter: str, weight: Tensor) -> None:
+    def _add(self, name: str, module: nn.Module, parameter: str) -> None:
+        weight = cast(Tensor, stored(module, parameter))
         self.measured[name] = Layer(name, module, parameter, self._observation.options.limit, self._observation.turn)
         self._observation.lineage.know(weight, name)
 
@@ -84,16 +85,12 @@ class Layers:
         divisor = getattr(optimizer, "grad_scale", None)
         self._rates.update((id(p), float(group["lr"])) for group in optimizer.param_groups if _is_number(group.get("lr")) for p in group["params"])
         for layer, weight in self._weights(optimizer):
-            layer.before_step(weight)
-            if not closure:
-                layer.observe_grad(weight, divisor)
+            self._observation.guard.attempt(layer.name, _before_step, layer, weight, closure, divisor)
 
     def after_step(self, optimizer: Optimizer | None, closure: bool = False) -> None:
         """Called after an optimizer has stepped, or with None after a step that the user ended by hand: measure what the step did to the weights."""
         for layer, weight in self._weights(optimizer):
-            if closure or optimizer is None:
-                layer.observe_grad(weight, None)
-            layer.after_step(weight)
+            self._observation.guard.attempt(layer.name, _after_step, layer, weight, closure or optimizer is None)
 
     def weights(self) -> list[tuple[Layer, Tensor]]:
         """The layers whose weight can be read now, and that weight."""
@@ -102,12 +99,26 @@ class Layers:
     def _weights(self, optimizer: Optimizer | None) -> list[tuple[Layer, Tensor]]:
         """The layers whose weight can be read now and belongs to this optimizer (None: to any or to none), and that weight."""
         owned = None if optimizer is None else {id(p) for group in optimizer.param_groups for p in group["params"]}
-        alive = [(layer, module) for layer in self.measured.values() if (module := layer.module()) is not None]
-        weights = [(layer, cast(Tensor, getattr(module, layer.parameter))) for layer, module in alive]
-        freed = {layer.name for layer, weight in weights if is_freed(weight)}
-        for name in freed:
-            self._observation.note(name, FREED)
-        return [(layer, weight) for layer, weight in weights if layer.name not in freed and (owned is None or id(weight) in owned)]
+        weights = []
+        for layer in self.measured.values():
+            weight = None if self._observation.sites.has_failed(layer.name) else self._observation.guard.attempt(layer.name, self._weight, layer)
+            if weight is not None and (owned is None or id(weight) in owned):
+                weights.append((layer, weight))
+        return weights
+
+    def _weight(self, layer: Layer) -> Tensor | None:
+        """The weight of a layer; None where it cannot be read now, which is noted."""
+        module = layer.module()
+        if module is None:
+            return None
+        reason = why_unreadable(module, layer.parameter)
+        weight = None if reason is not None else cast(Tensor, stored(module, layer.parameter))
+        if weight is not None and is_freed(weight):
+            reason = FREED
+        if reason is not None:
+            self._observation.note(layer.name, reason)
+            return None
+        return weight
 
     def parts(self, inputs: dict[str, Tensor], weights: list[tuple[Layer, Tensor]]) -> dict[str, LayerPart]:
         """What was measured of the layers that feed a site.
@@ -116,34 +127,32 @@ class Layers:
             inputs: the sums of each layer's input.
             weights: the layers whose weight could be read when the observation ended, and that weight.
         """
-        observation, feeds = self._observation, self._observation.sites.feeders()
-        parts = {}
-        for layer, weight in weights:
-            if layer.name not in feeds:
-                continue
-            given = inputs.get(layer.name)
-            if not layer.n and given is not None:
-                # No optimizer owns this layer, which is frozen. Its gain and its input are measured all the same.
-                layer.after_step(weight)
-            place = placement(weight)
-            repeated = observation.sites.counts_repeated
-            parts[layer.name] = LayerPart(
-                facts=LayerFacts(layer.name, feeds[layer.name], layer.fan_in, layer.name in observation.sites.fed_by_data),
-                numbers=layer.numbers,
-                n=layer.n,
-                numel=local(weight).numel(),
-                whole=weight.numel(),
-                rate=self._rates.get(id(weight)),
-                inputs=given,
-                input_elements=layer.input_elements,
-                features=layer.features,
-                first=layer.first,
-                sharded=place is not None,
-                counts=place is None or place.counts,
-                input_counts=repeated if layer.input_counts is None else layer.input_counts,
-                stage=observation.stage_of(layer.name),
-            )
-        return parts
+        guard, feeds = self._observation.guard, self._observation.sites.feeders()
+        fed = [(layer, weight) for layer, weight in weights if layer.name in feeds]
+        parts = {layer.name: guard.attempt(layer.name, self._part, layer, weight, inputs.get(layer.name), feeds[layer.name]) for layer, weight in fed}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _part(self, layer: Layer, weight: Tensor, inputs: Tensor | None, feeds: tuple[str, ...]) -> LayerPart:
+        if not layer.n and inputs is not None:
+            # No optimizer owns this layer, which is frozen. Its gain and its input are measured all the same.
+            layer.after_step(weight)
+        sites, place = self._observation.sites, placement(weight)
+        return LayerPart(
+            facts=LayerFacts(layer.name, feeds, layer.fan_in, layer.name in sites.fed_by_data),
+            numbers=layer.numbers,
+            n=layer.n,
+            numel=local(weight).numel(),
+            whole=weight.numel(),
+            rate=self._rates.get(id(weight)),
+            inputs=inputs,
+            input_elements=layer.input_elements,
+            features=layer.features,
+            first=layer.first,
+            sharded=place is not None,
+            counts=place is None or place.counts,
+            input_counts=sites.counts_repeated if layer.input_counts is None else layer.input_counts,
+            stage=self._observation.stage_of(layer.name),
+        )
 
 
 def attach(observation: Observation, found: Found) -> None:
@@ -161,16 +170,14 @@ def _before(observation: Observation, layer: Layer, module: nn.Module, args: tup
     if not observation.passes.counts(module):
         return
     x, lineage = first_tensor(args, kwargs), observation.lineage
-    weight = getattr(module, layer.parameter)
-    if lineage.learns:
+    weight = stored_or(module, layer.parameter, None)
+    if lineage.learns and isinstance(weight, Tensor):
         # FSDP replaces the weight by another tensor for the time of the pass.
         lineage.know(weight, layer.name)
     part = part_of(x)
     if is_pending(x):
         return
-    if not internals.is_real(x) or not x.is_floating_point() or not part.numel() or x.layout != torch.strided:
-        return
-    if type(part) not in (Tensor, nn.Parameter):
+    if why_unread(part) is not None or not part.numel():
         return
     _look_at_ranks(observation, layer, module, x, weight)
     observation.layers.feed(layer.name, module, part)
@@ -180,10 +187,10 @@ def _before(observation: Observation, layer: Layer, module: nn.Module, args: tup
     lineage.enters_layer(x.grad_fn)
 
 
-def _look_at_ranks(observation: Observation, layer: Layer, module: nn.Module, x: Tensor, weight: Tensor) -> None:
+def _look_at_ranks(observation: Observation, layer: Layer, module: nn.Module, x: Tensor, weight: Tensor | None) -> None:
     """Note how tensor parallelism spreads a layer and its input over ranks."""
-    sites, place, given = observation.sites, placement(weight), placement(x)
-    if place is not None and isinstance(module, nn.Linear):
+    sites, place, given = observation.sites, None if weight is None else placement(weight), placement(x)
+    if weight is not None and place is not None and isinstance(module, nn.Linear):
         sites.counts_repeated = sites.counts_repeated and place.is_first
         sites.spans[layer.name] = LayerSpan(weight.shape[0], place.first[0], place.is_first, part_of(weight).shape[0])
     if given is not None:
@@ -196,6 +203,18 @@ def _after(observation: Observation, layer: Layer, module: nn.Module, args: tupl
         axis = feature_axis(module, output.ndim)
         spread = layer.name in observation.sites.spans
         observation.sites.outputs[layer.name] = (part_of(output).shape[axis] if spread else width(module), output.ndim - axis)
+
+
+def _before_step(layer: Layer, weight: Tensor, closure: bool, divisor: Tensor | None) -> None:
+    layer.before_step(weight)
+    if not closure:
+        layer.observe_grad(weight, divisor)
+
+
+def _after_step(layer: Layer, weight: Tensor, with_gradient: bool) -> None:
+    if with_gradient:
+        layer.observe_grad(weight, None)
+    layer.after_step(weight)
 
 
 def _is_number(value: Any) -> bool:

@@ -32,6 +32,7 @@ from torchsat.sampling import Sample, Units
 from torchsat.sharding import is_pending, part_of, placement
 from torchsat.sites import Site, Sites
 from torchsat.statistics import known_slope, observe, observe_gradient, observe_softmax, upcast
+from torchsat.tensors import why_unread
 
 
 @dataclass(frozen=True)
@@ -283,8 +284,7 @@ class Meter:
 
 
 def check_plain(z: Tensor) -> None:
-    """Raise TypeError unless this is a dense tensor of real numbers of torch's own type."""
-    if z.is_nested or z.layout != torch.strided or not z.is_floating_point():
-        raise TypeError(f"its input is a {'nested ' if z.is_nested else ''}{z.dtype} tensor of layout {z.layout}, not a dense tensor of real numbers")
-    if type(z) not in (Tensor, nn.Parameter):
-        raise TypeError(f"its input is a {type(z).__name__}, not a plain tensor")
+    """Raise TypeError unless this is a dense tensor of real numbers."""
+    reason = why_unread(z)
+    if reason is not None:
+        raise TypeError(f"its input is {reason}")

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from torchsat import internals
 from torchsat.activations import bind
+from torchsat.attributes import stored, stored_or
 from torchsat.observe.meter import Call
+from torchsat.sharding import part_of
 from torchsat.sites import Site
 from torchsat.structure import Found
 
@@ -45,13 +47,13 @@ def _before(observation: Observation, site: Site, calls: RunningCalls, module: n
         return
     if site.bound.activation.computes(module):
         # Attributes and parameters may have changed since the hooks were made.
-        if any(getattr(module, name) != value for name, value in site.bound.plain.items()):
+        if any(stored(module, name) != value for name, value in site.bound.plain.items()):
             site.bound = bind(site.bound.activation, module, observation.options.epsilon)
         if site.bound.learned:
-            learned = {name: getattr(module, name).detach().reshape(value.shape) for name, value in site.bound.learned.items()}
+            learned = {name: part_of(stored(module, name)).detach().reshape(value.shape) for name, value in site.bound.learned.items()}
             site.bound = dataclasses.replace(site.bound, learned=learned)
     # A module that the user has written may overwrite its input without having an attribute `inplace`.
-    in_place = getattr(module, "inplace", not type(module).__module__.startswith("torch.nn."))
+    in_place = stored_or(module, "inplace", not type(module).__module__.startswith("torch.nn."))
     call = observation.meter.begin(site, z, module, in_place)
     if call is not None:
         calls[thread] = call

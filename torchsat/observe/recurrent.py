@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -13,13 +14,17 @@ from torch.nn.utils.rnn import PackedSequence
 from torchsat import internals
 from torchsat.observe.graph import ends
 from torchsat.observe.meter import check_plain
-from torchsat.replay import Gate, NotRebuiltError, State, cell_gates, rnn_gates
+from torchsat.replay import Gate, NotRebuiltError, State, cell_gates, rnn_gates, why_unknown
+from torchsat.sharding import part_of
 from torchsat.sites import Site
 from torchsat.statistics import upcast
 from torchsat.structure import Found, NamedModule
 
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
+
+_MATRIX = re.compile(r"weight_(ih|hh)(_l\d+(_reverse)?)?")
+"""The names of the weight matrices. Libraries add other parameters, such as `weight_hh_l0_raw`, from which such a matrix is computed."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,9 @@ def attach(observation: Observation, found: Found) -> None:
         observation.hook_after(each.module, each.name, _after, observation, each.name, calls)
 
 
-def matrices(layer: NamedModule) -> list[tuple[str, str, nn.Parameter]]:
-    """(place, parameter, weight) of each weight matrix of a recurrent layer. Each matrix counts as a layer that feeds gates."""
-    named = layer.module.named_parameters(recurse=False)
-    return [(f"{layer.name}.{name}", name, weight) for name, weight in named if name.startswith(("weight_ih", "weight_hh"))]
+def matrices(layer: NamedModule) -> list[tuple[str, str]]:
+    """(place, parameter) of each weight matrix of a recurrent layer that is a parameter itself. Each counts as a layer that feeds gates."""
+    return [(f"{layer.name}.{name}", name) for name in vars(layer.module)["_parameters"] if _MATRIX.fullmatch(name)]
 
 
 def _before(observation: Observation, calls: list[Given], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -59,7 +63,7 @@ def _after(observation: Observation, name: str, calls: list[Given], module: nn.M
     if not calls or not observation.passes.counts(module):
         return
     given = calls.pop()
-    x = given.x.data if isinstance(given.x, PackedSequence) else given.x
+    x = part_of(given.x.data if isinstance(given.x, PackedSequence) else given.x)
     if not x.numel() or not internals.is_real(x):
         return
     check_plain(x)
@@ -67,6 +71,10 @@ def _after(observation: Observation, name: str, calls: list[Given], module: nn.M
     observation.sites.has_run_layer(name)
     observation.layers.feed_recurrent(module, x)
     options = observation.options
+    reason = why_unknown(cast("nn.RNNBase | nn.RNNCellBase", module))
+    if reason is not None:
+        observation.note_if_wanted(name, reason)
+        return
     gates = (
         cell_gates(module, x, given.state)
         if isinstance(module, nn.RNNCellBase)
