@@ -11,6 +11,7 @@ torch.compile is running. They are answered from the frames of the stack, by `fr
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FrameType
@@ -112,6 +113,28 @@ def rehearses() -> bool:
     return any(frame.f_code.co_name in _REHEARSALS and frame.f_globals.get("__name__") == PIPELINES for frame in frames())
 
 
+def is_shallow_copy() -> bool:
+    """Whether the function that calls this one was called by `copy.copy`, which asks a module for its parts in the same way as `pickle` does."""
+    return sys._getframe(2).f_code is copy.copy.__code__
+
+
+def modules_of(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a model whose hooks run. Those inside a scripted module are left out, and so are those that nn.DataParallel copies."""
+    met, waiting = set[int](), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in met or runs_no_hooks(module):
+            continue
+        met.add(id(module))
+        yield module
+        waiting.extend(child for child in vars(module).get("_modules", {}).values() if isinstance(child, nn.Module))
+
+
+def runs_no_hooks(module: nn.Module) -> bool:
+    """Whether no Python hook runs that is put on a module inside this one: it is scripted, or other modules run in their place."""
+    return isinstance(module, torch.jit.ScriptModule) or (isinstance(module, nn.DataParallel) and len(module.device_ids) > 1)
+
+
 def saving_is_hooked() -> bool:
     """Whether what autograd saves goes through hooks, as in a checkpoint, which would run the forward again to give it back.
 
@@ -164,9 +187,23 @@ is_tracing: Callable[[], bool] = torch._C._is_tracing
 """Whether torch.jit.trace runs now. torch.jit.is_tracing does the same through two more Python functions, and every hook asks."""
 
 
+_PRETENDING = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("PROXY", "FAKE", "FUNCTIONAL"))
+
+
 def is_traced() -> bool:
-    """Whether torch compiles or traces now, so that nothing of ours may run. torch.jit.is_tracing is slower and does the same."""
-    return torch.compiler.is_compiling() or is_tracing()
+    """Whether torch compiles or traces now, or runs the model only to learn shapes, so that nothing of ours may run.
+
+    torch.jit.is_tracing is slower than `is_tracing` and does the same. torch.fx says whether it traces through a function that logs a warning, and
+    nothing public tells of make_fx and of fake tensors, which are dispatch modes of torch's own.
+    """
+    if torch.compiler.is_compiling() or is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag:
+        return True
+    return open_dispatch_modes() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _PRETENDING)
+
+
+def is_transformed() -> bool:
+    """Whether this runs inside a transform of torch.func (grad, vmap, jvp), whose tensors stand for others. There is no public name."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 without_function_modes: Callable[[], contextlib.AbstractContextManager[Any, Any]] = torch._C.DisableTorchFunction

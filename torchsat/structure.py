@@ -27,6 +27,8 @@ _CALLERS = (
     (nn.LogSoftmax, "log_softmax"),
 )
 """The modules of torch.nn whose forward calls a function that is a site, and the name of that function."""
+_SCRIPTED = "a scripted module (torch.jit): it runs no Python hooks"
+_REPLICATED = "nn.DataParallel over several devices: it runs copies that are thrown away after each pass"
 FLATTENED = (
     "a model in FullyShardedDataParallel (FSDP1) cannot be watched: it makes one flat parameter of the weights of many layers. "
     "Use torch.distributed.fsdp.fully_shard (FSDP2)."
@@ -110,6 +112,11 @@ def find(
     """
     found, taken = Found(model), set[str]()
     for name, module in _named(model):
+        if internals.runs_no_hooks(module):
+            place = name or type(module).__name__
+            if selects(place):
+                found.unmeasurable.append((place, _SCRIPTED if isinstance(module, torch.jit.ScriptModule) else _REPLICATED))
+            continue
         found.modules.append(NamedModule(name, module))
         activation = activation_of(module)
         if activation is not None:
@@ -125,10 +132,14 @@ def find(
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each module with its name. The `.module` that a DistributedDataParallel inside the model adds to paths is cut out."""
+    """Each module with its name, without those inside a module that runs no hooks. The `.module` that a wrapper for data parallelism inside the model
+    adds to paths is cut out."""
     modules = list(model.named_modules())
-    wrapped = [path for path, module in modules if isinstance(module, nn.parallel.DistributedDataParallel)]
+    wrapped = [path for path, module in modules if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel))]
+    closed = tuple(f"{path}." for path, module in modules if internals.runs_no_hooks(module))
     for path, module in modules:
+        if path.startswith(closed):
+            continue
         # The innermost wrapper goes first: its own path still contains the `.module` of the outer ones.
         for outer in reversed(wrapped):
             if path.startswith(f"{outer}.module"):
@@ -199,9 +210,6 @@ def unwrap(model: Any) -> nn.Module:
         if inner is None:
             break
         plain = inner
-    for name, module in plain.named_modules():
-        if isinstance(module, (nn.DataParallel, torch.jit.ScriptModule)):
-            raise TypeError(f"{clean(name)} is a {type(module).__name__}, which cannot be watched; see torchsat.watch(exclude=...) only for sites")
     if internals.is_flattened(plain):
         raise TypeError(FLATTENED)
     return plain

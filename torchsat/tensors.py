@@ -15,6 +15,7 @@ from torchsat import internals
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer) if hasattr(nn, "Buffer") else (Tensor, nn.Parameter)
 
+
 def plain(tensor: Tensor) -> Tensor:
     """The tensor itself, or a plain tensor of the same data where a class of its own holds plain data. Its autograd node stays with the original."""
     kind = type(tensor)

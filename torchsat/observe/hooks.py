@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Set
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from torchsat import internals
 from torchsat.schedule import Clock, Window
@@ -28,7 +30,13 @@ def is_capturing() -> bool:
 
 
 class Inert:
-    """A hook whose copies and pickles are a function of the standard library that does nothing, so that a saved model never needs torchsat."""
+    """A hook that copies and pickles of a module lack (saving.py).
+
+    A module that is copied in a way of its own gets a function of the standard library that does nothing, so that it never needs torchsat.
+    """
+
+    owner: object
+    """Who has put the hook on a module and takes it off."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
@@ -41,14 +49,23 @@ class Inert:
 
 
 class Hook(Inert):
-    """A hook on a module, for eager execution."""
+    """A hook on one module, for eager execution.
 
-    def __init__(self, call: Callable[..., None]) -> None:
+    Args:
+        call: called with (module, args, kwargs) before the module's forward, or with (module, args, output) after it.
+        module: the only module that it acts in. Copies of modules, and modules that are put in the place of others, may have been given the hook too,
+            and may call it without keyword arguments.
+        owner: who takes it off.
+    """
+
+    def __init__(self, call: Callable[..., None], module: nn.Module, owner: object) -> None:
         self.call = call
+        self.owner = owner
+        self._module = weakref.ref(module)
 
-    def __call__(self, *args: Any) -> None:
-        if not torch.compiler.is_compiling() and not internals.is_tracing():
-            self.call(*args)
+    def __call__(self, module: nn.Module, args: Any, *given: Any) -> None:
+        if len(given) == 1 and module is self._module() and not internals.is_traced():
+            self.call(module, args, *given)
 
 
 class Guard:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from torchsat import internals
+from torchsat.observe import saving
 from torchsat.observe.hooks import Inert
 from torchsat.sampling import Sample
 from torchsat.statistics import observe_gradient
@@ -127,8 +128,9 @@ def _measures(module: nn.Module, x: Any) -> bool:
 class _CompiledHook(Inert):
     """A hook that is compiled with its module."""
 
-    def __init__(self, slot: Tensor) -> None:
+    def __init__(self, slot: Tensor, owner: object) -> None:
         self.slot = slot
+        self.owner = owner
 
 
 class _BeforeSite(_CompiledHook):
@@ -167,6 +169,7 @@ class GraphHooks:
         """The signature of the modules that are hooked (`Found.signature`)."""
         self._handles: list[Any] = []
         self._slots: list[int] = []
+        self._model: Callable[[], nn.Module | None] = lambda: None
 
     def put_on(self, found: Found) -> None:
         """Hook the modules that were found, in place of those that were hooked before, unless they are the same."""
@@ -175,17 +178,19 @@ class GraphHooks:
             return
         self.take_off()
         self._signature = signature
+        self._model = weakref.ref(found.model)
+        saving.leave_out(self)
         # RReLU draws its slope at random, so |f'| needs both z and a, and an in-place one has overwritten z by the time a is there.
         self._hook_sites(each for each in found.activations if not (each.activation.from_output and getattr(each.module, "inplace", False)))
         for each in found.layers:
             if why_unmeasured(each.module) is None:
-                self._handles.append(each.module.register_forward_pre_hook(_BeforeLayer(self._slot(each.name))))
+                self._handles.append(each.module.register_forward_pre_hook(_BeforeLayer(self._slot(each.name), self)))
 
     def _hook_sites(self, sites: Iterable[NamedModule]) -> None:
         for each in sites:
             slot = self._slot(each.name)
-            self._handles.append(each.module.register_forward_pre_hook(_BeforeSite(slot)))
-            self._handles.append(each.module.register_forward_hook(_AfterSite(slot)))
+            self._handles.append(each.module.register_forward_pre_hook(_BeforeSite(slot, self)))
+            self._handles.append(each.module.register_forward_hook(_AfterSite(slot, self)))
 
     def take_off(self) -> None:
         """Take every hook off."""
@@ -194,6 +199,7 @@ class GraphHooks:
         for slot in self._slots:
             _slots.pop(slot, None)
         self._handles, self._slots, self._signature = [], [], ()
+        saving.all_off(self, self._model())
 
     def _slot(self, name: str) -> Tensor:
         number = next(_numbers)

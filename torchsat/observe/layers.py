@@ -19,7 +19,7 @@ from torchsat.sharding import is_freed, is_pending, local, part_of, placement
 from torchsat.sites import LayerSpan
 from torchsat.structure import Found
 from torchsat.tensors import why_unread
-from torchsat.weights import ENTERED, Layer, feature_axis, why_unmeasured, why_unreadable, width
+from torchsat.weights import COMPUTED, ENTERED, NOT_YET, Layer, feature_axis, why_unmeasured, why_unreadable, width
 
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
@@ -48,16 +48,21 @@ class Layers:
         def wanted(place: str, owner: str) -> bool:
             return (observation.lineage.learns or place in feeders) and not observation.sites.has_failed(owner)
 
+        rejected: dict[str, list[str]] = {}
         for each in found.layers:
             reason = why_unmeasured(each.module)
             if reason is not None:
                 observation.reject(each.name, reason)
+                rejected.setdefault(reason, []).append(each.name)
             elif wanted(each.name, each.name):
                 observation.guard.attempt(each.name, self._add, each.name, each.module, "weight")
         for each in found.recurrent:
             for place, parameter in matrices(each):
                 if wanted(place, each.name) and why_unreadable(each.module, parameter) is None:
                     observation.guard.attempt(place, self._add, place, each.module, parameter)
+        for reason, places in rejected.items():
+            if reason not in (COMPUTED, NOT_YET):
+                observation.say_unmeasured(places, reason)
 
     def _add(self, name: str, module: nn.Module, parameter: str) -> None:
         weight = cast(Tensor, stored(module, parameter))

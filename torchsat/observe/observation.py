@@ -15,7 +15,8 @@ schedule. What outlives it is written into `Sites` by `finish`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.optim import Optimizer
 
 from torchsat import internals
 from torchsat.faults import MODEL, Faults
-from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent
+from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent, saving
 from torchsat.observe.calls import Calls
 from torchsat.observe.hooks import Guard, Hook
 from torchsat.observe.ingraph import GraphHooks, GraphReceiver
@@ -35,7 +36,7 @@ from torchsat.observe.passes import OnPass, Pass, Passes, PassEvent
 from torchsat.options import Options
 from torchsat.parts import Parts, SitePart
 from torchsat.schedule import Clock, Window
-from torchsat.sites import Sites, Structure
+from torchsat.sites import Site, Sites, Structure
 from torchsat.structure import Found
 
 Source = Callable[["Observation", Found], Callable[[], None] | None]
@@ -127,6 +128,8 @@ class Observation:
         self._scale: Tensor | None = None
         self._skipped: Tensor | None = None
         self._noted: dict[str, str] = {}
+        self._failures: dict[tuple[type[Exception], str], tuple[Exception, list[str]]] = {}
+        """For each kind of fault the first one, and the places at which it happened."""
         self.guard = Guard(self.fail, window, clock, sites.failed)
         self.passes = Passes(self.guard)
         self.lineage = Lineage(sites, self.note_if_wanted)
@@ -162,6 +165,7 @@ class Observation:
         self.passes.watch(found.model)
         if graph_hooks is not None:
             graph_hooks.receiver = GraphReceiver(self)
+        saving.leave_out(self.guard)
         sources = SOURCES if execution is Execution.EAGER else GRAPH_SOURCES
         for hook_ends in reversed([source(self, found) for source in sources]):
             if hook_ends is not None:
@@ -169,12 +173,12 @@ class Observation:
 
     def hook_before(self, module: nn.Module, place: str, call: Callable[..., None], *first: Any) -> None:
         """Have `call` called with (*first, module, args, kwargs) before the module's forward, through the guard for this place."""
-        self._handles.append(module.register_forward_pre_hook(Hook(self.guard(place, call, *first)), with_kwargs=True))
+        self._handles.append(module.register_forward_pre_hook(Hook(self.guard(place, call, *first), module, self.guard), with_kwargs=True))
 
     def hook_after(self, module: nn.Module, place: str, call: Callable[..., None], *first: Any, always: bool = False) -> None:
         """Have `call` called with (*first, module, args, output) after the module's forward; `always`: after one that raised too, with output
         None."""
-        self._handles.append(module.register_forward_hook(Hook(self.guard(place, call, *first)), always_call=always))
+        self._handles.append(module.register_forward_hook(Hook(self.guard(place, call, *first), module, self.guard), always_call=always))
 
     def heard_graph(self) -> None:
         """Note that a compiled graph has reported something, so that this observation cannot see the structure of the model."""
@@ -205,7 +209,10 @@ class Observation:
                 each.forget(place)
 
     def fail(self, place: str, error: Exception) -> None:
-        """Stop watching a place at which our own code raised. At MODEL this ends the observation."""
+        """Stop watching a place at which our own code raised. At MODEL this ends the observation.
+
+        Other places are logged when the observation ends, and those with the same fault in one line.
+        """
         self.sites.fail(place, str(error) if place == MODEL else f"{type(error).__name__}: {error}")
         for each in self.passes:
             each.forget(place)
@@ -213,7 +220,12 @@ class Observation:
             self._faults.end(error)
             self.abandon(None)
             self.on_pass(PassEvent.FAILED, False)
-        self._faults.report(place, error)
+        if place == MODEL or self._faults.raises:
+            self._faults.report(place, error)
+            return
+        # Places differ in their shapes, so numbers do not tell one fault from another.
+        kind = type(error), re.sub(r"\d+", "", str(error))
+        self._failures.setdefault(kind, (error, []))[1].append(place)
 
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:
         """Called before an optimizer of the model steps. `closure` says that gradients are computed during the step."""
@@ -246,13 +258,9 @@ class Observation:
                     self.note(name, ONLY_IN_EAGER)
         self.newly_stopped = self.sites.settle(whole.rows, self._noted, self.has_measured and eager)
         self.unspread = [weight for layer, weight in weights if layer.name not in self.sites.spans]
-        return Parts(
-            sites=self._site_parts(whole),
-            layers=self.layers.parts(whole.inputs, weights),
-            scale=self._scale,
-            skipped=self._skipped,
-            generation=self.sites.generation,
-        )
+        sites, of_layers = self._site_parts(whole), self.layers.parts(whole.inputs, weights)
+        self._report_failures()
+        return Parts(sites, of_layers, scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
 
     def abandon(self, why: Retry | None) -> None:
         """Take the hooks off and forget what was measured.
@@ -265,6 +273,11 @@ class Observation:
             self._unhook(State.ABANDONED)
             self.lineage.end_pass()
             self.window.void()
+            self._report_failures()
+
+    def say_unmeasured(self, places: Sequence[str], reason: str) -> None:
+        """Log once in a run that these layers are not measured."""
+        self._faults.say_unmeasured(places, reason)
 
     def _unhook(self, state: State) -> None:
         self._state = state
@@ -272,6 +285,7 @@ class Observation:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        saving.all_off(self.guard, self.passes.model)
         self.calls.reset()
         if self._graph_hooks is not None:
             self._graph_hooks.receiver = None
@@ -281,14 +295,20 @@ class Observation:
 
     def _site_parts(self, whole: Pass) -> dict[str, SitePart]:
         """What was measured at every site that has ever run. The row of a site is None if it did not run in this observation."""
-        parts = {}
-        for name, site in self.sites.ran.items():
-            heads = whole.heads.get(name)
-            if heads is not None:
-                site.head_count = heads.shape[1]
-            facts, leaves = site.facts(), False
-            if self._stages and facts.output and not self._stage_object(name).is_last:
-                # An output of a stage that is not the last one is no output of the model.
-                facts, leaves = dataclasses.replace(facts, output=False), True
-            parts[name] = SitePart(facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves)
-        return parts
+        parts = {name: self.guard.attempt(name, self._site_part, site, whole) for name, site in list(self.sites.ran.items())}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _site_part(self, site: Site, whole: Pass) -> SitePart:
+        name, heads = site.name, whole.heads.get(site.name)
+        if heads is not None:
+            site.head_count = heads.shape[1]
+        facts, leaves = site.facts(), False
+        if self._stages and facts.output and not self._stage_object(name).is_last:
+            # An output of a stage that is not the last one is no output of the model.
+            facts, leaves = dataclasses.replace(facts, output=False), True
+        return SitePart(facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves)
+
+    def _report_failures(self) -> None:
+        for error, places in self._failures.values():
+            self._faults.report_places(places, error)
+        self._failures.clear()

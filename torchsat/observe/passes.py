@@ -34,6 +34,7 @@ from torchsat.weights import input_sums
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
+TRANSFORMED = "it was called inside a transform of torch.func (grad, vmap, jvp), whose tensors stand for others and hold no numbers of their own"
 _MOST = 8
 """The most passes that are kept apart. If there are more, the oldest is merged into the first of the list and can no longer be dropped."""
 
@@ -119,12 +120,12 @@ class Pass:
             nothing[-1] = -math.inf
             self.heads[name] = torch.where(alive.to(heads.device), heads, nothing)
 
-    def settle(self, into: Pass) -> None:
-        """Merge this pass into another one. Numbers that arrive later go there too."""
+    def settle(self, into: Pass, guard: Guard) -> None:
+        """Merge this pass into another one, each place under the guard. Numbers that arrive later go there too."""
         pairs = ((self.rows, into.rows), (self.blocks, into.blocks), (self.heads, into.heads), (self.inputs, into.inputs))
         for mine, theirs in pairs:
-            for name, value in mine.items():
-                into.add(theirs, name, value)
+            for name, value in list(mine.items()):
+                guard.attempt(name, into.add, theirs, name, value)
         self.rows, self.blocks, self.heads, self.inputs = into.rows, into.blocks, into.heads, into.inputs
 
 
@@ -155,6 +156,11 @@ class Passes:
     def watch(self, model: nn.Module) -> None:
         """Set the model whose passes these are. It is not kept alive."""
         self._model = weakref.ref(model)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose passes these are; None where it is gone."""
+        return self._model()
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self._passes)
@@ -198,13 +204,13 @@ class Passes:
             return None
         self._local.depth = 0
         in_training = any(module.training for module in model.modules())
-        training = self._guard.grad_enabled and in_training and not internals.rehearses() and self._claims_thread()
+        training = self._guard.grad_enabled and in_training and not (internals.rehearses() or internals.is_transformed()) and self._claims_thread()
         self._local.inside = training
         if training:
             self.has_entered = True
             self._passes.append(Pass())
             if len(self._passes) > _MOST:
-                self._passes.pop(1).settle(self._passes[0])
+                self._passes.pop(1).settle(self._passes[0], self._guard)
         return training
 
     def leave(self) -> bool | None:
@@ -226,7 +232,7 @@ class Passes:
 
     def counts(self, module: nn.Module) -> bool:
         """Whether a forward call of this module that happens now belongs to a training pass."""
-        if internals.in_backward():
+        if internals.in_backward() or internals.is_transformed():
             return False
         inside = self.is_inside
         return inside if inside is not None else self._guard.grad_enabled and module.training and self._claims_thread()
@@ -245,7 +251,7 @@ class Passes:
         """Merge all passes into one, and return it."""
         whole = Pass()
         for each in self._passes:
-            each.settle(whole)
+            each.settle(whole, self._guard)
         self._passes = [whole]
         return whole
 
@@ -310,6 +316,8 @@ def _enter(observation: Observation, model: nn.Module, args: Any, kwargs: Any) -
     training = observation.passes.enter(model)
     if training is None:
         return
+    if internals.is_transformed():
+        observation.note_if_wanted(MODEL, TRANSFORMED)
     if training:
         observation.lineage.begin_pass()
     observation.on_pass(PassEvent.ENTERED, training)
