@@ -23,12 +23,12 @@ import torch
 from overhead import put, table
 from workloads import machine
 
-from torchsat.columns import FEATURES, MAXES, SUMS, WEIGHT
+from torchsat.columns import BLOCK, FEATURES, MAXES, SUMS, WEIGHT
 from torchsat.parts import LayerPart, Parts, SitePart, Span
 from torchsat.record import LayerFacts, SiteFacts
 from torchsat.rows import to_record
 from torchsat.statistics import empty_row
-from torchsat.transport.layout import SITE_SUMS, WORST, LayerEntry, Layout, SiteEntry
+from torchsat.transport.layout import WORST, LayerEntry, Layout, SiteEntry
 from torchsat.transport.packing import Ends, Vectors, merge, pack, unpack
 from torchsat.transport.windows import UnitWindows
 
@@ -53,13 +53,10 @@ def facts(name: str, units: int | None) -> SiteFacts:
 
 def parts(agreed: Layout, width: int) -> Parts:
     """What one rank measured of every site and layer of a layout."""
-    row, block = empty_row(CPU), torch.ones(2, width, dtype=torch.float64)
+    row, block = empty_row(CPU), torch.ones(len(BLOCK), width, dtype=torch.float64)
     row[: len(SUMS)] = 1.0
     numbers, inputs = torch.ones(len(WEIGHT), dtype=torch.float64), torch.ones(len(FEATURES), width, dtype=torch.float64)
-    layers = {
-        name: LayerPart(entry.facts, numbers, n=1, numel=1, rate=0.1, inputs=inputs, input_elements=width, features=width)
-        for name, entry in agreed.layers.items()
-    }
+    layers = {name: LayerPart(entry.facts, numbers, n=1, numel=1, rate=0.1, inputs=inputs, features=width) for name, entry in agreed.layers.items()}
     return Parts({name: SitePart(entry.facts, row, block, span=Span(width)) for name, entry in agreed.sites.items()}, layers)
 
 
@@ -95,7 +92,7 @@ def simulated(ranks: int, sites: int) -> str:
     """Merge ranks whose saturated shares differ, and compare the result with the values that were put in."""
     agreed = layout(sites, None)
     drawn = torch.Generator().manual_seed(0)
-    n, low, z, elements = (SUMS.index(name) for name in ("n", "low", "z", "elements"))
+    n, read, low, z, elements = (SUMS.index(name) for name in ("n", "read", "low", "z", "elements"))
     total: Vectors | None = None
     counts, saturated, sums = torch.zeros(sites, dtype=torch.int64), torch.zeros(sites, dtype=torch.int64), torch.zeros(sites, dtype=torch.float64)
     worst = torch.full((sites,), -1.0, dtype=torch.float64)
@@ -104,7 +101,7 @@ def simulated(ranks: int, sites: int) -> str:
         flat = (torch.rand(sites, generator=drawn) * taken).long()
         mean = torch.randn(sites, generator=drawn, dtype=torch.float64)
         rows = empty_row(CPU).repeat(sites, 1)
-        rows[:, n], rows[:, elements], rows[:, low], rows[:, z] = taken.double(), taken.double(), flat.double(), mean
+        rows[:, n], rows[:, read], rows[:, elements], rows[:, low], rows[:, z] = *(taken.double(),) * 3, flat.double(), mean
         given = Parts({name: SitePart(entry.facts, row) for (name, entry), row in zip(agreed.sites.items(), rows, strict=True)})
         vectors = pack(given, agreed, CPU, TOLD, rank=at, everywhere=at)
         total = merge([vectors] if total is None else [total, vectors])
@@ -121,7 +118,7 @@ def simulated(ranks: int, sites: int) -> str:
     return (
         f"{ranks} ranks x {sites} sites, simulated: {wrong} of {2 * sites} counts differ, sums of z by {means:.0e} at most, and the share of the "
         f"worst rank is found at {near} of {sites} sites. A rank's vectors had {8 * sum(each.numel() for each in total) / 1e6:.1f} MB (sites "
-        f"without units or layers: {len(SITE_SUMS)} + {len(MAXES)} + {len(WORST)} numbers)."
+        f"without units or layers: {len(SUMS)} + {len(MAXES)} + {len(WORST)} numbers)."
     )
 
 

@@ -194,3 +194,23 @@ def test_hooks_never_wait_for_the_device() -> None:
             optimizer.step()
     assert monitor.latest is not None
     assert monitor.latest.step == 2
+
+
+def test_one_activation_that_is_called_on_a_large_and_a_small_tensor_weighs_each_by_its_size() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.act = nn.Parameter(torch.ones(())), nn.ReLU()
+
+        def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            large, small = pair
+            return self.act(large * self.weight).mean() + self.act(small * self.weight).mean()
+
+    large, small = torch.ones(64, 16, 40, 40), -torch.ones(64, 1000)
+    model = Shared()
+    record = one_step(model, lambda _: model((large, small)))["act"]
+    true = small.numel() / (large.numel() + small.numel())
+    assert record.saturated == pytest.approx(true, rel=1e-9)
+    assert record.elements == large.numel() + small.numel()
+    assert record.n == record.grad_n <= 2 * 65536
+    assert record.z_mean == pytest.approx(1 - 2 * true, rel=1e-9)

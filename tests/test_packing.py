@@ -21,7 +21,7 @@ from torchsat.record import Snapshot
 from torchsat.rules import RULES
 from torchsat.transport.agreement import decode, encode
 from torchsat.transport.flight import Copy, Flight
-from torchsat.transport.layout import ENDS, LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST, LayerEntry, Layout, SiteEntry, told
+from torchsat.transport.layout import ENDS, LAYER_MAXES, LAYER_SUMS, WORST, LayerEntry, Layout, SiteEntry, told
 from torchsat.transport.local import Local, _by_device
 from torchsat.transport.packing import Ends, Numbers, Vectors, _summary, merge, pack, unpack
 from torchsat.transport.windows import UNIT_SAMPLES, UnitWindows
@@ -46,12 +46,14 @@ def measured(z: Tensor, grad: Tensor, elements: int | None = None) -> Tensor:
     """A row of the columns that can be told from z and one gradient; beyond 1 lie the plateaus."""
     return row(
         n=z.numel(),
+        read=z.numel(),
         elements=z.numel() if elements is None else elements,
         low=float((z < -1).sum()),
         high=float((z > 1).sum()),
         z=float(z.sum()),
         z_sq=float(z.square().sum()),
         grad_z_n=grad.numel(),
+        grad_z_read=grad.numel(),
         grad_z_sq=float(grad.square().sum()),
         peak=1.0,
         z_max=float(z.max()),
@@ -60,18 +62,21 @@ def measured(z: Tensor, grad: Tensor, elements: int | None = None) -> Tensor:
 
 
 def block(z: Tensor) -> Tensor:
-    """[2, units] of z [samples, units]."""
-    return torch.stack([torch.full((z.shape[1],), float(len(z))), (z.abs() > 1).sum(0)]).double()
+    """BLOCK of z [samples, units]."""
+    count = torch.full((z.shape[1],), float(len(z)))
+    return torch.stack([count, (z.abs() > 1).sum(0), count]).double()
 
 
-def features(x: Tensor) -> Tensor:
-    return torch.stack([torch.full((x.shape[1],), float(len(x))), x.sum(0), x.square().sum(0)]).double()
+def features(x: Tensor, weight: float = 1.0) -> Tensor:
+    """FEATURES of x [samples, features] of a call with this weight."""
+    count, first, second = torch.full((x.shape[1],), float(len(x))), x.sum(0), x.square().sum(0)
+    return torch.stack([weight * count, weight * first, weight * second, weight**2 * count, weight**2 * second, count]).double()
 
 
 def heads(logits: Tensor) -> Tensor:
     """HEADS of logits [rows, heads], of which only some are filled."""
     count = torch.full((logits.shape[1],), float(len(logits)))
-    return torch.stack([count, logits.sum(0), logits.square().sum(0), count, count, logits.amax(0)]).double()
+    return torch.stack([count, logits.sum(0), logits.square().sum(0), count, count, count, logits.amax(0)]).double()
 
 
 WEIGHT = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
@@ -79,7 +84,7 @@ WEIGHT = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
 
 def layer(x: Tensor, grad: Tensor, **given: Any) -> LayerPart:
     numbers = torch.stack([WEIGHT.square().sum(), (0.1 * WEIGHT).square().sum(), grad.square().sum()])
-    values = {"numbers": numbers, "n": 12, "numel": 12, "rate": 0.1, "inputs": features(x), "input_elements": x.numel(), "features": 3}
+    values = {"numbers": numbers, "n": 12, "numel": 12, "rate": 0.1, "inputs": features(x), "features": 3}
     return LayerPart(**{"facts": layer_facts(), **values, **given})
 
 
@@ -145,7 +150,7 @@ def test_one_process_reads_what_it_sent_bit_for_bit() -> None:
     parts = Parts(
         {"act": SitePart(site_facts(), numbers, block(torch.rand(9, 4)), heads(logits), Span(8, 4, counts=False))},
         {
-            "layer": layer(x, WEIGHT, numbers=of_layer, n=7, numel=30, input_elements=999, first=3, features=6, counts=False, input_counts=False),
+            "layer": layer(x, WEIGHT, numbers=of_layer, n=7, numel=30, first=3, features=6, counts=False, input_counts=False),
             "new": layer(x, WEIGHT, facts=layer_facts("new"), numbers=torch.tensor([2.0, math.nan, math.nan]).double(), inputs=None, rate=None),
         },
     )
@@ -188,22 +193,27 @@ def test_unequal_parts_merge_too() -> None:
     assert merged.layers[0].numbers == pytest.approx(alone.layers[0].numbers, rel=1e-12)
 
 
-def test_a_rank_weighs_by_its_elements_not_by_what_it_read_of_them() -> None:
-    few = Parts({"act": SitePart(site_facts(), row(n=9, nonfinite=1, elements=100, low=9, z=18), span=Span(4))})
-    many = Parts({"act": SitePart(site_facts(), row(n=10, elements=10, high=4, z=-5), span=Span(4))})
+def test_sums_of_ranks_add_up_whatever_share_of_theirs_each_has_read() -> None:
+    # 10 of 100 elements were read on one rank, one of them was not finite; all of 10 were read on the other.
+    few = Parts({"act": SitePart(site_facts(), row(n=90, read=9, nonfinite=1, elements=100, low=90, z=180), span=Span(4))})
+    many = Parts({"act": SitePart(site_facts(), row(n=10, read=10, elements=10, high=4, z=-5), span=Span(4))})
     found = together(few, many)
-    # 100 and 10 elements stand for what was read of them: 10 and 10. The sums are 10 and 1 times as large, and 110 elements became of 20.
-    scale = 20 / 110
-    expected = {"n": (90 + 10) * scale, "nonfinite": 10 * scale, "low": 90 * scale, "high": 4 * scale, "z": (180 - 5) * scale, "elements": 110}
-    assert {name: column(found, "act", name) for name in expected} == pytest.approx(expected, rel=1e-12)
+    expected = {"n": 100, "read": 19, "nonfinite": 1, "low": 90, "high": 4, "z": 175, "elements": 110}
+    assert {name: column(found, "act", name) for name in expected} == expected
 
 
 def test_what_is_read_of_an_input_stands_for_all_of_it() -> None:
     x, y = torch.tensor([[1.0, 2.0, 3.0]] * 2), torch.tensor([[-1.0, 0.0, 5.0]] * 2)
-    found = together(Parts(layers={"layer": layer(x, WEIGHT, input_elements=60)}), Parts(layers={"layer": layer(y, WEIGHT, input_elements=6)}))
-    whole = torch.stack([features(x) * 10, features(y)]).sum(0) * (12 / 66)
-    assert found.layers[0].numbers[3:] == pytest.approx(_summary(whole.numpy()), rel=1e-12)
-    assert found.layers[0].numbers[3] == pytest.approx(12)
+    # Of the first input 6 of 60 elements were read, of the second all 6.
+    first, second = (Parts(layers={"layer": layer(x, WEIGHT, inputs=features(given, weight))}) for given, weight in ((x, 10.0), (y, 1.0)))
+    n, mean_square, offset = together(first, second).layers[0].numbers[3:]
+    assert n == 12
+    assert mean_square == pytest.approx((10 * float(x.square().sum()) + float(y.square().sum())) / 66)
+    # The mean over pairs of distinct samples, by the product of their weights.
+    samples = [(10.0, x[0]), (10.0, x[1]), (1.0, y[0]), (1.0, y[1])]
+    pairs = [(v * w, one * other) for (v, one), (w, other) in itertools.permutations(samples, 2)]
+    expected = torch.stack([weight * product for weight, product in pairs]).sum(0) / sum(weight for weight, _ in pairs)
+    assert offset == pytest.approx(float(expected.mean()), rel=1e-6)
 
 
 def test_the_squared_mean_of_an_input_is_a_mean_over_pairs_of_distinct_samples() -> None:
@@ -212,10 +222,10 @@ def test_the_squared_mean_of_an_input_is_a_mean_over_pairs_of_distinct_samples()
     expected = [6, float(x.square().mean()), float(torch.stack(pairs).mean())]
     assert _summary(features(x).numpy()) == pytest.approx(expected, rel=1e-12)
     # A feature with one sample has no pair, and is left out of the last number only.
-    lone = torch.tensor([[1.0], [7.0], [49.0]], dtype=torch.float64)
+    lone = features(torch.tensor([[7.0]], dtype=torch.float64))
     assert _summary(torch.cat([features(x), lone], 1).numpy()) == pytest.approx([7, (float(x.square().sum()) + 49) / 7, expected[2]], rel=1e-12)
     assert same(_summary(lone.numpy()), [1, 49, math.nan])
-    assert same(_summary(torch.zeros(3, 2, dtype=torch.float64).numpy()), [0, math.nan, math.nan])
+    assert same(_summary(torch.zeros(6, 2, dtype=torch.float64).numpy()), [0, math.nan, math.nan])
 
 
 def test_ranks_divide_by_the_loss_scale_and_one_process_says_it() -> None:
@@ -290,7 +300,7 @@ def test_each_rank_of_tensor_parallelism_has_its_own_units_and_heads() -> None:
     z, logits, x = torch.randn(6, 5).double(), torch.randn(6, 3).double(), torch.randn(6, 4).double()
 
     def part(units: slice, of_heads: slice, of_features: slice) -> Parts:
-        rows = [row(n=3, elements=3)] * 2
+        rows = [row(n=3, read=3, elements=3)] * 2
         return Parts(
             {
                 "act": SitePart(site_facts(), rows[0], block(z[:, units]), span=Span(5, units.start)),
@@ -298,7 +308,7 @@ def test_each_rank_of_tensor_parallelism_has_its_own_units_and_heads() -> None:
                     site_facts("soft", kind="softmax", units=None), rows[1], heads=heads(logits[:, of_heads]), span=Span(3, of_heads.start)
                 ),
             },
-            {"layer": layer(x[:, of_features], WEIGHT, input_elements=len(x) * 2, features=4, first=of_features.start, sharded=True, numel=6, n=6)},
+            {"layer": layer(x[:, of_features], WEIGHT, features=4, first=of_features.start, sharded=True, numel=6, n=6)},
         )
 
     windows = UnitWindows()
@@ -425,11 +435,11 @@ def test_the_formula_of_the_docs_is_what_is_sent() -> None:
     (formula,) = re.findall(r"^    8 bytes x \((.*)\)$", text, re.MULTILINE)
     sizes = {"sites": 3, "units": 60, "heads": 4, "layers": 2, "features": 40}
     assert 8 * eval(formula.replace("x", "*"), sizes) == layout.bytes
-    assert (len(SITE_SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (69, 5, 2, 9, 3, 5)
+    assert (len(SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (71, 5, 2, 7, 3, 5)
 
 
 def samples(count: int, saturated: int = 0, units: int = 4) -> Tensor:
-    return torch.tensor([[count] * units, [saturated] * units]).double()
+    return torch.tensor([[count] * units, [saturated] * units, [count] * units]).double()
 
 
 def test_a_window_ends_with_the_observation_that_filled_it() -> None:

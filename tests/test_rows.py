@@ -43,8 +43,8 @@ def test_the_facts_pass_through() -> None:
 
 
 def test_shares_and_counts() -> None:
-    made = record(row(n=80.0, elements=640.0, nonfinite=3.0, low=20.0, high=4.0, zeros=8.0))
-    assert (made.n, made.elements, made.nonfinite) == (80, 640, 3)
+    made = record(row(n=80.0, read=40.0, elements=640.0, nonfinite=3.0, low=20.0, high=4.0, zeros=8.0))
+    assert (made.n, made.elements, made.nonfinite) == (40, 640, 3)
     assert (made.low, made.high, made.saturated, made.zeros) == (0.25, 0.05, 0.3, 0.1)
 
 
@@ -83,10 +83,10 @@ def test_only_a_sigmoid_has_gates() -> None:
 
 
 def test_attenuation_needs_both_gradients() -> None:
-    both = record(row(n=1.0, grad_a_n=4.0, grad_a_sq=16.0, grad_z_n=4.0, grad_z_sq=1.0, grad_nonfinite=2.0))
-    assert (both.grad_n, both.grad_nonfinite, both.grad_a_rms, both.grad_z_rms, both.attenuation) == (4, 2, 2.0, 0.5, 0.25)
-    one = record(row(n=1.0, grad_z_n=4.0, grad_z_sq=1.0))
-    assert (one.grad_n, one.grad_z_rms) == (4, 0.5)
+    both = record(row(n=1.0, grad_a_n=4.0, grad_a_read=3.0, grad_a_sq=16.0, grad_z_n=4.0, grad_z_read=3.0, grad_z_sq=1.0, grad_nonfinite=2.0))
+    assert (both.grad_n, both.grad_nonfinite, both.grad_a_rms, both.grad_z_rms, both.attenuation) == (3, 2, 2.0, 0.5, 0.25)
+    one = record(row(n=1.0, grad_z_n=4.0, grad_z_read=2.0, grad_z_sq=1.0))
+    assert (one.grad_n, one.grad_z_rms) == (2, 0.5)
     assert one.grad_a_rms is one.attenuation is None
     nothing_came = record(row(n=1.0, grad_a_n=4.0, grad_a_sq=0.0, grad_z_n=4.0, grad_z_sq=0.0))
     assert (nothing_came.grad_a_rms, nothing_came.attenuation) == (0.0, None)
@@ -132,6 +132,7 @@ def test_a_softmax_has_means_over_rows_and_its_lowest_head() -> None:
     made = record(
         softmax(
             rows=[2.0, 6.0, 0.0],
+            rows_read=[1.0, 3.0, 0.0],
             entropy=[1.0, 1.2, 0.0],
             jacobian=[0.5, 1.5, 0.0],
             logit_variance=[8.0, 24.0, 0.0],
@@ -140,7 +141,7 @@ def test_a_softmax_has_means_over_rows_and_its_lowest_head() -> None:
         )
     )
     assert (made.entropy, made.entropy_min, made.jacobian, made.logit_std, made.log_keys) == (2.2 / 8, 1.2 / 6, 0.25, 2.0, 2.0)
-    assert made.heads == (Head(2, 0.5, 0.25, 2.0, 3.0), Head(6, 1.2 / 6, 0.25, 2.0, -1.0), Head(0, None, None, None, None))
+    assert made.heads == (Head(1, 0.5, 0.25, 2.0, 3.0), Head(3, 1.2 / 6, 0.25, 2.0, -1.0), Head(0, None, None, None, None))
     assert {"derivative", "derivative_rms", "relative_derivative", "peak", "histogram"} <= unknown(made)
 
 

@@ -14,7 +14,7 @@ from tests.facts import site_facts
 from tests.test_activations import MODULES, row
 from tests.truth import known
 from torchsat.activations import bind
-from torchsat.columns import BINS, COLUMN
+from torchsat.columns import BINS, COLUMN, UNWEIGHED
 from torchsat.kernels import cpu
 from torchsat.record import HISTOGRAM_EDGES, Record
 from torchsat.rows import SiteRow, to_record
@@ -129,7 +129,7 @@ def test_any_split_of_the_data_merges_to_the_same_record(module: nn.Module) -> N
 
     whole = to_host(*part(slice(0, 60)))
     for cuts in ([0, 1, 60], [0, 13, 14, 40, 60], list(range(61))):
-        merged, block = empty_row(z.device), torch.zeros(2, 40, dtype=torch.float64)
+        merged, block = empty_row(z.device), torch.zeros(3, 40, dtype=torch.float64)
         for start, end in itertools.pairwise(cuts):
             row_, block_ = part(slice(start, end))
             merge_(merged, row_)
@@ -255,3 +255,40 @@ def test_half_precision_is_summed_in_double() -> None:
     z = torch.full((1000,), 60000.0, dtype=torch.float16)
     record = to_host(make_row(nn.ReLU(), z))
     assert record.z_rms == 60000  # 60000^2 overflows float16, and its sum a float32 significand
+
+
+def test_calls_weigh_by_the_elements_they_have_and_not_by_those_that_were_read() -> None:
+    small, large = torch.tensor([[3.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 3.0]]).repeat(1000, 1)
+    row, block = empty_row(small.device), torch.zeros(3, 2, dtype=torch.float64)
+    for z in (small, large):
+        sample = Sample.of(z, 100, 0)
+        taken = sample.take(z)
+        observe(taken, taken, (taken < 1).float(), 1.0, (None, 1.0), z.numel(), units=Units(sample, 1), row=row, block=block)
+        merge_(row, observe_gradient(taken, 2 * taken, z.numel()))
+    record = to_host(row)
+    both = torch.cat([small, large])
+    # Of the large call about half of the elements that were read are 3, which counts for 2000 elements beside the 2 of the small call.
+    share = (2 + 2000 * (float(row[COLUMN["high"]]) - 2) / 2000) / both.numel()
+    assert record.elements == both.numel()
+    assert record.n == record.grad_n < 110
+    assert record.saturated == pytest.approx(share, rel=1e-12)
+    assert record.saturated == pytest.approx(0.5, abs=0.06)
+    assert record.z_mean == pytest.approx(3 * record.saturated, rel=1e-12)
+    assert record.derivative == pytest.approx(1 - record.saturated, rel=1e-12)
+    assert sum(known(record.histogram)) == pytest.approx(1, rel=1e-12)
+    assert record.grad_a_rms == pytest.approx(record.z_rms, rel=1e-12)
+    # The first unit is flat in the small call only. All samples of the second one in the large call are.
+    assert block[0].tolist() == pytest.approx([1002, 1002], rel=0.25)
+    assert block[1, 0] == 2
+    assert block[2].sum() == record.n
+
+
+def test_a_call_that_is_read_whole_keeps_its_sums_bit_for_bit() -> None:
+    z = torch.randn(999) / 3
+    row = observe(z, z, z.abs(), 1.0, (None, 1.0), z.numel())[0]
+    assert row[COLUMN["n"]] == row[COLUMN["read"]] == 999
+    half = observe(z, z, z.abs(), 1.0, (None, 1.0), 2 * z.numel())[0]
+    sums = slice(0, COLUMN["peak"])
+    weighed = torch.tensor([name not in UNWEIGHED for name in list(COLUMN)[sums]])
+    assert torch.equal(half[sums][weighed], 2 * row[sums][weighed])
+    assert torch.equal(half[sums.stop :], row[sums.stop :])

@@ -46,9 +46,9 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def close(found: Tensor, expected: Tensor) -> None:
-    """Compare two rows up to the rounding of float32. Near the edge of a bin, one element may be counted in the next bin."""
+    """Compare two rows up to the rounding of float32. Near the edge of a bin, one element, of a weight below 4, may be counted in the next bin."""
     for name, one, other in zip(COLUMNS, found.tolist(), expected.tolist(), strict=True):
-        assert one == pytest.approx(other, rel=2e-6, abs=1 if name.startswith("bin") else 1e-30), name
+        assert one == pytest.approx(other, rel=2e-6, abs=4 if name.startswith("bin") else 1e-30), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -80,24 +80,26 @@ def test_forward_rows_and_units(
     there = [sample.take(each.to(DEVICE)) for each in (whole, torch.tanh(whole.float()).to(dtype))]
     for sigmoid in (True, False):
         row, block = observe(z, a, slope, peak, edges, whole.numel(), sigmoid, units)
-        found, counts = statistics.empty_row(DEVICE), torch.zeros(2, units.size, dtype=torch.float64, device=DEVICE)
+        found, counts = statistics.empty_row(DEVICE), torch.zeros(3, units.size, dtype=torch.float64, device=DEVICE)
         for _ in range(2):
             kernels.observe(*there, slope.to(DEVICE), peak, edges, whole.numel(), sigmoid, found, units.place, counts)
         close(found, statistics.merge_(row, row.clone()))
         assert block is not None
-        assert torch.equal(counts.cpu(), 2 * block)
+        assert torch.allclose(counts.cpu(), 2 * block, rtol=1e-12, atol=0)
 
 
 def test_of_many_elements_the_units_are_counted_on_an_even_sample(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_UNIT_SAMPLES", 3000)
     z = torch.arange(7.0, device=DEVICE).sub(3).repeat(4000, 1)
-    units, counts = Units(Sample.of(z, None, 0), 1), torch.zeros(2, 7, dtype=torch.float64, device=DEVICE)
+    units, counts = Units(Sample.of(z, None, 0), 1), torch.zeros(3, 7, dtype=torch.float64, device=DEVICE)
     row = statistics.empty_row(DEVICE)
     kernels.observe(z.flatten(), z.flatten(), torch.ones_like(z).flatten(), 1.0, (-2.5, 1.5), z.numel(), False, row, units.place, counts)
     counts = counts.cpu()
     assert row[0] == 28000
-    assert counts[0].sum() == pytest.approx(2800, abs=1)
-    assert counts[0].max() - counts[0].min() <= 1
+    assert counts[2].sum() == pytest.approx(2800, abs=1)
+    assert counts[2].max() - counts[2].min() <= 1
+    # What was counted stands for all elements.
+    assert torch.allclose(counts[0], counts[2] * 28000 / counts[2].sum(), rtol=1e-12, atol=0)
     assert torch.equal(counts[1], counts[0] * torch.tensor([1.0, 0, 0, 0, 0, 1, 1]))
 
 
@@ -130,19 +132,19 @@ def test_gradients(kernels: ModuleType, dtype: torch.dtype) -> None:
     for has_a, has_z, apart in ((True, True, 1), (True, False, 1), (False, True, 1), (True, True, 7)):
         first, second = ([each[::apart] if has else None for has, each in zip((has_a, has_z), both, strict=True)] for both in (here, there))
         row = statistics.empty_row(DEVICE)
-        kernels.observe_gradient(*second, len(here[0][::apart]), row)
-        close(row, observe_gradient(*first))
+        kernels.observe_gradient(*second, len(here[0][::apart]), 3 * len(here[0][::apart]), row)
+        close(row, observe_gradient(*first, 3 * len(here[0][::apart])))
 
 
 def test_the_check_before_training_passes_right_kernels_and_no_others(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert disagreement(kernels, DEVICE) is None
     right = kernels.observe_gradient
 
-    def wrong(grad_a: Tensor, grad_z: Tensor, count: int, row: Tensor) -> None:
-        right(grad_a, grad_z, count - 1000, row)
+    def wrong(grad_a: Tensor, grad_z: Tensor, count: int, elements: int, row: Tensor) -> None:
+        right(grad_a, grad_z, count - 1000, elements, row)
 
     monkeypatch.setattr(kernels, "observe_gradient", wrong)
-    assert str(disagreement(kernels, DEVICE)).startswith("grad_a_n is 18998")
+    assert str(disagreement(kernels, DEVICE)).startswith("grad_a_read is 18998")
     assert not kernels.reads(torch.zeros(1))
 
 

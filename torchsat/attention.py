@@ -82,6 +82,11 @@ class SoftmaxRows:
         heads = shape if has_heads and z.ndim == 4 and axis == 3 else (1, 1, z.numel() // max(1, shape[axis]), shape[axis])
         return SoftmaxRows(shape, axis, heads[1] > 1, Queries.of(heads, limit, turn))
 
+    @property
+    def elements(self) -> int:
+        """How many elements the whole softmax has."""
+        return math.prod(self.shape)
+
     def rows(self, tensor: Tensor) -> Tensor:
         """These rows of a tensor of the same shape, as [batch, heads, queries, keys]."""
         if not self.has_heads:
@@ -95,7 +100,7 @@ class SoftmaxRows:
     def logits(self, z: Tensor) -> Logits:
         """The logits of these rows. Keys are masked where z, which is the sum of logit and mask, says so."""
         taken = upcast(self.rows(z))
-        return Logits(taken, ~(taken <= _MASKED_SUM), math.prod(self.shape))
+        return Logits(taken, ~(taken <= _MASKED_SUM), self.elements)
 
 
 def attention_logits(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], limit: int | None, turn: int) -> Logits:

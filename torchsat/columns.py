@@ -4,6 +4,10 @@ A *row* is one vector per site: the sum columns, then the max columns. A column 
 alone. Micro-batches, repeated calls of a shared module and ranks therefore all merge by the same operation, and everything else (means, shares,
 ratios) is derived on the host, in rows.py.
 
+Calls of one site can differ in size, and of a large call only a sample is read. So each element that was read enters the sum columns with the weight
+of its call, elements of the call / elements read: the sums stand for all elements, and merged rows weigh each call by what it has. If all is read the
+weight is 1. The columns that say how many elements were read, or were inf or nan, are not weighed.
+
 The C kernel gets the order of the columns from here as macros, the Triton kernel as constants, plain torch and the packing of ranks by name. A new
 column is one line here, and one formula in each kernel (kernels/cpu.c, kernels/cuda.py, statistics.py). What a record shows of it is one field in
 record.py and one line in rows.py.
@@ -42,12 +46,15 @@ class Column:
     measured: Direction = Direction.FORWARD
     loss_scaled: bool = False
     """Whether it holds squared gradients, which carry the square of a GradScaler's factor."""
+    weighed: bool = True
+    """Whether an element enters with the weight of its call. A column that takes the largest is never weighed."""
 
 
 ROW: tuple[Column, ...] = (
-    Column("n", "Elements at which z, a and |f'| are finite; they alone enter the other columns."),
-    Column("elements", "Elements that passed through the site, read or not."),
-    Column("nonfinite", "Elements that were read and left out because z, a or |f'| is inf or nan."),
+    Column("n", "The weights of the elements that were read and at which z, a and |f'| are finite; they alone enter the sums."),
+    Column("elements", "Elements that passed through the site, read or not.", weighed=False),
+    Column("nonfinite", "Elements that were read and left out because z, a or |f'| is inf or nan.", weighed=False),
+    Column("read", "Elements that were read and enter the sums.", weighed=False),
     Column("low", "Elements on the low plateau."),
     Column("high", "Elements on the high plateau."),
     Column("derivative", "Sum of |f'(z)|."),
@@ -59,11 +66,13 @@ ROW: tuple[Column, ...] = (
     Column("zeros", "Elements whose activation is exactly 0."),
     Column("gate_left", "Elements whose activation is below 0.1; of a sigmoid only."),
     Column("gate_right", "Elements whose activation is above 0.9; of a sigmoid only."),
-    Column("grad_a_n", "Elements at which dL/da was read.", measured=Direction.BACKWARD),
+    Column("grad_a_n", "The weights of the elements at which dL/da was read.", measured=Direction.BACKWARD),
+    Column("grad_a_read", "How many elements these are.", measured=Direction.BACKWARD, weighed=False),
     Column("grad_a_sq", "Sum of (dL/da)^2.", measured=Direction.BACKWARD, loss_scaled=True),
-    Column("grad_z_n", "Elements at which dL/dz was read.", measured=Direction.BACKWARD),
+    Column("grad_z_n", "The weights of the elements at which dL/dz was read.", measured=Direction.BACKWARD),
+    Column("grad_z_read", "How many elements these are.", measured=Direction.BACKWARD, weighed=False),
     Column("grad_z_sq", "Sum of (dL/dz)^2.", measured=Direction.BACKWARD, loss_scaled=True),
-    Column("grad_nonfinite", "Elements left out because a gradient is inf or nan.", measured=Direction.BACKWARD),
+    Column("grad_nonfinite", "Elements left out because a gradient is inf or nan.", measured=Direction.BACKWARD, weighed=False),
     *(Column(f"bin{k}", f"Elements in bin {k} of the histogram of |f'| / peak.") for k in range(HISTOGRAM_BINS)),
     Column("peak", "sup|f'|; minus infinity where there is none.", Merge.MAX),
     Column("z_max", "Largest z.", Merge.MAX),
@@ -81,20 +90,27 @@ BACKWARD = tuple(column.name for column in ROW if column.measured is Direction.B
 """The columns that the backward pass writes. They are neighbours in ROW, so that one slice of a row holds them."""
 BINS = tuple(column.name for column in ROW if column.name.startswith("bin"))
 """The bins of the histogram, from the smallest |f'| / peak to the largest. They are neighbours in ROW."""
+UNWEIGHED = tuple(column.name for column in ROW if column.merge is Merge.SUM and not column.weighed)
+"""The sum columns that an element enters as 1, whatever its call."""
 LOSS_SCALED = tuple(column.name for column in ROW if column.loss_scaled)
 
-HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "logit_max")
-"""The rows of the block [6, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows."""
+HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "rows_read", "logit_max")
+"""The rows of the block [7, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows, each with the
+weight of its call but for `rows_read`, which counts them."""
+BLOCK = ("samples", "saturated", "samples_read")
+"""The rows of the unit block [3, units]: for each channel or feature the weights of its samples, the weights of the saturated ones, and how many
+samples were read."""
 UNITS = ("units", "units_measured", "units_stuck", "unit_samples")
-"""Numbers that are derived from a merged unit block [2, units] (samples and saturated samples of each channel or feature): how many units there are,
-how many have enough samples, how many of these are stuck (nearly all of their samples are saturated), and the samples of the least sampled unit."""
-FEATURES = ("samples", "x", "x_sq")
-"""The rows of the block [3, features] of a layer's input x: for each feature the number of samples, the sum of x and the sum of x^2."""
+"""Numbers that are derived from a merged unit block (BLOCK): how many units there are, how many have enough samples, how many of these are stuck
+(nearly all of their samples are saturated), and the samples of the least sampled unit."""
+FEATURES = ("samples", "x", "x_sq", "square_samples", "square_x_sq", "samples_read")
+"""The rows of the block [6, features] of a layer's input x: for each feature the sums of w, w x, w x^2, w^2 and w^2 x^2 over its samples, where w is
+the weight of the call, and how many samples were read."""
 WEIGHT = ("weight_sq", "change_sq", "grad_sq")
 """Numbers of a layer's weight: sums of squares over the elements that were read, of the weight, of its change by the optimizer's step, and of its
 gradient."""
 INPUT = ("input_n", "input_sq", "input_offset_sq")
-"""Numbers of a layer's input, derived from its FEATURES: the samples of all features together, the mean square, and the mean over features of the
-squared mean."""
+"""Numbers of a layer's input, derived from its FEATURES: the samples that were read of all features together, the mean square, and the mean over
+features of the squared mean."""
 LAYER = (*WEIGHT, *INPUT)
 """All numbers of a layer."""

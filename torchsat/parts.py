@@ -34,9 +34,9 @@ class SitePart:
     row: Tensor | None = None
     """The numbers of columns.ROW, merged over all calls; None where the site did not run."""
     block: Tensor | None = None
-    """The unit block [2, units]: samples and saturated samples of each unit in this observation; None where the number of units is not fixed."""
+    """The unit block [3, units]: columns.BLOCK of each unit in this observation; None where the number of units is not fixed."""
     heads: Tensor | None = None
-    """[6, heads]: the numbers of columns.HEADS for each head; None where this is no softmax."""
+    """[7, heads]: the numbers of columns.HEADS for each head; None where this is no softmax."""
     span: Span = Span(None)
     """The units that this process holds, or the heads of a softmax."""
     stage: int | None = None
@@ -61,9 +61,7 @@ class LayerPart:
     rate: float | None = None
     """The learning rate of the optimizer's group that owns the weight."""
     inputs: Tensor | None = None
-    """[3, features]: the sums of columns.FEATURES over its input; None where its input was not measured."""
-    input_elements: int = 0
-    """Number of elements of its input, read or not."""
+    """[6, features]: the sums of columns.FEATURES over its input; None where its input was not measured."""
     features: int = 0
     """Number of features of its input on all ranks together; 0 where the input is not measured."""
     first: int = 0

@@ -332,7 +332,6 @@ class Coverage:
 _NOUNS = {"module": ("module", "modules"), "call": ("call", "calls"), "recurrent": ("gate", "gates"), "softmax": ("softmax", "softmaxes")}
 
 
-
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
     """Those of the values that are fields of this dataclass, with a tuple for each list."""
     names = {field.name for field in fields(kind)}

@@ -76,7 +76,7 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
     grad_a, grad_z = (at.rms(f"{name}_sq", at[f"{name}_n"], scale) for name in ("grad_a", "grad_z"))
     record = Record(
         **vars(facts),
-        n=round(at.n),
+        n=round(at["read"]),
         elements=round(at["elements"]),
         saturated=None if low is None or high is None else low + high,
         low=low,
@@ -100,7 +100,7 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         gate_right=at.mean("gate_right") if is_sigmoid else None,
         zeros=at.mean("zeros"),
         nonfinite=round(at["nonfinite"]),
-        grad_n=round(max(at["grad_a_n"], at["grad_z_n"])),
+        grad_n=round(max(at["grad_a_read"], at["grad_z_read"])),
         grad_nonfinite=round(at["grad_nonfinite"]),
         attenuation=grad_z / grad_a if grad_z is not None and grad_a else None,
         grad_a_rms=grad_a,
@@ -147,7 +147,8 @@ def to_weight(row: LayerRow) -> Weight:
 
 
 class _Columns(dict[str, float]):
-    """The columns of one row by name, and statistics of them. `n` is the number of elements that the sums of the forward pass run over."""
+    """The columns of one row by name, and statistics of them. `n` is the sum of the weights of the elements that the sums of
+    the forward pass run over: where none is inf or nan, the number of all elements."""
 
     def __init__(self, numbers: Sequence[float]) -> None:
         super().__init__(zip(COLUMN, numbers, strict=True))
@@ -161,7 +162,7 @@ class _Columns(dict[str, float]):
         return math.sqrt(max(0.0, self[second] / self.n - (self[first] / self.n) ** 2)) if self.n else None
 
     def rms(self, name: str, n: float, scale: float = 1.0) -> float | None:
-        """The root of a mean of squares over n elements, divided by the scale that these elements carry."""
+        """The root of a mean of squares over elements whose weights add up to n, divided by the scale that these elements carry."""
         return math.sqrt(self[name] / n) / scale if n else None
 
     def largest(self, name: str) -> float | None:
@@ -191,10 +192,10 @@ class _Heads:
         return tuple(_head(*values) for values in zip(*self._block.values(), strict=True))
 
 
-def _head(rows: float, entropy: float, jacobian: float, variance: float, log_keys: float, logit_max: float) -> Head:
+def _head(rows: float, entropy: float, jacobian: float, variance: float, log_keys: float, read: float, logit_max: float) -> Head:
     if not rows:
         return Head(0, None, None, None, None)
-    return Head(round(rows), entropy / rows, jacobian / rows, math.sqrt(variance / rows), logit_max)
+    return Head(round(read), entropy / rows, jacobian / rows, math.sqrt(variance / rows), logit_max)
 
 
 def _full_window(units: Sequence[float] | None) -> Stuck | None:

@@ -68,6 +68,11 @@ class Sample:
         return max(0, -(-(math.prod(self.shape) - self.start) // self.step))
 
     @functools.cached_property
+    def elements(self) -> int:
+        """How many elements the tensor has, read or not."""
+        return math.prod(self.shape)
+
+    @functools.cached_property
     def strides(self) -> tuple[int, ...]:
         """The strides of a dense tensor of this shape and order."""
         strides, inner = [0] * len(self.shape), 1

@@ -81,7 +81,7 @@ def feature_axis(module: nn.Module, ndim: int) -> int:
 
 
 def input_sums(x: Tensor, axis: int, limit: int | None, turn: int, sums: Tensor | None = None) -> Tensor:
-    """columns.FEATURES of one input, [3, features], added in place to the sums given.
+    """columns.FEATURES of one input, [6, features], added in place to the sums given.
 
     Args:
         axis: the axis of the features.
@@ -140,8 +140,6 @@ class Layer:
         nothing says whether others are given it."""
         self.first = 0
         """The index of this rank's first input feature among those of all ranks."""
-        self.input_elements = 0
-        """How many elements its inputs had together, read or not."""
         self.before: Tensor | None = None
         """The elements of the weight as they were before the optimizer's step."""
         self.n = 0

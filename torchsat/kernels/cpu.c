@@ -6,10 +6,11 @@
    cpu.py passes these macros, made from columns.py and formulas.py:
    COLUMNS          the columns of a row in their order, in upper case
    SUMS             how many of them are sums; the others, behind them, take the largest
+   UNWEIGHED        the sum columns that an element enters as 1, whatever its call
    BINS             how many columns the histogram has, from BIN0 on
    FIRST            the exponent and first mantissa bit of the float32 at the upper edge of the first bin
    HEAD_COLUMNS     the rows of a block of heads
-   FEATURE_COLUMNS  the rows of a block of features
+   UNIT_COLUMNS     the rows of a unit block
 
    tests/test_kernels.py compares every column with the plain implementation. */
 
@@ -26,7 +27,7 @@ enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 
 enum { COLUMNS, WIDTH };
 enum { HEAD_COLUMNS };
-enum { FEATURE_COLUMNS };
+enum { UNIT_COLUMNS };
 
 /* A vector in memory: its type is one of the four above, its elements lie `stride` apart. */
 typedef struct { const void *data; int64_t kind, stride; } vector;
@@ -177,16 +178,20 @@ static void clear(double *row)
     for (int i = 0; i < WIDTH; i++) row[i] = i < SUMS ? 0.0 : -INFINITY;
 }
 
-/* Merge one row into another. */
-static void merge(double *into, const double *row)
+/* Merge a row of elements that were read into another row, each element with this weight. */
+static void merge(double *into, const double *row, double weight)
 {
-    for (int i = 0; i < SUMS; i++) into[i] += row[i];
+    static const int unweighed[] = { UNWEIGHED };
+    double weights[SUMS];
+    for (int i = 0; i < SUMS; i++) weights[i] = weight;
+    for (size_t i = 0; i < sizeof unweighed / sizeof *unweighed; i++) weights[unweighed[i]] = 1;
+    for (int i = 0; i < SUMS; i++) into[i] += weights[i] * row[i];
     for (int i = SUMS; i < WIDTH; i++) into[i] = row[i] > into[i] ? row[i] : into[i];
 }
 
-/* The row of elements `begin_at` to `end_at` of a forward call, without the column ELEMENTS. Unless block [2, size] is NULL, the samples and the
-   saturated samples of each unit are added to it. */
-static void observe(const call *in, int64_t begin_at, int64_t end_at, double *row, const axis *units, double *block)
+/* The row of elements `begin_at` to `end_at` of a forward call, each with the weight 1, without the column ELEMENTS. Unless block [3, size] is NULL, the
+   samples and the saturated samples of each unit are added to it, weighed, and the samples once more, unweighed. */
+static void observe(const call *in, int64_t begin_at, int64_t end_at, double weight, double *row, const axis *units, double *block)
 {
     double z[BLOCK], a[BLOCK], slope[BLOCK], ok[BLOCK], saturated[BLOCK];
     int32_t bin[BLOCK];
@@ -263,12 +268,14 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double *ro
         if (block)
             for (int i = 0; i < m; i++) {
                 int64_t unit = next(&at);
-                block[unit] += ok[i];
-                block[at.size + unit] += saturated[i];
+                block[SAMPLES * at.size + unit] += weight * ok[i];
+                block[SATURATED * at.size + unit] += weight * saturated[i];
+                block[SAMPLES_READ * at.size + unit] += ok[i];
             }
     }
     clear(row);
     row[N] = n;
+    row[READ] = n;
     row[NONFINITE] = (double)(end_at - begin_at) - n;
     row[LOW] = lows;
     row[HIGH] = highs;
@@ -293,14 +300,14 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double *ro
     row[A_MIN_NEGATED] = -a_min;
 }
 
-/* Merge one forward call into a row, and add the samples and the saturated samples of each unit to block [2, size], unless it is NULL.
+/* Merge one forward call into a row, and add the samples of each unit to block [3, size], unless it is NULL. `count` of its `elements` were read.
    low, high, peak: NaN where there is none. The elements are divided among `parts` threads. */
 void torchsat_observe(const vector *z, const vector *a, const derivative *of, int64_t count, double elements, double low, double high,
                       double peak, int64_t sigmoid, int64_t parts, double *row, const axis *units, double *block)
 {
     call in = { z, a, of, low, high, peak, sigmoid };
-    double rows[PARTS][WIDTH], *others = 0;
-    int64_t size = block ? 2 * units->size : 0;
+    double rows[PARTS][WIDTH], *others = 0, weight = count ? elements / (double)count : 1;
+    int64_t size = block ? 3 * units->size : 0;
     if (parts > PARTS) parts = PARTS;
     if (block && parts > 1) others = calloc((size_t)(size * (parts - 1)), sizeof *others);
     if (block && !others) parts = 1;
@@ -308,8 +315,8 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
 #pragma omp parallel for schedule(static, 1) if (parts > 1)
 #endif
     for (int64_t part = 0; part < parts; part++)
-        observe(&in, count * part / parts, count * (part + 1) / parts, rows[part], units, part ? others ? others + (part - 1) * size : 0 : block);
-    for (int64_t part = 0; part < parts; part++) merge(row, rows[part]);
+        observe(&in, count * part / parts, count * (part + 1) / parts, weight, rows[part], units, part ? others ? others + (part - 1) * size : 0 : block);
+    for (int64_t part = 0; part < parts; part++) merge(row, rows[part], weight);
     for (int64_t part = 1; others && part < parts; part++)
         for (int64_t i = 0; i < size; i++) block[i] += others[(part - 1) * size + i];
     free(others);
@@ -317,13 +324,14 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
 }
 
 /* The row and the block of heads of a softmax, as observe_softmax in statistics.py describes them. Both are empty when they are passed.
-   z: [batch, heads, queries, keys], with these sizes and strides. visible: bytes, with strides of their own (0 where they are broadcast). */
+   z: [batch, heads, queries, keys], with these sizes and strides, which were read of `elements` logits. visible: bytes, with strides of their own (0 where they are broadcast). */
 void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t *sizes, const int64_t *z_strides, const int64_t *visible_strides,
                       double elements, double *row, double *heads)
 {
     int64_t size = sizes[1], keys = sizes[3];
     double z[BLOCK], seen[BLOCK];
     int64_t width = z_in->kind == FLOAT64 ? 8 : z_in->kind == FLOAT32 ? 4 : 2;
+    double all = (double)(sizes[0] * sizes[1] * sizes[2] * keys), weight = all > 0 ? elements / all : 1;
     row[ELEMENTS] = elements;
     for (int64_t query = 0; query < sizes[0] * sizes[1] * sizes[2]; query++) {
         int64_t at[3] = { query / (sizes[1] * sizes[2]), query / sizes[2] % sizes[1], query % sizes[2] };
@@ -370,18 +378,20 @@ void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t 
         }
         log_total = log(total);
         log_keys = log(n);
-        heads[ROWS * size + at[1]] += 1;
-        heads[ENTROPY * size + at[1]] += (log_total - weighted / total) / log_keys;
-        heads[JACOBIAN * size + at[1]] += 1 - total_square / (total * total);
-        heads[LOGIT_VARIANCE * size + at[1]] += deviation / n;
-        heads[LOG_KEYS * size + at[1]] += log_keys;
+        heads[ROWS * size + at[1]] += weight;
+        heads[ROWS_READ * size + at[1]] += 1;
+        heads[ENTROPY * size + at[1]] += weight * ((log_total - weighted / total) / log_keys);
+        heads[JACOBIAN * size + at[1]] += weight * (1 - total_square / (total * total));
+        heads[LOGIT_VARIANCE * size + at[1]] += weight * (deviation / n);
+        heads[LOG_KEYS * size + at[1]] += weight * log_keys;
         if (top > heads[LOGIT_MAX * size + at[1]]) heads[LOGIT_MAX * size + at[1]] = top;
-        row[N] += n;
-        row[Z] += sum;
-        row[Z_SQ] += square;
-        row[A] += 1;
-        row[A_SQ] += total_square / (total * total);
-        row[ZEROS] += n - nonzero;
+        row[N] += weight * n;
+        row[READ] += n;
+        row[Z] += weight * sum;
+        row[Z_SQ] += weight * square;
+        row[A] += weight;
+        row[A_SQ] += weight * (total_square / (total * total));
+        row[ZEROS] += weight * (n - nonzero);
         if (top > row[Z_MAX]) row[Z_MAX] = top;
         if (-bottom > row[Z_MIN_NEGATED]) row[Z_MIN_NEGATED] = -bottom;
         if (1 / total > row[A_MAX]) row[A_MAX] = 1 / total;
@@ -389,9 +399,10 @@ void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t 
     }
 }
 
-/* Merge one backward call into a row. The data of a vector are NULL where that gradient is not known. */
-void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count, double *row)
+/* Merge one backward call into a row. The data of a vector are NULL where that gradient is not known. `count` of its `elements` were read. */
+void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count, double elements, double *row)
 {
+    double weight = count ? elements / (double)count : 1;
     double a[BLOCK] = { 0 }, z[BLOCK] = { 0 };
     double n = 0, a2 = 0, z2 = 0;
     for (int64_t first = 0; first < count; first += BLOCK) {
@@ -407,19 +418,21 @@ void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count
             z2 += v * v;
         }
     }
-    row[GRAD_A_N] += grad_a->data ? n : 0;
-    row[GRAD_A_SQ] += a2;
-    row[GRAD_Z_N] += grad_z->data ? n : 0;
-    row[GRAD_Z_SQ] += z2;
+    row[GRAD_A_N] += grad_a->data ? weight * n : 0;
+    row[GRAD_A_READ] += grad_a->data ? n : 0;
+    row[GRAD_A_SQ] += weight * a2;
+    row[GRAD_Z_N] += grad_z->data ? weight * n : 0;
+    row[GRAD_Z_READ] += grad_z->data ? n : 0;
+    row[GRAD_Z_SQ] += weight * z2;
     row[GRAD_NONFINITE] += (double)count - n;
 }
 
-/* Add the samples, the sum of x and the sum of x^2 of each unit to sums [3, size]. */
+/* Add the samples, the sum of x and the sum of x^2 of each unit to sums [3, size], each sample with the weight 1. */
 void torchsat_features(const vector *x_in, int64_t count, const axis *units, double *sums)
 {
     double x[BLOCK];
     walk at = begin(units);
-    double *samples = sums + SAMPLES * units->size, *first_power = sums + X * units->size, *second_power = sums + X_SQ * units->size;
+    double *samples = sums, *first_power = sums + units->size, *second_power = sums + 2 * units->size;
     for (int64_t first = 0; first < count; first += BLOCK) {
         int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
         load(x_in, first, m, x);

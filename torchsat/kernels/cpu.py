@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from torchsat.columns import BINS, COLUMN, FEATURES, HEADS, SUMS
+from torchsat.columns import BINS, BLOCK, COLUMN, HEADS, SUMS, UNWEIGHED
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, GELU, GIVEN, LOGISTIC, SILU, Formula
 
 _SOURCE = Path(__file__).with_name("cpu.c")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """The number of each type in cpu.c."""
-_NAMES = {"COLUMNS": COLUMN, "HEAD_COLUMNS": HEADS, "FEATURE_COLUMNS": FEATURES}
+_NAMES = {"COLUMNS": COLUMN, "HEAD_COLUMNS": HEADS, "UNIT_COLUMNS": BLOCK, "UNWEIGHED": UNWEIGHED}
 _MACROS = {"SUMS": len(SUMS), "BINS": len(BINS), "FIRST": FIRST_BIN, **{macro: ",".join(names).upper() for macro, names in _NAMES.items()}}
 _BASE = ["-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", *(f"-D{macro}={value}" for macro, value in _MACROS.items())]
 _ATTEMPTS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], [])
@@ -77,7 +77,7 @@ def observe(
     place: tuple[int, int, int, int] | None = None,
     block: Tensor | None = None,
 ) -> None:
-    """Merge a forward call into a row, and add the samples and saturated samples of each unit to a block, if there is one.
+    """Merge a forward call into a row, and add the samples of each unit to a unit block, if there is one.
 
     The arguments are those of statistics.observe; `place` is that of the units.
     """
@@ -118,13 +118,13 @@ def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor,
     )
 
 
-def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, row: Tensor) -> None:
-    """Merge a backward call into a row. `count` is the length of the gradients, of which one may be missing."""
-    _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, row.data_ptr())
+def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, elements: int, row: Tensor) -> None:
+    """Merge a backward call of so many elements into a row. `count` is the length of the gradients, of which one may be missing."""
+    _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, elements, row.data_ptr())
 
 
 def add_features(x: Tensor, place: tuple[int, int, int, int], sums: Tensor) -> None:
-    """Add columns.FEATURES of each unit to [3, size]."""
+    """Add the samples, the sum of x and the sum of x^2 of each unit to [3, size], unweighed."""
     _loaded().torchsat_features(_vector(x), x.shape[0], ctypes.byref(_Axis(*place)), sums.data_ptr())
 
 
@@ -211,7 +211,7 @@ def _load(path: Path) -> ctypes.CDLL:
     signatures = {
         "torchsat_observe": [pointer, pointer, pointer, integer, number, number, number, number, integer, integer, pointer, pointer, pointer],
         "torchsat_softmax": [pointer, pointer, pointer, pointer, pointer, number, pointer, pointer],
-        "torchsat_gradient": [pointer, pointer, integer, pointer],
+        "torchsat_gradient": [pointer, pointer, integer, number, pointer],
         "torchsat_features": [pointer, integer, pointer, pointer],
         "torchsat_squares": [pointer, pointer, integer, pointer],
     }

@@ -10,6 +10,7 @@ numbers there. What differs between observations is no constant of a kernel, so 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from torchsat.columns import BACKWARD, BINS, COLUMN, SUMS
+from torchsat.columns import BACKWARD, BINS, BLOCK, COLUMN, SUMS, UNWEIGHED
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, GELU, GELU_ERF, GIVEN, LOGISTIC, SILU, Formula
 from torchsat.sampling import beginning, coprime
 
@@ -34,12 +35,14 @@ _turns = itertools.count()
 _trusted: set[int] = set()
 """The devices on which the kernels compute the right numbers."""
 
+_UNWEIGHED = frozenset(COLUMN[name] for name in UNWEIGHED)
 _GATES = slice(COLUMN["gate_left"], COLUMN["gate_right"] + 1)
 _GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
 
 # The places of the columns in a row. Of the globals of Python a kernel can read constants of this type only.
 _WIDTH = tl.constexpr(len(COLUMN))
 _N = tl.constexpr(COLUMN["n"])
+_READ = tl.constexpr(COLUMN["read"])
 _ELEMENTS = tl.constexpr(COLUMN["elements"])
 _NONFINITE = tl.constexpr(COLUMN["nonfinite"])
 _LOW = tl.constexpr(COLUMN["low"])
@@ -69,10 +72,17 @@ _BACKWARD_TO = tl.constexpr(_GRADIENT.stop)
 # Places in the short row of a backward call.
 _BACKWARD_WIDTH = tl.constexpr(len(BACKWARD))
 _GRAD_A_N = tl.constexpr(BACKWARD.index("grad_a_n"))
+_GRAD_A_READ = tl.constexpr(BACKWARD.index("grad_a_read"))
 _GRAD_A_SQ = tl.constexpr(BACKWARD.index("grad_a_sq"))
 _GRAD_Z_N = tl.constexpr(BACKWARD.index("grad_z_n"))
+_GRAD_Z_READ = tl.constexpr(BACKWARD.index("grad_z_read"))
 _GRAD_Z_SQ = tl.constexpr(BACKWARD.index("grad_z_sq"))
 _GRAD_NONFINITE = tl.constexpr(BACKWARD.index("grad_nonfinite"))
+
+# The rows of a unit block.
+_SAMPLES = tl.constexpr(BLOCK.index("samples"))
+_SATURATED = tl.constexpr(BLOCK.index("saturated"))
+_SAMPLES_READ = tl.constexpr(BLOCK.index("samples_read"))
 
 # The kinds of derivatives.
 _GIVEN = tl.constexpr(GIVEN)
@@ -166,6 +176,7 @@ def _write_sums(row, z, a, slope, ok, inside, low, high):
     """The sum columns of a block but the histogram."""
     n = _count(ok)
     tl.store(row + _N, n)
+    tl.store(row + _READ, n)
     tl.store(row + _ELEMENTS, 0.0)
     tl.store(row + _NONFINITE, _count(inside) - n)
     tl.store(row + _LOW, _count(ok & (z <= low)))
@@ -207,7 +218,7 @@ def _write_extremes(row, z, a, ok):
     tl.store(row + _A_MIN_NEGATED, tl.max(tl.where(ok, -a, float("-inf")), axis=0))
 
 
-@triton.jit(do_not_specialize=["count", "start", "step", "inner", "size", "unit_start", "unit_step", "unit_count"])
+@triton.jit(do_not_specialize=["count", "start", "step", "inner", "size", "unit_start", "unit_step", "unit_count", "elements"])
 def _observe(
     z_ptr,
     a_ptr,
@@ -231,12 +242,13 @@ def _observe(
     unit_start,
     unit_step,
     unit_count,
+    elements,
     kind: tl.constexpr,
     has_peak: tl.constexpr,
     has_units: tl.constexpr,
     block: tl.constexpr,
 ):
-    """The row of one block of elements, at out_ptr; the first programs also count elements by unit, at block_ptr."""
+    """The row of one block of elements, each with the weight 1, at out_ptr; the first programs also count elements by unit, at block_ptr."""
     program = tl.program_id(0).to(tl.int64)
     mine = program * block + tl.arange(0, block)
     inside = mine < count
@@ -251,8 +263,11 @@ def _observe(
             at = unit_start + mine * unit_step
             z, a, slope, ok = _read(z_ptr, a_ptr, slope_ptr, at, mine < unit_count, False, z_step, a_step, kind, b, c, d)
             unit = ((start + at * step) // inner) % size
-            tl.atomic_add(block_ptr + unit, tl.where(ok, 1.0, 0.0).to(tl.float64), mask=ok)
-            tl.atomic_add(block_ptr + size + unit, tl.where(ok, 1.0, 0.0).to(tl.float64), mask=ok & ((z <= low) | (z >= high)))
+            one = tl.where(ok, 1.0, 0.0).to(tl.float64)
+            weighed = one * elements / unit_count
+            tl.atomic_add(block_ptr + _SAMPLES * size + unit, weighed, mask=ok)
+            tl.atomic_add(block_ptr + _SATURATED * size + unit, weighed, mask=ok & ((z <= low) | (z >= high)))
+            tl.atomic_add(block_ptr + _SAMPLES_READ * size + unit, one, mask=ok)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -273,13 +288,17 @@ def _gradient(a_ptr, z_ptr, out_ptr, count, a_step, z_step, has_a: tl.constexpr,
     row = out_ptr + program * _BACKWARD_WIDTH
     if has_a:
         tl.store(row + _GRAD_A_N, n)
+        tl.store(row + _GRAD_A_READ, n)
     else:
         tl.store(row + _GRAD_A_N, 0.0)
+        tl.store(row + _GRAD_A_READ, 0.0)
     tl.store(row + _GRAD_A_SQ, _square(tl.where(ok, a, 0.0)))
     if has_z:
         tl.store(row + _GRAD_Z_N, n)
+        tl.store(row + _GRAD_Z_READ, n)
     else:
         tl.store(row + _GRAD_Z_N, 0.0)
+        tl.store(row + _GRAD_Z_READ, 0.0)
     tl.store(row + _GRAD_Z_SQ, _square(tl.where(ok, z, 0.0)))
     tl.store(row + _GRAD_NONFINITE, _count(inside) - n)
 
@@ -296,7 +315,7 @@ def observe(
     place: tuple[int, int, int, int] | None = None,
     block: Tensor | None = None,
 ) -> None:
-    """Merge a forward call into a row, and add the samples and saturated samples of each unit to a block, if there is one.
+    """Merge a forward call into a row, and add the samples of each unit to a unit block, if there is one.
 
     The arguments are those of statistics.observe; `place` is that of the units.
     """
@@ -308,6 +327,7 @@ def observe(
     start, step, inner, size = (0, 1, 1, 1) if place is None else place
     unit_step = coprime(max(1, -(-count // _UNIT_SAMPLES)), (size, inner))
     unit_start = beginning(next(_turns), unit_step, count)
+    unit_count = -(-(count - unit_start) // unit_step)
     programs = triton.cdiv(count, _BLOCK)
     out = torch.empty(programs, len(COLUMN), dtype=torch.float64, device=z.device)
     low, high = edges
@@ -334,7 +354,8 @@ def observe(
             size,
             unit_start,
             unit_step,
-            -(-(count - unit_start) // unit_step),
+            unit_count,
+            elements,
             kind=formula.kind,
             has_peak=peak is not None,
             has_units=block is not None,
@@ -345,12 +366,12 @@ def observe(
     sums = out[:, : len(SUMS)].sum(0)
     if not sigmoid:
         sums[_GATES] = 0
-    row[: len(SUMS)] += sums
+    row[: len(SUMS)] += _weighed(sums, elements / count)
     torch.maximum(row[len(SUMS) :], out[:, len(SUMS) :].amax(0), out=row[len(SUMS) :])
 
 
-def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, row: Tensor) -> None:
-    """Merge a backward call into a row. `count` is the length of the gradients, of which one may be missing."""
+def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, elements: int, row: Tensor) -> None:
+    """Merge a backward call of so many elements into a row. `count` is the length of the gradients, of which one may be missing."""
     if not count:
         return
     programs = triton.cdiv(count, _BLOCK)
@@ -365,4 +386,15 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, r
             num_warps=_WARPS,
             enable_fp_fusion=True,
         )
-    row[_GRADIENT] += out.sum(0)
+    row[_GRADIENT] += _weighed(out.sum(0), elements / count, _GRADIENT.start)
+
+
+def _weighed(sums: Tensor, weight: float, first: int = 0) -> Tensor:
+    """Neighbouring sum columns of a row, from the `first` on, of elements that have this weight and were added up without it."""
+    return sums if weight == 1 else torch.where(_is_weighed(first, len(sums), sums.device), sums * weight, sums)
+
+
+@functools.lru_cache(maxsize=64)
+def _is_weighed(first: int, count: int, device: torch.device) -> Tensor:
+    """Which of these columns are weighed. The flags are cached, since each copy to a GPU would wait for the GPU."""
+    return torch.tensor([at not in _UNWEIGHED for at in range(first, first + count)], device=device)

@@ -308,7 +308,7 @@ class Calls:
             meter.ran(site, [call.node])
             meter.count(site, sample, call.taken, torch.sigmoid(upcast(call.taken)), axis)
         if own is not None:
-            add = meter.gradient_adder(site)
+            add = meter.gradient_adder(site, sample)
             own.register_hook(
                 lambda grad_inputs, grad_outputs: add(
                     None if grad_outputs[0] is None else upcast(sample.take(grad_outputs[0].detach())) * value,

@@ -255,7 +255,7 @@ class GraphReceiver:
             sample = self._observation.meter.sample_of(grad)
         taken, outside = sample.take(grad), self._observation.passes.outside
         row = outside.place(outside.rows, name, grad.device)
-        outside.put(outside.rows, name, observe_gradient(taken if of_output else None, None if of_output else taken, row))
+        outside.put(outside.rows, name, observe_gradient(taken if of_output else None, None if of_output else taken, sample.elements, row))
 
 
 def attach(observation: Observation, found: Found) -> None:

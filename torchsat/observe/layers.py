@@ -71,7 +71,6 @@ class Layers:
 
     def feed(self, name: str, module: nn.Module, x: Tensor) -> None:
         """Measure the input of a layer."""
-        self.measured[name].input_elements += x.numel()
         passes, options = self._observation.passes, self._observation.options
         passes.current.merge_inputs(name, x, feature_axis(module, x.ndim), options.limit, self._observation.turn)
 
@@ -80,7 +79,6 @@ class Layers:
         observation = self._observation
         for layer in self.measured.values():
             if layer.module() is module and layer.parameter in ENTERED:
-                layer.input_elements += x.numel()
                 observation.passes.current.merge_inputs(layer.name, x, x.ndim - 1, observation.options.limit, observation.turn)
                 if observation.lineage.learns and x.grad_fn is None and not x.requires_grad:
                     observation.sites.fed_by_data.add(layer.name)
@@ -150,7 +148,6 @@ class Layers:
             whole=weight.numel(),
             rate=self._rates.get(id(weight)),
             inputs=inputs,
-            input_elements=layer.input_elements,
             features=layer.features,
             first=layer.first,
             sharded=place is not None,

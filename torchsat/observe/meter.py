@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -191,7 +190,7 @@ class Meter:
             assert isinstance(slope, Tensor)
             slope, peak, edges = slope.abs(), None, (None, None)
         units = self._units_of(site, sample, axis)
-        elements = math.prod(sample.shape) if elements is None else elements
+        elements = sample.elements if elements is None else elements
         row, block = current.place(current.rows, site.name, z.device), current.place(current.blocks, site.name, z.device)
         if units is None or (block is not None and block.shape[1] != units.size):
             block = None
@@ -207,14 +206,15 @@ class Meter:
         current.add(current.rows, site.name, row)
         current.add(current.heads, site.name, heads)
 
-    def gradient_adder(self, site: Site) -> Callable[[Tensor | None, Tensor | None], None]:
-        """A function to be called in the backward with dL/da and dL/dz at the elements that were read. It adds them to the pass that runs now."""
-        current = self._passes.current
+    def gradient_adder(self, site: Site, sample: Sample | SoftmaxRows) -> Callable[[Tensor | None, Tensor | None], None]:
+        """A function to be called in the backward with dL/da and dL/dz at the elements of a sample. It adds them to the pass that runs now."""
+        current, elements = self._passes.current, sample.elements
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
             given = [grad for grad in (grad_a, grad_z) if grad is not None]
             if not self._ignores_gradients and given and given[0].numel():
-                current.put(current.rows, site.name, observe_gradient(grad_a, grad_z, current.place(current.rows, site.name, given[0].device)))
+                row = current.place(current.rows, site.name, given[0].device)
+                current.put(current.rows, site.name, observe_gradient(grad_a, grad_z, elements, row))
 
         return self._guard(site.name, add)
 
@@ -253,7 +253,7 @@ class Meter:
         The hooks belong to nodes of the graph and must not hold tensors of the graph, such as z: such a cycle of references is never freed.
         """
         sample, z_nr, a_nr, own, node = call.sample, call.output_nr, a.output_nr, a.grad_fn, call.node
-        add = self.gradient_adder(site)
+        add = self.gradient_adder(site, sample)
         assert own is not None
 
         def add_both(grad_a: Tensor | None, grad_z: Tensor | None) -> None:

@@ -63,7 +63,7 @@ class Pass:
     heads: dict[str, Tensor] = field(default_factory=dict)
     """The block of heads of each softmax."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    """The sums of each layer's input, [3, features] (columns.FEATURES)."""
+    """The sums of each layer's input, [6, features] (columns.FEATURES)."""
     backward: int | None = None
     """The number of the backward that added this pass's gradient to `.grad`."""
     dropped: bool = False

@@ -11,16 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
-from torchsat.columns import FEATURES, HEADS, MAXES, SUMS, WEIGHT
+from torchsat.columns import BLOCK, FEATURES, HEADS, MAXES, SUMS, WEIGHT
 from torchsat.parts import LayerPart, Parts, SitePart
 from torchsat.record import LayerFacts, SiteFacts
 
-SITE_SUMS = (*SUMS, "read")
-"""Sum columns of a site. The last one counts the elements that were read. Where several ranks share a layout, the columns before it stand for all
-elements of the site, so that ranks which have read different shares of theirs weigh as they should; the reader scales them back."""
 WORST = ("worst", "nonfinite")
 """Max columns of a site: the highest saturated share and the highest non-finite count of one rank, each with that rank, in one float64."""
-LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "numel", "input_n", "input_elements")
+LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "numel")
 """Sum columns of a layer. change_n and grad_n are 0 where no rank knows the change or the gradient."""
 LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated")
 """Max columns of a layer. The last two are filled where every rank holds the whole weight: they tell whether all hold the same one."""
@@ -36,9 +33,9 @@ class SiteEntry:
 
     facts: SiteFacts
     units: int | None = None
-    """Columns of its unit block [2, units]; None where it has none."""
+    """Columns of its unit block [3, units]; None where it has none."""
     heads: int | None = None
-    """Columns of its block of heads [6, heads]; None where it is no softmax."""
+    """Columns of its block of heads [7, heads]; None where it is no softmax."""
     stage: int | None = None
     """The number of the pipeline stage that it is in; None where there is no pipeline."""
     leaves: bool = False
@@ -51,7 +48,7 @@ class LayerEntry:
 
     facts: LayerFacts
     features: int = 0
-    """Columns of the sums of its input [3, features]; 0 where its input is not measured."""
+    """Columns of the sums of its input [6, features]; 0 where its input is not measured."""
     stage: int | None = None
     n: int = 0
     """Number of elements of the weight that were read. This and the next two are set for one process only: they are on the host and need no
@@ -67,15 +64,15 @@ class Places:
     """The lengths of the two vectors, and the slice of each table in one of them."""
 
     site_sums: slice
-    """[sites, SITE_SUMS] in the sums; [sites, SUMS] in the layout of one process."""
+    """[sites, SUMS] in the sums."""
     layer_sums: slice
     """[layers, LAYER_SUMS] in the sums; [layers, WEIGHT] in the layout of one process."""
     blocks: dict[str, slice]
-    """[2, units] of each site that has units, in the sums."""
+    """[3, units] of each site that has units, in the sums."""
     heads: dict[str, slice]
-    """[5, heads] of each softmax, in the sums."""
+    """[6, heads] of each softmax, in the sums."""
     inputs: dict[str, slice]
-    """[3, features] of each layer whose input is measured, in the sums."""
+    """[6, features] of each layer whose input is measured, in the sums."""
     site_maxes: slice
     """[sites, MAXES] in the maxes."""
     worst: slice
@@ -101,8 +98,7 @@ class Layout:
     owners: dict[str, int] = field(default_factory=dict)
     """In the layout of several ranks: for each layer, the rank in their group whose numbers are taken if every rank holds the whole weight."""
     shared: bool = False
-    """Whether several ranks have agreed on it. Then each rank weighs its numbers and leaves out what another rank counts; one process sends its
-    numbers as they are."""
+    """Whether several ranks have agreed on it. Then each rank leaves out what another rank counts; one process sends its numbers as they are."""
 
     @staticmethod
     def of(parts: Parts) -> Layout:
@@ -142,9 +138,9 @@ class Layout:
         heads = {name: entry.heads for name, entry in self.sites.items() if entry.heads}
         features = {name: entry.features for name, entry in self.layers.items() if entry.features}
         return Places(
-            site_sums=sums.append(len(SITE_SUMS if self.shared else SUMS) * len(self.sites)),
+            site_sums=sums.append(len(SUMS) * len(self.sites)),
             layer_sums=sums.append(len(LAYER_SUMS if self.shared else WEIGHT) * len(self.layers)),
-            blocks={name: sums.append(2 * count) for name, count in units.items()},
+            blocks={name: sums.append(len(BLOCK) * count) for name, count in units.items()},
             heads={name: sums.append((len(HEADS) - 1) * count) for name, count in heads.items()},
             inputs={name: sums.append(len(FEATURES) * count) for name, count in features.items()},
             site_maxes=maxes.append(len(MAXES) * len(self.sites)),

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchsat.columns import COLUMN, HEADS, INPUT, LOSS_SCALED, MAXES, SUMS, WEIGHT
+from torchsat.columns import BLOCK, COLUMN, FEATURES, HEADS, INPUT, LOSS_SCALED, MAXES, SUMS, WEIGHT
 from torchsat.parts import LayerPart, Parts, SitePart
 from torchsat.rows import LayerRow, SiteRow
 from torchsat.statistics import accumulator, empty_row
-from torchsat.transport.layout import LAYER_MAXES, LAYER_SUMS, SITE_SUMS, WORST, LayerEntry, Layout
+from torchsat.transport.layout import LAYER_MAXES, LAYER_SUMS, WORST, LayerEntry, Layout
 from torchsat.transport.windows import UnitWindows
 
 _FINE = 2**20
@@ -78,8 +78,9 @@ def merge(pairs: Sequence[Vectors]) -> Vectors:
 def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank: int = 0, everywhere: int = 0) -> Vectors:
     """The vectors of what one process measured.
 
-    In a shared layout the sums are weighed by the elements that they stand for, gradients are divided by the loss scale and by what data parallelism
-    averages over, and what another rank counts is left out. In the layout of one process the numbers stay as they are.
+    The sums of sites and inputs stand for all elements of their calls (columns.py), so that they add up. In a shared layout those of weights are
+    scaled up to all elements of the weight, gradients are divided by the loss scale and by what data parallelism averages over, and what another rank
+    counts is left out. In the layout of one process the numbers stay as they are.
 
     Args:
         device: where the vectors are made. What lies on another device is copied there.
@@ -93,16 +94,10 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
     skipped = _number(parts.skipped, 0.0, device)
     if layout.shared:
         told = [ends.last_step, -ends.first_step, ends.interval, ends.changed]
-        tables = _weighed(rows, layers, layout, parts, told, device, rank, everywhere)
+        tables = _shared(rows, layers, layout, parts, told, device, rank, everywhere)
     else:
-        inputs = [None if part is None else part.inputs for part in layers]
-        tables = _Tables(
-            None,
-            [rows[:, : len(SUMS)], _weights(layers, device)],
-            [rows[:, len(SUMS) :]],
-            [_piece(each, (3, entry.features), 0, 0.0, device) for each, entry in zip(inputs, layout.layers.values(), strict=True) if entry.features],
-        )
-    blocks, heads, tops = _unit_pieces(sites, tables.scales, layout, device)
+        tables = _Tables([rows[:, : len(SUMS)], _weights(layers, device)], [rows[:, len(SUMS) :]], _input_pieces(layers, layout, device))
+    blocks, heads, tops = _unit_pieces(sites, layout, device)
     last = [skipped] if layout.shared else [skipped, _number(parts.scale, -math.inf, device)]
     return Vectors(
         torch.cat([each.reshape(-1) for each in (*tables.sums, *blocks, *heads, *tables.inputs)]),
@@ -113,15 +108,13 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
 class _Tables(NamedTuple):
     """The tables of sites and layers that `pack` puts into the two vectors."""
 
-    scales: Tensor | None
-    """The factor by which the sums of each site were multiplied; None where they were not scaled."""
     sums: list[Tensor]
     maxes: list[Tensor]
     inputs: list[Tensor]
-    """The sums of each layer's input, [3, features]."""
+    """The sums of each layer's input, [6, features]."""
 
 
-def _weighed(
+def _shared(
     rows: Tensor,
     layers: Sequence[LayerPart | None],
     layout: Layout,
@@ -131,28 +124,23 @@ def _weighed(
     rank: int,
     everywhere: int,
 ) -> _Tables:
-    """The tables of a rank that observes together with others. Its sums are scaled up to all elements that it has, read or not."""
+    """The tables of a rank that observes together with others."""
     weights = [part if part is not None and _speaks_for(part, layout, rank) else None for part in layers]
     inputs = [part if part is not None and part.inputs is not None and part.input_counts else None for part in layers]
-    n, numel, input_elements, rates, said = _from_host(
+    n, numel, rates, said = _from_host(
         [
             [0 if part is None else part.n for part in weights],
             [0 if part is None else part.numel for part in weights],
-            [0 if part is None else part.input_elements for part in inputs],
             [-math.inf if part is None or part.rate is None else part.rate for part in layers],
             told,
         ],
         device,
     )
     _unscale(rows, parts)
-    read, scales = _weigh(rows)
-    input_read, sums_of_inputs = _input_pieces(inputs, input_elements, layout, device)
-    of_layers = torch.cat([_layer_sums(weights, n, numel, device), torch.stack([input_read, input_elements], 1)], 1)
     return _Tables(
-        scales,
-        [torch.cat([rows[:, : len(SUMS)], read.unsqueeze(1)], 1), of_layers],
+        [rows[:, : len(SUMS)], _layer_sums(weights, n, numel, device)],
         [rows[:, len(SUMS) :], _worst(rows, everywhere), _layer_maxes(layers, rates, device), said],
-        sums_of_inputs,
+        _input_pieces(inputs, layout, device),
     )
 
 
@@ -165,19 +153,19 @@ def unpack(vectors: Vectors, layout: Layout, windows: UnitWindows) -> Numbers:
     """
     sums, maxes = (vector.numpy() for vector in vectors)
     places, count = layout.places, len(layout.sites)
-    table, scales = _unweighed(sums[places.site_sums].reshape(count, len(SITE_SUMS if layout.shared else SUMS)), layout)
+    table = sums[places.site_sums].reshape(count, len(SUMS))
     rows = np.concatenate([table, maxes[places.site_maxes].reshape(count, len(MAXES))], 1).tolist()
     worst = maxes[places.worst].reshape(count, len(WORST)).tolist() if layout.shared else [_NOBODY] * count
     sites = []
-    for (name, entry), row, codes, scale in zip(layout.sites.items(), rows, worst, scales, strict=True):
+    for (name, entry), row, codes in zip(layout.sites.items(), rows, worst, strict=True):
         units = None
         if name in places.blocks:
-            units = windows.add(name, sums[places.blocks[name]].reshape(2, -1))
+            units = windows.add(name, sums[places.blocks[name]].reshape(len(BLOCK), -1))
         else:
             windows.drop(name)
         heads = []
         if name in places.heads:
-            heads = [*(sums[places.heads[name]].reshape(len(HEADS) - 1, -1) * scale).tolist(), maxes[places.tops[name]].tolist()]
+            heads = [*sums[places.heads[name]].reshape(len(HEADS) - 1, -1).tolist(), maxes[places.tops[name]].tolist()]
         (share, worst_rank), (_, nonfinite_rank) = _decode(codes[0]), _decode(codes[1])
         sites.append(SiteRow(entry.facts, row, units, heads, share, worst_rank, nonfinite_rank))
     if not layout.shared:
@@ -188,7 +176,6 @@ def unpack(vectors: Vectors, layout: Layout, windows: UnitWindows) -> Numbers:
     return Numbers(sites, layers, 1.0, skipped > 0, differing, Ends(round(-negated), round(last_step), round(interval), changed > 0))
 
 
-_N, _NONFINITE, _ELEMENTS = (COLUMN[name] for name in ("n", "nonfinite", "elements"))
 _NOBODY = (-math.inf,) * len(WORST)
 """The codes in the columns WORST where one process observes by itself."""
 
@@ -234,65 +221,29 @@ def _unscale(rows: Tensor, parts: Parts) -> None:
         rows[:, COLUMN[name]] /= divisor * divisor
 
 
-def _weigh(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale the sums in place, so that they stand for all elements of the site and not only for those that were read.
-
-    Returns:
-        For each row the number of elements that were read, and the factor by which the row was multiplied.
-    """
-    elements = rows[:, _ELEMENTS].clone()
-    read = rows[:, _N] + rows[:, _NONFINITE]
-    scales = torch.where(read > 0, elements / read.clamp(min=1), torch.ones_like(read))
-    rows[:, : len(SUMS)] *= scales.unsqueeze(1)
-    rows[:, _ELEMENTS] = elements
-    return read, scales
-
-
-def _unweighed(table: Vector, layout: Layout) -> tuple[Vector, list[float]]:
-    """Undo `_weigh`: the sums [sites, SUMS] over the elements that were read, and the factor by which each row was multiplied, [sites].
-
-    The numbers of one process were not scaled and are returned bit for bit.
-    """
-    if not layout.shared:
-        return table, [1.0] * len(table)
-    elements = table[:, _ELEMENTS].copy()
-    scales = np.where(elements > 0, table[:, -1] / np.maximum(elements, 1), 1.0)
-    table = table[:, :-1] * scales[:, None]
-    table[:, _ELEMENTS] = elements
-    return table, scales.tolist()
-
-
-def _unit_pieces(
-    sites: Sequence[SitePart | None], scales: Tensor | None, layout: Layout, device: torch.device
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _unit_pieces(sites: Sequence[SitePart | None], layout: Layout, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The tables of sites whose sizes differ: unit blocks, blocks of heads without their last row, and those last rows."""
     blocks, heads, tops = [], [], []
-    for at, (part, entry) in enumerate(zip(sites, layout.sites.values(), strict=True)):
+    for part, entry in zip(sites, layout.sites.values(), strict=True):
         first = part.span.first if part is not None and layout.shared else 0
         if entry.units:
-            blocks.append(_piece(None if part is None else part.block, (2, entry.units), first, 0.0, device))
+            blocks.append(_piece(None if part is None else part.block, (len(BLOCK), entry.units), first, 0.0, device))
         if entry.heads:
             given = None if part is None else part.heads
             added, largest = (None, None) if given is None else (given[:-1].to(device), given[-1:])
-            if added is not None and scales is not None:
-                added = added * scales[at]
             heads.append(_piece(added, (len(HEADS) - 1, entry.heads), first, 0.0, device))
             tops.append(_piece(largest, (1, entry.heads), first, -math.inf, device))
     return blocks, heads, tops
 
 
-def _input_pieces(layers: Sequence[LayerPart | None], elements: Tensor, layout: Layout, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-    """The numbers of the layers' inputs: the elements that were read, and the sums [3, features], scaled up to all `elements`."""
-    nothing = torch.zeros((), dtype=accumulator(device), device=device)
-    given = [None if part is None or part.inputs is None else part.inputs.to(device) for part in layers]
-    reads = [nothing if inputs is None else inputs[0].sum() for inputs in given]
-    read = torch.stack(reads) if reads else nothing.new_empty(0)
+def _input_pieces(layers: Sequence[LayerPart | None], layout: Layout, device: torch.device) -> list[Tensor]:
+    """The sums of the layers' inputs, [6, features] each."""
     pieces = []
-    for at, (part, inputs, entry) in enumerate(zip(layers, given, layout.layers.values(), strict=True)):
+    for part, entry in zip(layers, layout.layers.values(), strict=True):
         if entry.features:
-            whole = None if inputs is None else inputs * (elements[at] / read[at].clamp(min=1))
-            pieces.append(_piece(whole, (3, entry.features), 0 if part is None else part.first, 0.0, device))
-    return read, pieces
+            first = part.first if part is not None and layout.shared else 0
+            pieces.append(_piece(None if part is None else part.inputs, (len(FEATURES), entry.features), first, 0.0, device))
+    return pieces
 
 
 def _piece(values: Tensor | None, shape: tuple[int, int], first: int, empty: float, device: torch.device) -> Tensor:
@@ -313,7 +264,7 @@ def _weights(parts: Sequence[LayerPart | None], device: torch.device) -> Tensor:
 
 
 def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, device: torch.device) -> Tensor:
-    """[layers, LAYER_SUMS without the last two]. The sums over a sample are scaled up to this rank's part of the weight."""
+    """[layers, LAYER_SUMS]. The sums over a sample are scaled up to this rank's part of the weight."""
     scale = numel / n.clamp(min=1)
     weight, change, grad = _weights(parts, device).unbind(1)
     columns = [weight * scale]
@@ -335,8 +286,7 @@ def _worst(rows: Tensor, rank: int) -> Tensor:
     """The columns WORST of each row: the saturated share and the number of non-finite elements, each coded together with this rank."""
     n, low, high, bad, bad_grad = (rows[:, COLUMN[name]] for name in ("n", "low", "high", "nonfinite", "grad_nonfinite"))
     share = (low + high) / n.clamp(min=1)
-    # Scaled counts can be fractions. They are rounded, since a fraction would spill into the digits that hold the rank.
-    code = torch.stack([(share * _FINE).round(), (bad + bad_grad).round().clamp(max=_FINE)], 1) * _FINE + (_FINE - 1 - rank)
+    code = torch.stack([(share * _FINE).round(), (bad + bad_grad).clamp(max=_FINE)], 1) * _FINE + (_FINE - 1 - rank)
     return torch.where(torch.stack([n > 0, bad + bad_grad > 0], 1), code, torch.full_like(code, -math.inf))
 
 
@@ -351,7 +301,7 @@ def _layers_alone(sums: Vector, layout: Layout) -> list[LayerRow]:
     found = []
     for (name, entry), row in zip(layout.layers.items(), numbers, strict=True):
         place = layout.places.inputs.get(name)
-        summed = _UNKNOWN if place is None else _summary(sums[place].reshape(3, -1))
+        summed = _UNKNOWN if place is None else _summary(sums[place].reshape(len(FEATURES), -1))
         found.append(LayerRow(entry.facts, [*row, *summed], entry.n, entry.numel, entry.rate))
     return found
 
@@ -368,19 +318,17 @@ def _layers_together(sums: Vector, maxes: Vector, layout: Layout) -> tuple[list[
         values = dict(zip(LAYER_SUMS, row, strict=True))
         if values["n"]:
             place = places.inputs.get(name)
-            found.append(_layer_row(entry, values, None if place is None else sums[place].reshape(3, -1), rate))
+            found.append(_layer_row(entry, values, None if place is None else sums[place].reshape(len(FEATURES), -1), rate))
     return found, tuple(differing)
 
 
 def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | None, rate: float) -> LayerRow:
-    """The row of a layer. Its sums, which were scaled up to all elements, are scaled back to those that were read."""
+    """The row of a layer. The sums of its weight, which were scaled up to all elements, are scaled back to those that were read."""
     n, numel = values["n"], values["numel"]
     per = n / numel
     change = values["change_sq"] * per if values["change_n"] else math.nan
     grad = values["grad_sq"] * per if values["grad_n"] else math.nan
-    summed = _UNKNOWN
-    if inputs is not None and values["input_elements"]:
-        summed = _summary(inputs * (values["input_n"] / values["input_elements"]))
+    summed = _summary(inputs) if inputs is not None and inputs[-1].any() else _UNKNOWN
     numbers = [values["weight_sq"] * per, change, grad, *summed]
     return LayerRow(entry.facts, numbers, round(n), round(numel), rate if math.isfinite(rate) else None)
 
@@ -391,13 +339,14 @@ _UNKNOWN = [math.nan] * len(INPUT)
 
 def _summary(features: Vector) -> list[float]:
     """The numbers of columns.INPUT, derived from columns.FEATURES."""
-    n, first, second = features
+    n, first, second, square_n, square_second, read = features
     whole = float(n.sum())
-    # The square of a sample mean is too large by the variance / n. Averaging over pairs of distinct samples avoids that; it needs two samples.
-    pairs = n * (n - 1)
-    products = first * first - second
+    # The square of a sample mean is too large by the variance / n. Averaging over pairs of distinct samples avoids that; it needs two samples. Each
+    # pair has the product of its samples' weights.
+    pairs = np.where(read > 1, n * n - square_n, 0)
+    products = first * first - square_second
     if not pairs.all():
         known = pairs > 0
         pairs, products = pairs[known], products[known]
     squares = float((products / pairs).sum()) / len(pairs) if len(pairs) else math.nan
-    return [whole, float(second.sum()) / whole if whole else math.nan, squares]
+    return [float(read.sum()), float(second.sum()) / whole if whole else math.nan, squares]

@@ -7,21 +7,22 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from torchsat.columns import UNITS
+from torchsat.columns import BLOCK, UNITS
 
 UNIT_SAMPLES = 1000
 """How many samples a unit must have before it can be called stuck. At 50 % saturation, 128 independent samples are all saturated or all not once in
 10^38 times, but the samples of one batch are not independent."""
 STUCK_SHARE = 0.99
 """A unit is stuck if at least this share of its samples is saturated."""
+_READ = BLOCK.index("samples_read")
 Block = NDArray[np.float64]
-"""[2, units]: samples and saturated samples of each unit."""
+"""[3, units]: columns.BLOCK of each unit."""
 
 
 class UnitWindows:
     """The window of each site: its unit blocks, added up since the last full window.
 
-    A window is full once every unit has UNIT_SAMPLES samples. The next observation then begins a new window.
+    A window is full once UNIT_SAMPLES samples of every unit have been read. The next observation then begins a new window.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class UnitWindows:
             The numbers of columns.UNITS of the window, this observation included.
         """
         known = self._blocks.get(site)
-        begins = known is None or known.shape != block.shape or known[0].min() >= UNIT_SAMPLES
+        begins = known is None or known.shape != block.shape or known[_READ].min() >= UNIT_SAMPLES
         window = self._blocks[site] = block.copy() if known is None or begins else known + block
         return _summary(window)
 
@@ -57,11 +58,12 @@ class UnitWindows:
 
 def _summary(window: Block) -> list[float]:
     """The numbers of columns.UNITS for a window."""
-    samples, saturated = window
-    least, most = float(samples.min()), float(samples.max())
+    # Which share of a unit is saturated is weighed by what each call has, and how sure that is depends on how many samples were read.
+    samples, saturated, read = window
+    least, most = float(read.min()), float(read.max())
     if most < UNIT_SAMPLES:
         return [len(samples), 0.0, 0.0, least]
-    measured = samples >= UNIT_SAMPLES
+    measured = read >= UNIT_SAMPLES
     stuck = measured & (saturated >= STUCK_SHARE * samples)
     summary = [len(samples), float(measured.sum()), float(stuck.sum()), least]
     assert len(summary) == len(UNITS)
