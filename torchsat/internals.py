@@ -28,6 +28,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
 from torch.optim import Optimizer
+from torch.overrides import __file__ as _overrides_file
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -111,6 +112,22 @@ def rehearses() -> bool:
     if PIPELINES not in sys.modules:
         return False
     return any(frame.f_code.co_name in _REHEARSALS and frame.f_globals.get("__name__") == PIPELINES for frame in frames())
+
+
+def caller_of_torch(house: str) -> FrameType | None:
+    """The innermost frame outside of this folder from which a function of torch was called that a function mode has been given instead.
+
+    A function of torch that is written in Python has begun by then: it has handed itself to `torch.overrides.handle_torch_function`, and so its own
+    frame and those of torch.overrides lie between.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(house):
+        frame = frame.f_back
+    if frame is not None and frame.f_code.co_filename == _overrides_file:
+        while frame is not None and frame.f_code.co_filename == _overrides_file:
+            frame = frame.f_back
+        frame = None if frame is None else frame.f_back
+    return frame
 
 
 def is_shallow_copy() -> bool:

@@ -32,6 +32,7 @@ from torchsat.attention import SoftmaxRows, attention_logits
 from torchsat.faults import MODEL
 from torchsat.observe.graph import Survey, ends, has_weight
 from torchsat.observe.meter import Call, check_plain
+from torchsat.observe.origins import Origins
 from torchsat.replay import NotRebuiltError
 from torchsat.sampling import Sample
 from torchsat.sites import Site
@@ -112,13 +113,14 @@ class CallMode(TorchFunctionMode):
         super().__init__()
         self._hear = hear
         self._local = threading.local()
+        self.origins = Origins()
 
     def __torch_function__(self, function: Function, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if internals.is_traced():
             return function(*args, **kwargs)
         frames = self._frames
-        return self._hear(frames[-1], function, args, kwargs) if frames else function(*args, **kwargs)
+        return self._hear(frames[-1], function, args, kwargs) if frames else self.origins.call(function, args, kwargs)
 
     @property
     def top(self) -> Frame | None:
@@ -229,7 +231,7 @@ class Calls:
         observation, role = self._observation, self._roles.get(function)
         reason = UNSEEN.get(getattr(function, "__name__", "")) if role is None else None
         if (role is None and reason is None) or not observation.guard.is_open or not frame.hears:
-            return function(*args, **kwargs)
+            return self._mode.origins.call(function, args, kwargs)
         place = frame.place(_site_name(role, function))
         place += "_call" if place in self._names else ""
         looks, lineage, guard = observation.lineage.looks, observation.lineage, observation.guard
@@ -241,7 +243,7 @@ class Calls:
             observation.note_if_wanted(place, reason or "")
         elif observation.options.selects(place):
             finish = guard(place, self._before, place, role, frame.module)(function, args, kwargs)
-        result = function(*args, **kwargs)
+        result = self._mode.origins.call(function, args, kwargs)
         if finish is not None:
             guard(place, finish)(result)
         if looks:

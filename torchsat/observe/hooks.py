@@ -64,7 +64,7 @@ class Hook(Inert):
         self._module = weakref.ref(module)
 
     def __call__(self, module: nn.Module, args: Any, *given: Any) -> None:
-        if len(given) == 1 and module is self._module() and not internals.is_traced():
+        if not internals.is_traced() and len(given) == 1 and module is self._module():
             self.call(module, args, *given)
 
 
