@@ -1,16 +1,19 @@
 """The values that are measured at the layers that feed a site: of their weights, gradients, updates and inputs."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import torchsat
 from tests.models import linear_at, mlp
 from tests.truth import known
-from torchsat.weights import elements, fan_in
+from torchsat.weights import Layer, elements, fan_in
 
 
 def test_weights_are_measured_by_hand() -> None:
@@ -151,3 +154,125 @@ def test_a_small_sample_reads_something_of_a_weight_in_every_observation(shape: 
     assert all(read)
     # A weight is read in runs of 16 neighbours. What is left behind the last whole run is not read.
     assert len({element for each in read for element in each}) >= weight.numel() // 16 * 16
+
+
+class Other(nn.Linear):
+    """A layer whose weight is kept in another type than it is used in."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(8, 16, bias=False)
+        self.weight = nn.Parameter((20 * self.weight.detach()).to(dtype), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to_dense().to(x.dtype) / 20)
+
+
+def _complex() -> nn.Module:
+    class Complex(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.view_as_real(super().forward(torch.fft.fft(x))).flatten(1)
+
+    return Complex(8, 8, dtype=torch.complex64)
+
+
+def _sparse() -> nn.Module:
+    layer = Other(torch.float32)
+    layer.weight = nn.Parameter(layer.weight.detach().to_sparse(), requires_grad=False)
+    return layer
+
+
+def _offloaded() -> nn.Module:
+    layer = nn.Linear(8, 16)
+    layer.requires_grad_(False)
+    accelerate = pytest.importorskip("accelerate", reason='Accelerate is not installed: pip install "accelerate>=1.0"')
+    accelerate.cpu_offload(layer, execution_device="cpu")
+    return layer
+
+
+class Wrapping(Tensor):
+    """A weight that keeps its numbers in a way of its own, as quantized weights do."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Wrapping":
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=False)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*tree_map(lambda each: each.inner if isinstance(each, Wrapping) else each, args), **(kwargs or {}))
+        return Wrapping(made) if function is torch.ops.aten.detach.default else made
+
+
+def _wrapping() -> nn.Module:
+    layer = nn.Linear(8, 16, bias=False)
+    layer.weight = nn.Parameter(Wrapping(layer.weight.detach()), requires_grad=False)
+    return layer
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
+    "complex": (_complex, "its weight is a tensor of complex numbers (torch.complex64)"),
+    "int8": (lambda: Other(torch.int8), "its weight is a tensor of integers (torch.int8)"),
+    "bool": (lambda: Other(torch.bool), "its weight is a tensor of integers (torch.bool)"),
+    "sparse": (_sparse, "its weight is a sparse tensor (torch.sparse_coo), not a dense one"),
+    "offloaded": (_offloaded, "its weight is a tensor on the meta device, which holds no numbers"),
+    "wrapping": (_wrapping, "its weight is a Wrapping, which keeps its numbers in a way of its own"),
+    "float8": (lambda: Other(torch.float8_e4m3fn), None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_cannot_be_measured_is_named_alone_and_in_one_line(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, reason = KINDS[kind]
+    branches = nn.ModuleList(nn.Sequential(make(), nn.Tanh()) for _ in range(4))
+    model = nn.ModuleDict({"b": branches, "head": nn.Sequential(nn.Linear(16, 16), nn.Sigmoid())})
+    monitor = torchsat.watch(model, every=1, budget=None)
+    optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+    for _ in range(3):
+        x = torch.randn(32, 8)
+        model["head"](sum(branch(x) for branch in branches)).square().mean().backward()
+        optimizer.step()
+    monitor.close()
+    snapshot = known(monitor.latest)
+    assert snapshot.step == 2
+    assert monitor.coverage.seen == ("b.0.1", "b.1.1", "b.2.1", "b.3.1", "head.1")
+    places = [f"b.{at}.0" for at in range(4)]
+    if reason is None:
+        assert monitor.coverage.unseen == ()
+        weight = branches[0][0].weight.detach().double()
+        assert {each.name: each.gain for each in snapshot.weights}["b.0.0"] == pytest.approx((weight.square().sum() / 16).sqrt().item(), rel=1e-5)
+        assert caplog.messages == []
+        return
+    assert monitor.coverage.unseen == tuple((place, reason) for place in places)
+    assert [each.name for each in snapshot.weights] == ["head.0"]
+    assert caplog.messages == [
+        f"torchsat: 4 places such as b.0.0, b.1.0, b.2.0: {reason}; they are not measured as a layer. Training is not affected."
+    ]
+
+
+def test_a_fault_at_one_layer_is_charged_to_it_alone(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece of work on a layer fails alone: before the optimizer's step, after it, and at the end of the observation."""
+    for method in ("before_step", "after_step", "observe_grad", "features"):
+        caplog.clear()
+
+        def broken(layer: Layer, *given: Any, method: str = method, real: Any = vars(Layer)[method]) -> Any:
+            if layer.name in ("0", "2"):
+                raise RuntimeError(f"no {method} of {layer.name}")
+            return real.fget(layer) if isinstance(real, property) else real(layer, *given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Layer, method, property(broken) if method == "features" else broken)
+            model = nn.Sequential(*(each for _ in range(3) for each in (nn.Linear(8, 8), nn.Tanh())))
+            monitor = torchsat.watch(model, every=1, budget=None)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(3):
+                model(torch.randn(4, 8)).square().mean().backward()
+                optimizer.step()
+            monitor.close()
+        snapshot = known(monitor.latest)
+        assert (snapshot.step, [record.site for record in snapshot.records], [weight.name for weight in snapshot.weights]) == (2, ["1", "3", "5"], ["4"])
+        assert [place for place, _ in monitor.coverage.unseen] == ["0", "2"]
+        assert [message for message in caplog.messages if "longer" in message] == [
+            f"torchsat: 2 places such as 0, 2: RuntimeError: no {method} of 0; they are no longer watched. Training is not affected."
+        ]

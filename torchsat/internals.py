@@ -28,8 +28,8 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
 from torch.optim import Optimizer
-from torch.overrides import __file__ as _overrides_file
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import __file__ as _overrides_file
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import __file__ as _checkpoint_file

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchsat import schedule
+from torchsat import internals, schedule
 from torchsat.loop import Loop
 from torchsat.options import Directory, Options, WatchOptions, options_of
 from torchsat.record import Alert, Coverage, Snapshot
@@ -184,7 +184,10 @@ def _trust_kernels(model: nn.Module) -> None:
 
     This is done before training, since it waits for the devices. On a GPU that the model moves to later, plain torch measures instead.
     """
-    for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
+    # A subclass of Tensor may run code of the user's where an attribute is read.
+    with internals.without_function_modes():
+        devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    for device in devices:
         why_not = trust_kernels(device)
         if why_not is not None:
             log.warning("torchsat: its kernels are not used on %s, where plain torch measures samples: %s", device, why_not)

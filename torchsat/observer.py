@@ -107,7 +107,8 @@ class Observer:
         with self.never_raising():
             why, self.retry = self.retry, None
             first = next(model.parameters(), None)
-            self.device = None if first is None else first.device
+            with internals.without_function_modes():
+                self.device = None if first is None else first.device
             window = self.schedule.begin(step, self.clock.mark(self.device))
             found = self.sites.walk(model, self._options.selects)
             self.sites.expect(found, [name for name in found.calls if self._options.selects(name)], self._options.calls)

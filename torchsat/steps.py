@@ -83,7 +83,9 @@ class Steps:
         if model is None:
             return True
         stepped = {id(parameter) for each in self._stepped for group in each.param_groups for parameter in group["params"]}
-        return all(parameter.grad is None or id(parameter) in stepped for parameter in model.parameters())
+        # A subclass of Tensor may run code of the user's where an attribute is read.
+        with internals.without_function_modes():
+            return all(parameter.grad is None or id(parameter) in stepped for parameter in model.parameters())
 
     def end_round(self) -> None:
         """End the current round and begin a new one."""

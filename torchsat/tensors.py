@@ -27,6 +27,12 @@ def plain(tensor: Tensor) -> Tensor:
 
 def why_unread(tensor: Tensor) -> str | None:
     """Why this tensor, as `plain` gives it, is no dense tensor of real numbers, in words that follow "it is"; None where it is one."""
+    # A subclass of Tensor may run code of the user's where an attribute is read.
+    with internals.without_function_modes():
+        return _why_unread(tensor)
+
+
+def _why_unread(tensor: Tensor) -> str | None:
     if is_lazy(tensor):
         return "a tensor that does not exist yet"
     if tensor.is_meta:

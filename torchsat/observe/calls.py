@@ -30,7 +30,7 @@ from torchsat import internals
 from torchsat.activations import Activation, Bound, bind_call
 from torchsat.attention import SoftmaxRows, attention_logits
 from torchsat.faults import MODEL
-from torchsat.observe.graph import Survey, ends, has_weight
+from torchsat.observe.graph import Survey, ends, has_weight, maker
 from torchsat.observe.meter import Call, check_plain
 from torchsat.observe.origins import Origins
 from torchsat.replay import NotRebuiltError
@@ -38,6 +38,7 @@ from torchsat.sampling import Sample
 from torchsat.sites import Site
 from torchsat.statistics import upcast
 from torchsat.structure import Found
+from torchsat.tensors import plain
 
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
@@ -262,7 +263,7 @@ class Calls:
             return self._before_activation(place, role, module, z, function, rest, kwargs)
         if not z.ndim:
             return None
-        check_plain(z)
+        check_plain(plain(z))
         if role is Role.GLU:
             return self._before_glu(place, module, z, int(rest[0] if rest else kwargs.get("dim", -1)) % z.ndim)
         site = self._observation.sites.known.setdefault(place, Site(place, _SOFTMAX, "softmax"))
@@ -294,7 +295,7 @@ class Calls:
     def _before_glu(self, place: str, module: nn.Module, z: Tensor, axis: int) -> Finish | None:
         sites, meter = self._observation.sites, self._observation.meter
         site = sites.known.setdefault(place, Site(place, sites.bind_named("sigmoid"), "call", gate=True))
-        value, gate = z.detach().chunk(2, axis)
+        value, gate = plain(z).detach().chunk(2, axis)
         call = meter.begin(site, gate, module, False)
         if call is None:
             return None
@@ -304,38 +305,44 @@ class Calls:
     def _end_glu(self, site: Site, call: Call, value: Tensor, axis: int, a: Tensor) -> None:
         """Measure the gate of a GLU, which is the sigmoid of the second half of the input, z. The output is gate times `value`, the first half, so
         dL/da of the gate is the gradient of the output times `value`."""
-        sample, own, meter = call.sample, a.grad_fn, self._observation.meter
+        sample, meter = call.sample, self._observation.meter
         assert isinstance(sample, Sample)
         if call.counts:
             meter.ran(site, [call.node])
             meter.count(site, sample, call.taken, torch.sigmoid(upcast(call.taken)), axis)
-        if own is not None:
+        if a.grad_fn is not None:
             add = meter.gradient_adder(site, sample)
-            own.register_hook(
-                lambda grad_inputs, grad_outputs: add(
-                    None if grad_outputs[0] is None else upcast(sample.take(grad_outputs[0].detach())) * value,
-                    None if grad_inputs[0] is None else upcast(sample.take(grad_inputs[0].detach().chunk(2, axis)[1])),
+
+            def read(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+                add(
+                    None if grad_a is None else upcast(sample.take(grad_a.detach())) * value,
+                    None if grad_z is None else upcast(sample.take(grad_z.detach().chunk(2, axis)[1])),
                 )
-            )
+
+            read_guarded = self._observation.guard(site.name, read)
+            maker(a)[0].register_hook(lambda grad_inputs, grad_outputs: read_guarded(grad_outputs[0], grad_inputs[0]))
 
     def _end_softmax(self, site: Site, call: Call, negated: bool, a: Tensor) -> None:
         meter = self._observation.meter
         if call.counts:
             assert isinstance(call.sample, SoftmaxRows)
             meter.ran(site, [call.node])
-            meter.count_softmax(site, call.sample.logits(-call.z.detach() if negated else call.z.detach()))
+            z = plain(call.z).detach()
+            meter.count_softmax(site, call.sample.logits(-z if negated else z))
         meter.tap_output(site, call, a)
 
     def _end_attention(self, site: Site, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         key = args[1] if len(args) > 1 else kwargs["key"]
         if not key.numel():
             return
+        nodes: list[Node | None] = list(ends((args[:2], kwargs)))
         try:
+            args, kwargs = internals.tree_map(lambda value: plain(value) if isinstance(value, Tensor) else value, (args, kwargs))
             logits = attention_logits(function, args, kwargs, self._observation.options.limit, self._observation.turn)
         except NotRebuiltError as reason:
             self._observation.note_if_wanted(site.name, str(reason))
             return
-        self._observation.meter.ran(site, list(ends((args[:2], kwargs))))
+        self._observation.meter.ran(site, nodes)
         self._observation.meter.count_softmax(site, logits)
 
 

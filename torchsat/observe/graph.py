@@ -91,14 +91,26 @@ def derivative(a: Tensor, node: Node, output_nr: int, direction: Tensor) -> Tens
     return torch.autograd.grad(a, edge, direction, retain_graph=True, allow_unused=True)[0]
 
 
+def maker(a: Tensor) -> tuple[Node, int]:
+    """The node that computed a tensor which has one, and which of its outputs the tensor is. The node that only makes the output a subclass of Tensor
+    is passed over."""
+    node, nr = a.grad_fn, a.output_nr
+    assert node is not None
+    while type(a) is not Tensor and node.name().startswith("AliasBackward") and node.next_functions[0][0] is not None:
+        node, nr = node.next_functions[0]
+    return node, nr
+
+
 def ends(values: Any) -> set[Node]:
     """The autograd nodes that computed the tensors in a nested structure, such as the arguments or the result of a module."""
     found = set[Node | None]()
-    for leaf in tree_leaves(_opened(values)):
-        if isinstance(leaf, Tensor):
-            # grad_fn cannot be read of a view whose base was changed without gradients.
-            with contextlib.suppress(RuntimeError):
-                found.add(leaf.grad_fn)
+    # A subclass of Tensor may run code of the user's where an attribute is read.
+    with internals.without_function_modes():
+        for leaf in tree_leaves(_opened(values)):
+            if isinstance(leaf, Tensor):
+                # grad_fn cannot be read of a view whose base was changed without gradients.
+                with contextlib.suppress(RuntimeError):
+                    found.add(leaf.grad_fn)
     return {node for node in found if node is not None}
 
 

@@ -74,13 +74,17 @@ class Layers:
         passes, options = self._observation.passes, self._observation.options
         passes.current.merge_inputs(name, x, feature_axis(module, x.ndim), options.limit, self._observation.turn)
 
-    def feed_recurrent(self, module: nn.Module, x: Tensor) -> None:
-        """Measure the input of a recurrent layer, which is the input of its first layer's matrices, in both directions."""
+    def feed_recurrent(self, module: nn.Module, x: Tensor, is_data: bool) -> None:
+        """Measure the input of a recurrent layer, which is the input of its first layer's matrices, in both directions.
+
+        Args:
+            is_data: whether no parameter was used to compute it.
+        """
         observation = self._observation
         for layer in self.measured.values():
             if layer.module() is module and layer.parameter in ENTERED:
                 observation.passes.current.merge_inputs(layer.name, x, x.ndim - 1, observation.options.limit, observation.turn)
-                if observation.lineage.learns and x.grad_fn is None and not x.requires_grad:
+                if observation.lineage.learns and is_data:
                     observation.sites.fed_by_data.add(layer.name)
 
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:

@@ -22,6 +22,7 @@ from torchsat.activations import Edges
 from torchsat.attention import Logits, SoftmaxRows
 from torchsat.kernels import reads_whole
 from torchsat.kernels.formulas import Formula
+from torchsat.observe.graph import maker
 from torchsat.observe.hooks import Guard
 from torchsat.observe.lineage import Lineage
 from torchsat.observe.passes import Passes
@@ -252,14 +253,15 @@ class Meter:
 
         The hooks belong to nodes of the graph and must not hold tensors of the graph, such as z: such a cycle of references is never freed.
         """
-        sample, z_nr, a_nr, own, node = call.sample, call.output_nr, a.output_nr, a.grad_fn, call.node
+        sample, z_nr, node = call.sample, call.output_nr, call.node
+        own, a_nr = maker(a)
         add = self.gradient_adder(site, sample)
-        assert own is not None
 
-        def add_both(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+        def read_both(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
             given = (None if grad is None or is_pending(grad) else part_of(grad) for grad in (grad_a, grad_z))
             add(*(None if grad is None else sample.take(grad.detach().reshape(sample.shape)) for grad in given))
 
+        add_both = self._guard(site.name, read_both)
         entering = [at for at, (before, _) in enumerate(own.next_functions) if before is not None]
         if node is not None and len(entering) == 1 and own.next_functions[entering[0]][0] is node:
             at = entering[0]

@@ -1,9 +1,9 @@
 """Calls a function of torch so that its warnings name the line of the user's that called it.
 
-While a mode of ours is open, torch calls us in place of each function, and we call the function. A frame of ours would then lie between the user's line
-and the function. Python takes the origin of a warning from that frame: its file, its line, and the registry that says which warnings of this file have
-been shown. A warning that is shown once would be shown again, as one of torchsat. So the call is made from a function that has the file, the line and
-the globals of the frame that called torch.
+While a mode of ours is open, torch calls us in place of each function, and we call the function. A frame of ours would then lie between the user's
+line and the function. Python takes the origin of a warning from that frame: its file, its line, and the registry that says which warnings of this
+file have been shown. A warning that is shown once would be shown again, as one of torchsat. So the call is made from a function that has the file,
+the line and the globals of the frame that called torch.
 """
 
 from __future__ import annotations

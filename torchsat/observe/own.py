@@ -21,6 +21,7 @@ from torchsat.sampling import Sample, Units
 from torchsat.sites import Site
 from torchsat.statistics import upcast
 from torchsat.structure import Found
+from torchsat.tensors import plain
 
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
@@ -49,7 +50,7 @@ def _before(observation: Observation, name: str, calls: list[Call], module: nn.M
         counts = name in observation.sites.known and observation.meter.counts_at(name, module) is True
     if counts or internals.in_backward():
         sample = observation.meter.sample_of(z)
-        calls.append(Call(z, sample, upcast(sample.take(z.detach())).clone(), z.grad_fn, z.output_nr, counts))
+        calls.append(Call(z, sample, upcast(sample.take(plain(z).detach())).clone(), z.grad_fn, z.output_nr, counts))
 
 
 def _after(observation: Observation, name: str, calls: list[Call], module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
@@ -66,7 +67,7 @@ def _after(observation: Observation, name: str, calls: list[Call], module: nn.Mo
         return
     site = sites.known.setdefault(name, Site(name, bound))
     if call.counts and not internals.in_backward():
-        taken = sample.take(a.detach())
+        taken = sample.take(plain(a).detach())
         if site.bound.constants is not None or site.bound.activation.function:
             _doubt(observation, site, module, call.taken, taken)
         if slope is None and site.bound.constants is None:
@@ -83,7 +84,7 @@ def _find_out(observation: Observation, name: str, module: nn.Module, call: Call
     """Decide what this module computes and keep it in `sites.own`, if this call is enough to tell. Returns f'(z) of this call, if it was needed."""
     sample, sites = call.sample, observation.sites
     assert isinstance(sample, Sample)
-    bound, slope = recognise(call.taken, sample.take(a.detach()), observation.options.activations, observation.options.epsilon), None
+    bound, slope = recognise(call.taken, sample.take(plain(a).detach()), observation.options.activations, observation.options.epsilon), None
     if bound is None:
         slope = _slope(observation, call, a, None)
         if slope is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.utils.rnn import PackedSequence
 
 from torchsat import internals
@@ -63,13 +64,14 @@ def _after(observation: Observation, name: str, calls: list[Given], module: nn.M
     if not calls or not observation.passes.counts(module):
         return
     given = calls.pop()
-    x = part_of(given.x.data if isinstance(given.x, PackedSequence) else given.x)
+    entering = given.x.data if isinstance(given.x, PackedSequence) else given.x
+    x = part_of(entering)
     if not x.numel() or not internals.is_real(x):
         return
     check_plain(x)
     observation.passes.has_measured = True
     observation.sites.has_run_layer(name)
-    observation.layers.feed_recurrent(module, x)
+    observation.layers.feed_recurrent(module, x, entering.grad_fn is None and not entering.requires_grad)
     options = observation.options
     reason = why_unknown(cast("nn.RNNBase | nn.RNNCellBase", module))
     if reason is not None:
@@ -85,7 +87,7 @@ def _after(observation: Observation, name: str, calls: list[Given], module: nn.M
             place = f"{name}.{gate.layer}/{gate.name}" if gate.layer else f"{name}/{gate.name}"
             if options.selects(place):
                 feeders = [f"{name}.weight_{kind}_{gate.layer}".rstrip("_") for kind in ("ih", "hh")]
-                _count(observation, place, gate, x, feeders, gated=not isinstance(module, (nn.RNN, nn.RNNCell)))
+                _count(observation, place, gate, entering.grad_fn, feeders, gated=not isinstance(module, (nn.RNN, nn.RNNCell)))
     except NotRebuiltError as reason:
         observation.note(f"{name}, upper layers", str(reason))
     last = next((site for place, site in reversed(observation.sites.ran.items()) if place.startswith((f"{name}.", f"{name}/"))), None)
@@ -93,12 +95,12 @@ def _after(observation: Observation, name: str, calls: list[Given], module: nn.M
         observation.lineage.made_all(last, ends(output))
 
 
-def _count(observation: Observation, place: str, gate: Gate, x: Tensor, feeders: Sequence[str], gated: bool) -> None:
+def _count(observation: Observation, place: str, gate: Gate, node: Node | None, feeders: Sequence[str], gated: bool) -> None:
     sites = observation.sites
     site = sites.known.get(place)
     if site is None:
         site = sites.known[place] = Site(place, sites.bind_named(gate.function), "recurrent", gated)
-    observation.meter.ran(site, [x.grad_fn])
+    observation.meter.ran(site, [node])
     if observation.lineage.learns:
         site.feeds_on = dict.fromkeys(name for name in feeders if name in observation.layers.measured)
     sample = observation.meter.sample_of(gate.z)
