@@ -32,6 +32,7 @@ def _clean() -> Iterator[None]:
     log.disabled, log.propagate = False, True
     logging.disable(logging.NOTSET)
     assert eval_frame._stance.stance == "default"
+    assert not {"__reduce_ex__", "__prepare_scriptable__"} & set(vars(torch.nn.Module))
     assert not hooks._global_optimizer_pre_hooks
     assert not hooks._global_optimizer_post_hooks
 

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from tensorboard.summary.writer import event_file_writer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import torchsat
 from tests.models import Block, Calling, mlp
 from tests.training import traces_of, train
 from tests.truth import known
-from torchsat import Activation
+from torchsat import Activation, internals
+from torchsat.sampling import Sample
 
 
 def test_a_site_that_fails_is_named_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:
@@ -101,6 +103,57 @@ def train_watched_raising() -> None:
     model = mlp()
     torchsat.watch(model, every=1, errors="raise")
     train(model, 2)
+
+
+class Strange(Tensor):
+    """A tensor that keeps its numbers in a way of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "Strange":
+        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad)
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*tree_map(lambda each: each.inner if isinstance(each, Strange) else each, args), **(kwargs or {}))
+        return tree_map(lambda each: Strange(each) if isinstance(each, Tensor) else each, made)
+
+
+def test_a_fault_at_many_places_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Every place is named in the coverage, and the log names how many there are."""
+    model = nn.Sequential(*(each for _ in range(60) for each in (nn.Linear(8, 8), nn.Tanh())), nn.Linear(8, 1))
+    monitor = torchsat.watch(model, every=1, budget=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        model(Strange(torch.randn(4, 8))).sum().backward()
+        optimizer.step()
+    monitor.close()
+    reason = "TypeError: its input is a Strange, which keeps its numbers in a way of its own"
+    assert monitor.coverage.unseen == tuple((str(at), reason) for at in range(1, 121, 2))
+    assert [message for message in caplog.messages if "longer" in message] == [
+        f"torchsat: 60 places such as 1, 3, 5: {reason}; they are no longer watched. Training is not affected."
+    ]
+
+
+def test_a_fault_in_the_backward_stays_with_its_site(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.GLU())
+    monitor = torchsat.watch(model, every=1, budget=None)
+
+    def broken(sample: Sample, tensor: Tensor) -> Tensor:
+        if internals.in_backward():
+            raise RuntimeError("no sample")
+        return take(sample, tensor)
+
+    take = Sample.take
+    monkeypatch.setattr(Sample, "take", broken)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+    monitor.close()
+    assert [place for place, _ in monitor.coverage.unseen] == ["3/glu", "1"]
 
 
 def test_a_call_that_cannot_be_measured_is_named_and_the_rest_goes_on(caplog: pytest.LogCaptureFixture) -> None:

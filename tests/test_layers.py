@@ -255,8 +255,9 @@ def test_a_fault_at_one_layer_is_charged_to_it_alone(caplog: pytest.LogCaptureFi
     """Each piece of work on a layer fails alone: before the optimizer's step, after it, and at the end of the observation."""
     for method in ("before_step", "after_step", "observe_grad", "features"):
         caplog.clear()
+        whole = vars(Layer)[method]
 
-        def broken(layer: Layer, *given: Any, method: str = method, real: Any = vars(Layer)[method]) -> Any:
+        def broken(layer: Layer, *given: Any, method: str = method, real: Any = whole) -> Any:
             if layer.name in ("0", "2"):
                 raise RuntimeError(f"no {method} of {layer.name}")
             return real.fget(layer) if isinstance(real, property) else real(layer, *given)
@@ -271,7 +272,11 @@ def test_a_fault_at_one_layer_is_charged_to_it_alone(caplog: pytest.LogCaptureFi
                 optimizer.step()
             monitor.close()
         snapshot = known(monitor.latest)
-        assert (snapshot.step, [record.site for record in snapshot.records], [weight.name for weight in snapshot.weights]) == (2, ["1", "3", "5"], ["4"])
+        assert (snapshot.step, [record.site for record in snapshot.records], [weight.name for weight in snapshot.weights]) == (
+            2,
+            ["1", "3", "5"],
+            ["4"],
+        )
         assert [place for place, _ in monitor.coverage.unseen] == ["0", "2"]
         assert [message for message in caplog.messages if "longer" in message] == [
             f"torchsat: 2 places such as 0, 2: RuntimeError: no {method} of 0; they are no longer watched. Training is not affected."

@@ -104,6 +104,12 @@ def runs_twice(module: nn.Module) -> bool:
     return next(calls, None) is not None and next(calls, None) is not None
 
 
+def caller_without_hooks(frame: FrameType | None) -> FrameType | None:
+    """The frame that called this one, without the frame that torch adds to the call of a module that has hooks."""
+    frame = None if frame is None else frame.f_back
+    return frame.f_back if frame is not None and frame.f_code in _CALL.co_consts else frame
+
+
 _REHEARSALS = ("_prepare_forward_infra", "_shape_inference")
 
 

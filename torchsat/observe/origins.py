@@ -38,7 +38,7 @@ class Origins:
             # torch.nn.Softmax tells the function how many frames above it the user's line is.
             for _ in range(kwargs["_stacklevel"] - _DIRECT):
                 function, args, kwargs = self._for(frame), (function, args, kwargs), {}
-                frame = frame and frame.f_back
+                frame = internals.caller_without_hooks(frame)
         return self._for(frame)(function, args, kwargs)
 
     def _for(self, frame: types.FrameType | None) -> Call:
