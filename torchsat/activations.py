@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -205,7 +206,7 @@ def _bind(
         testable: makes a function that computes the same in float64 on the CPU, and leaves no trace on the module.
     """
     learned = {name: plain_tensor(value).detach() for name, value in values.items() if isinstance(value, Tensor)}
-    plain = {name: value for name, value in values.items() if name not in learned}
+    plain = {name: _number(value) for name, value in values.items() if name not in learned}
     derivative = activation.derivative
     if derivative is None:
         given = {name: value.cpu().double() if isinstance(value, Tensor) else value for name, value in {**plain, **learned}.items()}
@@ -217,6 +218,11 @@ def _bind(
         make = _constants if activation.derivative is not None else _constants.__wrapped__
         constants = make(activation, derivative, _key(plain), epsilon)
     return Bound(activation, derivative, plain, learned, epsilon, constants)
+
+
+def _number(value: Any) -> Any:
+    """A scalar or one-element array of NumPy as a number of Python, which can be the key of a cache. Anything else as it is."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.size == 1 else value
 
 
 def _key(plain: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:

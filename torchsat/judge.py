@@ -142,7 +142,8 @@ class Judge:
         known = self._states.get(key)
         fires = known is not None and known.alert is not None
         judged = [rule for rule in rules if rule.first is None or fires or self._observations <= rule.first]
-        values = [(rule, value) for rule in judged if (value := rule.value(item, snapshot)) is not None]
+        # A rule of the user's may return a scalar of NumPy or torch.
+        values = [(rule, float(value)) for rule in judged if (value := rule.value(item, snapshot)) is not None]
         if not values:
             return None
         state = self._states.setdefault(key, _State({"warning": 0, "critical": 0}))
@@ -173,7 +174,7 @@ def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snap
         limit = worst.limit
     place, name = key
     rank, where = _worst_rank(name, item)
-    message = worst.rule.says(item, worst.value, limit) + where
+    message = str(worst.rule.says(item, worst.value, limit)) + where
     alert = Alert(place, name, severity, worst.value, limit, state.since, snapshot.step, True, message, rank=rank)
     before = state.alert
     if before is not None and (before.severity == severity or before.severity == "critical"):

@@ -61,7 +61,8 @@ class Rule:
     def limit(self, severity: Severity, item: Record | Weight) -> float | None:
         """The limit of one level at this record or weight; None if there is no such level."""
         limit = self.critical if severity == "critical" else self.warning
-        return limit(item) if callable(limit) else limit
+        found = limit(item) if callable(limit) else limit
+        return None if found is None else float(found)
 
     def beyond(self, value: float, limit: float) -> bool:
         """Whether the value is as bad as the limit or worse."""

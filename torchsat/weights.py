@@ -62,17 +62,20 @@ def why_unreadable(module: nn.Module, parameter: str) -> str | None:
 
 
 def fan_in(module: nn.Module) -> int:
-    """How many input elements one output element is a sum of."""
+    """How many input elements one output element is a sum of.
+
+    The sizes that a user gives to a layer can be integers of NumPy, which JSON does not know. They are converted here and in the next functions.
+    """
     if isinstance(module, nn.Linear):
-        return module.in_features
+        return int(module.in_features)
     assert isinstance(module, Convolution)
-    taps = module.in_channels // module.groups * math.prod(module.kernel_size)
-    return max(1, taps // math.prod(module.stride)) if isinstance(module, TransposedConvolution) else taps
+    taps = int(module.in_channels // module.groups * math.prod(module.kernel_size))
+    return max(1, taps // int(math.prod(module.stride))) if isinstance(module, TransposedConvolution) else taps
 
 
 def width(module: nn.Module) -> int:
     """How many features the output of this layer has."""
-    return module.out_features if isinstance(module, nn.Linear) else int(module.out_channels)  # type: ignore[arg-type]
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
 
 
 def feature_axis(module: nn.Module, ndim: int) -> int:
@@ -178,9 +181,9 @@ class Layer:
         """How many features its input has; 0 where the input is not measured."""
         module = self.module()
         if isinstance(module, nn.Linear):
-            return module.in_features
+            return int(module.in_features)
         if isinstance(module, Convolution):
-            return module.in_channels
+            return int(module.in_channels)
         return self.fan_in if self.parameter in ENTERED else 0
 
     def _on(self, weight: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from werkzeug import wrappers
 from torchsat.grids import Grid, Table, join, not_void
 from torchsat.metrics import rows_of
 from torchsat.record import Alert
-from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, PLUGIN, RECORDS, SCRIPTS, WEIGHTS
+from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, READABLE, RECORDS, SCRIPTS, WEIGHTS
 from torchsat.view import Series, scales, series
 
 STATIC = Path(__file__).parent / "static"
@@ -233,7 +233,7 @@ def _known(tensor: Any) -> dict[str, Any] | None:
         content = json.loads(tensor.plugin_content)
     except ValueError:
         return None
-    return content if isinstance(content, dict) and content.get("v") == FORMAT else None
+    return content if isinstance(content, dict) and content.get("v") in READABLE else None
 
 
 def _table(names: Sequence[str], data: Sequence[Any], metrics: Sequence[str], wanted: Sequence[str]) -> Table:
@@ -241,8 +241,9 @@ def _table(names: Sequence[str], data: Sequence[Any], metrics: Sequence[str], wa
     values = np.full((len(data), len(wanted), len(names)), np.nan, np.float32)
     there = [(at, metrics.index(name)) for at, name in enumerate(wanted) if name in metrics]
     into, rows = [at for at, _ in there], [row for _, row in there]
-    for observation, datum in enumerate(data):
-        values[observation, into] = datum.numpy.reshape(len(metrics), len(names))[rows]
+    with np.errstate(over="ignore"):  # The page gets float32, in which a number beyond its range is infinite.
+        for observation, datum in enumerate(data):
+            values[observation, into] = datum.numpy.reshape(len(metrics), len(names))[rows]
     return Table(tuple(names), [datum.step for datum in data], [datum.wall_time for datum in data], values)
 
 

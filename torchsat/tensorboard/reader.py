@@ -13,17 +13,20 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from torchsat.record import HISTOGRAM_BINS, Alert, Head, Record, Snapshot, Weight, from_float
-from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, OVERHEAD, PLUGIN, RECORDS, WEIGHTS
+from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, OVERHEAD, PLUGIN, READABLE, RECORDS, WEIGHTS, WHOLE
+
+Made = TypeVar("Made", Record, Weight, Head)
 
 
 @dataclass
@@ -168,11 +171,11 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
         if value.metadata.plugin_data.content:
             contents[value.tag] = json.loads(value.metadata.plugin_data.content)
         known = contents[value.tag]
-        if known["v"] != FORMAT:
+        if known["v"] not in READABLE:
             raise ValueError(f"format {known['v']} was written by another version of torchsat; this one reads {FORMAT}")
         kind = value.tag.partition(".")[0]
         if kind == RECORDS:
-            records = tuple(Record(**{**values, "after": tuple(values["after"])}) for values in _columns(value.tensor, known, known["sites"]))
+            records = tuple(_made(Record, values) for values in _columns(value.tensor, known, known["sites"]))
         elif kind == HISTOGRAM:
             flat = _floats(value.tensor)
             for index, site in enumerate(known["sites"]):
@@ -182,9 +185,11 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
         elif kind == HEADS:
             owners = [[site] for site, count in known["sites"] for _ in range(count)]
             for values in _columns(value.tensor, {**known, "facts": ["site"]}, owners):
-                heads.setdefault(values.pop("site"), []).append(Head(**values))
+                heads.setdefault(values.pop("site"), []).append(_made(Head, values))
         elif kind == WEIGHTS:
-            weights = tuple(Weight(**{**values, "feeds": tuple(values["feeds"])}) for values in _columns(value.tensor, known, known["layers"]))
+            weights = tuple(_made(Weight, values) for values in _columns(value.tensor, known, known["layers"]))
+        elif kind == WHOLE:
+            overhead = next(_columns(value.tensor, {**known, "facts": []}, [[]]))["overhead"]
         elif kind == EVENTS:
             alerts = tuple(Alert.from_dict(alert) for alert in json.loads(value.tensor.string_val[0]))
     if records is None:
@@ -194,6 +199,12 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
         for record in records
     )
     return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead)
+
+
+def _made(kind: Callable[..., Made], values: dict[str, Any]) -> Made:
+    """A Record, Weight or Head of these values. A field that an older version did not write is None, and one that is not known here is left out."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: tuple(value) if isinstance(value := values.get(name), list) else value for name in names})
 
 
 def _columns(tensor: Any, known: dict[str, Any], items: list[list[Any]]) -> Iterator[dict[str, Any]]:
@@ -214,8 +225,8 @@ def _columns(tensor: Any, known: dict[str, Any], items: list[list[Any]]) -> Iter
 
 
 def _floats(tensor: Any) -> array.array[float]:
-    """The numbers of a packed tensor, which are little-endian float32."""
-    values = array.array("f", tensor.tensor_content)
+    """The numbers of a packed tensor, which are little-endian float64; float32 in a file of version 4."""
+    values = array.array("f" if tensor.dtype == DT_FLOAT else "d", tensor.tensor_content)
     if sys.byteorder == "big":
         values.byteswap()
     return values

@@ -10,7 +10,6 @@ TensorBoard's event writer.
 
 from __future__ import annotations
 
-import json
 import math
 import operator
 import os
@@ -26,12 +25,12 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_FLOAT, DT_STRING
+from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_STRING
 from tensorboard.summary.writer import event_file_writer
 
 from torchsat.alerts import Firing
-from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot
-from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, content, tag
+from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot, to_float
+from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, WHOLE, as_json, content, tag
 from torchsat.tensorboard.heatmap import Heatmap
 from torchsat.tensorboard.stock import NETWORK, SITES, Group, alert_table, layout, network
 
@@ -188,10 +187,12 @@ class TensorBoardWriter:
             layers = tuple(map(_WEIGHT_FACTS, snapshot.weights))
             described, name = self._content(WEIGHTS, layers, facts=WEIGHT_FACTS, metrics=WEIGHT_METRICS, layers=layers)
             yield self._tensor(name, described, _floats(map(_WEIGHT_METRICS, snapshot.weights)).T)
+        described, name = self._content(WHOLE, (), metrics=_WHOLE)
+        yield self._tensor(name, described, np.array([[to_float(getattr(snapshot, metric))] for metric in _WHOLE]))
         if snapshot.alerts:
-            events = json.dumps([alert.as_dict() for alert in snapshot.alerts])
+            events = as_json([alert.as_dict() for alert in snapshot.alerts])
             yield self._string(EVENTS, events.encode(), PLUGIN, content("events"))
-            yield self._string("torchsat/alerts/text_summary", alert_table(self._history).encode(), "text", "")
+            yield self._string("torchsat/alerts/text_summary", alert_table(self._history).encode("utf-8", "replace"), "text", "")
 
     def _pictures(self) -> Iterable[Summary.Value]:
         """The heatmap so far. In a run of our own also the layout of the charts; in the user's run it would replace a layout of the user's."""
@@ -243,10 +244,10 @@ class TensorBoardWriter:
             data.content = described.encode()
         return SummaryMetadata(plugin_data=data, data_class=DATA_CLASS_TENSOR)
 
-    def _tensor(self, name: str, described: str, values: NDArray[np.float32]) -> Summary.Value:
+    def _tensor(self, name: str, described: str, values: NDArray[np.float64]) -> Summary.Value:
         """A packed tensor. It is a new object each time, since a protocol buffer that is filled again keeps every string that it ever held."""
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in values.shape])
-        tensor = TensorProto(dtype=DT_FLOAT, tensor_shape=shape, tensor_content=values.astype("<f4", copy=False).tobytes())
+        tensor = TensorProto(dtype=DT_DOUBLE, tensor_shape=shape, tensor_content=values.astype("<f8", copy=False).tobytes())
         return Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, PLUGIN, described))
 
     def _string(self, name: str, text: bytes, plugin: str, described: str) -> Summary.Value:
@@ -256,13 +257,14 @@ class TensorBoardWriter:
         return Summary.Value(tag=name, tensor=tensor, metadata=self._metadata(name, plugin, described))
 
 
+_WHOLE = ("overhead",)
+"""The numbers of a snapshot that belong to no site or layer."""
 _NO_HISTOGRAM = (math.nan,) * HISTOGRAM_BINS
 _SITE_FACTS, _RECORD_METRICS = operator.attrgetter(*SITE_FACTS), operator.attrgetter(*RECORD_METRICS)
 _WEIGHT_FACTS, _WEIGHT_METRICS = operator.attrgetter(*WEIGHT_FACTS), operator.attrgetter(*WEIGHT_METRICS)
 _HEAD_METRICS = operator.attrgetter(*HEAD_METRICS)
 
 
-def _floats(rows: Iterable[tuple[float | None, ...]]) -> NDArray[np.float32]:
-    """Rows of numbers as an array. None becomes NaN, a number beyond the range of float32 infinite."""
-    with np.errstate(over="ignore"):
-        return np.array(list(rows), np.float64).astype(np.float32)
+def _floats(rows: Iterable[tuple[float | None, ...]]) -> NDArray[np.float64]:
+    """Rows of numbers as an array. None becomes NaN."""
+    return np.array(list(rows), np.float64)
