@@ -302,13 +302,13 @@ def test_a_site_that_is_new_on_one_rank_is_agreed_upon_later(pair: list[Member])
 def test_windows_are_pruned_where_the_units_change(pair: list[Member]) -> None:
     ours = pair[0].ranks
     read(pair, observe(pair, 0))
-    assert set(ours._windows._blocks) == {"act"}
+    assert set(ours._windows._states) == {"act"}
     ours._windows.add("gone", samples(1).numpy())
     facts = batch().sites["act"]
     wider = Parts({"act": replace(facts, span=replace(facts.span, count=5), row=row(n=1, elements=1), block=samples(2, units=5))})
     for step in range(1, 2 + LAG):
         read(pair, observe(pair, step, [wider, wider]))
-    assert {site: tuple(window.shape) for site, window in ours._windows._blocks.items()} == {"act": (2, 5)}
+    assert {site: tuple(window.shape) for site, window in ours._windows._states.items()} == {"act": (4, 5)}
 
 
 def test_equal_texts_travel_once() -> None:

@@ -135,8 +135,8 @@ def test_stuck_units_are_found_across_observations() -> None:
     monitor = torchsat.watch(model, every=1, rules=(), errors="raise")
     stuck = []
     train(model, 64, each=lambda step: stuck.append(known(monitor.latest)["1"].stuck))
-    # A step has 16 samples, and a unit is judged after 1000 samples, which 63 observations have.
-    assert stuck[:62] == [None] * 62
-    assert stuck[62] == pytest.approx(10 / 32)
+    # A step has 16 samples, and a unit that has never been active is judged after 200 samples, which 13 observations have.
+    assert stuck[:12] == [None] * 12
+    assert stuck[12:] == [pytest.approx(10 / 32)] * 52
     assert monitor.latest is not None
-    assert monitor.latest["1"].stuck_n == 1008
+    assert monitor.latest["1"].stuck_n == 1000 + 16

@@ -29,8 +29,9 @@ def test_stuck_units_are_counted_over_the_samples_of_all_ranks(run: Run) -> None
     kept, expected = run(windows)[0]
     assert [each["1"].stuck for each in kept] == [each["1"].stuck for each in expected]
     assert [each["1"].stuck_n for each in kept] == [each["1"].stuck_n for each in expected]
-    assert kept[14]["1"].stuck is None
-    assert (kept[15]["1"].stuck, kept[15]["1"].stuck_n) == (3 / 8, 1024)
+    # A step has 64 samples on all ranks together.
+    assert kept[2]["1"].stuck is None
+    assert [(each["1"].stuck, each["1"].stuck_n) for each in kept[3:16]] == [(3 / 8, 64 * step) for step in range(4, 17)]
 
 
 class Attentive(nn.Module):

@@ -69,7 +69,7 @@ def test_derivative_and_histogram_are_relative_to_the_peak() -> None:
 
 
 def test_without_a_peak_nothing_is_relative() -> None:
-    made = record(row(replace(FACTS, tails="unknown"), units=[4.0, 4.0, 2.0, 1000.0], n=4.0, derivative=0.5, low=0.0))
+    made = record(row(replace(FACTS, tails="unknown"), units=[4.0, 4.0, 2.0, 0.0, 1000.0], n=4.0, derivative=0.5, low=0.0))
     assert made.derivative == 0.125
     assert {"peak", "relative_derivative", "histogram"} <= unknown(made)
     assert made.saturated is made.low is made.high is made.stuck is made.stuck_n is None
@@ -104,22 +104,29 @@ def test_a_row_without_finite_elements_knows_nothing() -> None:
     assert unknown(made) == {field.name for field in fields(Record)} - known
 
 
-def test_a_window_is_full_once_every_unit_has_its_samples() -> None:
-    full = [4.0, 4.0, 1.0, 1200.0]
-    made, window = to_record(row(n=1.0, units=full), 1.0, None)
-    assert (made.stuck, made.stuck_n, window) == (0.25, 1200, Stuck(0.25, 1200))
-    # Three of four units have enough samples: the window before stands.
-    made, later = to_record(row(n=1.0, units=[4.0, 3.0, 3.0, 400.0]), 1.0, window)
-    assert (made.stuck, made.stuck_n, later) == (0.25, 1200, window)
-    made, later = to_record(row(n=1.0, units=[4.0, 4.0, 4.0, 1000.0]), 1.0, window)
-    assert (made.stuck, made.stuck_n, later) == (1.0, 1000, Stuck(1.0, 1000))
+def test_units_are_judged_once_every_one_has_its_samples() -> None:
+    enough = [4.0, 4.0, 1.0, 0.0, 1200.0]
+    made, memory = to_record(row(n=1.0, units=enough), 1.0, None)
+    assert (made.stuck, made.stuck_n, memory) == (0.25, 1200, Stuck(0.25, 1200))
+    # Three of four units have enough samples, as after a resume: what was known before stands.
+    made, later = to_record(row(n=1.0, units=[4.0, 3.0, 3.0, 0.0, 40.0]), 1.0, memory)
+    assert (made.stuck, made.stuck_n, later) == (0.25, 1200, memory)
+    made, later = to_record(row(n=1.0, units=[4.0, 4.0, 4.0, 0.0, 100.0]), 1.0, memory)
+    assert (made.stuck, made.stuck_n, later) == (1.0, 100, Stuck(1.0, 100))
 
 
-@pytest.mark.parametrize("units", [None, [math.nan] * 4])
-def test_without_units_no_window_is_full(units: list[float] | None) -> None:
-    made, window = to_record(row(n=1.0, units=units), 1.0, None)
+def test_while_many_units_are_in_doubt_their_share_is_unknown() -> None:
+    for in_doubt, known in ((5.0, 0.25), (6.0, None)):
+        made, _ = to_record(row(n=1.0, units=[100.0, 100.0, 25.0, in_doubt, 1000.0]), 1.0, Stuck(0.0, 1000))
+        assert made.stuck == known
+        assert (made.stuck_n is None) == (known is None)
+
+
+@pytest.mark.parametrize("units", [None, [math.nan] * 5])
+def test_without_units_nothing_is_known_of_them(units: list[float] | None) -> None:
+    made, memory = to_record(row(n=1.0, units=units), 1.0, None)
     assert {"stuck", "stuck_n"} <= unknown(made)
-    assert window is None
+    assert memory is None
     assert to_record(row(n=1.0, units=units), 1.0, Stuck(0.5, 1000))[1] == Stuck(0.5, 1000)
 
 

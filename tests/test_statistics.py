@@ -188,23 +188,22 @@ def test_attenuation_and_gradient_rms_by_hand() -> None:
     assert record.grad_z_rms == pytest.approx(math.sqrt(0.125) / 8)
 
 
-def test_a_unit_is_stuck_only_after_a_thousand_samples_and_windows_start_over() -> None:
+def test_stuck_units_of_a_real_block() -> None:
     windows = UnitWindows()
-    z = torch.tensor([0.5, -0.5, 0.5]).repeat(400, 1)
+    z = torch.tensor([0.5, -0.5, 0.5]).repeat(100, 1)
+    z[0, 0] = z[1, 2] = -0.5
     values = []
-    for _ in range(4):
+    for _ in range(3):
         found = observe(z.flatten(), z.flatten(), (z > 0).float().flatten(), 1.0, (0.0, None), z.numel(), units=Units(Sample.of(z, None, 0), 1))[1]
         values.append(windows.add("act", known(found).numpy()))
-    # units, measured, stuck, least samples: 400, 800, then 1200 is a full window, then 400 of the next.
-    assert values == [[3, 0, 0, 400], [3, 0, 0, 800], [3, 3, 1, 1200], [3, 0, 0, 400]]
+    # units, measured, stuck, in doubt, samples: a unit that has never been active is known to be stuck after 200 samples.
+    assert values == [[3, 2, 0, 0, 100], [3, 3, 1, 0, 200], [3, 3, 1, 0, 300]]
     host = make_row(nn.Tanh(), torch.zeros(2))
-    record, window = to_record(SiteRow(FACTS, host.tolist(), values[2]), 1.0, None)
-    assert record.stuck == pytest.approx(1 / 3)
-    assert record.stuck_n == 1200
-    record, _ = to_record(SiteRow(FACTS, host.tolist(), values[3]), 1.0, window)
-    # The last full window stands.
-    assert record.stuck == pytest.approx(1 / 3)
-    assert record.stuck_n == 1200
+    record, memory = to_record(SiteRow(FACTS, host.tolist(), values[2]), 1.0, None)
+    assert (record.stuck, record.stuck_n) == (pytest.approx(1 / 3), 300)
+    # Of the first samples alone nothing is known, and what was known before stands.
+    assert to_record(SiteRow(FACTS, host.tolist(), values[0]), 1.0, None)[0].stuck is None
+    assert to_record(SiteRow(FACTS, host.tolist(), values[0]), 1.0, memory)[0].stuck_n == 300
 
 
 @pytest.mark.parametrize("shape", [(256, 1024), (16, 32, 24, 24), (16, 128, 64), (7, 5), (1, 1, 70000), (3, 2, 5, 7, 11)])

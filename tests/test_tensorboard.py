@@ -280,7 +280,13 @@ def test_every_number_comes_back_exactly(tmp_path: Path) -> None:
     heads = (Head(2**24 + 1, 1 / 3, 1e-60, None, math.inf), Head(0, None, None, None, None))
     given = record(
         *("act",),
-        **{"n": 2**24 + 1, "elements": 2**40 + 1, "grad_z_rms": 1e-60, "z_max": 1e300, "z_min": -math.inf, "grad_n": 0, "heads": heads},
+        n=2**24 + 1,
+        elements=2**40 + 1,
+        grad_z_rms=1e-60,
+        z_max=1e300,
+        z_min=-math.inf,
+        grad_n=0,
+        heads=heads,
         histogram=(1 / 3,) * HISTOGRAM_BINS,
     )
     weight = replace(snapshots(1)[0].weights[0], grad_norm=math.inf, learning_rate=1e-60, n=2**31 + 1)

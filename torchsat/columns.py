@@ -100,9 +100,10 @@ weight of its call but for `rows_read`, which counts them."""
 BLOCK = ("samples", "saturated", "samples_read")
 """The rows of the unit block [3, units]: for each channel or feature the weights of its samples, the weights of the saturated ones, and how many
 samples were read."""
-UNITS = ("units", "units_measured", "units_stuck", "unit_samples")
-"""Numbers that are derived from a merged unit block (BLOCK): how many units there are, how many have enough samples, how many of these are stuck
-(nearly all of their samples are saturated), and the samples of the least sampled unit."""
+UNITS = ("units", "units_measured", "units_stuck", "units_in_doubt", "unit_samples")
+"""Numbers that are derived from merged unit blocks (BLOCK): how many units there are, how many have enough samples to tell, how many are stuck
+(nearly all of their newest samples are saturated), how many may have become stuck lately, and the samples in which the median stuck unit has been
+saturated; where none is stuck, the samples of the least sampled unit."""
 FEATURES = ("samples", "x", "x_sq", "square_samples", "square_x_sq", "samples_read")
 """The rows of the block [6, features] of a layer's input x: for each feature the sums of w, w x, w x^2, w^2 and w^2 x^2 over its samples, where w is
 the weight of the call, and how many samples were read."""

@@ -57,7 +57,7 @@ class Delivery:
         self._judge = Judge(options.rules, faults.report)
         self._diagnosis = Diagnosis()
         self._stuck: dict[str, Stuck] = {}
-        """For each site, the stuck units of its last full window (rows.py)."""
+        """For each site, its stuck units as far as they are known (rows.py)."""
         self.in_flight: list[Flight] = []
         """The observations that are on their way to the host, oldest first."""
         self._delivering = threading.RLock()

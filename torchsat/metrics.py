@@ -58,7 +58,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("low", "Saturated low", "Share of inputs on the lower plateau."),
     Metric("high", "Saturated high", "Share of inputs on the upper plateau."),
     Metric("relative_derivative", "E|f'| / peak", "Mean derivative over its peak: 1 is fully open, 0 is closed.", "number", worst="low"),
-    Metric("stuck", "Stuck units", "Share of units saturated in at least 99 % of at least 1000 samples; on ReLU, dead units."),
+    Metric("stuck", "Stuck units", "Share of units saturated in at least 99 % of their newest samples (64 to 1000); on ReLU, dead units."),
     Metric(
         "attenuation", "Attenuation", "||dL/dz|| / ||dL/da||: what this activation alone does to the gradient.", "number", "log", 1e-3, 1.0, "low"
     ),

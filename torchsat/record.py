@@ -97,9 +97,11 @@ class Record(SiteFacts):
     relative_derivative: float | None
     """E|f'(z)| / peak. 1 is an activation that lets every gradient through, 0 one that lets none through."""
     stuck: float | None
-    """Share of units that were saturated in at least 99 % of at least 1000 samples."""
+    """Share of units that are stuck now: saturated in at least 99 % of their newest samples, counted back over observations. How many samples that
+    takes, from 64 to 1000, depends on how seldom the unit was active before (transport/windows.py)."""
     stuck_n: int | None
-    """The samples of the least sampled unit that `stuck` is derived from."""
+    """The samples in which the median stuck unit has been saturated; where no unit is stuck, the samples of the least sampled one. Of earlier
+    observations at most 1000 samples count."""
     z_mean: float | None
     z_std: float | None
     z_rms: float | None

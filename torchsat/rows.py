@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from torchsat.columns import BINS, COLUMN, HEADS, LAYER, UNITS
 from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 
+_MOST_IN_DOUBT = 0.05
+"""The share of stuck units is not known where more than this share of the units is in doubt."""
+
 
 @dataclass(frozen=True)
 class Stuck:
     """The stuck units of a site. A unit (channel or feature) is stuck if nearly all of its samples are saturated.
 
-    The samples of a unit are added up over a *window* of observations. A window is full once every unit has enough samples to tell.
+    The samples of a unit are added up over observations (transport/windows.py), until every unit has enough samples to tell.
     """
 
     share: float
-    """The share of its units that were stuck."""
+    """The share of its units that are stuck."""
     samples: int
-    """The samples of the least sampled unit."""
+    """`Record.stuck_n`."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class SiteRow:
     numbers: Sequence[float]
     """The columns of columns.ROW."""
     units: Sequence[float] | None = None
-    """The numbers of columns.UNITS over the window so far; None where the number of units is not fixed."""
+    """The numbers of columns.UNITS, this observation included; None where the number of units is not fixed."""
     heads: Sequence[Sequence[float]] = ()
     """For each name in columns.HEADS one number per head; empty where this is no softmax."""
     worst: float | None = None
@@ -62,14 +65,15 @@ class LayerRow:
 
 
 def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, Stuck | None]:
-    """The record of a row, and the stuck units of the site's last full window.
+    """The record of a row, and the stuck units of the site.
 
     Args:
         scale: the factor that the gradients carry (GradScaler, data parallelism).
-        stuck: the stuck units of the last full window before this observation. They stay valid until another window is full.
+        stuck: the stuck units as they were known before this observation. They stay valid until there are enough samples again, as after a resume.
     """
     facts, at, of_heads = row.facts, _Columns(row.numbers), _Heads(row.heads)
-    stuck = _full_window(row.units) or stuck
+    stuck = _stuck_units(row.units) or stuck
+    known = None if _in_doubt(row.units) else stuck
     is_sigmoid, is_softmax, has_tails = facts.activation == "sigmoid", facts.kind == "softmax", facts.tails != "unknown"
     low, high = (at.mean("low"), at.mean("high")) if has_tails else (None, None)
     derivative, peak = None if is_softmax else at.mean("derivative"), at.largest("peak")
@@ -85,8 +89,8 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         derivative_rms=None if is_softmax else at.rms("derivative_sq", at.n),
         peak=peak,
         relative_derivative=derivative / peak if derivative is not None and peak else None,
-        stuck=stuck.share if stuck and low is not None else None,
-        stuck_n=stuck.samples if stuck and low is not None else None,
+        stuck=None if known is None or low is None else known.share,
+        stuck_n=None if known is None or low is None else known.samples,
         z_mean=at.mean("z"),
         z_std=at.std("z", "z_sq"),
         z_rms=at.rms("z_sq", at.n),
@@ -198,14 +202,20 @@ def _head(rows: float, entropy: float, jacobian: float, variance: float, log_key
     return Head(round(read), entropy / rows, jacobian / rows, math.sqrt(variance / rows), logit_max)
 
 
-def _full_window(units: Sequence[float] | None) -> Stuck | None:
-    """The stuck units of a window; None as long as some unit has too few samples."""
+def _stuck_units(units: Sequence[float] | None) -> Stuck | None:
+    """The stuck units of a site; None as long as some unit has too few samples."""
     if units is None:
         return None
     values = dict(zip(UNITS, units, strict=True))
     if values["units_measured"] != values["units"]:
         return None
     return Stuck(values["units_stuck"] / values["units"], round(values["unit_samples"]))
+
+
+def _in_doubt(units: Sequence[float] | None) -> bool:
+    """Whether so many units may have become stuck lately that their share is not known."""
+    values = dict.fromkeys(UNITS, 0.0) if units is None else dict(zip(UNITS, units, strict=True))
+    return values["units_in_doubt"] > _MOST_IN_DOUBT * values["units"]
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

@@ -32,6 +32,10 @@ from torchsat.record import Record, Severity, Snapshot, Weight, normal_saturated
 HYSTERESIS = 0.8
 """An alert clears only on the safe side of this factor times its limit, so that a value close to the limit does not raise and clear it in turns."""
 
+STUCK_SAMPLES = 1000
+"""Units are judged once the median stuck unit has been saturated in so many samples. The samples of one batch are not independent: the positions of
+one image or sequence can all be alike."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -125,8 +129,10 @@ def _slope_limit_critical(record: Record) -> float:
 
 
 def _stuck(record: Record, snapshot: Snapshot) -> float | None:
-    """`stuck`, but not of a bottleneck: of fewer than eight units a share says little."""
-    return None if record.output or record.gate or (record.units or 0) < 8 else record.stuck
+    """`stuck`, once it is known of enough samples; but not of a bottleneck: of fewer than eight units a share says little."""
+    if record.output or record.gate or (record.units or 0) < 8 or (record.stuck_n or 0) < STUCK_SAMPLES:
+        return None
+    return record.stuck
 
 
 def gradient_over_depth(snapshot: Snapshot) -> float | None:

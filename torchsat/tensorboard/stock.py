@@ -24,7 +24,7 @@ NETWORK = {
     "saturated_p90": "The same at the hidden site above which a tenth lie.",
     "saturated_max": "The same at the worst hidden site.",
     "relative_derivative_min": "E|f'(z)| / peak at the worst hidden site: 1 is fully open, 0 is closed.",
-    "stuck_max": "Share of units saturated in at least 99 % of at least 1000 samples, at the worst hidden site.",
+    "stuck_max": "Share of units saturated in at least 99 % of their newest samples (64 to 1000), at the worst hidden site.",
     "attenuation_min": "||dL/dz|| / ||dL/da|| at the hidden site that lets least of the gradient through.",
     "gradient_first_over_last": "||dL/dz|| at the first site over that at the last hidden one: 1 is healthy, 0 has vanished.",
     "update_ratio_min": "||change of W|| / ||W|| per step of the layer that moves least, of those that feed a site.",

@@ -1,4 +1,16 @@
-"""Adds up unit blocks over observations, on the host, until every unit (channel or feature) has enough samples to tell whether it is stuck."""
+"""Adds up unit blocks over observations, on the host, and tells which units (channels or features) are stuck now.
+
+One batch of a small network has too few samples of a unit to tell whether it is stuck, so samples are added up over observations. But what a unit did
+long ago says nothing about whether it is stuck now: a sum over a fixed number of samples mixes healthy ones with dead ones, and is wrong until it has
+forgotten the healthy ones. Therefore each unit has a *run*: its newest observations that together have at least STUCK_SHARE of their samples
+saturated. The run ends as soon as an observation shows that the unit is active again. A unit is stuck once its run is so long that it would have been
+active ACTIVE_BEFORE times in it at the rate at which it was active before: a unit that lived on half of its samples is known to be stuck after few
+samples, a sparse one, which is seldom active, after many. (At that rate, a run of independent samples comes about by chance once in e^10 = 22,000
+times.) The run is never shorter than LEAST_SAMPLES, and need not be longer than UNIT_SAMPLES. Halfway there the unit is in doubt. While many units
+are in doubt, as when they have died together, the share of stuck units is not known.
+
+Everything is a few numbers per unit, however many samples there were. Ranks add up their blocks before they come here.
+"""
 
 from __future__ import annotations
 
@@ -7,64 +19,111 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from torchsat.columns import BLOCK, UNITS
+from torchsat.columns import UNITS
 
-UNIT_SAMPLES = 1000
-"""How many samples a unit must have before it can be called stuck. At 50 % saturation, 128 independent samples are all saturated or all not once in
-10^38 times, but the samples of one batch are not independent."""
 STUCK_SHARE = 0.99
-"""A unit is stuck if at least this share of its samples is saturated."""
-_READ = BLOCK.index("samples_read")
+"""At least this share of the samples of a run is saturated."""
+LEAST_SAMPLES = 64
+"""The least samples of a run that make a unit stuck."""
+SAMPLES_FROM_START = 200
+"""The samples of a run that make a unit stuck which has never been active: as many as it would take if it had been active on 5 % of its samples.
+Until then there are too few to tell."""
+FEW = 0.05
+"""So small a share of units without enough samples does not keep that of the stuck ones from being known."""
+UNIT_SAMPLES = 1000
+"""A run of so many samples makes a unit stuck in any case. Of older samples at most so many are remembered, so that a unit that becomes active is
+seen to be so, however long it was stuck."""
+ACTIVE_BEFORE = 10.0
+"""How many times a unit would have been active in its run, at the rate at which it was active before, for it to be stuck."""
 Block = NDArray[np.float64]
-"""[3, units]: columns.BLOCK of each unit."""
+"""[3, units]: columns.BLOCK of each unit in one observation."""
+State = NDArray[np.float64]
+"""[4, units]: samples and active (not saturated) samples of each unit before its run; samples and active samples of its run."""
 
 
 class UnitWindows:
-    """The window of each site: its unit blocks, added up since the last full window.
-
-    A window is full once UNIT_SAMPLES samples of every unit have been read. The next observation then begins a new window.
-    """
+    """What is known of the units of each site."""
 
     def __init__(self) -> None:
-        self._blocks: dict[str, Block] = {}
+        self._states: dict[str, State] = {}
 
-    def get(self, site: str) -> Block | None:
-        """The window of a site as it is now; None where it has none."""
-        return self._blocks.get(site)
+    def get(self, site: str) -> State | None:
+        """What is known of the units of a site; None where nothing is."""
+        return self._states.get(site)
 
     def add(self, site: str, block: Block) -> list[float]:
-        """Add the block of one observation. Another number of units than before begins a new window.
+        """Add the block of one observation. With another number of units than before, what was known is forgotten.
 
         Returns:
-            The numbers of columns.UNITS of the window, this observation included.
+            The numbers of columns.UNITS, this observation included.
         """
-        known = self._blocks.get(site)
-        begins = known is None or known.shape != block.shape or known[_READ].min() >= UNIT_SAMPLES
-        window = self._blocks[site] = block.copy() if known is None or begins else known + block
-        return _summary(window)
+        known = self._states.get(site)
+        state = known if known is not None and known.shape[1] == block.shape[1] else np.zeros((4, block.shape[1]))
+        self._states[site] = state = _joined(state, block)
+        return _summary(state)
 
     def drop(self, site: str) -> None:
-        """Forget the window of a site that has no block any more."""
-        self._blocks.pop(site, None)
+        """Forget a site that has no block any more."""
+        self._states.pop(site, None)
 
     def keep(self, units: Mapping[str, int | None]) -> None:
-        """Keep only the windows of sites that still have as many units as before."""
-        self._blocks = {site: window for site, window in self._blocks.items() if window.shape[1] == (units.get(site) or 0)}
+        """Keep only what is known of sites that still have as many units as before."""
+        self._states = {site: state for site, state in self._states.items() if state.shape[1] == (units.get(site) or 0)}
 
     def start_over(self) -> None:
-        """Forget every window."""
-        self._blocks.clear()
+        """Forget everything."""
+        self._states.clear()
 
 
-def _summary(window: Block) -> list[float]:
-    """The numbers of columns.UNITS for a window."""
+def _joined(state: State, block: Block) -> State:
+    """The state after an observation: its samples join the run, begin a new one, or end it."""
+    weights, saturated, samples = block
     # Which share of a unit is saturated is weighed by what each call has, and how sure that is depends on how many samples were read.
-    samples, saturated, read = window
-    least, most = float(read.min()), float(read.max())
-    if most < UNIT_SAMPLES:
-        return [len(samples), 0.0, 0.0, least]
-    measured = read >= UNIT_SAMPLES
-    stuck = measured & (saturated >= STUCK_SHARE * samples)
-    summary = [len(samples), float(measured.sum()), float(stuck.sum()), least]
+    active = samples * (1 - saturated / np.where(weights > 0, weights, 1.0))
+    before, run = (_at_most(part, UNIT_SAMPLES) for part in (state[:2], state[2:]))
+    now = np.stack([samples, active])
+    goes_on, begins = _is_closed(run + now) & ~_is_open(now), _is_closed(now)
+    # What is not part of the run after this observation was before it.
+    before = before + np.where(goes_on, 0.0, np.where(begins, run, run + now))
+    run = np.where(goes_on, run + now, np.where(begins, now, 0.0))
+    return np.concatenate([before, run])
+
+
+def _at_most(counts: NDArray[np.float64], most: float) -> NDArray[np.float64]:
+    """[2, units] scaled so that no unit has more samples than this, at the same share of active ones."""
+    return counts * np.minimum(1.0, most / np.maximum(counts[0], 1.0))
+
+
+def _is_closed(counts: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether each unit is saturated in nearly all of these samples. The small number allows for rounding."""
+    samples, active = counts
+    closed: NDArray[np.bool_] = active <= (1 - STUCK_SHARE) * samples + 1e-9
+    return closed
+
+
+def _is_open(counts: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Whether each unit is active in many more of these samples than a stuck one. This ends a run at once, however long it is."""
+    samples, active = counts
+    opened: NDArray[np.bool_] = active > np.maximum(2.0, 5 * (1 - STUCK_SHARE) * samples)
+    return opened
+
+
+def _summary(state: State) -> list[float]:
+    """The numbers of columns.UNITS for what is known of the units of a site."""
+    before, active, run, _ = state
+    needed = np.clip(ACTIVE_BEFORE * before / np.maximum(active, 1e-9), LEAST_SAMPLES, UNIT_SAMPLES)
+    never = active <= 0
+    needed = np.where(never, SAMPLES_FROM_START, needed)
+    stuck = run >= needed
+    # A unit that was active on hardly more samples than a stuck one is halfway there again and again. That is no sign of a change.
+    halfway = (run * active >= 0.5 * ACTIVE_BEFORE * before) & (needed < UNIT_SAMPLES / 2)
+    in_doubt = ~stuck & (run > 0) & ~never & halfway
+    seen = before + run
+    measured = seen >= LEAST_SAMPLES
+    new = ~stuck & (run > 0) & never
+    if new.mean() > FEW:
+        measured &= ~new
+    samples = np.median(run[stuck]) if stuck.any() else seen.min()
+    summary = [len(seen), float(measured.sum()), float(stuck.sum()), float(in_doubt.sum()), float(np.floor(samples))]
     assert len(summary) == len(UNITS)
     return summary
