@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import torchsat
 from tests.models import Double
 from torchsat import internals
+from torchsat.internals import Accumulation
 
 PACKAGE = Path(torchsat.__file__).parent
 
@@ -250,15 +251,42 @@ def test_the_number_of_a_backward() -> None:
     assert not internals.in_backward()
 
 
-def test_whether_a_backward_adds_to_grad() -> None:
+def test_what_a_backward_does_with_the_gradients_of_parameters() -> None:
     weight, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
 
-    def ask() -> tuple[bool, bool]:
-        return internals.will_accumulate(weight), internals.will_accumulate(other)
+    def ask() -> tuple[Accumulation, Accumulation, Accumulation]:
+        return internals.accumulation([weight]), internals.accumulation([other]), internals.accumulation([other, weight])
 
-    assert in_backward_of(weight * 2, ask) == [(True, False)]
-    assert in_backward_of(weight * 2, ask, lambda loss: torch.autograd.grad(loss, weight)) == [(False, False)]
-    assert not internals.will_accumulate(weight)
+    adds, gives, neither = Accumulation
+    assert in_backward_of(weight * 2, ask) == [(adds, neither, adds)]
+    assert in_backward_of(weight * 2, ask, lambda loss: torch.autograd.grad(loss, weight)) == [(gives, neither, gives)]
+    x = torch.ones(2, requires_grad=True)
+    assert in_backward_of(weight * x, ask, lambda loss: torch.autograd.grad(loss, x)) == [(neither, neither, neither)]
+    assert in_backward_of(weight * x, ask, lambda loss: loss.backward(inputs=[x])) == [(neither, neither, neither)]
+
+
+def test_a_function_is_called_after_what_was_queued_during_a_backward() -> None:
+    weight, order = torch.ones(2, requires_grad=True), list[tuple[str, bool]]()
+
+    def note(name: str) -> None:
+        order.append((name, weight.grad is not None))
+
+    def begin() -> None:
+        note("begins")
+        internals.after_backward(lambda: note("over"))
+
+    weight.register_hook(lambda grad: torch.autograd.Variable._execution_engine.queue_callback(lambda: note("queued")))
+    in_backward_of(weight * 2, begin)
+    assert order == [("begins", False), ("queued", True), ("over", True)]
+
+
+def test_the_version_and_the_stored_elements_of_a_tensor() -> None:
+    x = torch.zeros(3)
+    before = internals.version(x)
+    x.add_(1)
+    assert internals.version(x) > before
+    assert internals.stored(x) is x
+    assert internals.stored(torch.eye(3)[:2].to_sparse()).tolist() == [1.0, 1.0]
 
 
 def test_the_class_of_a_node() -> None:

@@ -30,15 +30,6 @@ def test_a_step_that_was_to_be_observed_but_was_not_is_said(caplog: pytest.LogCa
     assert len(caplog.messages) == 1
 
 
-def test_passes_without_any_step_are_said(caplog: pytest.LogCaptureFixture) -> None:
-    model = mlp()
-    torchsat.watch(model, errors="raise")
-    for _ in range(250):
-        model(torch.randn(2, 64)).sum().backward()
-    assert len(caplog.messages) == 1
-    assert "Call monitor.step() at the end of each step." in caplog.messages[0]
-
-
 class ToHost(TorchDispatchMode):
     """Raises AssertionError on operators that wait for a device: reading a number in Python, a shape that depends on data, a copy."""
 

@@ -1,15 +1,18 @@
 """What counts as one step: with one optimizer, with several, without one, with a closure, or with a scaler that skips steps."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import torchsat
 from tests.models import linear_at, mlp
 from tests.training import train
 from tests.truth import known
+from torchsat.steps import Entry, Steps
 
 
 def test_steps_are_those_of_the_optimizers_that_own_the_model() -> None:
@@ -38,17 +41,133 @@ def test_two_optimizers_on_one_model_make_one_step() -> None:
     assert all(known(weight.update_ratio) > 0 for snapshot in snapshots for weight in snapshot.weights)
 
 
-def test_two_optimizers_in_turn_make_a_step_each_round() -> None:
+Sgd = torch.optim.SGD
+
+
+def first_then_rest(model: nn.Sequential) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    return Sgd(model[0].parameters(), lr=0.01), Sgd(model[2:].parameters(), lr=0.01)
+
+
+def in_turn(critic_steps: int, generator_first: bool) -> Callable[[nn.Sequential], Iterator[torch.optim.Optimizer]]:
+    """One optimizer steps several times for each step of the other."""
+
+    def steps(model: nn.Sequential) -> Iterator[torch.optim.Optimizer]:
+        generator, critic = first_then_rest(model)
+        for _ in range(12):
+            if generator_first:
+                yield generator
+            for _ in range(critic_steps):
+                yield critic
+            if not generator_first:
+                yield generator
+
+    return steps
+
+
+def shared(model: nn.Sequential) -> Iterator[torch.optim.Optimizer]:
+    """Two optimizers that step the same parameters in turn."""
+    pair = Sgd(model.parameters(), lr=0.01), torch.optim.Adam(model.parameters())
+    for at in range(24):
+        yield pair[at % 2]
+
+
+def joins_late(model: nn.Sequential) -> Iterator[torch.optim.Optimizer]:
+    """The second optimizer is used from step 20 on only."""
+    pair = first_then_rest(model)
+    for at in range(40):
+        yield pair[0]
+        if at >= 20:
+            yield pair[1]
+
+
+def retires(model: nn.Sequential) -> Iterator[torch.optim.Optimizer]:
+    """The first optimizer is used up to step 20 only."""
+    pair = first_then_rest(model)
+    for at in range(40):
+        if at < 20:
+            yield pair[0]
+        yield pair[1]
+
+
+def made_anew(model: nn.Sequential) -> Iterator[torch.optim.Optimizer]:
+    """The optimizer is replaced every ten steps."""
+    for at in range(40):
+        if at % 10 == 0:
+            optimizer = Sgd(model.parameters(), lr=0.01)
+        yield optimizer
+
+
+@pytest.mark.parametrize("every", [1, 7, 50])
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        *((in_turn(critic, first), 12 * critic) for critic in (1, 2, 5) for first in (False, True)),
+        (shared, 24),
+        (joins_late, 40),
+        (retires, 40),
+        (made_anew, 40),
+    ],
+)
+def test_the_number_of_steps_depends_on_the_order_of_the_optimizers_alone(
+    order: Callable[[nn.Sequential], Iterator[torch.optim.Optimizer]], expected: int, every: int
+) -> None:
+    """In a step no parameter is stepped twice, so that their number is that of the optimizer which steps most often."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1))
+    monitor = torchsat.watch(model, every=every, budget=None, errors="raise")
+    for optimizer in order(model):
+        model(torch.ones(4, 2)).sum().backward()
+        optimizer.step()
+        model.zero_grad()
+    # The last step is counted once it is known to be over.
+    assert monitor.state_dict()["step"] in (expected - 1, expected)
+    numbers = monitor.state_dict()["step"]
+    monitor.close()
+    unobserved = Steps(lambda: model)
+    assert numbers == rounds(unobserved, order(model))
+
+
+def rounds(steps: Steps, optimizers: Iterator[torch.optim.Optimizer]) -> int:
+    """The number of rounds that are over, counted without a monitor. No gradient is there, so that the first round is over with its first step."""
+    count = 0
+    for optimizer in optimizers:
+        if steps.begins(optimizer) is Entry.NEXT and not steps.is_over:
+            steps.end_round()
+            count += 1
+        steps.ends(optimizer)
+        steps.enter(optimizer)
+        if steps.is_complete():
+            steps.end_round()
+            count += 1
+    return count
+
+
+def test_what_is_measured_of_optimizers_in_turn_is_what_each_steps_with() -> None:
+    """A discriminator steps twice for each step of the generator, with 8, 8 and 4 rows."""
     model, snapshots = mlp(), list[torchsat.Snapshot]()
     torchsat.watch(model, every=1, errors="raise", sinks=(snapshots.append,))
-    optimizers = torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.SGD(model[2:].parameters(), lr=0.1)
-    for _ in range(4):
-        for optimizer in optimizers:
-            model(torch.randn(8, 64)).sum().backward()
+    critic, generator = Sgd(model[0].parameters(), lr=0.1), Sgd(model[2:].parameters(), lr=0.1)
+    for _ in range(6):
+        for optimizer, rows in ((critic, 8), (critic, 8), (generator, 4)):
+            model(torch.randn(rows, 64)).sum().backward()
             optimizer.step()
             model.zero_grad()
-    assert 3 <= len(snapshots) <= 8
-    assert [snapshot.step for snapshot in snapshots] == list(range(len(snapshots)))
+    # Once it is known that both take part: a step of the discriminator alone, and one of both.
+    measured = [(snapshot.step, snapshot["1"].n // 32) for snapshot in snapshots]
+    assert measured[2:] == [(step, 8 if step % 2 == 0 else 12) for step in range(2, 12)]
+
+
+def test_an_observation_that_is_not_of_every_step_sees_all_passes_of_its_step() -> None:
+    model, snapshots = mlp(), list[torchsat.Snapshot]()
+    torchsat.watch(model, every=5, budget=None, errors="raise", sinks=(snapshots.append,))
+    critic, generator = Sgd(model[0].parameters(), lr=0.1), Sgd(model[2:].parameters(), lr=0.1)
+    for _ in range(16):
+        for optimizer, rows in ((critic, 8), (critic, 8), (generator, 4)):
+            model(torch.randn(rows, 64)).sum().backward()
+            optimizer.step()
+            model.zero_grad()
+    assert {snapshot.step: snapshot["1"].n // 32 for snapshot in snapshots if snapshot.step > 2} == {
+        step: 8 if step % 2 == 0 else 12 for step in (4, 5, 10, 15, 20, 25, 30)
+    }
 
 
 def test_an_lbfgs_step_is_one_step_with_all_its_evaluations() -> None:
@@ -164,3 +283,99 @@ def test_a_step_that_raised_does_not_deafen_the_monitor_to_another_optimizer() -
     train(model, 5)
     assert monitor.latest is not None
     assert monitor.latest.step == 4
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_optimizers_that_step_in_the_backward_make_one_step_a_backward(reentrant: bool | None) -> None:
+    """One optimizer for each parameter, stepped and zeroed by a hook as soon as the gradient is there; against one optimizer after the backward."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Sigmoid()), nn.Linear(16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.body(x) if reentrant is None else checkpoint(self.body, x, use_reentrant=reentrant)
+            out: Tensor = self.head(h)
+            return out
+
+    def run(in_backward: bool) -> list[torchsat.Snapshot]:
+        torch.manual_seed(0)
+        model, snapshots = Net(), list[torchsat.Snapshot]()
+        if in_backward:
+            optimizers = {parameter: Sgd([parameter], lr=0.1) for parameter in model.parameters()}
+
+            def step(parameter: Tensor) -> None:
+                optimizers[parameter].step()
+                optimizers[parameter].zero_grad()
+
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(step)
+        else:
+            optimizer = Sgd(model.parameters(), lr=0.1)
+        monitor = torchsat.watch(model, every=1, budget=None, errors="raise", sinks=(snapshots.append,))
+        for _ in range(5):
+            model(torch.randn(32, 8).requires_grad_()).square().mean().backward()
+            if not in_backward:
+                optimizer.step()
+                optimizer.zero_grad()
+        monitor.close()
+        return snapshots
+
+    plain, inside = run(False), run(True)
+    assert [snapshot.step for snapshot in plain] == [snapshot.step for snapshot in inside] == list(range(5))
+    for one, other in zip(plain, inside, strict=True):
+        for mine, theirs in zip(one.records, other.records, strict=True):
+            assert mine.site == theirs.site
+            for name in ("n", "grad_n", "attenuation", "grad_a_rms", "grad_z_rms", "saturated"):
+                assert getattr(mine, name) == pytest.approx(getattr(theirs, name), rel=1e-6), (one.step, name)
+        for weight, same in zip(one.weights, other.weights, strict=True):
+            assert (weight.name, weight.grad_norm, weight.update_ratio) == (
+                same.name,
+                pytest.approx(same.grad_norm),
+                pytest.approx(same.update_ratio),
+            )
+
+
+def test_micro_batches_before_a_step_in_the_backward_all_count() -> None:
+    model = mlp()
+    optimizers = {parameter: Sgd([parameter], lr=0.1) for parameter in model.parameters()}
+    accumulates = [True]
+
+    def step(parameter: Tensor) -> None:
+        if not accumulates[0]:
+            optimizers[parameter].step()
+            optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    for at in range(9):
+        accumulates[0] = at % 3 < 2
+        model(torch.randn(4, 64)).sum().backward()
+    assert known(monitor.latest).step == 2
+    assert (known(monitor.latest)["1"].n, known(monitor.latest)["1"].grad_n) == (3 * 4 * 32, 3 * 4 * 32)
+
+
+def test_a_step_that_raised_takes_no_pass_with_it() -> None:
+    model = mlp()
+    monitor = torchsat.watch(model, every=1, errors="raise")
+
+    class Fails(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure: Any = None) -> Any:
+            if self.fails:
+                raise RuntimeError("out of memory")
+            super().step()
+
+    optimizer = Fails(model.parameters(), lr=0.1)
+    model(torch.randn(100, 64)).sum().backward()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step()
+    optimizer.zero_grad()
+    Fails.fails = False
+    model(torch.randn(4, 64)).sum().backward()
+    optimizer.step()
+    monitor.flush()
+    assert (known(monitor.latest).step, known(monitor.latest)["1"].n) == (0, 4 * 32)

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from enum import Enum
 from types import CodeType, FrameType
 from typing import Any, cast
 
@@ -181,19 +182,72 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def will_accumulate(parameter: Tensor) -> bool:
-    """Inside a backward pass: whether it will add to this parameter's `.grad`.
+class Accumulation(Enum):
+    """What a backward does with the gradients of a model's parameters."""
 
-    torch.autograd.grad runs the same engine and adds nothing; no public name tells the two apart. An engine that cannot say, such as compiled
-    autograd, counts as one that does not.
+    ADDS = "adds"
+    """It adds them to `.grad`."""
+    GIVES = "gives"
+    """torch.autograd.grad returns them."""
+    NEITHER = "neither"
+    """It computes none of them."""
+
+
+def accumulation(parameters: Iterable[Tensor]) -> Accumulation:
+    """Inside a backward pass: what it does with the gradients of these parameters; what is found first decides.
+
+    torch.autograd.grad runs the same engine as `backward()`; no public name tells the two apart.
     """
-    with torch.enable_grad():
-        node = parameter.view_as(parameter).grad_fn
-    leaf = node.next_functions[0][0] if node is not None else None
-    try:
-        return leaf is not None and torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:
-        return False
+    for parameter in parameters:
+        with torch.enable_grad():
+            node = parameter.view_as(parameter).grad_fn
+        leaf = node.next_functions[0][0] if node is not None else None
+        try:
+            if leaf is not None and torch._C._will_engine_execute_node(leaf):
+                return Accumulation.ADDS
+        except RuntimeError:
+            # It is raised for a leaf whose gradient is returned instead of added.
+            return Accumulation.GIVES
+    return Accumulation.NEITHER
+
+
+def after_backward(call: Callable[[], None]) -> None:
+    """Inside a backward pass: have a function called when it has ended. It is not called if the backward raises an error.
+
+    Nothing public tells the end of a backward. The function is queued from a function that is queued, so that it comes after what data parallelism
+    queues while the backward runs, which sets `.grad`.
+    """
+    queue = torch.autograd.Variable._execution_engine.queue_callback
+    queue(lambda: queue(call))
+
+
+_BACKWARD: CodeType = torch.autograd.function.BackwardCFunction.apply.__code__
+
+
+def is_nested_backward() -> bool:
+    """Inside a backward pass: whether a backward that is written in Python runs it, as that of a reentrant checkpoint does."""
+    return any(frame.f_code is _BACKWARD for frame in frames())
+
+
+def version(tensor: Tensor) -> int:
+    """The number of in-place changes of a tensor so far. `Tensor._version` is documented but private."""
+    return tensor._version
+
+
+def stored(tensor: Tensor) -> Tensor:
+    """The elements that a tensor stores: of a sparse one those that may differ from zero. The public `values` demands that it is coalesced."""
+    return tensor._values() if tensor.is_sparse else tensor
+
+
+def node_key(node: Node) -> int | tuple[int]:
+    """What tells a node of a graph from all others that this thread makes: its number, or the tensor that a leaf stands for, since leaves have no
+    number of their own. `Node._sequence_nr` is private; a node itself, as a key, would be kept alive."""
+    number: int = node._sequence_nr()
+    return number if number < _LEAF else (id(getattr(node, "variable", None)),)
+
+
+_LEAF = 2**64 - 1
+"""The number that torch gives to all leaves."""
 
 
 def forward_class(node: Node) -> type | None:

@@ -20,24 +20,25 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from torchsat import process
+from torchsat import internals, process
 from torchsat.compiling import Mode
 from torchsat.internals import hidden_from_modes
 from torchsat.observe.hooks import is_capturing
 from torchsat.observe.observation import Observation, Retry
-from torchsat.observe.passes import Pass, PassEvent
+from torchsat.observe.passes import PassEvent
 from torchsat.observer import Observer
 from torchsat.options import Options
+from torchsat.patience import Patience
 from torchsat.schedule import Clock
-from torchsat.steps import Steps, has_closure
+from torchsat.steps import Entry, Steps, has_closure
 from torchsat.transport import meeting
 
 log = logging.getLogger("torchsat")
 
-_PASSES_WITHOUT_STEP = 200
-"""After this many training passes (calls of the model in training) without a step of an optimizer, the user is told to call `monitor.step()`."""
-_STEPS_OF_OTHERS = 8
-"""An observation whose model is not called is abandoned after this many optimizer steps of other models."""
+_NO_STEP = (
+    "torchsat: %d backward passes have computed gradients of %s, and no step of a torch optimizer that owns its parameters was seen; nothing can be "
+    "shown. Call monitor.step() at the end of each step."
+)
 _CAPTURED = (
     "torchsat: a training step of %s was captured in a CUDA graph. Capturing executes nothing, and a replay runs no Python, so these steps are "
     "neither measured nor counted; steps outside the graph are. To have all of them measured, train eagerly or with torch.compile, whose "
@@ -73,12 +74,14 @@ class Loop:
         self._driver = Driver.OPTIMIZERS
         self._was_captured = False
         """Whether the user has been told that a step was captured in a CUDA graph."""
+        self._was_told = False
+        """Whether the user has been told that no step of an optimizer was seen."""
         self._steps = Steps(self._model)
-        self._passes = 0
-        """Number of training passes since the last step."""
-        self._newest_pass: Pass | None = None
-        """The newest pass when the last optimizer had stepped, if the round was not over then. A *round* is one step of every optimizer (steps.py).
-        If one of them steps again before the round is over, the passes after this one belong to the next step."""
+        self._awaited: int | None = None
+        """The number of the backward in which an optimizer has stepped, so that the round may be over when it ends."""
+        self._is_early = False
+        """Whether the open observation is of the next round, and was opened before it is known that this round is over."""
+        self._patience = Patience()
         self._watcher = process.Watcher(self.before_step, self.after_step, self.close, self.save, self.observer.fail, self._stop)
 
     def start(self) -> None:
@@ -114,6 +117,9 @@ class Loop:
         if self.is_closed:
             return
         process.leave(self._watcher)
+        observation = self.observer.observation
+        if observation is not None and observation.passes.gradients.gone > 1:
+            self._say_no_step(observation)
         self._stop()
         self.flush()
         self.observer.route.leave()
@@ -141,10 +147,15 @@ class Loop:
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called when any optimizer of the process is about to step, whichever model it belongs to."""
         observer = self.observer
-        if self.is_closed or self._driver is Driver.BY_HAND or observer.faults.ended is not None:
+        if self.is_closed or observer.faults.ended is not None:
             return
         if self._model() is None:
             self.close()
+            return
+        if self._driver is Driver.BY_HAND:
+            if observer.observation is not None and self._steps.owns(optimizer):
+                observer.observation.enters_step(optimizer)
+                observer.observation.passes.gradients.has_stepped()
             return
         if is_capturing():
             if self._steps.owns(optimizer):
@@ -155,40 +166,72 @@ class Loop:
             return
         if not self._steps.owns(optimizer):
             if observation is not None and observer.compilation.mode is Mode.UNKNOWN:
-                self._wait_for_less(observation)
+                observation.steps_of_others += 1
+                if self._patience.is_over_for_others(observation.steps_of_others):
+                    observer.abandon(Retry.OTHER_MODEL)
             return
-        stepped = self._steps.has_stepped(optimizer)
-        if not self._steps.begins(optimizer) or (observation is None and not stepped):
+        entry = self._steps.begins(optimizer)
+        if entry is Entry.INNER or (observer.observation is None and (entry is not Entry.NEXT or self._steps.is_over)):
             return
         with torch.no_grad(), observer.timed():
-            if stepped:
-                if observation is not None:
-                    observation.passes.drop_after(self._newest_pass)
+            if entry is Entry.NEXT and not self._steps.is_over:
                 self._end_round()
-            if observer.observation is not None:
-                observer.observation.passes.is_stepping = True
+                if observation is not None and observation is not observer.observation and observer.observation is not None:
+                    observer.observation.passes.take_over(observation.passes)
+            if observer.observation is not None and not self._is_of_other_round(entry):
                 observer.observation.before_step(optimizer, has_closure(args, kwargs))
 
     def after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called when any optimizer of the process has stepped."""
-        if self.is_closed or self._driver is Driver.BY_HAND or not self._steps.ends(optimizer):
+        if self.is_closed or self._driver is Driver.BY_HAND:
             return
-        self._passes, observer = 0, self.observer
+        entry = self._steps.ends(optimizer)
+        if entry is None:
+            return
+        observer = self.observer
         idle = observer.observation is None and observer.retry is None and not observer.delivery.in_flight
-        if idle and self._steps.only() is optimizer and not observer.schedule.due(self.step + 1):
+        if idle and entry is Entry.ONLY and not observer.schedule.due(self.step + 1):
             self.step += 1
+            self._steps.turn += 1
             if observer.schedule.compares:
                 observer.schedule.follow(observer.clock.mark(observer.device))
             return
+        backward = internals.backward_number()
+        if backward is not None and backward == self._awaited and observer.observation is None:
+            self._steps.enter(optimizer)
+            return
         with torch.no_grad(), observer.timed():
-            observation = observer.observation
-            if observation is not None:
-                observation.passes.is_stepping = False
-                observation.after_step(optimizer, has_closure(args, kwargs))
-            if self._steps.add(optimizer):
+            self._steps.enter(optimizer)
+            if observer.observation is not None:
+                if self._is_of_other_round(entry):
+                    observer.observation.enters_other_round(optimizer)
+                else:
+                    observer.observation.after_step(optimizer, has_closure(args, kwargs))
+            if backward is not None:
+                self._wait_for_backward(backward)
+            elif self._steps.is_complete():
                 self._end_round()
-            else:
-                self._newest_pass = observation.passes.newest if observation is not None else None
+            elif observer.observation is None and not self._steps.is_over:
+                # The next pass belongs to this round, if another optimizer steps with it, or to the next one, which is to be observed.
+                self._is_early = self._open_if_due(self.step + 1)
+
+    def _is_of_other_round(self, entry: Entry) -> bool:
+        """Whether a step belongs to the round before the one that is observed."""
+        return entry is Entry.LATE or self._is_early
+
+    def _wait_for_backward(self, number: int) -> None:
+        """Have the round end when the backward has ended in which an optimizer has just stepped, since other parameters will be stepped in it."""
+        if self._awaited != number:
+            self._awaited = number
+            internals.after_backward(self._backward_ended)
+
+    def _backward_ended(self) -> None:
+        """Called when a backward has ended in which an optimizer has stepped."""
+        self._awaited = None
+        # A backward inside another one, as of a reentrant checkpoint, steps a part of the parameters. The round then ends when the next one begins.
+        if not self.is_closed and not internals.is_nested_backward() and self._steps.is_complete():
+            with self.observer.never_raising(), self.observer.timed():
+                self._end_round()
 
     def _say_captured(self) -> None:
         """Tell the user once that a step which is captured in a CUDA graph, and is not executed now, will not be observed."""
@@ -196,44 +239,52 @@ class Loop:
             self._was_captured = True
             log.warning(_CAPTURED, type(self._model()).__name__)
 
-    def _wait_for_less(self, observation: Observation) -> None:
-        """Count the steps of other models while this observation waits for its own model to be called, and abandon it after a few.
-
-        The observation makes all compiled code of the process run eager, which other models should not suffer for long. Its hooks must be gone by the
-        time compiled code is compiled again, or they would be compiled with the model.
-        """
-        observation.steps_of_others += 1
-        if observation.steps_of_others == _STEPS_OF_OTHERS:
-            self.observer.abandon(Retry.OTHER_MODEL)
+    def _say_no_step(self, observation: Observation) -> None:
+        """Tell the user once that a loop without a torch optimizer has to say where its steps end."""
+        if self._driver is Driver.OPTIMIZERS and not self._steps.has_stepped and not self._was_told:
+            self._was_told = True
+            log.warning(_NO_STEP, observation.passes.gradients.unused, type(self._model()).__name__)
 
     def _end_round(self) -> None:
         """End the current step: finish its observation, if there is one, and open an observation of the next step, if one is due."""
         observer = self.observer
         observer.drain(self.step)
-        if observer.observation is not None:
+        early, self._is_early = self._is_early and observer.observation is not None, False
+        if observer.observation is not None and not early:
+            self._patience.ended(observer.observation.passes.most_waiting)
             self.step = observer.finish(observer.observation, self.step)
             process.catch_sigterm()
         elif observer.schedule.compares:
             observer.schedule.follow(observer.clock.mark(observer.device))
         self.step += 1
         self._steps.end_round()
-        self._newest_pass = None
-        if not self.is_closed and (observer.schedule.due(self.step) or observer.retry is not None):
-            observer.open(self.step)
+        if not early:
+            self._open_if_due(self.step)
+
+    def _open_if_due(self, step: int) -> bool:
+        """Open an observation of this step, if one is due. Returns whether that was so."""
+        observer = self.observer
+        if self.is_closed or not (observer.schedule.due(step) or observer.retry is not None):
+            return False
+        observer.open(step)
+        return True
 
     def _on_pass(self, event: PassEvent, training: bool) -> None:
-        """Called during an observation when the model's forward begins or ends, and when a fault has ended all monitoring."""
+        """Called during an observation with each event of a pass."""
         self.observer.heard(event, training)
         observation = self.observer.observation
-        if event is not PassEvent.ENTERED or not training or observation is None:
+        if event is PassEvent.ENTERED and training and observation is not None:
+            self._steps.look_again()
+            observation.passes.gradients.is_stepping = self._steps.is_running
+        if event in (PassEvent.ENTERED, PassEvent.REPEATED) and training and observation is not None:
+            self._lose_patience(observation)
+
+    def _lose_patience(self, observation: Observation) -> None:
+        """Give an observation up if it has waited for too long. Other ranks would wait for its numbers, so that it goes on where there are some."""
+        if self._steps.is_running or self.observer.route.waits_for_others:
             return
-        self._steps.look_again()
-        observation.passes.is_stepping = self._steps.is_running
-        self._passes += 1
-        if self._passes == _PASSES_WITHOUT_STEP and self._driver is Driver.OPTIMIZERS:
-            log.warning(
-                "torchsat: %d training passes, and no step of a torch optimizer that owns parameters of %s was seen; nothing can be shown. "
-                "Call monitor.step() at the end of each step.",
-                self._passes,
-                type(self._model()).__name__,
-            )
+        by_hand = not self._steps.has_stepped and self._patience.is_over_by_hand(observation.passes.gradients.unused)
+        if by_hand:
+            self._say_no_step(observation)
+        if by_hand or self._patience.is_over(observation.passes.waiting):
+            self.observer.abandon(Retry.NO_STEP)

@@ -4,6 +4,7 @@ A step is observed where the schedule says so, or where there is a reason to obs
 
     RESUMED        `load_state_dict`: the first step of a session is observed, whatever its number
     OTHER_MODEL    the observation was abandoned while another model trained; the next step of this one is observed, run eager
+    NO_STEP        the observation was given up since it waited too long for a step (patience.py); the step after the next one is observed
     OVERFLOW       a GradScaler's optimizer has skipped the observed step; the next one is observed
     NO_PASS        no training pass was seen; the next steps are observed in eager execution, three at most
     SILENT_GRAPH   the compiled graph reported nothing; the next steps are observed, two at most, then in eager execution

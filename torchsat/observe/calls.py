@@ -220,12 +220,18 @@ class Calls:
 
     def _end_module(self, explained: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         frame, lineage = self._mode.leave(module), self._observation.lineage
-        if frame is None or not lineage.looks:
+        if frame is None:
+            return
+        if self._mode.top is None:
+            self._observation.passes.leave_part(output)
+        if not lineage.looks:
             return
         if explained or self._is_explained(module):
             lineage.survey.explain(ends(output), set())
         else:
             lineage.look(ends(output), frame.path)
+        if self._mode.top is None and self._observation.passes.is_inside is None:
+            lineage.end_part()
 
     def _hear(self, frame: Frame, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function of torch, and measure it if it is an activation."""
@@ -311,9 +317,10 @@ class Calls:
             meter.ran(site, [call.node])
             meter.count(site, sample, call.taken, torch.sigmoid(upcast(call.taken)), axis)
         if a.grad_fn is not None:
-            add = meter.gradient_adder(site, sample)
+            add, hear = meter.gradient_adder(site, sample), self._observation.passes.ear()
 
             def read(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+                hear(grad_a, grad_z)
                 add(
                     None if grad_a is None else upcast(sample.take(grad_a.detach())) * value,
                     None if grad_z is None else upcast(sample.take(grad_z.detach().chunk(2, axis)[1])),

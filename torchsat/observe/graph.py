@@ -19,6 +19,7 @@ from torch.autograd.graph import Node
 
 from torchsat import internals
 from torchsat.internals import tree_leaves
+from torchsat.observe.marks import NodeSet
 
 _MATRIX_PRODUCT = re.compile(r"Addmm|^Mm|Bmm|Baddbmm|Convolution|Matmul|Linear|Attention|Rnn")
 _ACTIVATION = re.compile(
@@ -130,8 +131,7 @@ class Survey:
     """
 
     def __init__(self) -> None:
-        self._touched: set[Node] = set()
-        self._met: set[Node] = set()
+        self._touched, self._met = NodeSet(), NodeSet()
         self.products: list[tuple[Node, Node]] = []
         """Pairs of nodes whose outputs are multiplied with each other."""
 

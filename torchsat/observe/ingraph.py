@@ -253,9 +253,9 @@ class GraphReceiver:
         sample = self._samples.get(name)
         if sample is None or sample.shape != tuple(grad.shape):
             sample = self._observation.meter.sample_of(grad)
-        taken, outside = sample.take(grad), self._observation.passes.outside
-        row = outside.place(outside.rows, name, grad.device)
-        outside.put(outside.rows, name, observe_gradient(taken if of_output else None, None if of_output else taken, sample.elements, row))
+        taken, always = sample.take(grad), self._observation.passes.always
+        row = always.place(always.rows, name, grad.device)
+        always.put(always.rows, name, observe_gradient(taken if of_output else None, None if of_output else taken, sample.elements, row))
 
 
 def attach(observation: Observation, found: Found) -> None:

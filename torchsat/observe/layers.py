@@ -72,6 +72,7 @@ class Layers:
     def feed(self, name: str, module: nn.Module, x: Tensor) -> None:
         """Measure the input of a layer."""
         passes, options = self._observation.passes, self._observation.options
+        passes.runs(name)
         passes.current.merge_inputs(name, x, feature_axis(module, x.ndim), options.limit, self._observation.turn)
 
     def feed_recurrent(self, module: nn.Module, x: Tensor, is_data: bool) -> None:
@@ -83,6 +84,7 @@ class Layers:
         observation = self._observation
         for layer in self.measured.values():
             if layer.module() is module and layer.parameter in ENTERED:
+                observation.passes.runs(layer.name)
                 observation.passes.current.merge_inputs(layer.name, x, x.ndim - 1, observation.options.limit, observation.turn)
                 if observation.lineage.learns and is_data:
                     observation.sites.fed_by_data.add(layer.name)

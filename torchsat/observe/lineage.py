@@ -16,6 +16,7 @@ from torch.autograd.graph import Node
 from torchsat import internals
 from torchsat.faults import MODEL
 from torchsat.observe.graph import MOST_NODES, Survey, has_weight
+from torchsat.observe.marks import NodeTable
 from torchsat.sites import Site, Sites, Structure
 
 _GATES = ("sigmoid", "hardsigmoid")
@@ -35,7 +36,7 @@ class Lineage:
         self._note = note
         self.learns = sites.structure is Structure.NEW
         """Whether this observation learns the structure."""
-        self._nodes: dict[Node, Site] = {}
+        self._nodes = NodeTable[Site]()
         """The autograd nodes that computed the outputs of sites in the present pass."""
         self._survey: Survey | None = None
         self._last_layer: str | None = None
@@ -66,6 +67,12 @@ class Lineage:
         """Let go of the graph of the pass, which is over."""
         self._nodes.clear()
         self._survey = None
+
+    def end_part(self) -> None:
+        """Let go of what holds the graph, after a part of the model that was called by itself. The nodes are known by their numbers from then on."""
+        if self._survey is not None:
+            self._mark_gates()
+            self._survey.products.clear()
 
     def know(self, weight: Tensor, name: str) -> None:
         """Remember which layer this weight belongs to, for as long as the tensor lives. Wrappers such as FSDP put other tensors in its place."""
@@ -105,12 +112,13 @@ class Lineage:
             site.traced = True
             if len(self._nodes) > MOST_NODES:
                 # If the parts of a model are called one by one and never the whole, no pass ends and the nodes would pile up.
-                self._nodes.pop(next(iter(self._nodes)))
+                self._nodes.forget_oldest()
 
     def made_all(self, site: Site, nodes: Iterable[Node]) -> None:
         """Note the nodes that computed the output of a recurrent layer. What comes after the layer then comes after this site, its last gate."""
         if self.learns:
-            self._nodes.update(dict.fromkeys(nodes, site))
+            for node in nodes:
+                self._nodes[node] = site
 
     def enters_layer(self, node: Node | None) -> None:
         """Note that a layer runs on the output of this node. The sites that this output comes from do not compute an output of the model."""

@@ -152,6 +152,7 @@ class Meter:
     def ran(self, site: Site, nodes: list[Node | None], last_layer: bool = False) -> None:
         """Note that a site ran on the output of these nodes; see Lineage.ran."""
         self._passes.has_measured = True
+        self._passes.runs(site.name)
         self._sites.has_run(site)
         self._lineage.ran(site, nodes, last_layer)
 
@@ -255,9 +256,10 @@ class Meter:
         """
         sample, z_nr, node = call.sample, call.output_nr, call.node
         own, a_nr = maker(a)
-        add = self.gradient_adder(site, sample)
+        add, hear = self.gradient_adder(site, sample), self._passes.ear()
 
         def read_both(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+            hear(grad_a, grad_z)
             given = (None if grad is None or is_pending(grad) else part_of(grad) for grad in (grad_a, grad_z))
             add(*(None if grad is None else sample.take(grad.detach().reshape(sample.shape)) for grad in given))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ def attach(observation: Observation, found: Found) -> None:
             continue
         calls: RunningCalls = {}
         observation.hook_before(each.module, each.name, _before, observation, site, calls)
-        observation.hook_after(each.module, each.name, _after, observation, site, calls)
+        observation.hook_after(each.module, each.name, _after, observation, site, calls, always=True)
 
 
 def _before(observation: Observation, site: Site, calls: RunningCalls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -61,7 +62,8 @@ def _before(observation: Observation, site: Site, calls: RunningCalls, module: n
 
 def _after(observation: Observation, site: Site, calls: RunningCalls, module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
     call = calls.pop(threading.get_ident(), None)
-    if call is not None:
+    # After an error the call is only let go of, since it holds the graph that led to it.
+    if call is not None and not (a is None and sys.exc_info()[0] is not None):
         observation.meter.end(site, call, a)
 
 

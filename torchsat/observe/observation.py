@@ -76,6 +76,7 @@ class Retry(Enum):
     OVERFLOW = "the optimizer found an overflow and skipped the step"
     NO_PASS = "no training pass was seen in the observed step"
     SILENT_GRAPH = "the compiled graph told nothing in the observed step"
+    NO_STEP = "the observation waited too long for a step"
     RESUMED = "the monitor went on from a saved state"
 
 
@@ -131,7 +132,7 @@ class Observation:
         self._failures: dict[tuple[type[Exception], str], tuple[Exception, list[str]]] = {}
         """For each kind of fault the first one, and the places at which it happened."""
         self.guard = Guard(self.fail, window, clock, sites.failed)
-        self.passes = Passes(self.guard)
+        self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True))
         self.lineage = Lineage(sites, self.note_if_wanted)
         self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note, self._handles)
         self.layers = Layers(self)
@@ -162,7 +163,7 @@ class Observation:
         self.execution = execution
         self._graph_only = frozenset(found.names) if execution is Execution.GRAPH else None
         self._graph_hooks = graph_hooks
-        self.passes.watch(found.model)
+        self.passes.gradients.watch(found.model)
         if graph_hooks is not None:
             graph_hooks.receiver = GraphReceiver(self)
         saving.leave_out(self.guard)
@@ -183,6 +184,7 @@ class Observation:
     def heard_graph(self) -> None:
         """Note that a compiled graph has reported something, so that this observation cannot see the structure of the model."""
         self.execution = Execution.GRAPH
+        self.passes.hears_backward = False
 
     def note(self, place: str, reason: str) -> None:
         """Record what is missing at a place."""
@@ -231,10 +233,26 @@ class Observation:
         """Called before an optimizer of the model steps. `closure` says that gradients are computed during the step."""
         scale, self._skipped = internals.gradient_scale(optimizer)
         self._scale = scale if scale is not None else self._scale
+        if not closure:
+            self.enters_step(optimizer)
+        self.passes.gradients.is_stepping = True
         self.layers.before_step(optimizer, closure)
+
+    def enters_other_round(self, optimizer: Optimizer) -> None:
+        """Called after an optimizer has made a step that does not belong to this observation: forget the passes whose gradient has entered it."""
+        self.enters_step(optimizer)
+        self.passes.drop_entered()
+
+    def enters_step(self, optimizer: Optimizer) -> None:
+        """Note that the gradients of the optimizer's parameters, as they are now, enter its step."""
+        self.passes.gradients.enter_step(each for group in optimizer.param_groups for each in group["params"])
 
     def after_step(self, optimizer: Optimizer | None, closure: bool = False) -> None:
         """Called after an optimizer of the model has stepped, or with None after a step that the user ended by hand."""
+        self.passes.gradients.is_stepping = False
+        if optimizer is not None and closure:
+            self.enters_step(optimizer)
+        self.passes.gradients.has_stepped()
         self.layers.after_step(optimizer, closure)
 
     def stage_of(self, name: str) -> int | None:
@@ -285,7 +303,7 @@ class Observation:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        saving.all_off(self.guard, self.passes.model)
+        saving.all_off(self.guard, self.passes.gradients.model)
         self.calls.reset()
         if self._graph_hooks is not None:
             self._graph_hooks.receiver = None

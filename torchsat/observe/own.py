@@ -37,7 +37,7 @@ def attach(observation: Observation, found: Found) -> None:
         if not observation.sites.has_failed(each.name):
             calls: list[Call] = []
             observation.hook_before(each.module, each.name, _before, observation, each.name, calls)
-            observation.hook_after(each.module, each.name, _after, observation, each.name, calls)
+            observation.hook_after(each.module, each.name, _after, observation, each.name, calls, always=True)
 
 
 def _before(observation: Observation, name: str, calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

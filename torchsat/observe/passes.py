@@ -1,19 +1,26 @@
 """Decides which forward passes count in an observation, and keeps what each of them measured. A *pass* is one call of the whole model.
 
-- A pass counts if it is a training pass: autograd was on when the model was called, and some part of the model is in training mode. Only passes of
-  one thread are observed, the first that trains, since another thread may use the model at the same time.
+The principle: **what is measured are the training passes whose gradient enters the step.** Everything follows from it:
+
+- A training pass is one with autograd on and some part of the model in training mode. Only passes of one thread are observed, the first that trains,
+  since another thread may use the model at the same time.
+- A pass counts if a backward that runs through it has entered the optimizer's step, which gradients.py tells from what happens to `.grad`. A batch
+  whose gradient is emptied does not count; nor do the passes of an attack, a metric, a rollout, or of a discriminator while its generator is
+  trained. It makes no difference how the user keeps their gradients out of the step: by `torch.autograd.grad`, by freezing or by `zero_grad`.
+- A backward through the gradient of a pass (`create_graph=True`, as in a gradient penalty or in MAML) is a backward through that pass.
+- Where no backward has entered the step, as in a loop that the user ends by hand or where torch runs no hooks in the backward, the passes count
+  whose gradients came nearest to it: added to `.grad`, returned, emptied; where no backward was heard at all, every pass counts.
 - A recompute of activation checkpointing runs inside a backward and is not counted again. In reentrant mode only the recompute can see gradients.
-- A pass is forgotten if its forward raised, or if its gradients were thrown away, as for a batch that the user skipped. The latter shows when the
-  next backward begins: the gradients that the earlier one left in `.grad` are gone.
-- What runs outside the model's own forward (its parts called one by one) belongs to a pass of its own, the first of the list.
+- A pass is forgotten if its forward raised.
+- What runs outside the model's own forward, as its parts that are called one by one, is one pass until a part runs again or a backward begins.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -25,6 +32,7 @@ from torch.autograd.graph import Node
 
 from torchsat import internals
 from torchsat.faults import MODEL
+from torchsat.observe.gradients import Backward, Fate, Gradients
 from torchsat.observe.graph import ends
 from torchsat.observe.hooks import Guard
 from torchsat.statistics import empty_row, merge_, merge_heads_
@@ -36,7 +44,9 @@ if TYPE_CHECKING:
 
 TRANSFORMED = "it was called inside a transform of torch.func (grad, vmap, jvp), whose tensors stand for others and hold no numbers of their own"
 _MOST = 8
-"""The most passes that are kept apart. If there are more, the oldest is merged into the first of the list and can no longer be dropped."""
+"""The most passes that are kept apart. If there are more, the oldest two of equal standing are merged, and count or do not count together."""
+_STANDING = (Fate.ENTERED, Fate.ADDED, Fate.GIVEN, Fate.GONE, Fate.NONE)
+"""The fates of a backward, from the one that is nearest to the optimizer's step."""
 
 
 class PassEvent(Enum):
@@ -44,6 +54,8 @@ class PassEvent(Enum):
 
     ENTERED = "entered"
     LEFT = "left"
+    REPEATED = "repeated"
+    """Outside of the model's own forward a part of it has run once more, and no backward since."""
     FAILED = "failed"
     """An error of our own code has ended the observation and all monitoring of this model."""
 
@@ -64,9 +76,19 @@ class Pass:
     """The block of heads of each softmax."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
     """The sums of each layer's input, [6, features] (columns.FEATURES)."""
-    backward: int | None = None
-    """The number of the backward that added this pass's gradient to `.grad`."""
+    backwards: list[Backward] = field(default_factory=list)
+    """The backwards that have run through this pass."""
+    merged: list[Pass] = field(default_factory=list)
+    """The passes that were merged into this one. What hooks measure of them later is stored here."""
+    is_hooked: bool = False
+    """Whether hooks in its graph will tell of its backward."""
     dropped: bool = False
+
+    @property
+    def standing(self) -> Fate:
+        """The best that has become of a gradient of this pass."""
+        fates = {Fate.ADDED if each.fate is Fate.RUNNING else each.fate for each in self.backwards}
+        return next((each for each in _STANDING if each in fates), Fate.NONE)
 
     def add(self, kind: dict[str, Tensor], name: str, value: Tensor) -> None:
         """Merge a row, a block or the sums of an input into one of the four dictionaries."""
@@ -126,7 +148,19 @@ class Pass:
         for mine, theirs in pairs:
             for name, value in list(mine.items()):
                 guard.attempt(name, into.add, theirs, name, value)
-        self.rows, self.blocks, self.heads, self.inputs = into.rows, into.blocks, into.heads, into.inputs
+        into.backwards.extend(each for each in self.backwards if each not in into.backwards)
+        for each in (self, *self.merged):
+            each.rows, each.blocks, each.heads, each.inputs, each.backwards = into.rows, into.blocks, into.heads, into.inputs, into.backwards
+            into.merged.append(each)
+        self.merged = []
+
+    def counted(self) -> Pass:
+        """This pass, emptied where the device knows that nothing was left of its gradient when the optimizer stepped."""
+        holds = [each.holds for each in self.backwards if each.fate is Fate.ENTERED]
+        flags = [each for each in holds if each is not None]
+        if flags and len(flags) == len(holds):
+            self.keep_where(torch.stack([flag.to(flags[0].device) for flag in flags]).any())
+        return self
 
 
 class Passes:
@@ -134,33 +168,38 @@ class Passes:
 
     Args:
         guard: the guard of the observation.
+        repeated: called when a part of the model runs once more outside of the model's own forward, and no backward has run since.
     """
 
-    def __init__(self, guard: Guard) -> None:
-        self._model: Callable[[], nn.Module | None] = lambda: None
+    def __init__(self, guard: Guard, repeated: Callable[[], None]) -> None:
+        self._repeated = repeated
+        self._ran: set[str] = set()
+        """The sites and layers that have run in the present pass outside of the model's own forward."""
+        self.most_waiting = 0
+        """The most passes that have begun in a row without such a backward."""
+        self.gradients = Gradients()
         self._guard = guard
         self._passes = [Pass()]
-        """The first entry holds what ran outside the model's own forward, and passes that can no longer be dropped; each other entry is one pass."""
-        self._running: Pass | None = None
-        """The pass whose backward began last: a recompute belongs to it."""
+        """The first entry holds what a compiled graph reports, and always counts; each other entry is one pass."""
+        self._rest: list[Pass] = []
+        """After `settle`: the passes that did not count."""
+        self._inner = self._passes[0]
+        """The pass that began last."""
+        self._outside: Pass | None = None
+        """The pass of what runs outside the model's own forward; None where none has begun since the last backward through such a pass."""
+        self._running: tuple[Pass, Backward] | None = None
+        """The pass whose backward began last, and that backward: a recompute in it belongs to the pass."""
         self._local = threading.local()
         self._owner: int | None = None
         """The thread whose passes are observed."""
+        self.hears_backward = True
+        """Whether hooks tell which backward a pass has: not in a compiled graph."""
+        self.waiting = 0
+        """Number of passes that have begun since the last backward that added to `.grad` or gave gradients of parameters."""
         self.has_entered = False
         """Whether a training pass through the whole model has begun."""
         self.has_measured = False
         """Whether anything of a training pass has been measured."""
-        self.is_stepping = False
-        """Whether an optimizer of the model is stepping. Gradients that its closure computes then say nothing about earlier passes."""
-
-    def watch(self, model: nn.Module) -> None:
-        """Set the model whose passes these are. It is not kept alive."""
-        self._model = weakref.ref(model)
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The model whose passes these are; None where it is gone."""
-        return self._model()
 
     def __iter__(self) -> Iterator[Pass]:
         return iter(self._passes)
@@ -170,20 +209,26 @@ class Passes:
 
     @property
     def newest(self) -> Pass:
-        """The newest pass, as a mark for `drop_after`."""
-        return self._passes[-1]
+        """The pass through the whole model that began last."""
+        return self._inner
 
     @property
-    def outside(self) -> Pass:
-        """The pass that is never dropped. It holds what ran outside the model's own forward."""
+    def always(self) -> Pass:
+        """The pass that always counts. It holds what a compiled graph reports, which tells nothing of the backward that will follow."""
         return self._passes[0]
 
     @property
     def current(self) -> Pass:
         """The pass to which numbers that are measured now belong."""
         if self.is_inside:
-            return self._passes[-1]
-        return self._running if self._running is not None and internals.in_backward() else self._passes[0]
+            return self._inner
+        if not self.hears_backward:
+            return self.always
+        if self._running is not None and internals.in_backward() and self.gradients.is_running(self._running[1]):
+            return self._running[0]
+        if self._outside is None:
+            self._outside = self._begin()
+        return self._outside
 
     @property
     def is_inside(self) -> bool | None:
@@ -206,11 +251,10 @@ class Passes:
         in_training = any(module.training for module in model.modules())
         training = self._guard.grad_enabled and in_training and not (internals.rehearses() or internals.is_transformed()) and self._claims_thread()
         self._local.inside = training
+        self._local.raised = _handled()
         if training:
             self.has_entered = True
-            self._passes.append(Pass())
-            if len(self._passes) > _MOST:
-                self._passes.pop(1).settle(self._passes[0], self._guard)
+            self._inner = self._begin()
         return training
 
     def leave(self) -> bool | None:
@@ -224,11 +268,50 @@ class Passes:
         self._local.inside = None
         return training
 
-    def expect_backward(self, outputs: set[Node]) -> None:
-        """Put hooks on the nodes that computed the model's output, which notice when the backward of the newest pass begins."""
-        begins = self._guard(MODEL, self._backward_begins, self.newest)
-        for node in outputs:
-            node.register_prehook(lambda grad_outputs: begins())
+    def has_raised(self, output: Any) -> bool:
+        """Asked when the model's forward ends: whether it raised an error. A forward that returns None may run where another error is handled."""
+        return output is None and _handled() not in (None, self._local.raised)
+
+    def expect_backward(self, nodes: set[Node], current: Pass | None = None) -> None:
+        """Put hooks on nodes of a pass (by default the newest one), which notice when a backward runs through them."""
+        current = self.newest if current is None else current
+        current.is_hooked = current.is_hooked or bool(nodes)
+        hears = self._guard(MODEL, self.hear_backward, current)
+        for node in nodes:
+            node.register_prehook(lambda grad_outputs: hears())
+
+    def leave_part(self, output: Any) -> None:
+        """Note that the outermost of the parts that run has returned this output, if it was called outside of the model's own forward."""
+        if self.is_inside is None and self._outside is not None and not internals.in_backward():
+            self.expect_backward(ends(output), self._outside)
+
+    def hear_backward(self, current: Pass) -> None:
+        """Note that the backward that runs now runs through this pass."""
+        backward = self.gradients.running(lambda call: self._guard(MODEL, call))
+        if backward is None:
+            return
+        self._running = current, backward
+        if backward in current.backwards:
+            return
+        current.backwards.append(backward)
+        if backward.accumulation is not internals.Accumulation.NEITHER:
+            self.waiting = 0
+            self._ran.clear()
+        if current is self._outside:
+            self._outside = None
+            self._ran.clear()
+
+    def ear(self) -> Callable[..., None]:
+        """A function to be called in a backward, under the guard, with gradients that are computed in it for the present pass."""
+        current = self.current
+        current.is_hooked = True
+
+        def hear(*grads: Tensor | None) -> None:
+            self.hear_backward(current)
+            # With create_graph=True a gradient has a graph, and a backward through that graph is one through the pass.
+            self.expect_backward({grad.grad_fn for grad in grads if grad is not None and grad.grad_fn is not None}, current)
+
+        return hear
 
     def counts(self, module: nn.Module) -> bool:
         """Whether a forward call of this module that happens now belongs to a training pass."""
@@ -237,10 +320,10 @@ class Passes:
         inside = self.is_inside
         return inside if inside is not None else self._guard.grad_enabled and module.training and self._claims_thread()
 
-    def drop_after(self, mark: Pass | None) -> None:
-        """Drop the passes that began after this one, since they belong to the next step."""
-        if mark is not None and mark in self._passes:
-            for each in self._passes[self._passes.index(mark) + 1 :]:
+    def drop_entered(self) -> None:
+        """Forget the passes whose gradient has entered a step."""
+        for each in self._passes[1:]:
+            if each.standing is Fate.ENTERED:
                 each.drop()
 
     def has_row(self, site: str) -> bool:
@@ -248,12 +331,55 @@ class Passes:
         return any(site in each.rows for each in self._passes)
 
     def settle(self) -> Pass:
-        """Merge all passes into one, and return it."""
-        whole = Pass()
-        for each in self._passes:
-            each.settle(whole, self._guard)
+        """Merge the passes that count into one, and return it."""
+        whole, best = Pass(), min(_STANDING.index(each.standing) for each in self._passes if not each.dropped)
+        for at, each in enumerate(self._passes):
+            if at == 0 or each.standing is _STANDING[best]:
+                each.counted().settle(whole, self._guard)
+            else:
+                self._rest.append(each)
         self._passes = [whole]
         return whole
+
+    def take_over(self, earlier: Passes) -> None:
+        """Take over the passes that have not entered the step of an earlier observation, since they may enter that of this one."""
+        rest = [each for each in earlier._rest if not each.dropped and each.standing is not Fate.NONE]
+        self._passes += rest
+        self.gradients.take_over(earlier.gradients)
+        self.has_measured = self.has_measured or bool(rest)
+        self.has_entered = self.has_entered or earlier.has_entered
+
+    def _begin(self) -> Pass:
+        """Begin a pass."""
+        if not internals.in_backward():
+            self.gradients.forget_failed()
+        self._wait()
+        self._passes.append(Pass())
+        if len(self._passes) > _MOST:
+            for one, other in itertools.combinations(self._passes[1:-1], 2):
+                if one.standing is other.standing and self._outside not in (one, other):
+                    other.settle(one, self._guard)
+                    self._passes.remove(other)
+                    break
+        return self._passes[-1]
+
+    def runs(self, place: str) -> None:
+        """Note that a site or layer of a training pass runs. Outside of the model's own forward the next pass begins where one runs again."""
+        if self.is_inside is not None or internals.in_backward():
+            return
+        if place in self._ran:
+            self._ran.clear()
+            if self._outside is not None and self._outside.is_hooked:
+                self._outside = None
+            else:
+                # A pass without a graph has no backward of its own: it is the frozen part of the next one.
+                self._wait()
+            self._repeated()
+        self._ran.add(place)
+
+    def _wait(self) -> None:
+        self.waiting += 1
+        self.most_waiting = max(self.waiting, self.most_waiting)
 
     def _claims_thread(self) -> bool:
         """Whether this thread is the one that is observed: the first that trains."""
@@ -261,37 +387,11 @@ class Passes:
             self._owner = threading.get_ident()
         return self._owner == threading.get_ident()
 
-    def _backward_begins(self, current: Pass) -> None:
-        number = internals.backward_number()
-        self._running = current
-        if current.backward is not None or current.dropped:
-            return
-        earlier = [each for each in self._passes[1:] if each.backward not in (None, number) and not each.dropped]
-        if not self._adds_to_grad():
-            return
-        current.backward = number
-        alive = self._grad_is_alive() if earlier else True
-        for each in earlier:
-            if isinstance(alive, Tensor):
-                each.keep_where(alive)
-            elif not alive:
-                each.drop()
 
-    def _parameters(self) -> list[nn.Parameter]:
-        model = self._model()
-        return [] if model is None else [each for each in model.parameters() if each.requires_grad]
-
-    def _adds_to_grad(self) -> bool:
-        """Whether the backward that begins will add to `.grad` of the model's parameters."""
-        parameters = [] if self.is_stepping else self._parameters()
-        return bool(parameters) and internals.will_accumulate(parameters[0])
-
-    def _grad_is_alive(self) -> bool | Tensor:
-        """Whether the gradients that earlier backwards added to `.grad` are still there; a boolean tensor where only the device knows."""
-        grads = [each.grad for each in self._parameters() if each.grad is not None and not each.grad.is_sparse]
-        if not grads:
-            return False
-        return torch.stack([(grad.count_nonzero() > 0).to(grads[0].device) for grad in grads]).any()
+def _handled() -> tuple[int, int] | None:
+    """The exception that is being handled now, and how far it has come up the stack; None where there is none. Nothing is kept alive."""
+    _, error, trace = sys.exc_info()
+    return None if error is None else (id(error), id(trace))
 
 
 def attach(observation: Observation, found: Found) -> Callable[[], None]:
@@ -328,7 +428,7 @@ def _leave(observation: Observation, model: nn.Module, args: Any, output: Any) -
     if training is None:
         return
     if training:
-        if output is None and sys.exc_info()[0] is not None:
+        if observation.passes.has_raised(output):
             observation.passes.newest.drop()
         else:
             outputs = ends(output)

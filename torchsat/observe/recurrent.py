@@ -43,7 +43,7 @@ def attach(observation: Observation, found: Found) -> None:
     for each in found.recurrent:
         calls: list[Given] = []
         observation.hook_before(each.module, each.name, _before, observation, calls)
-        observation.hook_after(each.module, each.name, _after, observation, each.name, calls)
+        observation.hook_after(each.module, each.name, _after, observation, each.name, calls, always=True)
 
 
 def matrices(layer: NamedModule) -> list[tuple[str, str]]:
@@ -64,6 +64,9 @@ def _after(observation: Observation, name: str, calls: list[Given], module: nn.M
     if not calls or not observation.passes.counts(module):
         return
     given = calls.pop()
+    if output is None:
+        # It raised an error.
+        return
     entering = given.x.data if isinstance(given.x, PackedSequence) else given.x
     x = part_of(entering)
     if not x.numel() or not internals.is_real(x):

@@ -50,6 +50,11 @@ class Route:
         return self._ranks is not None and self._ranks.meeting is not Meeting.UNMET
 
     @property
+    def waits_for_others(self) -> bool:
+        """Whether other ranks wait for each observation of this one, or may do so at the end of the first."""
+        return self.together or (not self.has_met and (default_group() if self._group == "auto" else self._group) is not None)
+
+    @property
     def speaks(self) -> bool:
         """Whether this rank writes, logs and alerts: it is by itself, or the first of those that observe together."""
         return self._ranks is None or not self._ranks.together or self._ranks.rank == 0
