@@ -36,7 +36,7 @@ class Odd(nn.Module):
     def computed(self) -> float:
         raise RuntimeError("user code has run")
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         if self.__dict__.get("is_made"):
             raise RuntimeError("user code has run")
         return super().__getattr__(name)

@@ -109,15 +109,15 @@ class Strange(Tensor):
     """A tensor that keeps its numbers in a way of its own."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "Strange":
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=inner.requires_grad)
+    def __new__(cls, held: Tensor) -> "Strange":
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, requires_grad=held.requires_grad)
 
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*tree_map(lambda each: each.inner if isinstance(each, Strange) else each, args), **(kwargs or {}))
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        made = func(*tree_map(lambda each: each.held if isinstance(each, Strange) else each, args), **(kwargs or {}))
         return tree_map(lambda each: Strange(each) if isinstance(each, Tensor) else each, made)
 
 

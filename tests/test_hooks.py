@@ -134,7 +134,7 @@ def test_a_saved_model_is_loaded_with_weights_only() -> None:
     buffer.seek(0)
     with torch.serialization.safe_globals([nn.LSTM]):
         loaded = torch.load(buffer, weights_only=True)
-    assert torch.equal(loaded.weight_hh_l0, model.weight_hh_l0)
+    assert torch.equal(loaded.weight_hh_l0, model.get_parameter("weight_hh_l0"))
 
 
 def test_a_watched_model_can_be_scripted() -> None:
@@ -151,8 +151,9 @@ def test_a_watched_model_can_be_scripted() -> None:
 def _fused(model: nn.Sequential) -> nn.Module:
     # These modules are marked as deprecated in torch, and have no successor in it.
     quantization.fuse_modules_qat(model, [["0", "1", "2"], ["4", "5"]], inplace=True)
-    model.qconfig = quantization.get_default_qat_qconfig("x86")  # type: ignore[assignment]
-    return quantization.prepare_qat(model, inplace=True)
+    model.qconfig = quantization.get_default_qat_qconfig("x86")
+    quantization.prepare_qat(model, inplace=True)
+    return model
 
 
 def _shallow(model: nn.Sequential) -> nn.Module:

@@ -193,16 +193,16 @@ class Wrapping(Tensor):
     """A weight that keeps its numbers in a way of its own, as quantized weights do."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "Wrapping":
-        return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, requires_grad=False)
+    def __new__(cls, held: Tensor) -> "Wrapping":
+        return Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, requires_grad=False)
 
-    def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*tree_map(lambda each: each.inner if isinstance(each, Wrapping) else each, args), **(kwargs or {}))
-        return Wrapping(made) if function is torch.ops.aten.detach.default else made
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        made = func(*tree_map(lambda each: each.held if isinstance(each, Wrapping) else each, args), **(kwargs or {}))
+        return Wrapping(made) if func is torch.ops.aten.detach.default else made
 
 
 def _wrapping() -> nn.Module:
@@ -240,7 +240,7 @@ def test_a_layer_that_cannot_be_measured_is_named_alone_and_in_one_line(kind: st
     places = [f"b.{at}.0" for at in range(4)]
     if reason is None:
         assert monitor.coverage.unseen == ()
-        weight = branches[0][0].weight.detach().double()
+        weight = model.get_parameter("b.0.0.weight").detach().double()
         assert {each.name: each.gain for each in snapshot.weights}["b.0.0"] == pytest.approx((weight.square().sum() / 16).sqrt().item(), rel=1e-5)
         assert caplog.messages == []
         return
@@ -260,7 +260,7 @@ def test_a_fault_at_one_layer_is_charged_to_it_alone(caplog: pytest.LogCaptureFi
         def broken(layer: Layer, *given: Any, method: str = method, real: Any = whole) -> Any:
             if layer.name in ("0", "2"):
                 raise RuntimeError(f"no {method} of {layer.name}")
-            return real.fget(layer) if isinstance(real, property) else real(layer, *given)
+            return real.__get__(layer) if isinstance(real, property) else real(layer, *given)
 
         with monkeypatch.context() as patch:
             patch.setattr(Layer, method, property(broken) if method == "features" else broken)

@@ -45,7 +45,7 @@ def _origins(watched: bool) -> list[tuple[str, str, int]]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("default")
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         monitor = torchsat.watch(model, budget=None) if watched else None
         for _ in range(6):
             model(torch.randn(4, 8)).sum().backward()

@@ -26,7 +26,7 @@ class Volume(Tensor):
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         Volume.ran += 1
-        made = super().__torch_function__(function, types, args, kwargs or {})
+        made = super().__torch_function__(function, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         if isinstance(made, Volume):
             made.affine = next((each.affine for each in args if hasattr(each, "affine")), None)  # type: ignore[attr-defined]
         return made
@@ -95,8 +95,9 @@ def test_subclasses_that_hold_plain_data_are_read(kind: type[Tensor] | None, of_
     assert len(reference.coverage.seen) == 20
     assert known(monitor).coverage == reference.coverage
     given, expected = known(known(monitor).latest), known(reference.latest)
-    for made, right in zip((*given.records, *given.weights), (*expected.records, *expected.weights), strict=True):
-        for one, other in zip(astuple(made), astuple(right), strict=True):
+    made, right = ([*map(astuple, each.records), *map(astuple, each.weights)] for each in (given, expected))
+    for row, expected_row in zip(made, right, strict=True):
+        for one, other in zip(row, expected_row, strict=True):
             assert one == (pytest.approx(other, rel=1e-6, nan_ok=True) if isinstance(other, float) else other)
 
 

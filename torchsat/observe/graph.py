@@ -97,8 +97,11 @@ def maker(a: Tensor) -> tuple[Node, int]:
     is passed over."""
     node, nr = a.grad_fn, a.output_nr
     assert node is not None
-    while type(a) is not Tensor and node.name().startswith("AliasBackward") and node.next_functions[0][0] is not None:
-        node, nr = node.next_functions[0]
+    while type(a) is not Tensor and node.name().startswith("AliasBackward"):
+        before, before_nr = node.next_functions[0]
+        if before is None:
+            break
+        node, nr = before, before_nr
     return node, nr
 
 

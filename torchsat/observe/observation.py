@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from torchsat import internals
 from torchsat.faults import MODEL, Faults
-from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent, saving
+from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent
 from torchsat.observe.calls import Calls
 from torchsat.observe.hooks import Guard, Hook
 from torchsat.observe.ingraph import GraphHooks, GraphReceiver
@@ -33,6 +33,7 @@ from torchsat.observe.layers import Layers
 from torchsat.observe.lineage import Lineage
 from torchsat.observe.meter import Meter
 from torchsat.observe.passes import OnPass, Pass, Passes, PassEvent
+from torchsat.observe.saving import all_off, leave_out
 from torchsat.options import Options
 from torchsat.parts import Parts, SitePart
 from torchsat.schedule import Clock, Window
@@ -166,7 +167,7 @@ class Observation:
         self.passes.gradients.watch(found.model)
         if graph_hooks is not None:
             graph_hooks.receiver = GraphReceiver(self)
-        saving.leave_out(self.guard)
+        leave_out(self.guard)
         sources = SOURCES if execution is Execution.EAGER else GRAPH_SOURCES
         for hook_ends in reversed([source(self, found) for source in sources]):
             if hook_ends is not None:
@@ -303,7 +304,7 @@ class Observation:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        saving.all_off(self.guard, self.passes.gradients.model)
+        all_off(self.guard, self.passes.gradients.model)
         self.calls.reset()
         if self._graph_hooks is not None:
             self._graph_hooks.receiver = None
