@@ -84,3 +84,43 @@ def test_an_activation_whose_parameter_is_computed_is_named() -> None:
     assert "computed each time that it is read" in unseen["1"]
     assert "computed each time that it is read" in unseen["3"]
     assert known(monitor.latest).step == 2
+
+
+def test_no_attribute_of_a_model_is_asked_for_in_a_way_that_runs_its_code() -> None:
+    """A module that draws a random number where an attribute is missing trains as without us."""
+
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def __getattr__(self, name: str) -> Tensor | nn.Module:
+            if name not in ("layer", "_modules", "_parameters"):
+                torch.rand(1)
+            return super().__getattr__(name)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.layer(x))
+
+    class Computes(nn.Tanh):
+        @property
+        def inplace(self) -> bool:
+            torch.rand(1)
+            return False
+
+    def trained(watched: bool) -> list[float]:
+        torch.manual_seed(0)
+        model, losses = nn.Sequential(Draws(), nn.Linear(8, 8), Computes()), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = torchsat.watch(model, every=1, budget=None) if watched else None
+        for _ in range(3):
+            loss = model(torch.randn(4, 8)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        if monitor is not None:
+            monitor.close()
+            assert monitor.coverage.seen == ("0/relu", "2")
+        return [*losses, torch.rand(()).item()]
+
+    assert trained(True) == trained(False)

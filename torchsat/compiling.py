@@ -33,6 +33,7 @@ from typing import Any
 from torch import nn
 
 from torchsat import compile_settings, internals
+from torchsat.attributes import stored_or
 from torchsat.observe.ingraph import GraphHooks, why_not_in_graph
 from torchsat.observe.observation import Execution, Retry
 from torchsat.sites import Sites
@@ -228,7 +229,7 @@ def uses_flex_attention(model: nn.Module) -> bool:
         return depth > 0 and any(is_flex(each, depth - 1) for each in (*cells, *named))
 
     kinds = {kind for module in model.modules() for kind in type(module).__mro__ if kind.__module__.split(".")[0] != "torch"}
-    configured = any(getattr(getattr(module, "config", None), "_attn_implementation", None) == "flex_attention" for module in model.modules())
+    configured = any(getattr(stored_or(module, "config", None), "_attn_implementation", None) == "flex_attention" for module in model.modules())
     attributes = [value for module in model.modules() for value in vars(module).values() if callable(value)]
     return configured or any(is_flex(value, 3) for value in (*attributes, *(value for kind in kinds for value in vars(kind).values())))
 

@@ -332,16 +332,15 @@ def is_real(tensor: Tensor) -> bool:
 
 def compiled_inside(module: nn.Module) -> nn.Module | None:
     """The module that torch.compile wrapped; None where this is no such wrapper."""
-    inner = getattr(module, "_orig_mod", None)
+    inner = vars(module).get("_modules", {}).get("_orig_mod")
     return inner if isinstance(inner, nn.Module) else None
 
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether this module runs through torch.compile: wrapped by it, compiled in place, or with a compiled `forward` of its own."""
     own_forward = vars(module).get("forward")
-    return (
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None or hasattr(own_forward, "_torchdynamo_orig_callable")
-    )
+    wrapped, in_place = compiled_inside(module) is not None, vars(module).get("_compiled_call_impl") is not None
+    return wrapped or in_place or hasattr(own_forward, "_torchdynamo_orig_callable")
 
 
 def uncompiled(function: Any) -> Any:

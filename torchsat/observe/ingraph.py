@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from torchsat import internals
+from torchsat.attributes import stored_or
 from torchsat.observe import saving
 from torchsat.observe.hooks import Inert
 from torchsat.sampling import Sample
@@ -181,7 +182,7 @@ class GraphHooks:
         self._model = weakref.ref(found.model)
         saving.leave_out(self)
         # RReLU draws its slope at random, so |f'| needs both z and a, and an in-place one has overwritten z by the time a is there.
-        self._hook_sites(each for each in found.activations if not (each.activation.from_output and getattr(each.module, "inplace", False)))
+        self._hook_sites(each for each in found.activations if not (each.activation.from_output and stored_or(each.module, "inplace", False)))
         for each in found.layers:
             if why_unmeasured(each.module) is None:
                 self._handles.append(each.module.register_forward_pre_hook(_BeforeLayer(self._slot(each.name), self)))
