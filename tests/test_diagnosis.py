@@ -318,3 +318,73 @@ def test_a_layer_that_the_model_itself_feeds_too_much() -> None:
     assert (told.site, told.causes[0].name) == ("tanh", "inputs_unscaled")
     assert "which the model itself makes, has an rms of 5" in told.causes[0].evidence or "rms of 4" in told.causes[0].evidence
     assert "make what comes into model.fc smaller" in told.causes[0].remedy
+
+
+DRAWING = ("nn.init", "nitialis", "draw", "bias of", "replace")
+"""Words of remedies that undo what a network has learned."""
+
+
+def scenes() -> dict[str, tuple[Alert, list[object]]]:
+    """For each rule an alert and what was measured, at weights that are too large or too small."""
+    large = weight(data=True, gain=9.0, input_rms=1.0)
+    small = [weight(f"w{k}", f"s{k}", gain=0.2) for k in range(4)]
+    sigmoids = [record(f"s{k}", activation="sigmoid", peak=0.25, grad_z_rms=1.0) for k in range(4)]
+    shut = record(activation="relu", tails="low", saturated=0.99, stuck=0.9, z_mean=-5.0)
+    attention = record("attention/softmax", activation="softmax", kind="softmax", logit_std=9.0, log_keys=2.0)
+    return {
+        "saturated, gain": (alert(), [record(z_rms=9.0), large]),
+        "saturated, bias": (alert(), [record(z_rms=9.0), weight()]),
+        "saturated, drift": (alert(), [record(z_mean=5.0, z_std=1.0, z_rms=0.9), weight()]),
+        "saturated, choice": (alert(), [record(), weight()]),
+        "saturated, stack": (alert("s0"), [*sigmoids, *(replace(each, gain=8.0) for each in small)]),
+        "stuck_units": (alert(rule="stuck_units"), [shut, weight()]),
+        "vanishing_gradient, gain": (alert("s0", "vanishing_gradient"), [*(replace(each, peak=1.0) for each in sigmoids), *small]),
+        "vanishing_gradient, choice": (alert("s0", "vanishing_gradient"), [*sigmoids, *small]),
+        "vanishing_gradient, shut": (alert(rule="vanishing_gradient"), [shut, weight(gain=1.4)]),
+        "exploding_gradient": (alert(rule="exploding_gradient"), [record(), large]),
+        "attention_collapse": (alert("attention/softmax", "attention_collapse"), [attention]),
+        "a rule of the user's": (alert(rule="mine"), [record(z_rms=9.0), large]),
+    }
+
+
+@pytest.mark.parametrize("case", scenes())
+@pytest.mark.parametrize("began", [0, 2])
+def test_no_remedy_undoes_what_loaded_weights_have_learned(case: str, began: int) -> None:
+    """Whether the condition was there when the run began, or came two steps later."""
+    raised, items = scenes()[case]
+    raised = replace(raised, since=began)
+    marks = [weight(f"other{k}", "else", unevenness=value) for k, value in enumerate((30.0, 12.0, -0.5))]
+    fresh, trained = (
+        snapshot(*items, *(replace(each, unevenness=each.unevenness and scale * each.unevenness) for each in marks)) for scale in (0.1, 1.0)
+    )
+
+    def remedies(now: Snapshot) -> list[str]:
+        return [cause.remedy for cause in explain(raised, Scene(replace(now, step=began), now, now))]
+
+    assert any(word in remedy for remedy in remedies(fresh) for word in DRAWING) or "bias" in case
+    assert not [remedy for remedy in remedies(trained) for word in DRAWING if word in remedy]
+    assert "init_too_large" not in {cause.name for cause in explain(raised, Scene(trained, trained, trained))}
+
+
+def test_large_weights_that_came_trained_have_grown_before_the_run() -> None:
+    now = snapshot(record(z_rms=9.0), weight(data=True, gain=9.0, input_rms=1.0, unevenness=20.0))
+    (cause,) = explain(alert(), Scene(now, now, now))
+    assert (cause.name, cause.share) == ("weight_growth", 1.0)
+    assert cause.evidence == "fc has a gain of 9 (rms(W) sqrt(fan_in)) where tanh wants 1; the weights came trained"
+    assert cause.remedy.startswith("nothing, if the network does its task; if not, compare the scale of its inputs")
+
+
+def test_a_network_that_is_loaded_and_a_new_one_are_told_apart() -> None:
+    """The same fault, twice: weights that are four times too large, drawn by torch, and learned before the run."""
+    advice = []
+    for learned in (False, True):
+        torch.manual_seed(0)
+        model = stack(nn.Tanh)
+        with torch.no_grad():
+            for block in (model.block0, model.block1, model.block2):
+                if learned:
+                    block.fc.weight *= torch.linspace(0.1, 2, 64)  # type: ignore[operator,union-attr]
+                block.fc.weight *= 6  # type: ignore[operator,union-attr]
+        (told,) = verdicts(model, lambda: torch.randn(64, 64))
+        advice.append((told.rule, told.causes[0].name, "nn.init" in told.causes[0].remedy))
+    assert advice == [("saturated", "init_too_large", True), ("saturated", "weight_growth", False)]

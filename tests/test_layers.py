@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_map
 import torchsat
 from tests.models import linear_at, mlp
 from tests.truth import known
-from torchsat.weights import Layer, elements, fan_in
+from torchsat.rules import came_trained
+from torchsat.weights import Layer, elements, fan_in, unevenness
 
 
 def test_weights_are_measured_by_hand() -> None:
@@ -281,3 +282,82 @@ def test_a_fault_at_one_layer_is_charged_to_it_alone(caplog: pytest.LogCaptureFi
         assert [message for message in caplog.messages if "longer" in message] == [
             f"torchsat: 2 places such as 0, 2: RuntimeError: no {method} of 0; they are no longer watched. Training is not affected."
         ]
+
+
+def observed(model: nn.Module, x: Tensor, steps: int = 1) -> list[torchsat.Snapshot]:
+    seen: list[torchsat.Snapshot] = []
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with torchsat.watch(model, every=1, budget=None, sinks=(seen.append,), errors="raise"):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    return seen
+
+
+def test_the_unevenness_is_fishers_analysis_of_variance() -> None:
+    scipy = pytest.importorskip("scipy.stats", reason="scipy is not installed")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 40), nn.Tanh(), nn.Linear(40, 1))
+    first = linear_at(model, 0).weight
+    with torch.no_grad():
+        first[:20] *= 2
+    ratio = scipy.f_oneway(*first.detach().double().abs().reshape(-1, 16).numpy()).statistic
+    seen = observed(model, torch.randn(4, 48), steps=5)
+    assert known(seen[0].weights[0].unevenness) == pytest.approx((ratio - 1) * 60**0.5, rel=1e-9)
+    # After three observations the weights are what this run has made of them.
+    assert [each.weights[0].unevenness is None for each in seen] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "initialise",
+    [
+        lambda weight: None,
+        nn.init.xavier_uniform_,
+        nn.init.kaiming_normal_,
+        nn.init.trunc_normal_,
+        nn.init.orthogonal_,
+        lambda weight: nn.init.normal_(weight, std=100),
+        lambda weight: nn.init.sparse_(weight, 0.9),
+        lambda weight: weight.exponential_(),
+        nn.init.eye_,
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_what_an_initialiser_draws_is_even(initialise: Any, seed: int) -> None:
+    torch.manual_seed(seed)
+    for shape in ((32, 32), (64, 50), (128, 784), (1024, 64)):
+        weight = nn.Linear(shape[1], shape[0]).weight.detach()
+        initialise(weight)
+        assert float(unevenness(elements(weight, 65536, seed))) < 5
+
+
+def test_of_a_few_or_equal_weights_nothing_is_told() -> None:
+    assert unevenness(torch.randn(511)).isnan()
+    assert not unevenness(torch.randn(512)).isnan()
+    (seen,) = observed(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(4, 8))
+    assert seen.weights[0].unevenness is None
+    equal = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    nn.init.constant_(linear_at(equal, 0).weight, 0.1)
+    (seen,) = observed(equal, torch.randn(4, 64))
+    assert seen.weights[0].unevenness is None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_makes_weights_uneven(frozen: bool) -> None:
+    """Weights that were trained on inputs of which a half says nothing; loaded frozen or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
+    (fresh,) = observed(model, torch.randn(16, 64))
+    assert not came_trained(fresh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=1.0)
+    for _ in range(150):
+        x = torch.randn(64, 64)
+        x[:, 32:] *= 0.1
+        optimizer.zero_grad()
+        (model(x) - x[:, :4].sin()).square().mean().backward()
+        optimizer.step()
+    model[0].requires_grad_(not frozen)
+    (loaded,) = observed(model, torch.randn(16, 64))
+    assert known(loaded.weights[0].unevenness) > 8
+    assert came_trained(loaded)

@@ -253,3 +253,23 @@ def test_a_recurrent_layer_is_judged_only_before_it_has_learned() -> None:
     assert all(learned.judge(lstm(step, *([0.0, 0.0, 0.0] if step < 2 else [0.9, 0.9, 0.9]))) == () for step in range(9))
     # A layer with one open gate is not saturated.
     assert all(Judge().judge(lstm(step, 0.9, 0.1, 0.9)) == () for step in range(4))
+
+
+def test_a_recurrent_layer_that_came_trained_is_not_judged() -> None:
+    """Its gates have learned, and remember by saturating."""
+    gates = tuple(
+        record(f"rnn.l0/{name}", activation="sigmoid", kind="recurrent", gate=True, saturated=0.5) for name in ("input", "forget", "output")
+    )
+
+    def fires(*unevenness: float | None) -> bool:
+        weights = [
+            Weight(f"rnn.{at}", ("rnn.l0/input",), 8, False, 0.1, 64, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 100, each) for at, each in enumerate(unevenness)
+        ]
+        return bool(fired(Snapshot(step, 0.0, gates, tuple(weights)) for step in range(3)))
+
+    assert fires()
+    assert fires(None, None)
+    assert fires(3.0, -1.0)
+    assert not fires(9.0, 2.0)
+    # A network of which one layer in four is uneven was not trained.
+    assert fires(9.0, 2.0, 4.0, 1.0, None)

@@ -15,6 +15,10 @@ its size:
 
 The explanation is given for the first site, in the order of data flow, that is beyond a limit. Sites behind it may suffer from the same.
 
+A network whose weights came trained (`came_trained`) was not initialised by this run. What would be blamed on an initialisation is then the size that
+an earlier training gave the weights, hence growth, and no remedy draws weights anew, sets biases to 0 or replaces an activation: that would destroy
+what the network knows.
+
 If the gradient vanishes without saturation the sum is another one: each layer passes on gain / g of the gradient. Where the derivative is small even
 at its peak (1/4 of a sigmoid), no gain helps, and the cause is the choice of the activation.
 """
@@ -29,11 +33,12 @@ from dataclasses import dataclass, replace
 from torchsat.expressions import attribute, gain_for, initialiser, owner, place_of
 from torchsat.percent import percent
 from torchsat.record import Alert, Cause, Record, Snapshot, Weight
-from torchsat.rules import on_signal_path
+from torchsat.rules import came_trained, on_signal_path
 
 UNBOUNDED = ("relu", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardswish")
 """Activations whose output grows with their input, so that too large a signal passes on to the next layer."""
 _STANDARDISE = "standardise the inputs: x = (x - x.mean(0)) / x.std(0), taken over the training set; or put nn.BatchNorm before "
+_AS_TRAINED = "nothing, if the network does its task; if not, compare the scale of its inputs with that which it was trained on"
 _LEAST_OF_BLAME = 0.05
 """Causes with a smaller share of the blame are not told."""
 _GROWN = 1.5
@@ -47,9 +52,14 @@ class Scene:
     now: Snapshot
     """The observation at which the alert is raised."""
     first: Snapshot
-    """The first observation of the run: the network as it was initialised."""
+    """The first observation of the run: the network as it was initialised or loaded."""
     before: Snapshot
     """The last observation in which every number was finite; the first one if there was none."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether the network came with trained weights."""
+        return came_trained(self.first)
 
     def record(self, site: str) -> Record | None:
         """What was measured at a site; None if it did not run."""
@@ -140,14 +150,9 @@ def _of_gain(record: Record, weight: Weight, scene: Scene) -> list[Term]:
     wanted = gain_for(record.activation)
     terms = []
     if known > wanted:
-        terms.append(
-            Term(
-                "init_too_large",
-                math.log(min(known, max(gain, wanted)) / wanted),
-                f"{weight.name} has a gain of {known:.3g} (rms(W) sqrt(fan_in)) where {record.activation} wants {wanted:.3g}",
-                initialiser(record.activation, weight.name) + _not_enough(record, scene),
-            )
-        )
+        size = math.log(min(known, max(gain, wanted)) / wanted)
+        evidence = f"{weight.name} has a gain of {known:.3g} (rms(W) sqrt(fan_in)) where {record.activation} wants {wanted:.3g}"
+        terms.append(_too_large(weight, size, evidence, initialiser(record.activation, weight.name) + _not_enough(record, scene), scene))
     if gain > _GROWN * known:
         terms.append(_growth(weight, known, math.log(gain / known)))
     return terms
@@ -164,14 +169,22 @@ def _of_alignment(record: Record, weight: Weight, scene: Scene) -> list[Term]:
     if scene.now.step > scene.first.step:
         known = scene.first_gain(weight.name) or gain
         return [_growth(weight, known, math.log(alignment), f"z is {alignment:.2g} times what weights that know nothing of their input would make")]
-    return [
-        Term(
-            "init_too_large",
-            math.log(alignment),
-            f"z of {record.site} is {alignment:.3g} times what {weight.name} makes of its input: a bias, or a factor in the code",
-            f"set the bias of {owner(weight.name)} to 0, and look for a factor between it and {record.activation}",
-        )
-    ]
+    evidence = f"z of {record.site} is {alignment:.3g} times what {weight.name} makes of its input: a bias, or a factor in the code"
+    remedy = f"set the bias of {owner(weight.name)} to 0, and look for a factor between it and {record.activation}"
+    return [_too_large(weight, math.log(alignment), evidence, remedy, scene)]
+
+
+def _too_large(weight: Weight, size: float, evidence: str, remedy: str, scene: Scene) -> Term:
+    """Weights that are too large at the first observation. The remedy is that of an initialisation."""
+    if not scene.trained:
+        return Term("init_too_large", size, evidence, remedy)
+    rate = f" (now {weight.learning_rate:.3g})" if weight.learning_rate else ""
+    return Term(
+        "weight_growth",
+        size,
+        f"{evidence}; the weights came trained",
+        f"{_AS_TRAINED}, lower the learning rate{rate}, or train {owner(weight.name)} with weight decay",
+    )
 
 
 def _not_enough(record: Record, scene: Scene) -> str:
@@ -252,6 +265,8 @@ def _of_size(alert: Alert, scene: Scene) -> list[Term]:
     terms = _of_z(alert.site, scene)
     mean, std = abs(record.z_mean or 0.0), record.z_std or 0.0
     data = any(weight.data for weight in scene.feeders(alert.site))
+    if scene.trained:
+        return terms
     if not terms and mean > std:
         return [
             _activation(
@@ -307,7 +322,7 @@ def _of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
     ratios = {weight.name: weight.gain / gain_for(record.activation) for record in hidden for weight in scene.feeders(record.site)[:1] if weight.gain}
     flat = [record for record in hidden if record.peak is not None and record.peak <= 0.5]
     terms = []
-    if len(flat) * 2 > len(hidden):
+    if len(flat) * 2 > len(hidden) and not scene.trained:
         peak = statistics.median(record.peak for record in flat if record.peak is not None)
         terms.append(
             _activation(
@@ -317,7 +332,7 @@ def _of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
             )
         )
     small = {name: ratio for name, ratio in ratios.items() if ratio < 0.75}
-    if small:
+    if small and not scene.trained:
         name = min(small, key=lambda each: small[each])
         record = next(record for record in hidden if any(weight.name == name for weight in scene.feeders(record.site)))
         terms.append(
@@ -340,11 +355,14 @@ def _of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
 def _dead(record: Record, scene: Scene, where: str) -> Term:
     """Units that are closed whatever the input. `where`: since when, or in how many layers."""
     weight = next(iter(scene.feeders(record.site)), None)
+    remedy = f"set the bias of {owner(weight.name) if weight else 'the layer before it'} to 0, widen it, or use nn.LeakyReLU, nn.ELU, nn.GELU"
+    if scene.trained:
+        remedy = f"{_AS_TRAINED}; other inputs may open these units"
     return Term(
         "dead_units",
         1.0,
         f"z of {record.site} is {record.z_mean or 0.0:.3g} +- {record.z_std or 0.0:.3g}: its units are shut {where}, whatever the input",
-        f"set the bias of {owner(weight.name) if weight else 'the layer before it'} to 0, widen it, or use nn.LeakyReLU, nn.ELU, nn.GELU",
+        remedy,
     )
 
 
@@ -357,7 +375,7 @@ def _of_exploding(alert: Alert, scene: Scene) -> list[Term]:
             gain = weight.gain or known
             if known > 1.1 * wanted:
                 evidence = f"{weight.name} has a gain of {known:.3g} where {record.activation} wants {wanted:.3g}"
-                terms.append(Term("init_too_large", math.log(known / wanted), evidence, initialiser(record.activation, weight.name)))
+                terms.append(_too_large(weight, math.log(known / wanted), evidence, initialiser(record.activation, weight.name), scene))
             if gain > _GROWN * known:
                 terms.append(_growth(weight, known, math.log(gain / known)))
     return terms
@@ -391,13 +409,14 @@ def _of_attention(alert: Alert, scene: Scene) -> list[Term]:
     if record is None or record.logit_std is None:
         return []
     place = attribute(record.site.partition("/")[0])
+    smaller = "" if scene.trained else ", or draw its query and key weights smaller"
     return [
         Term(
             "softmax_logits",
             1.0,
             f"the logits of {record.site} vary by {record.logit_std:.3g} within a row; beyond sqrt(2 ln T) = "
             f"{math.sqrt(2 * (record.log_keys or 0.0)):.3g} one key takes all",
-            f"normalise queries and keys of {place} (nn.RMSNorm on each head), lower the learning rate, or draw its query and key weights smaller",
+            f"normalise queries and keys of {place} (nn.RMSNorm on each head), or lower the learning rate{smaller}",
         )
     ]
 

@@ -51,7 +51,7 @@ class LayerPart:
 
     facts: LayerFacts
     numbers: Tensor | None = None
-    """The three numbers of columns.WEIGHT, summed over `n` elements, NaN where unknown; None where nothing was measured."""
+    """The numbers of columns.WEIGHT over `n` elements, NaN where unknown; None where nothing was measured."""
     n: int = 0
     """Number of elements of the weight that were read."""
     numel: int = 0

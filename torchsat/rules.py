@@ -11,7 +11,7 @@ Where the limits come from:
   (tanh: 29 % and 0.29).
 - The limits of the gradient are the range of float16.
 - A recurrent layer remembers by saturating: a character LSTM that learns well has four fifths of its cell inputs in the tails. It is therefore judged
-  only at the start, since gates that are not trained yet are open.
+  only at the start, since gates that are not trained yet are open; and not at all where the network comes trained.
 - Attention has collapsed when each query looks at a single key (Zhai et al. 2023). Heads that put four fifths of their weight on the first key are
   common in healthy models; their entropy is near 0.27.
 - A rectifier is sparse by design: networks with 90 % zeros train well, and deep ReLU networks on torch's default initialisation learn with a fifth of
@@ -29,6 +29,8 @@ from typing import Any, Literal
 from torchsat.percent import percent
 from torchsat.record import Record, Severity, Snapshot, Weight, normal_saturated
 
+UNEVEN = 6.0
+"""A weight whose unevenness is larger is taken for trained. Draws of torch.nn.init of 512 elements and more stay below 5."""
 HYSTERESIS = 0.8
 """An alert clears only on the safe side of this factor times its limit, so that a value close to the limit does not raise and clear it in turns."""
 
@@ -77,6 +79,15 @@ class Rule:
         return value > limit / HYSTERESIS if self.below else value < limit * HYSTERESIS
 
 
+def came_trained(first: Snapshot) -> bool:
+    """Whether the network had trained weights when the run began: whether a third of its layers are more uneven than an initialiser makes them.
+
+    Layers that are drawn anew before a fine-tuning, such as a head, and those that training has hardly moved are in the minority.
+    """
+    known = [weight.unevenness for weight in first.weights if weight.unevenness is not None]
+    return 3 * sum(unevenness > UNEVEN for unevenness in known) > len(known)
+
+
 def _closes_both_ways(record: Record) -> bool:
     """Whether the function has two plateaus that N(0, 1) inputs mostly stay off. A ReLU6 or Hardtanh(0, k) has two, but works as a rectifier."""
     two_sided = record.tails == "both" and max(record.normal_low or 0.0, record.normal_high or 0.0) < 0.25
@@ -104,7 +115,7 @@ def _saturated_limit_critical(record: Record) -> float:
 def _gates_from_the_start(record: Record, snapshot: Snapshot) -> float | None:
     """`saturated` of the least saturated sigmoid gate of a recurrent layer. It is judged at the first of these gates, so that a layer has one
     alert."""
-    if record.kind != "recurrent" or record.activation != "sigmoid":
+    if record.kind != "recurrent" or record.activation != "sigmoid" or came_trained(snapshot):
         return None
     layer = record.site.rpartition("/")[0]
     gates = [each for each in snapshot.records if each.activation == "sigmoid" and each.site.rpartition("/")[0] == layer]

@@ -35,6 +35,10 @@ _RUN = 16
 """Elements of a run: as many float32 as one cache line holds."""
 _LESS = 4
 """Of a weight or input, this many times fewer elements are read than of a site, since only means are derived from them, and no shares of units."""
+_ENOUGH = 32
+"""Whether a weight is uneven is told from this many runs on: of fewer, neighbours differ by chance."""
+_EARLY = 3
+"""In this many first observations of a run it is told how uneven a weight is: whether it came trained. Later it would be the work of this run."""
 _PER_FEATURE = 8
 """At least this many elements of each input feature are read, as far as the limit for a site allows."""
 
@@ -121,6 +125,21 @@ def _runs(shape: tuple[int, ...], limit: int | None, turn: int) -> tuple[int, in
     return start, step, -(-(whole - start) // step)
 
 
+def unevenness(x: Tensor) -> Tensor:
+    """By how many standard errors |x| differs more from run to run than within the runs of a vector; NaN where that cannot be told.
+
+    This is Fisher's analysis of variance: N runs of k elements have the ratio F = k var(means) / mean(variances), which for independent elements is 1
+    with a standard error of about sqrt(2 / N). What an initialiser draws is independent, whatever its distribution and its scale. Training makes some
+    units and inputs larger than others.
+    """
+    runs = len(x) // _RUN
+    if runs < _ENOUGH:
+        return torch.full((), math.nan, dtype=accumulator(x.device), device=x.device)
+    table = x[: runs * _RUN].to(accumulator(x.device)).abs().reshape(runs, _RUN)
+    variance, mean = torch.var_mean(table, 1)
+    return (_RUN * mean.var() / variance.mean() - 1) * math.sqrt(runs / 2)
+
+
 class Layer:
     """The numbers of one layer during one observation, on its device.
 
@@ -175,6 +194,8 @@ class Layer:
         first, second = (self.before, now) if self.before is not None and known else (now, None)
         # put_squares writes the second sum behind the first, and "change_sq" follows "weight_sq".
         put_squares(first, second, self._on(weight), WEIGHT.index("weight_sq"))
+        if self.turn < _EARLY:
+            self._on(weight)[WEIGHT.index("unevenness")] = unevenness(first)
 
     @property
     def features(self) -> int:

@@ -266,7 +266,7 @@ def _weights(parts: Sequence[LayerPart | None], device: torch.device) -> Tensor:
 def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, device: torch.device) -> Tensor:
     """[layers, LAYER_SUMS]. The sums over a sample are scaled up to this rank's part of the weight."""
     scale = numel / n.clamp(min=1)
-    weight, change, grad = _weights(parts, device).unbind(1)
+    weight, change, grad = _weights(parts, device).unbind(1)[:3]
     columns = [weight * scale]
     for each in (change, grad):
         known = torch.isfinite(each)
@@ -279,7 +279,10 @@ def _layer_maxes(parts: Sequence[LayerPart | None], rates: Tensor, device: torch
     nothing = torch.full((), -math.inf, dtype=rates.dtype, device=device)
     given = [nothing if part is None or part.numbers is None or part.sharded else part.numbers[0].to(device) for part in parts]
     squares = torch.stack(given) if given else torch.empty_like(rates)
-    return torch.stack([rates, squares, torch.where(torch.isfinite(squares), -squares, nothing)], 1)
+    at = WEIGHT.index("unevenness")
+    uneven = [nothing if part is None or part.numbers is None else part.numbers[at].nan_to_num(-math.inf).to(device) for part in parts]
+    unevens = torch.stack(uneven) if uneven else torch.empty_like(rates)
+    return torch.stack([rates, squares, torch.where(torch.isfinite(squares), -squares, nothing), unevens], 1)
 
 
 def _worst(rows: Tensor, rank: int) -> Tensor:
@@ -312,24 +315,24 @@ def _layers_together(sums: Vector, maxes: Vector, layout: Layout) -> tuple[list[
     rows = sums[places.layer_sums].reshape(count, len(LAYER_SUMS)).tolist()
     tops = maxes[places.layer_maxes].reshape(count, len(LAYER_MAXES)).tolist()
     found, differing = [], []
-    for (name, entry), row, (rate, most, least_negated) in zip(layout.layers.items(), rows, tops, strict=True):
+    for (name, entry), row, (rate, most, least_negated, uneven) in zip(layout.layers.items(), rows, tops, strict=True):
         if math.isfinite(most) and most + least_negated > 1e-6 * most:
             differing.append(name)
         values = dict(zip(LAYER_SUMS, row, strict=True))
         if values["n"]:
             place = places.inputs.get(name)
-            found.append(_layer_row(entry, values, None if place is None else sums[place].reshape(len(FEATURES), -1), rate))
+            found.append(_layer_row(entry, values, None if place is None else sums[place].reshape(len(FEATURES), -1), rate, uneven))
     return found, tuple(differing)
 
 
-def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | None, rate: float) -> LayerRow:
+def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | None, rate: float, uneven: float) -> LayerRow:
     """The row of a layer. The sums of its weight, which were scaled up to all elements, are scaled back to those that were read."""
     n, numel = values["n"], values["numel"]
     per = n / numel
     change = values["change_sq"] * per if values["change_n"] else math.nan
     grad = values["grad_sq"] * per if values["grad_n"] else math.nan
     summed = _summary(inputs) if inputs is not None and inputs[-1].any() else _UNKNOWN
-    numbers = [values["weight_sq"] * per, change, grad, *summed]
+    numbers = [values["weight_sq"] * per, change, grad, uneven if math.isfinite(uneven) else math.nan, *summed]
     return LayerRow(entry.facts, numbers, round(n), round(numel), rate if math.isfinite(rate) else None)
 
 
