@@ -1,7 +1,7 @@
 """What the activations of a model are in one batch, computed directly: a copy of the model in float64 runs the same batch, every element is counted.
 
-Nothing of torchsat is used here, so that its numbers can be checked against these. Activations are found by the functions of torch that the copy calls;
-the gates of recurrent layers are computed step by step from the formulas in the documentation of torch.nn. A tail is where |f'| stays below a
+Nothing of torchsat is used here, so that its numbers can be checked against these. Activations are found by the functions of torch that the copy
+calls; the gates of recurrent layers are computed step by step from the formulas in the documentation of torch.nn. A tail is where |f'| stays below a
 twentieth of its largest value, and is found by following |f'| in small steps from -40 and from 40 towards 0.
 """
 

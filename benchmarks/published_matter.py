@@ -1,4 +1,4 @@
-"""Published networks that see things in space: a face, a protein, a crystal. Their inputs are computed, except for a photograph that matplotlib ships."""
+"""Published networks that see things in space: a face, a protein, a crystal. Their inputs are computed, but for a photograph out of matplotlib."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def _photograph() -> Tensor:
     from PIL import Image
 
     spec = importlib.util.find_spec("matplotlib")
-    assert spec is not None and spec.origin is not None
+    assert spec is not None
+    assert spec.origin is not None
     with Image.open(Path(spec.origin).parent / "mpl-data" / "sample_data" / "grace_hopper.jpg") as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float()
 
@@ -47,7 +48,8 @@ def mtcnn(folder: Path) -> Task:
     with torch.no_grad():
         seen = model(_cut(image, *FACE)[None])[2][0, 1].item()
         nothing = model(torch.stack([_cut(image, place, 120.0) for place in places]))[2][:, 1].max().item()
-    assert seen > 0.9 and nothing < 0.5, (seen, nothing)
+    assert seen > 0.9, seen
+    assert nothing < 0.5, nothing
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
@@ -67,7 +69,7 @@ def mtcnn(folder: Path) -> Task:
 
 
 def helix(residues: int, generator: torch.Generator | None = None) -> Tensor:
-    """The atoms N, CA, C and O of an ideal alpha helix, 1.5 A a residue and 3.6 residues a turn, [residues, 4, 3]; with a generator, shaken a little."""
+    """The atoms N, CA, C and O of an ideal alpha helix, 1.5 A and 100 degrees a residue: [residues, 4, 3]. With a generator, each is a little off."""
     at = torch.arange(float(residues))[:, None]
     radius, turn, rise = (torch.tensor(each) for each in ((1.55, 2.29, 1.65, 2.0), (-27.0, 0.0, 27.0, 19.0), (-0.88, 0.0, 1.09, 2.29)))
     angle = torch.deg2rad(100 * at + turn)

@@ -1,6 +1,6 @@
 """What a published network is to benchmarks/published.py, and how the files of an installed package are found without running its code.
 
-The packages are made for other versions of torch, and import much that the networks do not need. So a network is built anew in these files, or its one
+The packages are made for other versions of torch, and import much that the networks do not need. So a network is built anew in these files, or its
 source file is imported alone, and the weights are read from the files of the installed package.
 """
 

@@ -31,7 +31,10 @@ NEEDS = {
 """The packages that a script imports, beside those which torchsat itself needs. A script without them is skipped."""
 WITHOUT_ARGUMENTS = ("dashboard", "healthy")
 """The scripts that read no command line."""
-WITHOUT_MAIN = ("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "other_rules", "workloads")
+WITHOUT_MAIN = (
+    *("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "other_rules", "workloads"),
+    *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),
+)
 
 Load = Callable[[str, str], ModuleType]
 
@@ -175,6 +178,32 @@ def test_peers(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     printed = capsys.readouterr().out
     assert "Error" not in printed.partition("Composer is not measured")[0]
     assert "Composer is not measured: " in printed
+
+
+def test_published(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A network that is made here stands for the published ones, which test_published.py runs where they are installed."""
+    script = load("benchmarks", "published")
+    made = load("benchmarks", "published_networks")
+
+    def task(folder: Path) -> Any:
+        assert (folder / "causes.py").exists()
+        model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 10))
+        batch = torch.randn(4, 8)
+        return made.Task(model, "it was made here", lambda step: batch, lambda model, given: model(given).square().mean(), made.adamw(model, 1e-3))
+
+    here = made.Network("here", "torchsat-monitor", "torchsat", task)
+    arguments(monkeypatch, "--steps", "3", "HERE")
+    with pytest.raises(SystemExit) as ended:
+        script.main((here, made.Network("away", "no-such-package", "no_such_package", task)))
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0, printed
+    assert "here (torchsat-monitor): it was made here; 3 steps" in printed
+    assert "\n| here | 162 | 1 | 0 | 0 | 0 | 1 | 0 | 0 | 2, 0 off | 0.0000 | 0.0000 |\n" in printed
+    arguments(monkeypatch)
+    with pytest.raises(SystemExit) as ended:
+        script.main((made.Network("away", "no-such-package", "no_such_package", task),))
+    assert ended.value.code == 1
+    assert "to install what is missing: pip install --no-deps no-such-package" in capsys.readouterr().out
 
 
 def test_ranks(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
