@@ -272,6 +272,7 @@ def _transposed() -> tuple[nn.Module, nn.Module, Tensor, int]:
 
 LAYOUTS = (
     Layout("[1024, 24]", lambda: (nn.Linear(8, 24), nn.Linear(24, 2), torch.randn(1024, 8), 1)),
+    Layout("[60, 40]", lambda: (nn.Linear(24, 40), nn.Linear(40, 2), torch.randn(60, 24), 1)),
     Layout("[3, 1]", lambda: (nn.Linear(8, 1), nn.Linear(1, 2), torch.randn(3, 8), 1)),
     Layout("[9, 13, 17]", lambda: (nn.Linear(5, 17), nn.Linear(13 * 17, 2), torch.randn(9, 13, 5), 2)),
     Layout("[31, 6, 7] transposed", _transposed),

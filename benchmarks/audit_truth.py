@@ -289,6 +289,7 @@ def weight(
         "norm": _close(norm, norm),
         "grad_norm": Figure(None) if grad is None else _close(float(grad.double().norm()), float(grad.double().norm())),
         "fan_in": Figure(fan_in),
+        "unevenness": _unevenness(w),
     }
     if grad is not None:
         figures["update_ratio"] = _close(float(change.norm()) / norm, float(change.norm()) / norm)
@@ -303,6 +304,17 @@ def weight(
             "input_n": Figure(features.numel()),
         }
     return figures
+
+
+def _unevenness(w: Tensor) -> Figure:
+    """Fisher's analysis of variance of |w| over runs of 16 neighbours, in standard errors; None of a weight that has fewer than 32 of these."""
+    runs = w.abs().flatten()[: w.numel() // 16 * 16].reshape(-1, 16)
+    if len(runs) < 32:
+        return Figure(None)
+    means = runs.mean(1)
+    between = 16 * float((means - means.mean()).square().sum()) / (len(runs) - 1)
+    within = float((runs - means[:, None]).square().sum()) / (15 * len(runs))
+    return _close((between / within - 1) * math.sqrt(len(runs) / 2), max(1.0, between / within) * math.sqrt(len(runs) / 2))
 
 
 def agrees(found: Any, figure: Figure) -> bool:

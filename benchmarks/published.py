@@ -67,11 +67,11 @@ class Outcome:
         return not (self.anonymous or self.unaccounted or self.wrong or self.advises)
 
 
-def train(network: Network, steps: int, every: int) -> Outcome:
+def train(network: Network, steps: int, every: int, sample: int | None = 65536) -> Outcome:
     """Fine-tune a network under torchsat, and compare two of the observations with the direct computation."""
     task = network.build()
     outcome, began = Outcome(network, task), time.perf_counter()
-    monitor = torchsat.watch(task.model, every=every, budget=None, sinks=(outcome.snapshots.append,), on_alert=outcome.alerts.append)
+    monitor = torchsat.watch(task.model, every=every, budget=None, sample=sample, sinks=(outcome.snapshots.append,), on_alert=outcome.alerts.append)
     compared = {0, max(step for step in range(steps) if step % every == 0 or step & (step - 1) == 0)}
     found: dict[int, tuple[dict[str, Site], set[str]]] = {}
     for step in range(steps):
