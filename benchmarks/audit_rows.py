@@ -17,7 +17,7 @@ import audit_truth as truth
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from audit_grid import ACTIVATIONS, EPSILON, RATE, Case, Compared, _index, _shape, mlp, plain, twice
+from audit_grid import ACTIVATIONS, EPSILON, RATE, Case, Compared, Weight, _index, _shape, _weights, mlp, plain, twice
 from audit_truth import Call, Figure
 from torch import Tensor, nn
 
@@ -266,7 +266,7 @@ class Chain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 2)
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 32), nn.Linear(32, 2)
         self.first, self.second, self.last = nn.Tanh(), nn.ReLU(), nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -277,12 +277,13 @@ class Chain(nn.Module):
 def chain(x: Tensor) -> Iterator[Compared]:
     """What is known of each site's place in the model."""
     torch.manual_seed(13)
-    run = twice(Chain(), [x], ["first", "second", "last"])
+    run = twice(Chain(), [x], ["first", "second", "last"], ["b"])
     for site, after, output in (("first", (), False), ("second", ("first",), False), ("last", ("second",), True)):
         yield site, run.snapshot[site], {"after": Figure(after), "output": Figure(output), "gate": Figure(False)}
     found = {each.name: each for each in run.snapshot.weights}
     for name, feeds, data in (("a", "first", True), ("b", "second", False), ("c", "last", False)):
         yield name, found.get(name), {"feeds": Figure((feeds,)), "data": Figure(data)}
+    yield from _weights(run, {"b": Weight("b", ("second",), 16, 1, data=False)})
 
 
 def several_steps(x: Tensor) -> Iterator[Compared]:
