@@ -332,7 +332,9 @@ def is_real(tensor: Tensor) -> bool:
 
 def compiled_inside(module: nn.Module) -> nn.Module | None:
     """The module that torch.compile wrapped; None where this is no such wrapper."""
-    inner = vars(module).get("_modules", {}).get("_orig_mod")
+    children = vars(module).get("_modules")
+    # The table of a scripted module is no dictionary.
+    inner = children.get("_orig_mod") if isinstance(children, dict) else None
     return inner if isinstance(inner, nn.Module) else None
 
 
