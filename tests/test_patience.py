@@ -101,7 +101,7 @@ def test_the_evaluations_of_a_closure_are_no_loop_without_a_step(caplog: pytest.
     def closure() -> Tensor:
         calls[0] += 1
         optimizer.zero_grad()
-        loss = model(x).square().mean()
+        loss: Tensor = model(x).square().mean()
         loss.backward()
         return loss
 

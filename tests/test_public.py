@@ -62,12 +62,16 @@ ARROWS = {
     "sites": {"activations", "parts", "record", "structure"},
     # One observation.
     "observe": set(),
-    "observe.graph": {"internals"},
-    "observe.lineage": {"faults", "internals", "observe.graph", "sites"},
+    "observe.marks": {"internals"},
+    "observe.graph": {"internals", "observe.marks"},
+    "observe.lineage": {"faults", "internals", "observe.graph", "observe.marks", "sites"},
     "observe.hooks": {"internals", "schedule"},
     "observe.saving": {"internals", "observe.hooks"},
     "observe.origins": {"internals"},
-    "observe.passes": {"faults", "internals", "observe.graph", "observe.hooks", "observe.observation", "statistics", "structure", "weights"},
+    "observe.gradients": {"internals", "sharding"},
+    "observe.passes": {
+        *("faults", "internals", "observe.gradients", "observe.graph", "observe.hooks", "observe.observation", "statistics", "structure", "weights"),
+    },
     "observe.meter": {
         *("activations", "attention", "internals", "kernels", "kernels.formulas", "observe.hooks", "observe.lineage", "observe.passes"),
         *("options", "parts", "sampling", "sharding", "sites", "statistics"),
@@ -112,6 +116,7 @@ ARROWS = {
     "options": {"activations", "record", "rules"},
     "faults": set(),
     "steps": {"internals"},
+    "patience": set(),
     "schedule": set(),
     "compile_settings": {"internals"},
     "compiling": {"attributes", "compile_settings", "internals", "observe.ingraph", "observe.observation", "sites", "structure"},
@@ -144,7 +149,7 @@ ARROWS = {
     },
     "loop": {
         *("compiling", "internals", "observe.hooks", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps"),
-        "transport.meeting",
+        *("patience", "transport.meeting"),
     },
     "monitor": {"internals", "loop", "options", "record", "schedule", "statistics", "structure"},
     "picture": set(),

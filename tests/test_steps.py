@@ -303,7 +303,7 @@ def test_optimizers_that_step_in_the_backward_make_one_step_a_backward(reentrant
         torch.manual_seed(0)
         model, snapshots = Net(), list[torchsat.Snapshot]()
         if in_backward:
-            optimizers = {parameter: Sgd([parameter], lr=0.1) for parameter in model.parameters()}
+            optimizers: dict[Tensor, Sgd] = {parameter: Sgd([parameter], lr=0.1) for parameter in model.parameters()}
 
             def step(parameter: Tensor) -> None:
                 optimizers[parameter].step()
@@ -339,7 +339,7 @@ def test_optimizers_that_step_in_the_backward_make_one_step_a_backward(reentrant
 
 def test_micro_batches_before_a_step_in_the_backward_all_count() -> None:
     model = mlp()
-    optimizers = {parameter: Sgd([parameter], lr=0.1) for parameter in model.parameters()}
+    optimizers: dict[Tensor, Sgd] = {parameter: Sgd([parameter], lr=0.1) for parameter in model.parameters()}
     accumulates = [True]
 
     def step(parameter: Tensor) -> None:

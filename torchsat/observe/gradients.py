@@ -156,12 +156,12 @@ class Gradients:
                 each.enter(None)
         else:
             self.forget_failed()
-        owned, assigned = set(), False
-        for each in parameters:
-            grad = each.grad
+        owned, assigned = set[int](), False
+        for parameter in parameters:
+            grad = parameter.grad
             if grad is not None:
-                owned.add(id(each))
-                left = self._left.get(id(each))
+                owned.add(id(parameter))
+                left = self._left.get(id(parameter))
                 assigned = assigned or left is None or left[0]() is not grad
         self._entering = [(backward, backward.fate) for backward in self._kept]
         # Inside a backward, what it has left in `.grad` is not known yet.
