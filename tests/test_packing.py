@@ -318,9 +318,10 @@ def test_each_rank_of_tensor_parallelism_has_its_own_units_and_heads() -> None:
     assert found.sites[0].facts.units == 5
     window = windows.get("act")
     assert window is not None
-    samples, saturated, _ = block(z).tolist()
+    samples, saturated, read = block(z).tolist()
+    assert samples == read
     # Every unit was active in some of its samples, so none is in a run.
-    assert window.tolist() == [samples, [n - s for n, s in zip(samples, saturated, strict=True)], [0.0] * 5, [0.0] * 5]
+    assert window.tolist() == [samples, pytest.approx([n - s for n, s in zip(samples, saturated, strict=True)]), [0.0] * 5, [0.0] * 5]
     assert found.sites[1].heads == heads(logits).tolist()
     (of_layer,) = found.layers
     assert (of_layer.n, of_layer.numel) == (12, 12)

@@ -12,9 +12,10 @@ from torchsat.rows import to_record
 from torchsat.transport.windows import LEAST_SAMPLES, UNIT_SAMPLES, UnitWindows
 
 
-def block(samples: Any, saturated: Any) -> NDArray[np.float64]:
-    """The unit block of one observation that has read all: each sample has the weight 1."""
-    return np.array([samples, saturated, samples], dtype=np.float64)
+def block(samples: Sequence[float], saturated: Sequence[float], weight: float = 1.0) -> NDArray[np.float64]:
+    """columns.BLOCK of one observation. `weight`: how many elements each sample stands for."""
+    counts = np.array([samples, saturated, samples], np.float64)
+    return counts * [[weight], [weight], [1.0]]
 
 
 def stuck(*phases: tuple[int, Sequence[float]], samples: int = 64) -> list[tuple[float | None, int | None]]:
@@ -28,7 +29,7 @@ def stuck(*phases: tuple[int, Sequence[float]], samples: int = 64) -> list[tuple
     for observations, probabilities in phases:
         for _ in range(observations):
             saturated = draw.binomial(samples, np.array(probabilities))
-            units = windows.add("act", block(np.full(len(probabilities), samples), saturated))
+            units = windows.add("act", block([samples] * len(probabilities), saturated))
             record, _ = to_record(row(n=1.0, units=units), 1.0, None)
             found.append((record.stuck, record.stuck_n))
     return found
@@ -89,16 +90,23 @@ def test_nearly_dead_units_are_stuck_where_99_percent_are_saturated() -> None:
 
 def test_units_that_are_seldom_seen_keep_what_is_known_of_them() -> None:
     windows = UnitWindows()
-    both, first = block([500.0, 500.0], [500.0, 250.0]), block([500.0, 0.0], [500.0, 0.0])
+    both, first = block([500, 500], [500, 250]), block([500, 0], [500, 0])
     assert windows.add("experts", both) == [2, 2, 1, 0, 500]
     assert windows.add("experts", first) == [2, 2, 1, 0, 1000]
     assert windows.add("experts", both[:, ::-1]) == [2, 2, 1, 0, 500]
 
 
+def test_what_counts_are_the_samples_that_were_read_however_many_elements_they_stand_for() -> None:
+    windows, weighed = UnitWindows(), UnitWindows()
+    for saturated in ([100, 100, 50], [100, 99, 0], [100, 100, 100]):
+        plain = windows.add("act", block([100] * 3, saturated))
+        assert weighed.add("act", block([100] * 3, saturated, weight=1 / 3e5)) == plain
+
+
 def test_what_is_kept_does_not_grow() -> None:
     windows = UnitWindows()
     for _ in range(50):
-        windows.add("act", block([4000.0] * 3, [4000.0, 3990.0, 2000.0]))
+        windows.add("act", block([4000] * 3, [4000, 3990, 2000]))
     state = windows.get("act")
     assert state is not None
     assert state.shape == (4, 3)
