@@ -83,7 +83,7 @@ WEIGHT = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
 
 
 def layer(x: Tensor, grad: Tensor, **given: Any) -> LayerPart:
-    numbers = torch.stack([WEIGHT.square().sum(), (0.1 * WEIGHT).square().sum(), grad.square().sum(), torch.tensor(2.5, dtype=torch.float64)])
+    numbers = torch.stack([WEIGHT.square().sum(), (0.1 * WEIGHT).square().sum(), grad.square().sum(), (0.05 * WEIGHT).square().sum()])
     values = {"numbers": numbers, "n": 12, "numel": 12, "rate": 0.1, "inputs": features(x), "features": 3}
     return LayerPart(**{"facts": layer_facts(), **values, **given})
 
@@ -151,9 +151,7 @@ def test_one_process_reads_what_it_sent_bit_for_bit() -> None:
         {"act": SitePart(site_facts(), numbers, block(torch.rand(9, 4)), heads(logits), Span(8, 4, counts=False))},
         {
             "layer": layer(x, WEIGHT, numbers=of_layer, n=7, numel=30, first=3, features=6, counts=False, input_counts=False),
-            "new": layer(
-                x, WEIGHT, facts=layer_facts("new"), numbers=torch.tensor([2.0, math.nan, math.nan, math.nan]).double(), inputs=None, rate=None
-            ),
+            "new": layer(x, WEIGHT, facts=layer_facts("new"), numbers=torch.tensor([2.0, *[math.nan] * 3]).double(), inputs=None, rate=None),
         },
     )
     found = sent(parts)
@@ -326,7 +324,6 @@ def test_each_rank_of_tensor_parallelism_has_its_own_units_and_heads() -> None:
     (of_layer,) = found.layers
     assert (of_layer.n, of_layer.numel) == (12, 12)
     assert of_layer.numbers[0] == pytest.approx(2 * float(WEIGHT.square().sum()))
-    assert of_layer.numbers[3] == 2.5
     assert of_layer.numbers[4:] == pytest.approx(_summary(features(x).numpy()))
 
 
@@ -358,7 +355,7 @@ def test_one_rank_speaks_for_a_weight_that_all_hold() -> None:
 
 def test_the_part_of_a_weight_that_was_read_stands_for_all_of_it() -> None:
     def part(square: float, n: int, numel: int) -> Parts:
-        numbers = torch.tensor([square, math.nan, 2 * square, square]).double()
+        numbers = torch.tensor([square, math.nan, 2 * square, math.nan]).double()
         return Parts(layers={"layer": LayerPart(layer_facts(), numbers, n, numel, sharded=True)})
 
     (found,) = together(part(8.0, 2, 10), part(3.0, 3, 3)).layers
@@ -370,6 +367,23 @@ def test_the_part_of_a_weight_that_was_read_stands_for_all_of_it() -> None:
     # The unevenness of the parts of a weight is that of the most uneven one.
     assert found.numbers[3] == 8.0
     assert all(math.isnan(each) for each in found.numbers[4:])
+
+
+def test_a_learning_rate_that_only_the_device_knows_travels_with_the_numbers() -> None:
+    whole = batch()
+    rated = replace(whole.layers["layer"], rate=torch.tensor(0.25))
+    parts = replace(whole, layers={"plain": replace(rated, facts=layer_facts("plain"), rate=0.5), "layer": rated})
+    assert [each.learning_rate for each in sent(parts).layers] == [0.5, 0.25]
+    assert [each.learning_rate for each in together(parts).layers] == [0.5, 0.25]
+
+
+def test_a_norm_that_overflowed_on_one_rank_has_overflowed_on_all() -> None:
+    whole = batch()
+    part = replace(whole.layers["layer"], sharded=True)
+    bad = replace(part, numbers=known(part.numbers).clone().index_fill_(0, torch.tensor([2]), math.inf))
+    (found,) = together(replace(whole, layers={"layer": part}), replace(whole, layers={"layer": bad})).layers
+    assert found.numbers[2] == math.inf
+    assert all(math.isfinite(found.numbers[at]) for at in (0, 1, 3))
 
 
 def test_the_worst_rank_is_named_as_people_know_it() -> None:
@@ -443,7 +457,7 @@ def test_the_formula_of_the_docs_is_what_is_sent() -> None:
     (formula,) = re.findall(r"^    8 bytes x \((.*)\)$", text, re.MULTILINE)
     sizes = {"sites": 3, "units": 60, "heads": 4, "layers": 2, "features": 40}
     assert 8 * eval(formula.replace("x", "*"), sizes) == layout.bytes
-    assert (len(SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (71, 5, 2, 7, 4, 5)
+    assert (len(SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (71, 5, 2, 9, 3, 5)
 
 
 def samples(count: int, saturated: int = 0, units: int = 4) -> Tensor:

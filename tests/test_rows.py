@@ -192,13 +192,22 @@ def test_the_input_has_a_size_and_a_share_that_varies() -> None:
 
 def test_what_is_unknown_of_a_layer() -> None:
     made = layer(weight_sq=400.0)
-    assert unknown(made) == {"grad_norm", "update_ratio", "input_rms", "input_centred_share", "unevenness"}
+    assert unknown(made) == {"grad_norm", "update_ratio", "input_rms", "input_centred_share", "learned_ratio"}
     assert made.input_n == 0
-    assert unknown(layer(weight_sq=math.inf, grad_sq=math.nan, change_sq=1.0)) == {
-        *("gain", "norm", "grad_norm", "update_ratio", "input_rms", "input_centred_share", "unevenness")
-    }
     assert {"gain", "norm", "grad_norm"} <= unknown(layer(n=0, weight_sq=0.0, grad_sq=1.0))
     assert layer(weight_sq=0.0, change_sq=0.0).update_ratio is None
-    assert layer(weight_sq=1.0, unevenness=7.5).unevenness == 7.5
-    # Where every run has one value, the ratio of the variances has no bound.
-    assert layer(weight_sq=1.0, unevenness=math.inf).unevenness is None
+
+
+def test_a_norm_that_is_infinite_is_said_to_be() -> None:
+    made = layer(weight_sq=400.0, grad_sq=math.inf, change_sq=math.inf, learned_sq=math.inf)
+    assert (made.norm, made.grad_norm, made.update_ratio, made.learned_ratio) == (pytest.approx(math.sqrt(4000)), *[math.inf] * 3)
+    made = layer(weight_sq=math.inf, grad_sq=math.nan, change_sq=1.0, learned_sq=math.inf)
+    assert (made.norm, made.gain) == (math.inf, math.inf)
+    # The ratio to something infinite is no number.
+    assert {"grad_norm", "update_ratio", "learned_ratio"} <= unknown(made)
+
+
+def test_what_a_sum_of_finite_elements_overflows_in_is_unknown() -> None:
+    made = record(row(n=2.0, z=2e200, z_sq=math.inf, a=math.inf, a_sq=math.inf, grad_a_n=1.0, grad_a_sq=math.inf, z_max=1e200, z_min_negated=-1e200))
+    assert (made.z_mean, made.z_max) == (1e200, 1e200)
+    assert {"z_std", "z_rms", "a_mean", "a_std", "grad_a_rms", "attenuation"} <= unknown(made)

@@ -41,6 +41,8 @@ _STANDARDISE = "standardise the inputs: x = (x - x.mean(0)) / x.std(0), taken ov
 _AS_TRAINED = "nothing, if the network does its task; if not, compare the scale of its inputs with that which it was trained on"
 _LEAST_OF_BLAME = 0.05
 """Causes with a smaller share of the blame are not told."""
+_MOST = 100.0
+"""The largest size of a term. A number that has overflowed would have an infinite size, and the shares would not add up."""
 _GROWN = 1.5
 """A weight is said to have grown when its gain is more than this many times what it was at first. The same holds of the alignment."""
 
@@ -67,12 +69,13 @@ class Scene:
 
     def feeders(self, site: str) -> list[Weight]:
         """The layers that feed a site. The one that contributes most, by gain x RMS of its input, stands first."""
-        found = [weight for weight in self.now.weights if site in weight.feeds and weight.gain is not None]
+        found = [weight for weight in self.now.weights if site in weight.feeds and weight.gain is not None and math.isfinite(weight.gain)]
         return sorted(found, key=lambda weight: -(weight.gain or 0.0) * (weight.input_rms or 1.0))
 
     def first_gain(self, name: str) -> float | None:
         """The gain of a layer at the first observation."""
-        return next((weight.gain for weight in self.first.weights if weight.name == name), None)
+        gain = next((weight.gain for weight in self.first.weights if weight.name == name), None)
+        return gain if gain is not None and math.isfinite(gain) else None
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ def explain(alert: Alert, scene: Scene) -> tuple[Cause, ...]:
     if alert.since <= scene.first.step:
         # The condition was there from the start, so the change of the weights since then is not its cause.
         scene = replace(scene, now=scene.first, before=scene.first if alert.rule != "nonfinite" else scene.before)
-    terms = _without_consequences(_EXPLAIN.get(alert.rule, _of_size)(alert, scene))
+    found = [replace(term, size=min(term.size, _MOST)) for term in _EXPLAIN.get(alert.rule, _of_size)(alert, scene)]
+    terms = _without_consequences(found)
     total = sum(term.size for term in terms if term.size > 0)
     merged: dict[str, Term] = {}
     for term in sorted((term for term in terms if term.size > 0), key=lambda term: -term.size):

@@ -51,15 +51,15 @@ class LayerPart:
 
     facts: LayerFacts
     numbers: Tensor | None = None
-    """The numbers of columns.WEIGHT over `n` elements, NaN where unknown; None where nothing was measured."""
+    """The numbers of columns.WEIGHT, summed over `n` elements, NaN where unknown; None where nothing was measured."""
     n: int = 0
     """Number of elements of the weight that were read."""
     numel: int = 0
     """Number of elements in this process's part of the weight."""
     whole: int | None = None
     """Number of elements of the weight on all ranks together; None where this process holds all of it."""
-    rate: float | None = None
-    """The learning rate of the optimizer's group that owns the weight."""
+    rate: float | Tensor | None = None
+    """The learning rate of the optimizer's group that owns the weight; a tensor where only the device knows it."""
     inputs: Tensor | None = None
     """[6, features]: the sums of columns.FEATURES over its input; None where its input was not measured."""
     features: int = 0

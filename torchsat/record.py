@@ -184,7 +184,7 @@ class Weight(LayerFacts):
     """rms(W) * sqrt(fan_in), which for a linear layer is ||W||_F / sqrt(fan_out). Xavier's initialisation gives 1 (to a square matrix), He's sqrt(2),
     and the default of torch 0.577."""
     norm: float | None
-    """||W||_F."""
+    """||W||_F; like the next two, inf where an element is inf or nan."""
     grad_norm: float | None
     """Norm of dL/dW as the optimizer received it, without the factor of a GradScaler."""
     update_ratio: float | None
@@ -195,9 +195,9 @@ class Weight(LayerFacts):
     """Share of the input's mean square that varies between samples. The rest is a constant offset of each feature."""
     input_n: int
     """Elements of the input that were read."""
-    unevenness: float | None = None
-    """By how many standard errors |W| differs more between runs of 16 neighbours than it would if its elements were drawn independently. It tells
-    whether W came trained: what an initialiser draws stays below 5, most trained weights lie above. None after the first three observations."""
+    learned_ratio: float | None = None
+    """Like `update_ratio`, but without what weight decay did. Decoupled decay (AdamW) is subtracted element by element. Where decay is added to the
+    gradient (SGD, Adam), this is the part of the step that falls to the gradient, by the norms of the two."""
 
 
 @dataclass(frozen=True)

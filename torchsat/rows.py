@@ -128,7 +128,7 @@ def to_weight(row: LayerRow) -> Weight:
 
     Its weight and gradient were read at `n` of `numel` elements. The mean square over these is taken for the mean square over all.
     """
-    known = {name: float(value) if math.isfinite(value) else None for name, value in zip(LAYER, row.numbers, strict=True)}
+    known = {name: None if math.isnan(value) else float(value) for name, value in zip(LAYER, row.numbers, strict=True)}
     offset = _ratio(known["input_offset_sq"], known["input_sq"])
 
     def norm(name: str) -> float | None:
@@ -147,7 +147,7 @@ def to_weight(row: LayerRow) -> Weight:
         input_rms=_root(known["input_sq"]),
         input_centred_share=None if offset is None else max(0.0, 1 - offset),
         input_n=round(known["input_n"] or 0),
-        unevenness=known["unevenness"],
+        learned_ratio=_root(_ratio(known["learned_sq"], known["weight_sq"])),
     )
 
 
@@ -160,15 +160,18 @@ class _Columns(dict[str, float]):
         self.n = self["n"]
 
     def mean(self, name: str) -> float | None:
-        return self[name] / self.n if self.n else None
+        return _finite(self[name] / self.n) if self.n else None
 
     def std(self, first: str, second: str) -> float | None:
         """The standard deviation from a sum and a sum of squares."""
-        return math.sqrt(max(0.0, self[second] / self.n - (self[first] / self.n) ** 2)) if self.n else None
+        mean = self[first] / self.n if self.n else 0.0
+        variance = _finite(self[second] / self.n - mean * mean) if self.n else None
+        return None if variance is None else math.sqrt(max(0.0, variance))
 
     def rms(self, name: str, n: float, scale: float = 1.0) -> float | None:
         """The root of a mean of squares over elements whose weights add up to n, divided by the scale that these elements carry."""
-        return math.sqrt(self[name] / n) / scale if n else None
+        square = _finite(self[name] / n) if n else None
+        return None if square is None else math.sqrt(square) / scale
 
     def largest(self, name: str) -> float | None:
         return self[name] if math.isfinite(self[name]) else None
@@ -219,8 +222,13 @@ def _in_doubt(units: Sequence[float] | None) -> bool:
     return values["units_in_doubt"] > _MOST_IN_DOUBT * values["units"]
 
 
+def _finite(value: float) -> float | None:
+    """The value, but None where the sum behind it is beyond float64, though the elements that it is of are finite."""
+    return value if math.isfinite(value) else None
+
+
 def _ratio(above: float | None, below: float | None) -> float | None:
-    return None if above is None or not below else max(0.0, above) / below
+    return None if above is None or not below or math.isinf(below) else max(0.0, above) / below
 
 
 def _root(value: float | None) -> float | None:

@@ -173,10 +173,20 @@ def _attention_entropy(record: Record, snapshot: Snapshot) -> float | None:
 
 
 def _step_size(weight: Weight) -> float | None:
-    """The update ratio divided by the learning rate; None for a layer that had nothing to learn from in this step."""
-    if weight.update_ratio is None or weight.grad_norm is None or not weight.input_n or not weight.learning_rate:
+    """The size of a step, without weight decay, divided by the learning rate; None for a layer that had nothing to learn from in this step."""
+    learned = _learned(weight)
+    if learned is None or not math.isfinite(learned) or weight.grad_norm is None or not weight.input_n or not weight.learning_rate:
         return None
-    return weight.update_ratio / weight.learning_rate
+    return learned / weight.learning_rate
+
+
+def _learned(weight: Weight) -> float | None:
+    """What a step changes beside weight decay, which changes a layer that learns nothing too."""
+    return weight.update_ratio if weight.learned_ratio is None else weight.learned_ratio
+
+
+def _without_decay(weight: Weight) -> str:
+    return "" if weight.learned_ratio in (None, weight.update_ratio) else "without weight decay, "
 
 
 def _relative_update(weight: Weight, snapshot: Snapshot) -> float | None:
@@ -273,7 +283,7 @@ RULES: tuple[Rule, ...] = (
         1e-3,
         1e-5,
         lambda w, value, limit: (
-            f"{w.name}, which feeds {', '.join(w.feeds)}, is frozen: a step changes it by {w.update_ratio:.1e} of itself, "
+            f"{w.name}, which feeds {', '.join(w.feeds)}, is frozen: {_without_decay(w)}a step changes it by {_learned(w):.1e} of itself, "
             f"{value:.1e} of what the median layer gets (limit {limit:.0e})"
         ),
         below=True,

@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from torchsat.attributes import stored
 from torchsat.columns import WEIGHT
 from torchsat.internals import Convolution, TransposedConvolution
+from torchsat.optimizers import Decay, put_learned
 from torchsat.sampling import Sample, Units, beginning, coprime
 from torchsat.sharding import is_pending, local
 from torchsat.statistics import accumulator, observe_features, put_squares
@@ -125,19 +126,9 @@ def _runs(shape: tuple[int, ...], limit: int | None, turn: int) -> tuple[int, in
     return start, step, -(-(whole - start) // step)
 
 
-def unevenness(x: Tensor) -> Tensor:
-    """By how many standard errors |x| differs more from run to run than within the runs of a vector; NaN where that cannot be told.
-
-    This is Fisher's analysis of variance: N runs of k elements have the ratio F = k var(means) / mean(variances), which for independent elements is 1
-    with a standard error of about sqrt(2 / N). What an initialiser draws is independent, whatever its distribution and its scale. Training makes some
-    units and inputs larger than others.
-    """
-    runs = len(x) // _RUN
-    if runs < _ENOUGH:
-        return torch.full((), math.nan, dtype=accumulator(x.device), device=x.device)
-    table = x[: runs * _RUN].to(accumulator(x.device)).abs().reshape(runs, _RUN)
-    variance, mean = torch.var_mean(table, 1)
-    return (_RUN * mean.var() / variance.mean() - 1) * math.sqrt(runs / 2)
+def _inf_for_nan_(sums: Tensor) -> None:
+    """Replace NaN by inf, in place: NaN stands for what was not measured, and the norm of what holds inf or nan is no finite number either way."""
+    torch.nan_to_num_(sums, nan=math.inf, posinf=math.inf, neginf=math.inf)
 
 
 class Layer:
@@ -162,6 +153,8 @@ class Layer:
         nothing says whether others are given it."""
         self.first = 0
         """The index of this rank's first input feature among those of all ranks."""
+        self.decay: Decay | None = None
+        """What weight decay does in the step that is observed; None where there is none."""
         self.before: Tensor | None = None
         """The elements of the weight as they were before the optimizer's step."""
         self.n = 0
@@ -183,6 +176,7 @@ class Layer:
             put_squares(elements(local(weight.grad), self.limit, self.turn), None, numbers, at)
             if divisor is not None:
                 numbers[at] /= divisor.to(numbers) ** 2
+            _inf_for_nan_(numbers[at : at + 1])
 
     def after_step(self, weight: Tensor) -> None:
         """Measure the weight as it was before the optimizer's step, and its change. No change is measured of a weight that does not learn."""
@@ -193,9 +187,11 @@ class Layer:
         known = self.before is not None and weight.requires_grad
         first, second = (self.before, now) if self.before is not None and known else (now, None)
         # put_squares writes the second sum behind the first, and "change_sq" follows "weight_sq".
-        put_squares(first, second, self._on(weight), WEIGHT.index("weight_sq"))
-        if self.turn < _EARLY:
-            self._on(weight)[WEIGHT.index("unevenness")] = unevenness(first)
+        numbers = self._on(weight)
+        put_squares(first, second, numbers, WEIGHT.index("weight_sq"))
+        _inf_for_nan_(numbers[: 1 if second is None else 2])
+        if second is not None:
+            put_learned(first, second, self.decay, dict(zip(WEIGHT, numbers.split(1), strict=True)))
 
     @property
     def features(self) -> int:

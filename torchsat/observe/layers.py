@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torchsat.attributes import stored, stored_or
 from torchsat.observe.modules import first_tensor
 from torchsat.observe.recurrent import matrices
+from torchsat.optimizers import Decay, decay_of, learning_rate
 from torchsat.parts import LayerPart
 from torchsat.record import LayerFacts
 from torchsat.sharding import is_freed, is_pending, local, part_of, placement
@@ -38,7 +39,7 @@ class Layers:
         self._observation = observation
         self.measured: dict[str, Layer] = {}
         """The layers that are measured, by name."""
-        self._rates: dict[int, float] = {}
+        self._rates: dict[int, float | Tensor] = {}
         """The learning rate of each parameter that an optimizer has stepped, by the id of the parameter."""
 
     def choose(self, found: Found) -> None:
@@ -92,8 +93,14 @@ class Layers:
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:
         """Called before an optimizer steps: keep samples of its weights, and measure their gradients, unless a closure is yet to compute these."""
         divisor = getattr(optimizer, "grad_scale", None)
-        self._rates.update((id(p), float(group["lr"])) for group in optimizer.param_groups if _is_number(group.get("lr")) for p in group["params"])
+        decays: dict[int, Decay | None] = {}
+        for group in optimizer.param_groups:
+            rate, decay = learning_rate(group), decay_of(optimizer, group)
+            decays.update((id(p), decay) for p in group["params"])
+            if rate is not None:
+                self._rates.update((id(p), rate) for p in group["params"])
         for layer, weight in self._weights(optimizer):
+            layer.decay = decays.get(id(weight))
             self._observation.guard.attempt(layer.name, _before_step, layer, weight, closure, divisor)
 
     def after_step(self, optimizer: Optimizer | None, closure: bool = False) -> None:
@@ -223,7 +230,3 @@ def _after_step(layer: Layer, weight: Tensor, with_gradient: bool) -> None:
     if with_gradient:
         layer.observe_grad(weight, None)
     layer.after_step(weight)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))

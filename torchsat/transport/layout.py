@@ -17,10 +17,10 @@ from torchsat.record import LayerFacts, SiteFacts
 
 WORST = ("worst", "nonfinite")
 """Max columns of a site: the highest saturated share and the highest non-finite count of one rank, each with that rank, in one float64."""
-LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "n", "numel")
-"""Sum columns of a layer. change_n and grad_n are 0 where no rank knows the change or the gradient."""
-LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated", "unevenness")
-"""Max columns of a layer. Those of weight_sq are filled where every rank holds the whole weight: they tell whether all hold the same one."""
+LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "learned_sq", "learned_n", "n", "numel")
+"""Sum columns of a layer. change_n, grad_n and learned_n are 0 where no rank knows the number before it."""
+LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated")
+"""Max columns of a layer. The last two are filled where every rank holds the whole weight: they tell whether all hold the same one."""
 ENDS = ("step", "step_negated", "interval", "changed", "skipped")
 """Max columns of an observation of several ranks as a whole. The largest negated step is the lowest step of a rank."""
 ENDS_ALONE = ("skipped", "scale")
@@ -56,7 +56,7 @@ class LayerEntry:
     numel: int = 0
     """Number of elements of the weight."""
     rate: float | None = None
-    """The learning rate of the optimizer's group that owns the weight."""
+    """The learning rate of the optimizer's group that owns the weight; None where it is not known, or travels because only the device knows it."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Places:
     worst: slice
     """[sites, WORST] in the maxes; empty in the layout of one process."""
     layer_maxes: slice
-    """[layers, LAYER_MAXES] in the maxes; empty in the layout of one process."""
+    """[layers, LAYER_MAXES] in the maxes; in the layout of one process [layers], the learning rates that only the device knows."""
     ends: slice
     """ENDS in the maxes; ENDS_ALONE in the layout of one process."""
     tops: dict[str, slice]
@@ -145,7 +145,7 @@ class Layout:
             inputs={name: sums.append(len(FEATURES) * count) for name, count in features.items()},
             site_maxes=maxes.append(len(MAXES) * len(self.sites)),
             worst=maxes.append(len(WORST) * len(self.sites) if self.shared else 0),
-            layer_maxes=maxes.append(len(LAYER_MAXES) * len(self.layers) if self.shared else 0),
+            layer_maxes=maxes.append((len(LAYER_MAXES) if self.shared else 1) * len(self.layers)),
             ends=maxes.append(len(ENDS if self.shared else ENDS_ALONE)),
             tops={name: maxes.append(count) for name, count in heads.items()},
             sums=sums.length,
@@ -184,7 +184,12 @@ def _site_alone(part: SitePart) -> SiteEntry:
 
 def _layer_alone(part: LayerPart) -> LayerEntry:
     features = 0 if part.inputs is None else part.inputs.shape[1]
-    return LayerEntry(part.facts, features, part.stage, part.n, part.numel if part.whole is None else part.whole, part.rate)
+    return LayerEntry(part.facts, features, part.stage, part.n, part.numel if part.whole is None else part.whole, _on_host(part))
+
+
+def _on_host(part: LayerPart) -> float | None:
+    """The learning rate, if the host knows it."""
+    return part.rate if isinstance(part.rate, float) else None
 
 
 def _site_of_all(part: SitePart) -> SiteEntry:

@@ -96,7 +96,8 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
         told = [ends.last_step, -ends.first_step, ends.interval, ends.changed]
         tables = _shared(rows, layers, layout, parts, told, device, rank, everywhere)
     else:
-        tables = _Tables([rows[:, : len(SUMS)], _weights(layers, device)], [rows[:, len(SUMS) :]], _input_pieces(layers, layout, device))
+        maxes = [rows[:, len(SUMS) :], _rates_on(device, layers)]
+        tables = _Tables([rows[:, : len(SUMS)], _weights(layers, device)], maxes, _input_pieces(layers, layout, device))
     blocks, heads, tops = _unit_pieces(sites, layout, device)
     last = [skipped] if layout.shared else [skipped, _number(parts.scale, -math.inf, device)]
     return Vectors(
@@ -131,12 +132,13 @@ def _shared(
         [
             [0 if part is None else part.n for part in weights],
             [0 if part is None else part.numel for part in weights],
-            [-math.inf if part is None or part.rate is None else part.rate for part in layers],
+            [part.rate if part is not None and isinstance(part.rate, float) else -math.inf for part in layers],
             told,
         ],
         device,
     )
     _unscale(rows, parts)
+    rates = torch.maximum(rates, _rates_on(device, layers))
     return _Tables(
         [rows[:, : len(SUMS)], _layer_sums(weights, n, numel, device)],
         [rows[:, len(SUMS) :], _worst(rows, everywhere), _layer_maxes(layers, rates, device), said],
@@ -170,7 +172,7 @@ def unpack(vectors: Vectors, layout: Layout, windows: UnitWindows) -> Numbers:
         sites.append(SiteRow(entry.facts, row, units, heads, share, worst_rank, nonfinite_rank))
     if not layout.shared:
         skipped, factor = maxes[places.ends].tolist()
-        return Numbers(sites, _layers_alone(sums, layout), factor if factor > 0 else 1.0, skipped > 0)
+        return Numbers(sites, _layers_alone(sums, maxes, layout), factor if factor > 0 else 1.0, skipped > 0)
     layers, differing = _layers_together(sums, maxes, layout)
     last_step, negated, interval, changed, skipped = maxes[places.ends].tolist()
     return Numbers(sites, layers, 1.0, skipped > 0, differing, Ends(round(-negated), round(last_step), round(interval), changed > 0))
@@ -266,12 +268,21 @@ def _weights(parts: Sequence[LayerPart | None], device: torch.device) -> Tensor:
 def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, device: torch.device) -> Tensor:
     """[layers, LAYER_SUMS]. The sums over a sample are scaled up to this rank's part of the weight."""
     scale = numel / n.clamp(min=1)
-    weight, change, grad = _weights(parts, device).unbind(1)[:3]
+    weight, *others = _weights(parts, device).unbind(1)
     columns = [weight * scale]
-    for each in (change, grad):
-        known = torch.isfinite(each)
+    for each in others:
+        known = ~torch.isnan(each)
         columns += [torch.where(known, each * scale, torch.zeros_like(n)), torch.where(known, numel, torch.zeros_like(n))]
     return torch.stack([*columns, n, numel], 1)
+
+
+def _rates_on(device: torch.device, parts: Sequence[LayerPart | None]) -> Tensor:
+    """[layers]: the learning rates that only a device knows; minus infinity where there is none."""
+    rates = torch.full((len(parts),), -math.inf, dtype=accumulator(device), device=device)
+    for at, part in enumerate(parts):
+        if part is not None and isinstance(part.rate, Tensor):
+            rates[at : at + 1].copy_(part.rate.reshape(1), non_blocking=True)
+    return rates
 
 
 def _layer_maxes(parts: Sequence[LayerPart | None], rates: Tensor, device: torch.device) -> Tensor:
@@ -298,14 +309,16 @@ def _decode(code: float) -> tuple[float | None, int | None]:
     return (None, None) if code < 0 else (code // _FINE / _FINE, round(_FINE - 1 - code % _FINE))
 
 
-def _layers_alone(sums: Vector, layout: Layout) -> list[LayerRow]:
+def _layers_alone(sums: Vector, maxes: Vector, layout: Layout) -> list[LayerRow]:
     """The rows of layers in the layout of one process."""
     numbers = sums[layout.places.layer_sums].reshape(len(layout.layers), len(WEIGHT)).tolist()
+    rates = maxes[layout.places.layer_maxes].tolist()
     found = []
-    for (name, entry), row in zip(layout.layers.items(), numbers, strict=True):
+    for (name, entry), row, travelled in zip(layout.layers.items(), numbers, rates, strict=True):
         place = layout.places.inputs.get(name)
         summed = _UNKNOWN if place is None else _summary(sums[place].reshape(len(FEATURES), -1))
-        found.append(LayerRow(entry.facts, [*row, *summed], entry.n, entry.numel, entry.rate))
+        rate = travelled if entry.rate is None and math.isfinite(travelled) else entry.rate
+        found.append(LayerRow(entry.facts, [*row, *summed], entry.n, entry.numel, rate))
     return found
 
 
@@ -329,10 +342,9 @@ def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | Non
     """The row of a layer. The sums of its weight, which were scaled up to all elements, are scaled back to those that were read."""
     n, numel = values["n"], values["numel"]
     per = n / numel
-    change = values["change_sq"] * per if values["change_n"] else math.nan
-    grad = values["grad_sq"] * per if values["grad_n"] else math.nan
+    change, grad, learned = (values[f"{name}_sq"] * per if values[f"{name}_n"] else math.nan for name in ("change", "grad", "learned"))
     summed = _summary(inputs) if inputs is not None and inputs[-1].any() else _UNKNOWN
-    numbers = [values["weight_sq"] * per, change, grad, uneven if math.isfinite(uneven) else math.nan, *summed]
+    numbers = [values["weight_sq"] * per, change, grad, learned, *summed]
     return LayerRow(entry.facts, numbers, round(n), round(numel), rate if math.isfinite(rate) else None)
 
 
