@@ -138,7 +138,7 @@ def test_a_layer_without_gradient_is_frozen_whatever_decays(make: Callable[..., 
         def forward(self, x: Tensor) -> Tensor:
             for at, (layer, act) in enumerate(zip(self.layers, self.act, strict=True)):
                 x = act(layer(x))
-                x = Thin.apply(x) if at == 0 else x
+                x = Thin.apply(x) if at == 0 else x  # type: ignore[no-untyped-call]
             out: Tensor = self.last(x)
             return out
 

@@ -200,7 +200,8 @@ def test_stuck_units_of_a_real_block() -> None:
     assert values == [[3, 2, 0, 0, 100], [3, 3, 1, 0, 200], [3, 3, 1, 0, 300]]
     host = make_row(nn.Tanh(), torch.zeros(2))
     record, memory = to_record(SiteRow(FACTS, host.tolist(), values[2]), 1.0, None)
-    assert (record.stuck, record.stuck_n) == (pytest.approx(1 / 3), 300)
+    assert record.stuck == pytest.approx(1 / 3)
+    assert record.stuck_n == 300
     # Of the first samples alone nothing is known, and what was known before stands.
     assert to_record(SiteRow(FACTS, host.tolist(), values[0]), 1.0, None)[0].stuck is None
     assert to_record(SiteRow(FACTS, host.tolist(), values[0]), 1.0, memory)[0].stuck_n == 300

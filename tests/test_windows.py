@@ -29,7 +29,7 @@ def stuck(*phases: tuple[int, Sequence[float]], samples: int = 64) -> list[tuple
     for observations, probabilities in phases:
         for _ in range(observations):
             saturated = draw.binomial(samples, np.array(probabilities))
-            units = windows.add("act", block([samples] * len(probabilities), saturated))
+            units = windows.add("act", block([samples] * len(probabilities), saturated.tolist()))
             record, _ = to_record(row(n=1.0, units=units), 1.0, None)
             found.append((record.stuck, record.stuck_n))
     return found

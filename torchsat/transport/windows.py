@@ -91,7 +91,8 @@ def _joined(state: State, block: Block) -> State:
 
 def _at_most(counts: NDArray[np.float64], most: float) -> NDArray[np.float64]:
     """[2, units] scaled so that no unit has more samples than this, at the same share of active ones."""
-    return counts * np.minimum(1.0, most / np.maximum(counts[0], 1.0))
+    scaled: NDArray[np.float64] = counts * np.minimum(1.0, most / np.maximum(counts[0], 1.0))
+    return scaled
 
 
 def _is_closed(counts: NDArray[np.float64]) -> NDArray[np.bool_]:
