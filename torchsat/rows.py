@@ -147,6 +147,7 @@ def to_weight(row: LayerRow) -> Weight:
         input_rms=_root(known["input_sq"]),
         input_centred_share=None if offset is None else max(0.0, 1 - offset),
         input_n=round(known["input_n"] or 0),
+        unevenness=None if known["unevenness"] is None else _finite(known["unevenness"]),
         learned_ratio=_root(_ratio(known["learned_sq"], known["weight_sq"])),
     )
 

@@ -126,6 +126,21 @@ def _runs(shape: tuple[int, ...], limit: int | None, turn: int) -> tuple[int, in
     return start, step, -(-(whole - start) // step)
 
 
+def unevenness(x: Tensor) -> Tensor:
+    """By how many standard errors |x| differs more from run to run than within the runs of a vector; NaN where that cannot be told.
+
+    This is Fisher's analysis of variance: N runs of k elements have the ratio F = k var(means) / mean(variances), which for independent elements is 1
+    with a standard error of about sqrt(2 / N). What an initialiser draws is independent, whatever its distribution and its scale. Training makes some
+    units and inputs larger than others.
+    """
+    runs = len(x) // _RUN
+    if runs < _ENOUGH:
+        return torch.full((), math.nan, dtype=accumulator(x.device), device=x.device)
+    table = x[: runs * _RUN].to(accumulator(x.device)).abs().reshape(runs, _RUN)
+    variance, mean = torch.var_mean(table, 1)
+    return (_RUN * mean.var() / variance.mean() - 1) * math.sqrt(runs / 2)
+
+
 def _inf_for_nan_(sums: Tensor) -> None:
     """Replace NaN by inf, in place: NaN stands for what was not measured, and the norm of what holds inf or nan is no finite number either way."""
     torch.nan_to_num_(sums, nan=math.inf, posinf=math.inf, neginf=math.inf)
@@ -190,6 +205,8 @@ class Layer:
         numbers = self._on(weight)
         put_squares(first, second, numbers, WEIGHT.index("weight_sq"))
         _inf_for_nan_(numbers[: 1 if second is None else 2])
+        if self.turn < _EARLY:
+            numbers[WEIGHT.index("unevenness")] = unevenness(first)
         if second is not None:
             put_learned(first, second, self.decay, dict(zip(WEIGHT, numbers.split(1), strict=True)))
 

@@ -268,9 +268,9 @@ def _weights(parts: Sequence[LayerPart | None], device: torch.device) -> Tensor:
 def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, device: torch.device) -> Tensor:
     """[layers, LAYER_SUMS]. The sums over a sample are scaled up to this rank's part of the weight."""
     scale = numel / n.clamp(min=1)
-    weight, *others = _weights(parts, device).unbind(1)
+    weight, change, grad, _, learned = _weights(parts, device).unbind(1)
     columns = [weight * scale]
-    for each in others:
+    for each in (change, grad, learned):
         known = ~torch.isnan(each)
         columns += [torch.where(known, each * scale, torch.zeros_like(n)), torch.where(known, numel, torch.zeros_like(n))]
     return torch.stack([*columns, n, numel], 1)
@@ -344,7 +344,7 @@ def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | Non
     per = n / numel
     change, grad, learned = (values[f"{name}_sq"] * per if values[f"{name}_n"] else math.nan for name in ("change", "grad", "learned"))
     summed = _summary(inputs) if inputs is not None and inputs[-1].any() else _UNKNOWN
-    numbers = [values["weight_sq"] * per, change, grad, learned, *summed]
+    numbers = [values["weight_sq"] * per, change, grad, uneven if math.isfinite(uneven) else math.nan, learned, *summed]
     return LayerRow(entry.facts, numbers, round(n), round(numel), rate if math.isfinite(rate) else None)
 
 

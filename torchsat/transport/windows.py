@@ -80,6 +80,7 @@ def _joined(state: State, block: Block) -> State:
     weights, saturated, samples = block
     # Which share of a unit is saturated is weighed by what each call has, and how sure that is depends on how many samples were read.
     active = samples * (1 - saturated / np.where(weights > 0, weights, 1.0))
+    active = np.where((weights > 0) & (active > 1e-6), active, 0.0)  # What is less is rounding.
     before, run = (_at_most(part, UNIT_SAMPLES) for part in (state[:2], state[2:]))
     now = np.stack([samples, active])
     goes_on, begins = _is_closed(run + now) & ~_is_open(now), _is_closed(now)
