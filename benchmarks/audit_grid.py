@@ -228,7 +228,7 @@ def _weights(run: Run, weights: dict[str, Weight], rate: float | None = RATE) ->
         )
         figures |= {"name": Figure(name), "feeds": Figure(known.feeds), "data": Figure(known.data)}
         if path not in run.grads or run.grads[path] is None:
-            figures["update_ratio"] = Figure(None)
+            figures |= {"update_ratio": Figure(None), "learned_ratio": Figure(None)}
         yield name, found.get(name), figures
 
 

@@ -292,7 +292,8 @@ def weight(
         "unevenness": _unevenness(w),
     }
     if grad is not None:
-        figures["update_ratio"] = _close(float(change.norm()) / norm, float(change.norm()) / norm)
+        # The optimizers here have no weight decay, so that all of the step is learned.
+        figures |= dict.fromkeys(("update_ratio", "learned_ratio"), _close(float(change.norm()) / norm, float(change.norm()) / norm))
     if features is not None:
         square, samples = float(features.square().mean()), features.shape[1]
         # The mean over pairs of distinct samples: the square of a sample mean would hold a part of the variance.
