@@ -196,7 +196,8 @@ class VoiceEncoder(nn.Module):
     def forward(self, mels: Tensor) -> Tensor:
         _, (hidden, _) = self.lstm(mels)
         embedding = self.relu(self.linear(hidden[-1]))
-        return embedding / embedding.norm(dim=1, keepdim=True)
+        scaled: Tensor = embedding / embedding.norm(dim=1, keepdim=True)
+        return scaled
 
 
 def _mels(sounds: Tensor) -> Tensor:
@@ -285,7 +286,8 @@ def pesto(folder: Path) -> Task:
     def loss(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
         _, confidence, _, found = model(given[0], RATE)
         wanted = torch.exp(-((torch.arange(384) / 3 - given[1][:, None, None]) * 3).square() / 2)
-        return F.binary_cross_entropy(confidence, torch.ones_like(confidence)) - (wanted * (found + 1e-8).log()).sum(-1).mean() / 10
+        pitch: Tensor = -(wanted * (found + 1e-8).log()).sum(-1).mean()
+        return F.binary_cross_entropy(confidence, torch.ones_like(confidence)) + pitch / 10
 
     model.train()
     return Task(
@@ -318,8 +320,8 @@ def fcpe(folder: Path) -> Task:
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
-        pitches = 80 * 2 ** (3 * torch.rand(4, generator=generator))
-        return mels(torch.stack([tone(float(pitch), 0.35, 8) for pitch in pitches])), pitches
+        pitches = 80 * 2 ** (3 * torch.rand(2, generator=generator))
+        return mels(torch.stack([tone(float(pitch), 0.25, 8) for pitch in pitches])), pitches
 
     model.train()
     return Task(
