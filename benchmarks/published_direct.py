@@ -127,6 +127,9 @@ class _Listener(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        if function is Tensor.float:
+            # The code of a network asks for float32 where it has made numbers of integers.
+            return args[0].double()
         name = FUNCTIONS.get(function)
         if name == "expit":
             name = "sigmoid"
@@ -167,8 +170,18 @@ def direct(model: nn.Module, run: Callable[[nn.Module], Any]) -> tuple[dict[str,
 
 
 def doubled(batch: Any) -> Any:
-    """A batch with its floating-point tensors in float64."""
-    return tree_map(lambda leaf: leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, batch)
+    """A batch with its floating-point tensors in float64, also those that are attributes of its objects."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().double() if value.is_floating_point() else value
+        if not hasattr(value, "__dict__"):
+            return value
+        other = copy.copy(value)
+        vars(other).update({name: leaf(each) for name, each in vars(value).items() if isinstance(each, Tensor)})
+        return other
+
+    return tree_map(leaf, batch)
 
 
 def _before(listener: _Listener, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

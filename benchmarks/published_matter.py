@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,7 +177,8 @@ def salt(name: str, strain: float, generator: torch.Generator | None = None) -> 
 
 def chgnet(folder: Path) -> Task:
     kept = torch.load(folder / "pretrained" / "0.3.0" / "chgnet_0.3.0_e29f68s314m37.pth.tar", weights_only=False, map_location="cpu")["model"]
-    with shell(folder, "pymatgen", "pymatgen.core", "chgnet.model", "chgnet.utils") as load:
+    # The package says on standard output what it builds.
+    with redirect_stdout(StringIO()), shell(folder, "pymatgen", "pymatgen.core", "chgnet.model", "chgnet.utils") as load:
         model = load(f"{folder.name}.model.model").CHGNet(**{**kept["model_args"], "graph_converter_algorithm": "legacy"})
     model.load_state_dict(kept["state_dict"])
     model.eval()
