@@ -178,3 +178,52 @@ def test_flex_attention_is_found_however_it_is_written() -> None:
 
     assert uses_flex_attention(Dotted())
     assert uses_flex_attention(Aliased())
+
+
+class Attending(nn.Module):
+    """Attention as a fused call, as nn.MultiheadAttention, or as a softmax of logits that the model computes itself."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+        self.attention = nn.MultiheadAttention(16, 4, bias=False, batch_first=True)
+        with torch.no_grad():
+            self.attention.in_proj_weight[:16] = self.q.weight
+            self.attention.in_proj_weight[16:32] = self.k.weight
+
+    def heads(self, x: Tensor, layer: nn.Module) -> Tensor:
+        out: Tensor = layer(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "module":
+            out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return out
+        q, k = self.heads(x, self.q), self.heads(x, self.k)
+        if self.kind == "fused":
+            return F.scaled_dot_product_attention(q, k, k, is_causal=True)
+        return torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ k
+
+
+@pytest.mark.parametrize("kind", ["fused", "module", "softmax"])
+def test_one_outlier_token_is_seen_in_the_largest_logits(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Attending(kind)
+    x = torch.randn(4, 96, 16)
+    x[2, 71] *= 40
+    (record,) = (each for each in one_step(model, lambda _: model(x), sample=2000).records if each.kind == "softmax")
+    with torch.no_grad():
+        z = model.heads(x, model.q) @ model.heads(x, model.k).transpose(-1, -2) / 2
+        visible = torch.ones(96, 96, dtype=torch.bool).tril() if kind == "fused" else torch.ones(96, 96, dtype=torch.bool)
+        # The first row of a causal attention sees one key, and does not count.
+        visible = visible & (visible.sum(-1, keepdim=True) > 1)
+    assert record.n < 4 * 4 * 96 * 96 / 10
+    assert [known(head.logit_max) for head in known(record.heads)] == pytest.approx(
+        z.masked_fill(~visible, -math.inf).amax((0, 2, 3)).tolist(), rel=1e-5
+    )
+    assert record.z_max == pytest.approx(z[..., visible].max().item(), rel=1e-5)
+    assert record.z_min == pytest.approx(z[..., visible].min().item(), rel=1e-5)
+    assert (record.nonfinite, record.inspected) == (0, 4 * 4 * 96 * 96)
+    if kind == "softmax":
+        assert record.a_max == pytest.approx(torch.softmax(z, -1).max().item(), rel=1e-5)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from tests.test_activations import row as row_of
+from torchsat import statistics
 from torchsat.activations import Activation, bind
 from torchsat.columns import COLUMN
 from torchsat.kernels import cpu
 from torchsat.kernels.formulas import formula
 from torchsat.sampling import Sample, Units
-from torchsat.statistics import known_slope, observe, observe_features, observe_gradient, observe_softmax, put_squares
+from torchsat.statistics import extremes, known_slope, observe, observe_features, observe_gradient, observe_softmax, put_squares
 
 compiled = pytest.mark.skipif(not cpu.reads(), reason="no C compiler")
 COLUMNS = tuple(COLUMN)
@@ -206,3 +207,38 @@ def test_the_library_is_built_once_and_where_it_may_be(fresh: Callable[..., bool
     built.unlink()
     built.write_bytes(b"not a library")
     assert fresh()
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "dense": lambda t: t,
+    "transposed": lambda t: t.transpose(0, 1),
+    "half": lambda t: t.chunk(2, -1)[1],
+    "columns": lambda t: t[:, :, ::2],
+    "broadcast": lambda t: t[:1].expand(5, *t.shape[1:]),
+    "vector": lambda t: t.flatten()[3:],
+    "one": lambda t: t[0, 1, 2],
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("engine", ["kernels", "plain"])
+def test_extremes_are_those_of_all_elements(monkeypatch: pytest.MonkeyPatch, engine: str, dtype: torch.dtype, name: str) -> None:
+    if engine == "plain":
+        plain(monkeypatch)
+        monkeypatch.setattr(statistics, "_PART", 300)
+    else:
+        monkeypatch.setattr(cpu, "_PART", 500)
+    z = LAYOUTS[name](hostile((6, 30, 14), dtype))
+    for a in (LAYOUTS[name](hostile((6, 30, 14), dtype).flip(0)), hostile((z.numel() + 1,), dtype)[1:].reshape(z.shape)):
+        good = z.isfinite() & a.isfinite()
+        if z.stride() != a.stride():
+            # Elements of tensors in another order are not looked at together.
+            expected = [max((~z.isfinite()).sum().item(), (~a.isfinite()).sum().item())]
+            kept = z[z.isfinite()], a[a.isfinite()]
+        else:
+            expected, kept = [(~good).sum().item()], (z[good], a[good])
+        expected += [top for each in kept for top in (each.max().item(), -each.min().item())]
+        assert extremes(z, a).tolist() == expected
+        assert extremes(z, None).tolist()[3:] == extremes(None, a).tolist()[1:3] == [-math.inf] * 2
+        assert extremes(z, None).tolist()[1] == z[z.isfinite()].max()

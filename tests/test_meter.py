@@ -1,6 +1,7 @@
 """The values that are measured of pre-activations, activations and their gradients, for every shape, memory layout and precision."""
 
 import copy
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import torchsat
 from tests.models import Block
 from tests.test_activations import MODULES
 from tests.truth import check, known, one_step, truth
+from torchsat.kernels import cpu
 
 FUNCTIONS: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
     (nn.Tanh(), torch.tanh),
@@ -214,3 +216,57 @@ def test_one_activation_that_is_called_on_a_large_and_a_small_tensor_weighs_each
     assert record.elements == large.numel() + small.numel()
     assert record.n == record.grad_n <= 2 * 65536
     assert record.z_mean == pytest.approx(1 - 2 * true, rel=1e-9)
+
+
+class Scaled(nn.Module):
+    """An activation of a parameter times the input."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act, self.scale = act, nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: Tensor = self.act(x * self.scale)
+        return out
+
+
+class Half(nn.Module):
+    """SiLU of half of the input: a tensor that is not dense."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(x.chunk(2, -1)[1])
+
+
+ACTS: list[tuple[nn.Module, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = [
+    (nn.Tanh(), lambda x: x, torch.tanh),
+    (nn.ReLU(inplace=True), lambda x: x, torch.relu),
+    (nn.PReLU(init=0.5), lambda x: x, lambda z: F.leaky_relu(z, 0.5)),
+    (Half(), lambda x: x.chunk(2, -1)[1], F.silu),
+    (nn.GLU(), lambda x: x.chunk(2, -1)[1], torch.sigmoid),
+]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("act", "taken", "function"), ACTS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("plain", [False, True])
+def test_one_outlier_that_no_sample_meets_is_an_extreme(
+    plain: bool,
+    act: nn.Module,
+    taken: Callable[[Tensor], Tensor],
+    function: Callable[[Tensor], Tensor],
+    transposed: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if plain:
+        monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
+    x = torch.linspace(-1, 1, 40 * 50).reshape(40, 50)
+    x[7, 41], x[30, 33], x[12, 30], x[1, 49], x[39, 26] = 300.0, -200.0, 77.0, math.nan, -math.inf
+    x = x.t().contiguous().t() if transposed else x
+    (record,) = one_step(Scaled(copy.deepcopy(act)), x=x, sample=30).records
+    z = taken(x)
+    a = function(z)
+    good = z.isfinite() & a.isfinite()
+    assert record.n <= 30 < record.elements == record.inspected == z.numel()
+    assert record.nonfinite == (~good).sum() == 2
+    found = (record.z_max, record.z_min, record.a_max, record.a_min)
+    assert found == pytest.approx([each.item() for each in (z[good].max(), z[good].min(), a[good].max(), a[good].min())], rel=1e-6)

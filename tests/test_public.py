@@ -47,7 +47,7 @@ ARROWS = {
     "numeric": set(),
     "activations": {"attributes", "internals", "numeric", "record", "tensors"},
     "recognise": {"activations"},
-    "sampling": set(),
+    "sampling": {"kernels.cpu"},
     "kernels": {"kernels.cpu", "kernels.cuda"},
     "kernels.formulas": {"activations", "record"},
     "kernels.cpu": {"columns", "kernels.formulas"},

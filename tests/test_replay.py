@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
 
-from torchsat.attention import Logits, Queries, SoftmaxRows, attention_logits
+from torchsat import replay
+from torchsat.attention import Attention, Logits, Queries, SoftmaxRows, attention_logits
+from torchsat.columns import COLUMN
 from torchsat.replay import Gate, NotRebuiltError, cell_gates, rnn_gates
-from torchsat.statistics import observe_softmax
+from torchsat.sampling import seed_of
+from torchsat.statistics import EXACT, observe_softmax
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 
@@ -84,7 +87,10 @@ def test_the_gates_imply_the_modules_own_output(kind: type[nn.RNNBase], options:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("packs", [False, True])
-def test_some_sequences_have_the_gates_that_they_have_among_all(kind: Callable[..., nn.RNNBase], packs: bool) -> None:
+def test_some_sequences_have_the_gates_that_they_have_among_all(
+    kind: Callable[..., nn.RNNBase], packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "_ENOUGH_SEQUENCES", 6)
     module = kind(5, 7, num_layers=2, bidirectional=True).double()
     steps, batch = 6, 30
     x = torch.randn(steps, batch, 5, dtype=torch.float64)
@@ -95,8 +101,8 @@ def test_some_sequences_have_the_gates_that_they_have_among_all(kind: Callable[.
     state = (states[0], states[1]) if kind is nn.LSTM else states[0]
     output, _ = module(given, state)
     whole, chosen = list(rnn_gates(module, given, state)), set[tuple[str, str, int]]()
-    for turn in range(11):
-        some = list(rnn_gates(module, given, state, None, output, 7 * steps * 3, turn))
+    for seed in range(60):
+        some = list(rnn_gates(module, given, state, None, output, 7 * steps * 3, seed))
         for every, few in zip(whole, some, strict=True):
             assert (
                 (few.layer, few.name, few.elements) == (every.layer, every.name, 7 * int(lengths.sum())) == (every.layer, every.name, every.elements)
@@ -346,24 +352,53 @@ def test_a_long_context_is_read_in_part() -> None:
     assert tuple(logits.z.shape) == (1, 4, 8, 65536)
     assert logits.elements == 4 * 65536**2
     positions = logits.visible.sum(-1).flatten() - 1
-    assert positions.diff().unique().tolist() == [8193]
+    # One position in each eighth of the context.
+    assert (positions // 8192).tolist() == list(range(8))
     expected = (q[0, :, positions[2]].double() * 2**-0.5 * k[0, :, 5].double().repeat_interleave(2, 0)).sum(-1)
     assert torch.allclose(logits.z[0, :, 2, 5].double(), expected)
 
 
 def test_rows_are_spread_over_samples_and_positions_and_move() -> None:
     met = set()
-    for turn in range(200):
-        rows = Queries.of((64, 2, 64, 64), 1024, turn)
-        batch, positions = range(64)[rows.batch], range(64)[rows.positions]
-        assert 4 <= len(batch) * len(positions) <= 16
-        # A causal row at the start sees one key only, so every observation reads early and late rows.
-        assert len(positions) >= 7
-        assert positions[-1] - positions[0] >= 48
-        met |= {(sample, position) for sample in batch for position in positions}
+    for seed in range(400):
+        rows = Queries.of((64, 2, 64, 64), 4096, seed, torch.device("cpu"))
+        assert isinstance(rows.batch, Tensor)
+        assert isinstance(rows.positions, Tensor)
+        assert rows.positions.shape == (4, 8)
+        # A causal row at the start sees one key only, so every observation reads early and late rows; and of each sample others.
+        assert (rows.positions // 8 == torch.arange(8)).all()
+        assert len({tuple(each) for each in rows.positions.tolist()}) == 4
+        assert (rows.batch // 16 == torch.arange(4)).all()
+        met |= {(sample, position) for sample, each in zip(rows.batch.tolist(), rows.positions.tolist(), strict=True) for position in each}
     assert {sample for sample, _ in met} == {position for _, position in met} == set(range(64))
-    full = Queries.of((3, 2, 5, 7), None, 9)
-    assert (len(range(3)[full.batch]), len(range(5)[full.positions])) == (3, 5)
+    # 12800 of 4096 pairs of a sample and a position, drawn independently.
+    assert len(met) == pytest.approx(4096 * (1 - math.exp(-12800 / 4096)), rel=0.02)
+    full = Queries.of((3, 2, 5, 7), None, 9, torch.device("cpu"))
+    assert (full.batch, full.positions) == (slice(0, 3), slice(0, 5))
+
+
+@pytest.mark.parametrize("period", [2, 4])
+def test_query_rows_of_any_pattern_over_samples_and_positions_are_met_evenly(period: int) -> None:
+    """Whether a row is marked depends on sample and position at once: rows at the same positions of all samples would see one side only."""
+    batch, queries = torch.arange(64).view(-1, 1), torch.arange(64)
+    marks = {
+        "sum": (batch + queries) % period,
+        "blocks": (batch // period + queries // period) % 2,
+        "product": (batch * queries + batch) % period,
+        "positions": queries.expand(64, 64) % period,
+        "samples": batch.expand(64, 64) % period,
+    }
+    for name, each in marks.items():
+        marked = (each == 1).double()
+        errors = []
+        for turn in range(30):
+            rows = Queries.of((64, 4, 64, 64), 65536, seed_of(turn, 0), torch.device("cpu"))
+            errors.append(rows.pick(marked.view(64, 1, 64, 1)).mean().item() - marked.mean().item())
+        n = 65536 // (4 * 64)
+        # Rows of one sample depend on each other: of a pattern over samples alone there are 16 independent ones.
+        deviation = 0.5 / math.sqrt(16 if name in ("samples", "product") else n)
+        assert abs(sum(errors) / 30) <= 4 * deviation / math.sqrt(30), name
+        assert max(map(abs, errors)) <= 4 * deviation, name
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((2, 3, 4, 5), 3), ((2, 3, 4, 5), 1), ((4, 5), 1), ((5,), 0), ((2, 4, 5), 2)])
@@ -375,12 +410,85 @@ def test_a_softmax_over_any_axis(shape: tuple[int, ...], axis: int) -> None:
     agree(logits, expected, torch.ones_like(expected, dtype=torch.bool))
 
 
-def test_keys_that_a_sum_hides_do_not_count() -> None:
+HIDDEN = torch.rand(4, 5, generator=torch.Generator().manual_seed(2)) > 0.6
+FILLS = (-math.inf, torch.finfo(torch.float32).min, torch.finfo(torch.float16).min, torch.finfo(torch.float16).min / 2, -1e9, -1e4)
+
+
+@pytest.mark.parametrize("value", FILLS)
+def test_keys_that_a_sum_hides_do_not_count(value: float) -> None:
     z = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    hidden = torch.rand(4, 5, generator=torch.Generator().manual_seed(2)) > 0.6
-    for value in (-math.inf, torch.finfo(torch.float32).min, -1e9, -1e4, -65504.0):
-        masked = z + torch.zeros(4, 5, dtype=torch.float64).masked_fill(hidden, value)
-        agree(SoftmaxRows.of(z, 3, None, 0).logits(masked), z, ~hidden)
+    masked = z + torch.zeros(4, 5, dtype=torch.float64).masked_fill(HIDDEN, value)
+    agree(SoftmaxRows.of(z, 3, None, 0).logits(masked), z, ~HIDDEN)
+
+
+@pytest.mark.parametrize("value", [*FILLS, -100.0])
+def test_keys_that_float_masks_hide_do_not_count(value: float) -> None:
+    """One mask, two that are added, and one that is added twice and clamped."""
+    q, k, v = (torch.randn(2, 3, size, 8, dtype=torch.float64) for size in (4, 5, 5))
+    one = torch.zeros(4, 5, dtype=torch.float64).masked_fill(HIDDEN, value)
+    padding = torch.zeros(1, 5, dtype=torch.float64).masked_fill(torch.arange(5) == 4, value)
+    for mask, hidden in ((one, HIDDEN), (one + padding, HIDDEN | (torch.arange(5) == 4)), ((one + one).clamp(min=value), HIDDEN)):
+        logits = attention_logits(F.scaled_dot_product_attention, (q, k, v, mask), {}, None, 0)
+        assert torch.equal(logits.visible.expand(1, 1, 4, 5)[0, 0], ~hidden)
+
+
+@pytest.mark.parametrize("keys", [2048, 40_000])
+@pytest.mark.parametrize("fill", [-math.inf, -1e4, torch.finfo(torch.float32).min])
+def test_a_bias_that_falls_with_the_distance_is_no_mask(keys: int, fill: float) -> None:
+    """ALiBi (Press et al. 2022): -slope * distance, with slopes of 2^-1 and less, beside a causal mask."""
+    query = torch.tensor([keys - 1, keys // 2, 70])
+    distance = query.unsqueeze(1) - torch.arange(keys)
+    slopes = torch.tensor([0.5, 0.25, 2.0**-8]).view(3, 1, 1)
+    # A fill that is not lower than the bias itself cannot be told from it.
+    if fill == -1e4 and keys > 10_000:
+        return
+    bias = (-slopes * distance).masked_fill(distance < 0, 0) + torch.zeros(3, keys).masked_fill(distance < 0, fill)
+    q, k = torch.randn(1, 3, 3, 4), torch.randn(1, 3, keys, 4)
+    expected = (distance >= 0).expand(1, 3, 3, keys)
+    logits = attention_logits(F.scaled_dot_product_attention, (q, k, k, bias), {}, None, 0)
+    assert torch.equal(logits.visible.expand(1, 3, 3, keys), expected)
+    assert torch.equal(SoftmaxRows.of(logits.z, 3, None, 0).logits(logits.z).visible, expected)
+
+
+def test_a_row_that_sees_nothing_is_counted_where_torch_makes_nan_of_it() -> None:
+    z = torch.randn(2, 3, 4, 5).index_fill(2, torch.tensor([1]), -math.inf)
+    z[0, 0, 3, 2] = math.nan
+    rows = SoftmaxRows.of(z, 3, None, 0)
+    row, heads = observe_softmax(*vars(rows.logits(z)).values(), rows.extremes(z, torch.softmax(z, -1)))
+    assert row[COLUMN["nonfinite"]] == torch.softmax(z, -1).isnan().sum() == 2 * 3 * 5 + 5
+    assert heads[0].tolist() == [5, 6, 6]
+    mask = torch.ones(4, 5, dtype=torch.bool).index_fill(0, torch.tensor([1]), False)
+    q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8)
+    attention = Attention.of(F.scaled_dot_product_attention, (q, k, k, mask), {})
+    output = F.scaled_dot_product_attention(q, k, k, mask)
+    for broken in (False, True):
+        output[:, :, 1] = math.nan if broken else 0.0
+        assert attention.extremes(output)[0][0] == (2 * 3 * 5 if broken else 0)
+
+
+@pytest.mark.parametrize("piece", [2**20, 300, 7])
+def test_the_largest_logit_of_a_head_is_found_among_all_rows(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchsat.attention._PIECE", piece)
+    q, k = torch.randn(3, 4, 40, 8), torch.randn(3, 2, 50, 8)
+    q[1, :, 23] *= torch.tensor([30.0, 20.0, 10.0, 5.0]).view(4, 1)
+    k[2, 1, 49] = math.nan
+    masks: list[Tensor | None] = [None, torch.rand(3, 1, 40, 50) > 0.3, torch.zeros(40, 50).masked_fill(torch.rand(40, 50) > 0.5, -1e9)]
+    for mask in masks:
+        attention = Attention.of(F.scaled_dot_product_attention, (q, k, k, mask), {"enable_gqa": True})
+        assert isinstance(attention.logits(100, 0).elements, int)
+        whole = attention.logits(None, 0)
+        row, heads = observe_softmax(*vars(whole).values())
+        found, tops = attention.extremes(F.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True))
+        assert torch.allclose(tops, heads[-1], rtol=1e-6)
+        expected = [row[COLUMN[name]].item() for name in EXACT[:3]]
+        assert found[:3].tolist() == pytest.approx(expected, rel=1e-6)
+        # The softmax of the same logits, as a call of its own.
+        z = whole.z.masked_fill(~whole.visible, -math.inf)
+        a = torch.softmax(z, -1)
+        rows = SoftmaxRows.of(z, 3, 64, 0)
+        of_softmax, tops = rows.extremes(z, a)
+        assert torch.allclose(tops, heads[-1], rtol=1e-6)
+        assert of_softmax.tolist() == pytest.approx([a.isnan().sum().item(), *(row[COLUMN[name]].item() for name in EXACT[1:])], rel=1e-6)
 
 
 def test_one_hot_even_and_broken_rows() -> None:

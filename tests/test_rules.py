@@ -201,7 +201,7 @@ def test_rows_of_one_rule_judge_one_kind() -> None:
 def test_one_nonfinite_element_is_critical_at_once() -> None:
     (alert,) = fired([record(nonfinite=1)])
     assert (alert.rule, alert.severity) == ("nonfinite", "critical")
-    assert alert.message == "act (tanh): 1 of 1001 measured elements are inf or nan"
+    assert alert.message == "act (tanh): 1 of 1000 elements are inf or nan"
     assert "gradient elements" in fired([record(grad_nonfinite=3)])[0].message
 
 

@@ -18,7 +18,7 @@ from torchsat.columns import BINS, COLUMN, UNWEIGHED
 from torchsat.kernels import cpu
 from torchsat.record import HISTOGRAM_EDGES, Record
 from torchsat.rows import SiteRow, to_record
-from torchsat.sampling import Sample, Units
+from torchsat.sampling import Sample, Units, places, seed_of
 from torchsat.statistics import empty_row, merge_, observe, observe_gradient, upcast
 from torchsat.transport.windows import UnitWindows
 
@@ -217,8 +217,8 @@ def test_a_sample_visits_all_units_evenly(shape: tuple[int, ...], limit: int | N
         assert taken.numel() == z.numel() if limit is None else 0 < taken.numel() <= max(limit, 1)
         axis = 1
         counts = torch.bincount(Units(sample, axis).index(z.device), minlength=shape[axis])
-        # At least as even as independent draws, whose counts have a variance equal to their mean.
-        assert counts.double().var(correction=0) <= counts.double().mean()
+        # As even as independent draws, whose counts have a variance equal to their mean, or more so.
+        assert counts.double().var(correction=0) <= counts.double().mean() * (1 + 4 * math.sqrt(2 / shape[axis]))
 
 
 def test_the_unit_of_each_element_taken_is_right_in_any_memory_order() -> None:
@@ -240,15 +240,100 @@ def test_the_same_elements_are_taken_from_tensors_of_another_layout() -> None:
     assert sample.spread(torch.tensor([2.0])).shape == ()
 
 
-def test_the_error_of_sampling_is_that_of_a_random_sample() -> None:
-    """On units that differ (shares drawn from Beta(.3, .3)) the error is within twice the binomial one; that of a stride that divides the width is
-    not."""
-    generator = torch.Generator().manual_seed(3)
-    share = torch.tensor(stats.beta(0.3, 0.3).rvs(1024, random_state=5))
-    z = (torch.rand(256, 1024, generator=generator) < share).float()
-    errors = [Sample.of(z, 16384, turn).take(z).mean().item() - z.mean().item() for turn in range(20)]
-    assert math.sqrt(sum(error**2 for error in errors) / 20) < 2 * 0.0039
-    assert abs(z[:, ::16].mean() - z.mean()) > 2 * 0.0039
+def patterns(b: torch.Tensor, c: torch.Tensor, h: torch.Tensor, w: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
+    """What defeats one lattice or another: stripes, checkerboards and blocks of every period, parities of axes, ramps; values in [0, 1]."""
+    found = {
+        "three ways": (w // 64 + c + b) % 2,
+        "parity": (b ^ c ^ h ^ w) % 2,
+        "all bits": sum(((b ^ c ^ h ^ w) >> bit) & 1 for bit in range(10)) % 2,
+        "product": (b * c + h * w) % 3 == 0,
+        "quadratic": (w * w + c) % 7 < 3,
+        "channels": c % 8 == 0,
+        "one channel in 37": c % 37 == 5,
+        "samples": b % 2,
+        "ramp": w / max(1, width - 1),
+        "steep ramp": (w / max(1, width - 1)) ** 8,
+        "waves": 0.5 + 0.5 * torch.sin(0.7 * w + 2.1 * c + 1.3 * h),
+    }
+    for period in (1, 2, 4, 8, 32):
+        found |= {
+            f"stripes of {period}": (w // period) % 2,
+            f"board of {period}": (w // period + h // period) % 2,
+            f"blocks of {period}": (w // period + h // period + c // period + b) % 2,
+            f"channels of {period}": (c // period + w) % 2,
+        }
+    return {name: each.double() for name, each in found.items()}
+
+
+SHAPES = [(4, 64, 16, 16), (64, 1, 1, 1024), (2, 128, 256, 1), (8, 16, 32, 16), (5, 33, 23, 19), (3, 101, 1, 331), (1, 1, 1, 50_021)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_of_any_pattern_the_error_is_that_of_independent_draws_or_less(shape: tuple[int, ...]) -> None:
+    axes = torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij")
+    true = {name: each.mean().item() for name, each in patterns(*axes, shape[-1]).items()}
+    n, turns = 4096, 6
+    errors: dict[str, list[float]] = {name: [] for name in true}
+    for turn in range(turns):
+        sample = Sample.of(torch.empty(()).expand(shape).to("meta").contiguous(), n, seed_of(turn, 0))
+        places = sample.places(torch.device("cpu")).long()
+        assert len(places) == sample.n == n
+        assert (places.diff() >= 0).all()
+        for name, each in patterns(*torch.unravel_index(places, shape), shape[-1]).items():
+            errors[name].append(each.mean().item() - true[name])
+    for name, each in errors.items():
+        # A value in [0, 1] with this mean has at most this standard deviation.
+        deviation = math.sqrt(max(true[name] * (1 - true[name]), 1e-9) / n)
+        assert max(map(abs, each)) <= 4 * deviation, name
+        assert abs(sum(each)) / turns <= 4 * deviation / math.sqrt(turns), name
+
+
+def test_a_stripe_that_a_step_of_a_power_of_two_and_one_cannot_see() -> None:
+    """Read at every 257-th element, this pattern had shares of 0.52, 0.30, 0.75, 0.32, 0.47 in successive observations."""
+    shape = (4, 256, 128, 128)
+    for turn in range(10):
+        b, c, _, w = torch.unravel_index(places(math.prod(shape), 65536, seed_of(turn, 0), torch.device("cpu")).long(), shape)
+        assert ((w // 64 + c + b) % 2).double().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(65536))
+
+
+def test_every_element_is_read_with_the_same_probability() -> None:
+    """Also where the strata are little longer than an element, so that some elements would always be read and others half the time."""
+    for size, count in ((30, 20), (40, 39), (7, 3), (1000, 64)):
+        counts = torch.zeros(size)
+        for seed in range(1000):
+            counts += torch.bincount(places(size, count, seed_of(seed, 1), torch.device("cpu")), minlength=size)
+        expected = 1000 * count / size
+        assert (counts - expected).abs().max() <= 5 * math.sqrt(expected), (size, count)
+
+
+def test_calls_and_observations_are_read_at_other_places() -> None:
+    z = torch.arange(100_000.0)
+    seeds = {seed_of(turn, call) for turn in range(50) for call in range(50)}
+    assert len(seeds) == 2500
+    taken = [Sample.of(z, 1000, seed_of(turn, call)).take(z) for turn in range(3) for call in range(3)]
+    for one, other in itertools.combinations(taken, 2):
+        assert len(set(one.tolist()) & set(other.tolist())) < 40
+    assert Sample.of(z, 1000, 7) is not Sample.of(z, 1000, 8)
+    kept = Sample.of(z, 1000, 7)
+    assert Sample.of(z * 2, 1000, 7) is kept
+
+
+def test_units_are_called_stuck_at_the_share_that_is_stuck() -> None:
+    """Of 1024 units, read 16 times in an observation, a window is full after some more observations than 1000 / 16."""
+    z = torch.ones(64, 1024)
+    z[:, ::16] = -1.0
+    windows, observations = UnitWindows(), 0
+    while True:
+        sample = Sample.of(z, 16384, seed_of(observations, 0))
+        taken = sample.take(z)
+        found = known(observe(taken, taken, (taken > 0).float(), 1.0, (0.0, None), z.numel(), units=sample.units(1))[1])
+        units, measured, stuck, least = windows.add("act", found.numpy())
+        observations += 1
+        if measured == units:
+            break
+    assert least >= 1000
+    assert stuck == 1024 / 16
+    assert 1000 / 16 < observations < 80
 
 
 def test_half_precision_is_summed_in_double() -> None:
@@ -272,7 +357,7 @@ def test_calls_weigh_by_the_elements_they_have_and_not_by_those_that_were_read()
     assert record.elements == both.numel()
     assert record.n == record.grad_n < 110
     assert record.saturated == pytest.approx(share, rel=1e-12)
-    assert record.saturated == pytest.approx(0.5, abs=0.06)
+    assert record.saturated == pytest.approx(0.5, abs=0.2)
     assert record.z_mean == pytest.approx(3 * record.saturated, rel=1e-12)
     assert record.derivative == pytest.approx(1 - record.saturated, rel=1e-12)
     assert sum(known(record.histogram)) == pytest.approx(1, rel=1e-12)

@@ -24,7 +24,7 @@ from torchsat.activations import bind
 from torchsat.kernels.formulas import formula
 from torchsat.observe import meter
 from torchsat.sampling import Sample, Units
-from torchsat.statistics import disagreement, observe, observe_gradient
+from torchsat.statistics import disagreement, extremes, observe, observe_gradient
 
 pytest.importorskip("triton", reason="Triton is not installed")
 # The interpreter computes with NumPy, which warns of overflows; a GPU does not.
@@ -82,10 +82,23 @@ def test_forward_rows_and_units(
         row, block = observe(z, a, slope, peak, edges, whole.numel(), sigmoid, units)
         found, counts = statistics.empty_row(DEVICE), torch.zeros(3, units.size, dtype=torch.float64, device=DEVICE)
         for _ in range(2):
-            kernels.observe(*there, slope.to(DEVICE), peak, edges, whole.numel(), sigmoid, found, units.place, counts)
+            kernels.observe(*there, slope.to(DEVICE), peak, edges, whole.numel(), sigmoid, None, found, units.place, counts)
         close(found, statistics.merge_(row, row.clone()))
         assert block is not None
         assert torch.allclose(counts.cpu(), 2 * block, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("plain")
+def test_extremes(kernels: ModuleType, dtype: torch.dtype) -> None:
+    z, a = hostile((130, 97), dtype), hostile((130, 97), dtype).flip(0)
+    found = kernels.extremes(z.flatten().to(DEVICE), a.flatten().to(DEVICE))
+    assert found.tolist() == extremes(z, a).tolist()
+    # They replace what was found in a sample.
+    row = statistics.empty_row(DEVICE)
+    some = torch.tensor([1.0, math.nan], device=DEVICE)
+    kernels.observe(some, some, some, 1.0, (None, None), z.numel(), False, found, row)
+    assert row[[COLUMNS.index(name) for name in statistics.EXACT]].tolist() == found.tolist()
 
 
 def test_of_many_elements_the_units_are_counted_on_an_even_sample(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +106,7 @@ def test_of_many_elements_the_units_are_counted_on_an_even_sample(kernels: Modul
     z = torch.arange(7.0, device=DEVICE).sub(3).repeat(4000, 1)
     units, counts = Units(Sample.of(z, None, 0), 1), torch.zeros(3, 7, dtype=torch.float64, device=DEVICE)
     row = statistics.empty_row(DEVICE)
-    kernels.observe(z.flatten(), z.flatten(), torch.ones_like(z).flatten(), 1.0, (-2.5, 1.5), z.numel(), False, row, units.place, counts)
+    kernels.observe(z.flatten(), z.flatten(), torch.ones_like(z).flatten(), 1.0, (-2.5, 1.5), z.numel(), False, None, row, units.place, counts)
     counts = counts.cpu()
     assert row[0] == 28000
     assert counts[2].sum() == pytest.approx(2800, abs=1)
@@ -119,7 +132,7 @@ def test_the_formulas_are_the_derivatives_of_the_table(kernels: ModuleType, modu
     z = torch.cat([torch.linspace(-20, 20, 21), torch.tensor([0.0, -0.0, 3.0, 6.0, -0.5, 2.0, 1e4, -1e4, 700, -700, 1e-30])])
     for each in z:
         row, there = statistics.empty_row(DEVICE), each.reshape(1).to(DEVICE)
-        kernels.observe(there, there, of, 1.0, (None, None), 1, False, row)
+        kernels.observe(there, there, of, 1.0, (None, None), 1, False, None, row)
         expected = bound.evaluate(each.double(), each.double(), {})[0].item()
         assert row[COLUMNS.index("derivative")].item() == pytest.approx(expected, rel=1e-5, abs=3e-8), each
 

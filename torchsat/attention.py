@@ -1,18 +1,19 @@
 """Computes the logits of attention again from the arguments of the call, since fused kernels never write them to memory. Pure functions.
 
-Only some query rows are computed, so that the T x T matrix of a long context never exists. The rows are spread over batch and positions, and are the
-same for all heads.
+Most numbers come from some query rows only, so that the T x T matrix of a long context never exists: some samples of the batch, and in each of them
+positions of its own, both drawn as sampling.py draws elements; they are the same for all heads. The largest logits, however, sit in few rows, those
+of an outlier token for instance, and a sample misses them. They are found among all rows (`extremes`), some at a time.
 
-A key does not count for a query that cannot see it. It is masked where a boolean mask says so, and where a float mask lies 80 below the largest value
-of its row, since e^-80 is no weight at all. Where only the sum of logit and mask is known, it is masked where that sum is below -9000: masks are
-filled with -1e4, with the lowest number of a type, or with minus infinity.
+A key does not count for a query that cannot see it. Boolean masks say so. A float mask hides a key by a value far below those of the keys that are
+seen: -100, -1e4, the lowest number of a type, minus infinity. A bias that falls with the distance (ALiBi) gets as low, but step by step. So a value
+hides its key only if a gap lies above it: see `_hidden`.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchsat.replay import NotRebuiltError
-from torchsat.sampling import spaced
-from torchsat.statistics import upcast
+from torchsat.sampling import places
+from torchsat.statistics import softmax_extremes, upcast
 
-_MASKED, _MASKED_SUM = -80.0, -9000.0
+_FILL, _CERTAIN = -9000.0, -1e6
+"""Sums of logits and masks below the first are hidden, if a gap lies above them; below the second they always are."""
+_FAR = 80.0
+"""A float mask hides a key by a value so far below the largest of its row: e^-80 is no weight at all."""
+_GAP = 20.0
+"""The least gap between the keys that a mask hides and those that it does not. Neighbouring keys of ALiBi are 1 apart at most."""
 _LEAST_ROWS = 8
 """At least this many query rows of each head are read, however many keys they have."""
+_PIECE = 2**20
+"""About so many logits exist at a time while the largest are looked for."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +51,70 @@ class Logits:
 
 @dataclass(frozen=True)
 class Queries:
-    """Which query rows are read: some samples of the batch, and in each of them some positions."""
+    """Which query rows are read: some samples of the batch, and in each of them some positions. Either are indices, or a slice of neighbours."""
 
-    batch: slice
-    positions: slice
+    shape: tuple[int, ...]
+    """Of all logits: [batch, heads, queries, keys]."""
+    batch: Tensor | slice
+    """[samples]."""
+    positions: Tensor | slice
+    """[samples, positions]: each sample has its own."""
 
     @staticmethod
-    def of(shape: tuple[int, ...], limit: int | None, turn: int) -> Queries:
+    def of(shape: tuple[int, ...], limit: int | None, seed: int, device: torch.device) -> Queries:
         """The query rows of logits of this shape, [batch, heads, queries, keys].
 
         Args:
             limit: the rows have about this many logits over all heads, but every head has at least 8 rows; None: all rows.
-            turn: which observation this is.
+            seed: which rows are read; see sampling.py.
         """
         batch, heads, queries, keys = shape
         rows = batch * queries if limit is None else max(_LEAST_ROWS, limit // max(1, heads * keys))
         # What a query sees depends on its position, above all under a causal mask. So positions are chosen first, then as many samples as fit.
         positions = min(queries, max(_LEAST_ROWS, math.isqrt(rows), -(-rows // max(1, batch))))
-        return Queries(spaced(batch, max(1, rows // max(1, positions)), turn), spaced(queries, positions, turn))
+        samples = min(batch, max(1, rows // max(1, positions)))
+        if samples == batch and positions == queries:
+            return Queries(shape, slice(0, batch), slice(0, queries))
+        chosen = places(batch, samples, seed, device).long() if samples < batch else torch.arange(batch, device=device)
+        if positions == queries:
+            return Queries(shape, chosen, slice(0, queries))
+        return Queries(shape, chosen, places(queries, positions, seed + 1, device, samples).long().view(samples, positions))
+
+    def of_samples(self, tensor: Tensor) -> Tensor:
+        """These samples of a tensor [batch or 1, ...]."""
+        if isinstance(self.batch, slice):
+            return tensor if tensor.shape[0] == 1 else tensor[self.batch]
+        return tensor.expand(self.shape[0], *tensor.shape[1:]).index_select(0, self.batch)
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor [batch or 1, heads, queries or 1, any]."""
+        if isinstance(self.positions, slice):
+            return self.of_samples(tensor if tensor.shape[2] == 1 else tensor[:, :, self.positions])
+        assert isinstance(self.batch, Tensor)
+        return tensor.expand(self.shape[0], -1, self.shape[2], -1)[self.batch.unsqueeze(1), :, self.positions].permute(0, 2, 1, 3)
+
+    def of_steps(self, tensor: Tensor) -> Tensor:
+        """These rows of a tensor [queries, batch, any], as [samples, positions, any]."""
+        if isinstance(self.positions, slice):
+            return self.of_samples(tensor[self.positions].transpose(0, 1))
+        assert isinstance(self.batch, Tensor)
+        return tensor[self.positions, self.batch.unsqueeze(1)]
+
+    def causal(self, device: torch.device) -> Tensor:
+        """Which keys these rows see under a causal mask, [samples or 1, 1, positions, keys]."""
+        at = torch.arange(self.shape[2], device=device)[self.positions] if isinstance(self.positions, slice) else self.positions
+        return torch.arange(self.shape[3], device=device) <= at.reshape(-1, 1, at.shape[-1], 1)
+
+    def pieces(self) -> Iterator[Queries]:
+        """All rows of these samples, some neighbours at a time: whole samples if they are short, and otherwise some positions of one."""
+        batch, heads, queries, keys = self.shape
+        first, end, _ = self.batch.indices(batch) if isinstance(self.batch, slice) else (0, batch, 1)
+        rows = max(1, _PIECE // max(1, heads * keys))
+        samples = max(1, rows // max(1, queries))
+        for sample in range(first, end, samples):
+            for position in range(0, queries, queries if samples > 1 else min(rows, queries)):
+                after = queries if samples > 1 else min(position + rows, queries)
+                yield Queries(self.shape, slice(sample, min(sample + samples, end)), slice(position, after))
 
 
 @dataclass(frozen=True)
@@ -76,11 +130,11 @@ class SoftmaxRows:
     queries: Queries
 
     @staticmethod
-    def of(z: Tensor, axis: int, limit: int | None, turn: int, has_heads: bool = True) -> SoftmaxRows:
+    def of(z: Tensor, axis: int, limit: int | None, seed: int, has_heads: bool = True) -> SoftmaxRows:
         """The rows of a softmax of z over this axis; `has_heads` is False where z is known to be no attention."""
         shape = tuple(z.shape)
         heads = shape if has_heads and z.ndim == 4 and axis == 3 else (1, 1, z.numel() // max(1, shape[axis]), shape[axis])
-        return SoftmaxRows(shape, axis, heads[1] > 1, Queries.of(heads, limit, turn))
+        return SoftmaxRows(shape, axis, heads[1] > 1, Queries.of(heads, limit, seed, z.device))
 
     @property
     def elements(self) -> int:
@@ -89,9 +143,7 @@ class SoftmaxRows:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """These rows of a tensor of the same shape, as [batch, heads, queries, keys]."""
-        if not self.has_heads:
-            tensor = tensor.movedim(self.axis, -1).reshape(1, 1, -1, self.shape[self.axis])
-        return tensor[self.queries.batch, :, self.queries.positions]
+        return self.queries.pick(self._four(tensor))
 
     def take(self, tensor: Tensor) -> Tensor:
         """The elements of these rows, as a vector."""
@@ -100,22 +152,105 @@ class SoftmaxRows:
     def logits(self, z: Tensor) -> Logits:
         """The logits of these rows. Keys are masked where z, which is the sum of logit and mask, says so."""
         taken = upcast(self.rows(z))
-        return Logits(taken, ~(taken <= _MASKED_SUM), self.elements)
+        return Logits(taken, _visible(taken), self.elements)
+
+    def extremes(self, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """What statistics.softmax_extremes finds among all rows of the softmax a of z."""
+        found = []
+        for logits, weights in self._pieces(z, a):
+            wide = upcast(logits)
+            found.append(softmax_extremes(wide, _visible(wide), weights))
+        return _joined(found)
+
+    def _pieces(self, z: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of z and a that are not too large, each as [batch, heads, queries, keys]."""
+        # An axis of heads is not cut, so that each part has all heads.
+        axes = (0, 2) if self.has_heads else tuple(each for each in range(len(self.shape)) if each != self.axis)
+        waiting = [(z, a)]
+        while waiting:
+            z, a = waiting.pop()
+            axis = max(axes, key=lambda each: z.shape[each], default=None)
+            if z.numel() <= _PIECE or axis is None or z.shape[axis] < 2:
+                yield self._four(z), self._four(a)
+                continue
+            half = z.shape[axis] // 2
+            for first, length in ((0, half), (half, z.shape[axis] - half)):
+                waiting.append((z.narrow(axis, first, length), a.narrow(axis, first, length)))
+
+    def _four(self, tensor: Tensor) -> Tensor:
+        return tensor if self.has_heads else tensor.movedim(self.axis, -1).reshape(1, 1, -1, self.shape[self.axis])
 
 
-def attention_logits(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], limit: int | None, turn: int) -> Logits:
-    """The logits of a call of `F.scaled_dot_product_attention` or `F.multi_head_attention_forward`.
+@dataclass(frozen=True)
+class Attention:
+    """A call of attention, from which the logits of any query rows can be computed."""
 
-    Args:
-        call: which of the two functions was called.
-        limit, turn: as for `Queries.of`.
+    shape: tuple[int, ...]
+    """Of the logits: [batch, heads, queries, keys]."""
+    device: torch.device
+    query: Callable[[Queries], Tensor]
+    """The queries of these rows, scaled, [samples, heads, positions, features], in the precision in which logits are computed."""
+    key: Callable[[Queries], Tensor]
+    """The keys of these samples, [samples, groups, keys, features]. Each group of keys belongs to as many heads."""
+    added: Callable[[Queries], Tensor | None]
+    """The mask of these rows, boolean (true: visible) or added to the logits, [samples or 1, heads or 1, positions, keys]."""
+    is_causal: bool
 
-    Raises:
-        NotRebuiltError: the mask is no plain tensor.
-    """
-    if call is F.multi_head_attention_forward:
-        return _multi_head(inspect.signature(call).bind(*args, **kwargs).arguments, limit, turn)
-    return _scaled_dot_product(*args, **kwargs, limit=limit, turn=turn)
+    @staticmethod
+    def of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attention:
+        """A call of `F.scaled_dot_product_attention` or `F.multi_head_attention_forward`, whichever `call` is.
+
+        Raises:
+            NotRebuiltError: the mask is no plain tensor.
+        """
+        if call is F.multi_head_attention_forward:
+            return _multi_head(inspect.signature(call).bind(*args, **kwargs).arguments)
+        return _scaled_dot_product(*args, **kwargs)
+
+    def logits(self, limit: int | None, seed: int) -> Logits:
+        """The logits of some rows; `limit` and `seed` are those of `Queries.of`."""
+        rows = Queries.of(self.shape, limit, seed, self.device)
+        return self._logits(rows, self.query(rows), self.key(rows))
+
+    def extremes(self, output: Any) -> tuple[Tensor, Tensor]:
+        """What statistics.softmax_extremes finds among all rows. Its columns of a are those of no element, since torch never computes a.
+
+        Args:
+            output: what the call returned.
+        """
+        found = []
+        if isinstance(output, tuple):
+            # F.multi_head_attention_forward returns [queries, batch, features], or [queries, features]: one output for all heads.
+            rows = output[0].detach() if output[0].ndim == 3 else output[0].detach().unsqueeze(1)
+            output = rows.transpose(0, 1).unsqueeze(1)
+        broken = ~torch.isfinite(_four(output.detach())).all(-1, keepdim=True)
+        batch, heads, queries, keys = self.shape
+        samples = max(1, _PIECE // max(1, heads * queries * keys))
+        for first in range(0, batch, samples):
+            # Keys and queries of some samples are computed once, and their logits piece by piece.
+            whole = Queries(self.shape, slice(first, min(first + samples, batch)), slice(0, queries))
+            query, key = self.query(whole), self.key(whole)
+            for piece in whole.pieces():
+                logits = self._logits(piece, query[:, :, piece.positions], key)
+                found.append(softmax_extremes(logits.z, logits.visible, None, piece.pick(broken)))
+        return _joined(found)
+
+    def _logits(self, rows: Queries, query: Tensor, key: Tensor) -> Logits:
+        (samples, heads, positions, _), groups = query.shape, key.shape[1]
+        # With grouped queries, head h reads the keys of group h // (heads per group).
+        z = _product(query.reshape(samples, groups, heads // groups, positions, -1), key.unsqueeze(2)).reshape(samples, heads, positions, -1)
+        return _masked(z, self.added(rows), rows.causal(z.device) if self.is_causal else None, math.prod(self.shape))
+
+
+def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The results of statistics.softmax_extremes for several parts of one softmax, as one."""
+    exact, tops = (torch.stack(each) for each in zip(*found, strict=True))
+    return torch.cat([exact[:, :1].sum(0), exact[:, 1:].amax(0)]), tops.amax(0)
+
+
+def attention_logits(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], limit: int | None, seed: int) -> Logits:
+    """The logits of some rows of a call of attention; the arguments are those of `Attention.of` and `Queries.of`."""
+    return Attention.of(call, args, kwargs).logits(limit, seed)
 
 
 def _scaled_dot_product(
@@ -128,32 +263,33 @@ def _scaled_dot_product(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    limit: int | None,
-    turn: int,
-) -> Logits:
+) -> Attention:
     if attn_mask is not None and type(attn_mask) is not Tensor:
         raise NotRebuiltError(f"its mask is a {type(attn_mask).__name__}")
-    q, k = (each.detach() if each.ndim == 4 else _four(each.detach()) for each in (query, key))
+    q, k = (_four(each.detach()) for each in (query, key))
     # Query and key may each be broadcast to a common batch, and to common heads unless queries are grouped.
     batch, heads = max(q.shape[0], k.shape[0]), q.shape[1] if enable_gqa else max(q.shape[1], k.shape[1])
     q, k = q.expand(batch, heads, -1, -1), k.expand(batch, k.shape[1] if enable_gqa else heads, -1, -1)
     length, size = q.shape[2], k.shape[2]
     lead: torch.Size = torch.broadcast_shapes(query.shape[:-2], query.shape[:-2] if enable_gqa else key.shape[:-2])
-    rows = Queries.of((batch, heads, length, size), limit, turn)
-    q, k = upcast(q[rows.batch, :, rows.positions]), upcast(k[rows.batch])
-    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-    # With grouped queries, head h reads the keys of group h // (heads per group).
-    groups = k.shape[1]
-    z = _product(q.reshape(q.shape[0], groups, heads // groups, *q.shape[2:]), k.unsqueeze(2)).reshape(q.shape[0], heads, q.shape[2], size)
-    added = None
-    if attn_mask is not None:
-        mask = attn_mask.detach().expand(*lead, length, size)[..., rows.positions, :]
-        added = (mask if mask.ndim == 4 else _four(mask))[rows.batch]
-    return _masked(z, added, _causal(length, size, rows, z.device) if is_causal else None, batch * heads * length * size)
+    factor, mask = q.shape[-1] ** -0.5 if scale is None else scale, None if attn_mask is None else attn_mask.detach()
+    if mask is not None and len(lead) == 2:
+        # What is broadcast over samples or heads stays so, since finding what a mask hides costs time.
+        mask = mask[(None,) * (4 - mask.ndim)].expand(-1, -1, length, size)
+    elif mask is not None:
+        mask = _four(mask.expand(*lead, length, size))
+    return Attention(
+        (batch, heads, length, size),
+        q.device,
+        lambda rows: upcast(rows.pick(q)) * factor,
+        lambda rows: upcast(rows.of_samples(k)),
+        lambda rows: None if mask is None else rows.pick(mask),
+        is_causal,
+    )
 
 
-def _multi_head(given: dict[str, Any], limit: int | None, turn: int) -> Logits:
-    """The logits of a call of F.multi_head_attention_forward with these arguments, by name."""
+def _multi_head(given: dict[str, Any]) -> Attention:
+    """A call of F.multi_head_attention_forward with these arguments, by name."""
     query, key, heads = given["query"].detach(), given["key"].detach(), given["num_heads"]
     padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
     if query.ndim == 2:
@@ -165,50 +301,61 @@ def _multi_head(given: dict[str, Any], limit: int | None, turn: int) -> Logits:
     added_keys = (given.get("bias_k") is not None) + bool(given.get("add_zero_attn"))
     static = given.get("static_k")
     size = (key.shape[0] if static is None else static.shape[1]) + added_keys
-    rows = Queries.of((batch, heads, length, size), limit, turn)
-    q, k = _projected(given, query, key, rows)
-    z = _product(q * q.shape[-1] ** -0.5, k)
-    additions = []
+    full = None
     if mask is not None and not hint:
         mask = mask.detach()
-        full = mask[None, None] if mask.ndim == 2 else mask.reshape(batch, heads, *mask.shape[1:])[rows.batch]
-        additions.append(full[:, :, rows.positions])
-    if padding is not None:
-        additions.append(padding.detach()[rows.batch, None, None, :])
-    added = None
-    for each in additions:
-        # In this function a true boolean hides a key. The keys that it adds itself are never hidden.
-        each = F.pad(torch.zeros_like(each, dtype=z.dtype).masked_fill(each, -math.inf) if each.dtype == torch.bool else each, (0, added_keys))
-        added = each if added is None else added + each
-    return _masked(z, added, _causal(length, size, rows, z.device) if hint else None, batch * heads * length * size)
+        full = mask[None, None] if mask.ndim == 2 else mask.reshape(batch, heads, *mask.shape[1:])
+
+    def added(rows: Queries) -> Tensor | None:
+        additions = [] if full is None else [rows.pick(full)]
+        additions += [] if padding is None else [rows.of_samples(padding.detach()[:, None, None, :])]
+        whole = None
+        for each in additions:
+            # In this function a true boolean hides a key. The keys that it adds itself are never hidden.
+            each = torch.zeros_like(each, dtype=torch.float32).masked_fill(each, -math.inf) if each.dtype == torch.bool else upcast(each)
+            each = F.pad(each, (0, added_keys))
+            whole = each if whole is None else whole + each
+        return whole
+
+    def projected_query(rows: Queries) -> Tensor:
+        q = _projected(given, rows.of_steps(query), 0)
+        q = upcast(q.reshape(*q.shape[:2], heads, -1).transpose(1, 2))
+        return q * q.shape[-1] ** -0.5
+
+    return Attention(
+        (batch, heads, length, size), query.device, projected_query, lambda rows: _multi_head_keys(given, key, batch, rows), added, bool(hint)
+    )
 
 
-def _projected(given: dict[str, Any], query: Tensor, key: Tensor, rows: Queries) -> tuple[Tensor, Tensor]:
-    """Queries and keys by head, [batch, heads, rows, features]: the queries of these rows, and all keys of the samples that the rows belong to.
+def _multi_head_keys(given: dict[str, Any], key: Tensor, batch: int, rows: Queries) -> Tensor:
+    """The keys of these samples by head, [samples, heads, keys, features].
 
     Args:
         given: the arguments of F.multi_head_attention_forward, by name.
-        query, key: [rows, batch, features].
+        key: [keys, batch, features].
     """
-    batch, heads, static = query.shape[1], given["num_heads"], given.get("static_k")
-    if given.get("use_separate_proj_weight", False):
-        weights = given["q_proj_weight"], given["k_proj_weight"]
-    else:
-        weights = given["in_proj_weight"].chunk(3)[:2]
-    biases = (None, None) if given["in_proj_bias"] is None else given["in_proj_bias"].detach().chunk(3)[:2]
-    # The projections run in the precision that torch used for them, so that the logits are those that the attention saw.
-    q = F.linear(query[rows.positions, rows.batch], weights[0].detach(), biases[0])
-    q = upcast(q.reshape(*q.shape[:2], heads, -1).permute(1, 2, 0, 3))
+    heads, static = given["num_heads"], given.get("static_k")
     if static is None:
-        projected = F.linear(key[:, rows.batch], weights[1].detach(), biases[1])
+        projected = _projected(given, rows.of_samples(key.transpose(0, 1)), 1)
         if given.get("bias_k") is not None:
-            projected = torch.cat([projected, given["bias_k"].detach().expand(1, projected.shape[1], -1)])
-        k = projected.reshape(*projected.shape[:2], heads, -1).permute(1, 2, 0, 3)
+            projected = torch.cat([projected, given["bias_k"].detach().expand(len(projected), 1, -1)], 1)
+        k = projected.reshape(*projected.shape[:2], heads, -1).transpose(1, 2)
     else:
-        k = static.detach().reshape(batch, heads, *static.shape[1:])[rows.batch]
+        k = rows.of_samples(static.detach().reshape(batch, heads, *static.shape[1:]))
     if given.get("add_zero_attn"):
         k = torch.cat([k, k.new_zeros(*k.shape[:2], 1, k.shape[3])], 2)
-    return q, upcast(k)
+    return upcast(k)
+
+
+def _projected(given: dict[str, Any], x: Tensor, which: int) -> Tensor:
+    """x after the projection to queries (0) or keys (1), in the precision that torch uses for it, so that the logits are those that the attention
+    saw."""
+    if given.get("use_separate_proj_weight", False):
+        weight = (given["q_proj_weight"], given["k_proj_weight"])[which]
+    else:
+        weight = given["in_proj_weight"].chunk(3)[which]
+    bias = given["in_proj_bias"]
+    return F.linear(x, weight.detach(), None if bias is None else bias.detach().chunk(3)[which])
 
 
 def _product(q: Tensor, k: Tensor) -> Tensor:
@@ -224,19 +371,35 @@ def _masked(z: Tensor, added: Tensor | None, causal: Tensor | None, elements: in
         visible = visible & added
     elif added is not None:
         added = upcast(added)
-        largest = added.amax(-1, keepdim=True)
-        visible = visible & ~(added <= largest + _MASKED) & ~(largest <= _MASKED_SUM)
+        visible = visible & ~(_hidden(added) | _beyond_gap(added, added.amax(-1, keepdim=True) - _FAR))
         z = z + added
     return Logits(z, visible, elements)
 
 
-def _causal(queries: int, keys: int, rows: Queries, device: torch.device) -> Tensor:
-    """Which keys these query rows see under a causal mask, [rows, keys]."""
-    return torch.arange(keys, device=device) <= torch.arange(queries, device=device)[rows.positions].unsqueeze(-1)
+def _visible(z: Tensor) -> Tensor:
+    """Which keys no mask hides, of which only the sum z of logits and masks is known."""
+    # The host may look at the numbers of a CPU only. Mostly nothing is hidden, and finding out what is takes several passes.
+    if z.device.type == "cpu" and z.detach().numpy().min() > _FILL:
+        return torch.ones((1, 1, 1, 1), dtype=torch.bool)
+    return ~_hidden(z)
+
+
+def _hidden(z: Tensor) -> Tensor:
+    """Which keys a mask hides, of which only the sum z of logits and masks may be known."""
+    return (z <= _CERTAIN) | _beyond_gap(z, _FILL)
+
+
+def _beyond_gap(z: Tensor, edge: float | Tensor) -> Tensor:
+    """Where z lies at or below an edge, in those rows in which a gap separates these values from the others. In a row that lies there as a whole, all
+    of it does."""
+    below = z <= edge
+    nothing = torch.full((), math.inf, dtype=z.dtype, device=z.device)
+    gap = torch.where(below, nothing, z).amin(-1, keepdim=True) - torch.where(below, z, -nothing).amax(-1, keepdim=True)
+    return below & (gap >= _GAP)
 
 
 def _four(tensor: Tensor) -> Tensor:
     """A tensor of any number of axes as [batch, heads, rows, columns]. Further leading axes join the batch; fewer than four axes are one head."""
-    if tensor.ndim > 4:
+    if tensor.ndim >= 4:
         return tensor.flatten(0, -4)
     return tensor.unsqueeze(-3).reshape(-1, 1, *tensor.shape[-2:])

@@ -27,7 +27,7 @@ HISTOGRAM_BINS = len(HISTOGRAM_EDGES) - 1
 
 @dataclass(frozen=True)
 class Head:
-    """One head of an attention: means over the query rows that were read and that see two keys or more."""
+    """One head of an attention: means over the query rows that were read and that see two keys or more. Each call weighs by the rows that it has."""
 
     rows: int
     """How many query rows these are."""
@@ -38,7 +38,7 @@ class Head:
     logit_std: float | None
     """Standard deviation of the logits within a row."""
     logit_max: float | None
-    """The largest logit."""
+    """The largest logit of all query rows, read or not, that see two keys or more."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,11 @@ class Record(SiteFacts):
     """
 
     n: int
-    """Elements that were measured, without those that are inf or nan. There are at most `sample` per call of the site."""
+    """Elements that were read, without those that are inf or nan: at most `sample` per call of the site. Each stands for elements / elements read of
+    its call, so that calls weigh by what they have. In an element-wise call the elements are drawn one by one, independently of what lies beside
+    them; at a softmax whole rows are, and at the gates of a recurrent layer whole sequences, whose elements depend on each other."""
     elements: int
-    """Elements that passed through the site, measured or not."""
+    """Elements that passed through the site, read or not."""
     saturated: float | None
     """Share of elements in a tail, where |f'| stays below epsilon times its peak."""
     low: float | None
@@ -107,10 +109,12 @@ class Record(SiteFacts):
     z_rms: float | None
     """sqrt(mean z^2)."""
     z_min: float | None
+    """The smallest z of all elements, read or not; at the gates of a recurrent layer, of those that were read. The same holds for the next ones."""
     z_max: float | None
     a_mean: float | None
     a_std: float | None
     a_min: float | None
+    """The smallest a of all elements; where torch never computes a (fused attention, a recurrent layer), of those that were read."""
     a_max: float | None
     gate_left: float | None
     """Share of activations below 0.1 (Karpathy et al. 2015); None where the activation is not a sigmoid."""
@@ -119,7 +123,7 @@ class Record(SiteFacts):
     zeros: float | None
     """Share of activations that are exactly 0."""
     nonfinite: int
-    """Elements that were read and where z or a is inf or nan. They enter no other number."""
+    """Elements where z or a is inf or nan, of the `inspected` ones. They enter no other number."""
     grad_n: int
     """Elements at which the gradient was measured."""
     grad_nonfinite: int
@@ -150,6 +154,11 @@ class Record(SiteFacts):
     """Share of elements in each bin of |f'| / peak; HISTOGRAM_EDGES are the edges."""
     heads: tuple[Head, ...] | None = None
     """The heads of a softmax, which is a single one where no axis is known to be that of the heads; None where this is no softmax."""
+
+    @property
+    def inspected(self) -> int:
+        """Elements that were looked at for inf and nan: all of them, but at the gates of a recurrent layer only those that were computed again."""
+        return self.n + self.nonfinite if self.kind == "recurrent" else self.elements
 
     @property
     def z_absmax(self) -> float | None:

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from torchsat import internals
 from torchsat.attributes import stored
-from torchsat.sampling import spaced
+from torchsat.sampling import places
 from torchsat.sharding import is_freed, part_of
 from torchsat.tensors import why_unread
 
@@ -29,8 +29,11 @@ State = Tensor | tuple[Tensor, Tensor] | None
 """The hidden state, and the cell state of an LSTM, that a call was given."""
 COMPUTED = "a weight of it is computed from others, and reading it can change them"
 FREED = "a tensor whose memory is freed after the forward"
-_LEAST_SEQUENCES = 4
-"""At least this many sequences of a batch are computed again."""
+_LEAST_SEQUENCES, _ENOUGH_SEQUENCES = 4, 32
+"""At least the first number of sequences of a batch are computed again, and the second one unless they are very long: the elements of one sequence
+depend on each other, so that few sequences say little however long they are."""
+_MOST = 32
+"""For the sake of more sequences a gate may have this many times the elements that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def rnn_gates(
     random: Tensor | None = None,
     output: Tensor | PackedSequence | None = None,
     limit: int | None = None,
-    turn: int = 0,
+    seed: int = 0,
 ) -> Iterator[Gate]:
     """The gates of an nn.LSTM, nn.GRU or nn.RNN, layer by layer, the forward direction first.
 
@@ -113,9 +116,9 @@ def rnn_gates(
         x, state: what the module was called with.
         random: the state of the CPU generator before the call, for the dropout between layers.
         output: what the module returned. It holds the hidden states of the last layer, which then need not be computed again.
-        limit: so many sequences are computed again that each gate has about this many z; at least 4 (None: all). With dropout between layers all
-            sequences are computed, since its masks are drawn for the whole batch.
-        turn: which observation this is: the sequences change from one to the next.
+        limit: so many sequences are computed again that each gate has about this many z (None: all); at least 32 or, if these have more than 32 times
+            as many, at least 4. With dropout between layers all sequences are computed, since its masks are drawn for the whole batch.
+        seed: which sequences; see sampling.py.
 
     Raises:
         NotRebuiltError: for a layer above a dropout whose masks cannot be drawn again. The layers below it have been yielded by then.
@@ -126,7 +129,10 @@ def rnn_gates(
     samples = given.inputs.shape[0] * given.inputs.shape[1] if given.lengths is None else int(given.lengths.sum())
     if limit is not None and not drops:
         steps, batch = given.inputs.shape[:2]
-        given = given.some(spaced(batch, max(_LEAST_SEQUENCES, limit // max(1, steps * module.hidden_size)), turn))
+        each = max(1, steps * module.hidden_size)
+        wanted = max(_LEAST_SEQUENCES, min(_ENOUGH_SEQUENCES, _MOST * limit // each), limit // each)
+        if wanted < batch:
+            given = given.some(wanted, seed)
     kept = given.kept()
     saved = torch.get_rng_state() if drops else None
     try:
@@ -165,13 +171,15 @@ class _Sequences:
     last: Tensor | None
     """The output of the last layer, [steps, batch, units of all directions], if it is known."""
 
-    def some(self, chosen: slice) -> _Sequences:
-        """The same, with only these sequences of the batch."""
+    def some(self, count: int, seed: int) -> _Sequences:
+        """The same, with only so many sequences of the batch."""
+        batch, device = self.inputs.shape[1], self.inputs.device
+        there = places(batch, count, seed, device)
         return _Sequences(
-            self.inputs[:, chosen],
-            None if self.lengths is None else self.lengths[chosen],
-            None if self.states is None else tuple(part[:, chosen].contiguous() for part in self.states),
-            None if self.last is None else self.last[:, chosen],
+            self.inputs.index_select(1, there),
+            None if self.lengths is None else self.lengths.index_select(0, places(batch, count, seed, self.lengths.device)),
+            None if self.states is None else tuple(part.index_select(1, there) for part in self.states),
+            None if self.last is None else self.last.index_select(1, there),
         )
 
     def kept(self) -> Tensor | None:

@@ -305,7 +305,7 @@ RULES: tuple[Rule, ...] = (
         _nonfinite,
         None,
         1.0,
-        lambda r, value, limit: f"{r.site} ({r.activation}): {value:.0f} of {r.n + r.nonfinite} measured elements are inf or nan",
+        lambda r, value, limit: f"{r.site} ({r.activation}): {value:.0f} of {r.inspected} elements are inf or nan",
         patience=1,
     ),
     Rule(

@@ -30,6 +30,8 @@ from torchsat.sampling import Sample, Units
 
 _PART = 65536
 """Elements that a norm in float64 copies at a time."""
+_PIECE = 2**22
+"""Elements of which extremes are found at a time on a GPU, where no kernel reads them."""
 _HISTOGRAM = slice(COLUMN[BINS[0]], COLUMN[BINS[-1]] + 1)
 _GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
 _UNWEIGHED = frozenset((*UNWEIGHED, *MAXES))
@@ -92,6 +94,7 @@ def observe(
     units: Units | None = None,
     row: Tensor | None = None,
     block: Tensor | None = None,
+    exact: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The row and the unit block of one forward call, merged in place into those given.
 
@@ -104,18 +107,21 @@ def observe(
         sigmoid: whether to count the activations below 0.1 and above 0.9.
         units: which unit each element belongs to. None: there is no unit block.
         row, block: what to merge into. None: a new row, a new block.
+        exact: what `extremes` found among all elements of the call, where only some were read. None: what is found among those that were read.
     """
     constant = not isinstance(peak, Tensor) and not any(isinstance(edge, Tensor) for edge in edges)
     kernels = engine(z, a, None if isinstance(slope, Formula) else slope) if constant else None
     if kernels is not None:
         row = empty_row(z.device) if row is None else row
         if units is None:
-            kernels.observe(z, a, slope, peak, edges, elements, sigmoid, row)
+            kernels.observe(z, a, slope, peak, edges, elements, sigmoid, exact, row)
             return row, None
         block = torch.zeros(len(BLOCK), units.size, dtype=torch.float64, device=z.device) if block is None else block
-        kernels.observe(z, a, slope, peak, edges, elements, sigmoid, row, units.place, block)
+        kernels.observe(z, a, slope, peak, edges, elements, sigmoid, exact, row, units.place, block)
         return row, block
     found, counts = _observe(z, a, cast(Tensor, slope), peak, edges, elements, sigmoid, units)
+    if exact is not None:
+        found.index_copy_(0, _places(EXACT, found.device), exact.to(found.dtype))
     row = found if row is None else merge_(row, found)
     return row, counts if block is None or counts is None else block.add_(counts)
 
@@ -125,6 +131,64 @@ def known_slope(bound: Bound, *tensors: Tensor) -> Formula | None:
     found = formula(bound)
     kernels = None if found is None else engine(*tensors)
     return found if kernels is not None and found is not None and found.kind in kernels.KINDS else None
+
+
+EXACT = ("nonfinite", "z_max", "z_min_negated", "a_max", "a_min_negated")
+"""The columns that are found among all elements of a call, read or not: a sample misses the one element that matters to them."""
+
+
+def extremes(z: Tensor | None, a: Tensor | None) -> Tensor:
+    """EXACT of all elements of a call, as a vector: one pass over z and a, without a copy of either.
+
+    Either may be None where it is not in memory at the same time (an in-place activation overwrites z). Its columns are then those of no element, and
+    `torch.maximum` merges the two results. An element at which only z is not finite, and another one at which only a is, then count once.
+    """
+    one, other = (z, a) if z is not None and a is not None and z.stride() == a.stride() else (z if z is not None else a, None)
+    assert one is not None
+    if z is not None and a is not None and other is None:
+        return torch.maximum(extremes(z, None), extremes(None, a))
+    rows = _rows_of(one)
+    kernels = engine(one, other)
+    if rows is None or kernels is None or (kernels is not cpu and rows.ndim == 2):
+        found = _extremes(one, one if other is None else other)
+    else:
+        found = kernels.extremes(rows, rows if other is None else _rows_of(other))
+    if other is None:
+        # The columns of the other tensor are those of no element.
+        found[slice(3, 5) if z is not None else slice(1, 3)] = -math.inf
+    return found
+
+
+def _rows_of(tensor: Tensor) -> Tensor | None:
+    """All elements of a tensor as a vector of neighbours or, if it is a part of another one, as [rows, columns]; None where neither is a view."""
+    sample = Sample.of(tensor, None, 0)
+    if sample.strides == tensor.stride():
+        return sample.take(tensor)
+    try:
+        return tensor.view(-1, tensor.shape[-1])
+    except RuntimeError:
+        return None
+
+
+def _extremes(z: Tensor, a: Tensor) -> Tensor:
+    """`extremes` in plain torch, of two tensors of the same shape."""
+    pieces, dtype, parts = [(z, a)], accumulator(z.device), []
+    # Temporaries are as large as one piece. On the CPU it fits the cache, and elsewhere a small one would not be worth its launch.
+    size = _PART if z.device.type == "cpu" else _PIECE
+    while pieces:
+        z, a = pieces.pop()
+        if z.numel() > size:
+            axis = max(range(z.ndim), key=lambda each: z.shape[each])
+            half = z.shape[axis] // 2
+            for first, length in ((0, half), (half, z.shape[axis] - half)):
+                pieces.append((z.narrow(axis, first, length), a.narrow(axis, first, length)))
+            continue
+        ok = torch.isfinite(z) & torch.isfinite(a)
+        nothing = torch.full((), -math.inf, dtype=dtype, device=z.device)
+        tops = [torch.where(ok, each, nothing.to(each.dtype)).amax() for each in (z, -z, a, -a)]
+        parts.append(torch.stack([(~ok).sum().to(dtype), *(top.to(dtype) for top in tops)]))
+    found = torch.stack(parts)
+    return torch.cat([found[:, :1].sum(0), found[:, 1:].amax(0)])
 
 
 @functools.cache
@@ -160,11 +224,15 @@ def disagreement(kernels: Any, device: torch.device) -> str | None:
         for given in (Formula(LOGISTIC, 2.0, 4.0), Formula(BETWEEN), None):
             slope = 4 * torch.sigmoid(2 * here) * torch.sigmoid(-2 * here) if given is None or given.kind == LOGISTIC else (here > 0).float()
             row, block = empty_row(device), torch.zeros(len(BLOCK), 5, dtype=torch.float64, device=device)
-            kernels.observe(there, there, slope.to(device) if given is None else given, 1.0, (-2.0, 2.0), 3 * len(z), True, row, units.place, block)
+            kernels.observe(
+                there, there, slope.to(device) if given is None else given, 1.0, (-2.0, 2.0), 3 * len(z), True, None, row, units.place, block
+            )
             kernels.observe_gradient(there, there, len(z), 3 * len(z), row)
             expected, counts = _observe(here, here, slope, 1.0, (-2.0, 2.0), 3 * len(z), True, units)
             merge_(expected, observe_gradient(here, here, 3 * len(z)))
             assert counts is not None
+            if not torch.equal(kernels.extremes(there, there).cpu(), _extremes(here, here)):
+                return "the extremes are wrong"
             for name, one, other in zip((*COLUMN, "units"), (*row.cpu(), block.cpu()), (*expected, counts), strict=True):
                 # Near the edge of a bin, an element may be counted in the next one: the derivative is float32.
                 if not torch.allclose(one, other, rtol=1e-5, atol=6.0 if name.startswith("bin") else 1e-3):
@@ -273,7 +341,7 @@ def observe_features(x: Tensor, units: Units, sums: Tensor | None = None) -> Ten
         finite = torch.isfinite(x)
         values = torch.where(finite, x.to(dtype), torch.zeros((), dtype=dtype, device=x.device))
         found.index_add_(1, units.index(x.device), torch.stack([finite.to(dtype), values, values * values]))
-    weight = units.sample.elements / max(1, len(x))
+    weight = units.weight
     samples, first, second = found.unbind()
     columns = (weight * samples, weight * first, weight * second, weight**2 * samples, weight**2 * second, samples)
     assert len(columns) == len(FEATURES)
@@ -300,7 +368,41 @@ def put_squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:
             sums[1] += torch.linalg.vector_norm(y[first : first + size].to(dtype) - part.to(dtype)).square()
 
 
-def observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:
+def softmax_extremes(z: Tensor, visible: Tensor, a: Tensor | None, broken: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """EXACT of a softmax, and the largest logit of each head. As in `observe_softmax`, rows that see fewer than two keys, or a logit that is inf or
+    nan, enter no extreme.
+
+    Args:
+        z, visible: as in `observe_softmax`.
+        a: the softmax of z. None: its columns are those of no element.
+        broken: [batch, heads, queries, 1], whether what an attention returned for this query is inf or nan: where a query sees no key, torch returns
+            0 or nan. None: a says that.
+    """
+    dtype = accumulator(z.device)
+    # Of one key that stands for all, each is visible. NaN goes through to the extremes of its row.
+    masked = visible.numel() > 1 or z.shape[-1] == 1
+    keys = visible.sum(-1, keepdim=True) if masked else torch.full((1, 1, 1, 1), z.shape[-1], device=z.device)
+    nothing = torch.full((), -math.inf, dtype=z.dtype, device=z.device)
+    top = (torch.where(visible, z, nothing) if masked else z).amax(-1, keepdim=True)
+    bottom = (torch.where(visible, z, -nothing) if masked else z).amin(-1, keepdim=True)
+    finite = torch.isfinite(top) & torch.isfinite(bottom)
+    counts = finite & (keys > 1)
+    tops = torch.where(counts, top, nothing).amax((0, 2, 3))
+    if a is None:
+        bad = torch.where(finite, torch.zeros_like(keys), keys).sum()
+        if broken is not None:
+            bad = bad + ((keys == 0) & broken).expand(top.shape).sum() * z.shape[-1]
+        of_a = [nothing, nothing]
+    else:
+        high, low = a.amax(-1, keepdim=True), (torch.where(visible, a, math.inf) if masked else a).amin(-1, keepdim=True)
+        # A softmax is nan in all of a row or nowhere.
+        bad = torch.isnan(high).sum() * z.shape[-1]
+        of_a = [torch.where(counts, each, nothing.to(a.dtype)).amax() for each in (high, -low)]
+    exact = [bad, tops.amax(), torch.where(counts, -bottom, nothing).amax(), *of_a]
+    return torch.stack([each.to(dtype) for each in exact]), tops.to(dtype)
+
+
+def observe_softmax(logits: Tensor, visible: Tensor, elements: int, exact: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """The row and the block of heads (columns.HEADS, [7, heads]) of one softmax.
 
     Args:
@@ -308,14 +410,21 @@ def observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Ten
         visible: booleans that broadcast to the same shape: which keys a query sees. A query row that sees fewer than two keys has no entropy and does
             not count; neither does one with a visible logit that is inf or nan.
         elements: how many logits the whole softmax has, read or not.
+        exact: what `softmax_extremes` found among all rows. None: what is found among those that were read.
     """
     visible = visible.expand(logits.shape)
     if cpu.reads(logits):
         row, heads = empty_row(logits.device), torch.zeros(len(HEADS), logits.shape[1], dtype=accumulator(logits.device))
         heads[-1] = -math.inf
         cpu.observe_softmax(logits, visible, elements, row, heads)
-        return row, heads
-    return _observe_softmax(logits, visible, elements)
+    else:
+        row, heads = _observe_softmax(logits, visible, elements)
+    if exact is not None:
+        found, tops = exact
+        row[COLUMN["nonfinite"] : COLUMN["nonfinite"] + 1] = 0
+        merge_(row, empty_row(row.device).index_copy_(0, _places(EXACT, row.device), found))
+        torch.maximum(heads[-1], tops, out=heads[-1])
+    return row, heads
 
 
 def _observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from torchsat.attributes import stored
 from torchsat.columns import WEIGHT
 from torchsat.internals import Convolution, TransposedConvolution
 from torchsat.optimizers import Decay, put_learned
-from torchsat.sampling import Sample, Units, beginning, coprime
+from torchsat.sampling import Sample, places, seed_of
 from torchsat.sharding import is_pending, local
 from torchsat.statistics import accumulator, observe_features, put_squares
 from torchsat.tensors import why_unread
@@ -88,25 +88,34 @@ def feature_axis(module: nn.Module, ndim: int) -> int:
     return ndim - 1 if isinstance(module, nn.Linear) else ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
 
 
-def input_sums(x: Tensor, axis: int, limit: int | None, turn: int, sums: Tensor | None = None) -> Tensor:
+def input_sums(x: Tensor, axis: int, limit: int | None, seed: int, sums: Tensor | None = None) -> Tensor:
     """columns.FEATURES of one input, [6, features], added in place to the sums given.
 
     Args:
         axis: the axis of the features.
         limit: the most elements read of a site, of which an input gets its share; None: all.
-        turn: which observation this is.
+        seed: which elements are read; see sampling.py.
     """
-    sample = Sample.of(x, None if limit is None else min(limit, max(1, limit // _LESS, _PER_FEATURE * x.shape[axis])), turn)
-    return observe_features(_widened(sample.take(x.detach())), Units(sample, axis), sums)
+    sample = Sample.of(x, None if limit is None else min(limit, max(1, limit // _LESS, _PER_FEATURE * x.shape[axis])), seed)
+    return observe_features(_widened(sample.take(x.detach())), sample.units(axis), sums)
 
 
 def elements(weight: Tensor, limit: int | None, turn: int) -> Tensor:
-    """About `limit` / 4 elements of a weight (None: all) as a vector, in runs that are spread evenly. They are the same ones for the same turn."""
-    start, step, runs = _runs(tuple(weight.shape), limit, turn)
+    """About `limit` / 4 elements of a weight (None: all) as a vector, in runs that are drawn as sampling.py draws elements. They are the same ones
+    for the same turn."""
     flat = weight.detach() if weight.is_contiguous() else Sample.of(weight, None, 0).take(weight.detach())
-    if step == 1:
+    whole, wanted = weight.numel() // _RUN, max(1, (limit or 0) // _LESS // _RUN)
+    if limit is None or weight.numel() <= max(limit // _LESS, 2 * _RUN):
         return _widened(flat.reshape(-1))
-    return _widened(flat.as_strided((runs, _RUN), (_RUN * step, 1), flat.storage_offset() + _RUN * start).reshape(-1))
+    # A weight whose size is no multiple of a run ends with some elements that belong to none. They are read in every other observation, in place of
+    # those that the first run would begin with.
+    first = (weight.numel() - whole * _RUN) * (turn % 2)
+    runs = flat.as_strided((whole, _RUN), (_RUN, 1), flat.storage_offset() + first)
+    # torch has no index_select of float8 everywhere, but moves bytes.
+    chosen = _runs(whole, wanted, seed_of(turn, 0), weight.device)
+    if runs.element_size() == 1:
+        return runs.view(torch.uint8).index_select(0, chosen).view(runs.dtype).float().reshape(-1)
+    return runs.index_select(0, chosen).reshape(-1)
 
 
 def _widened(values: Tensor) -> Tensor:
@@ -114,16 +123,10 @@ def _widened(values: Tensor) -> Tensor:
     return values.float() if values.element_size() == 1 else values
 
 
-@functools.lru_cache(maxsize=4096)
-def _runs(shape: tuple[int, ...], limit: int | None, turn: int) -> tuple[int, int, int]:
-    """Which runs of a weight are read: the first one, the step from one to the next, and how many. A step of 1 stands for the whole weight."""
-    whole = math.prod(shape) // _RUN
-    wanted = max(1, (limit or 0) // _LESS // _RUN)
-    if limit is None or math.prod(shape) <= max(limit // _LESS, 2 * _RUN):
-        return 0, 1, 0
-    step = coprime(-(-whole // wanted), (whole, *shape))
-    start = beginning(turn, step, whole)
-    return start, step, -(-(whole - start) // step)
+@functools.lru_cache(maxsize=64)
+def _runs(whole: int, wanted: int, seed: int, device: torch.device) -> Tensor:
+    """Which of the runs of a weight are read. They are cached, since weight, gradient and change are read at the same ones."""
+    return places(whole, wanted, seed, device)
 
 
 def unevenness(x: Tensor) -> Tensor:

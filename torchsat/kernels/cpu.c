@@ -40,9 +40,9 @@ typedef struct { const void *data; int64_t kind, stride; } vector;
 enum { GIVEN, LOGISTIC, BETWEEN, SILU, GELU };
 typedef struct { int64_t kind; double b, c, d; vector given; } derivative;
 
-/* Which unit each element of a vector belongs to: element i is element `start` + i * `step` of a dense tensor, whose unit axis has `size` entries
-   that lie `inner` elements apart. */
-typedef struct { int64_t start, step, inner, size; } axis;
+/* Which unit each element of a vector belongs to. The `read` elements are drawn from a dense tensor of `elements`, as sampling.py says, or are all of
+   it; its unit axis has `size` entries that lie `inner` elements apart. */
+typedef struct { int64_t elements, read, seed, inner, size; } axis;
 
 static float from_bits(uint32_t bits)
 {
@@ -141,27 +141,66 @@ static void differentiate(const derivative *of, int64_t first, int m, const doub
     }
 }
 
-/* The units of successive elements, found without a division per element. */
-typedef struct { int64_t unit, rest, unit_step, rest_step, inner, size; } walk;
-
-static walk begin(const axis *of)
+/* The hash of sampling.py. */
+static inline uint32_t mixed(uint32_t x)
 {
-    walk at = { of->start / of->inner % of->size, of->start % of->inner, of->step / of->inner % of->size, of->step % of->inner,
-                of->inner, of->size };
-    return at;
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ x >> 16;
 }
 
-static int64_t next(walk *at)
+/* Places `first` to `first` + `m` of the `read` ones that are drawn from `elements`, in the n-th row of such draws, as whole numbers. */
+static void draw(double elements, double read, uint32_t seed, uint32_t row, int64_t first, int m, double *restrict to)
 {
-    int64_t unit = at->unit;
-    at->rest += at->rest_step;
-    at->unit += at->unit_step;
-    if (at->rest >= at->inner) {
-        at->rest -= at->inner;
-        at->unit++;
+    double length = elements / read, last = elements - 1, begin = (double)first;
+    seed += row * (uint32_t)read + (uint32_t)first;
+#pragma omp simd
+    for (int i = 0; i < m; i++) {
+        double drawn = (double)(int32_t)(mixed(seed + (uint32_t)i) >> 8) * 0x1p-24;
+        double place = floor((drawn + (begin + (double)i)) * length);
+        to[i] = place < last ? place : last;
     }
-    if (at->unit >= at->size) at->unit -= at->size;
-    return unit;
+}
+
+/* Write rows * count places in a vector of `size`, as sampling.py describes them. `wide` says whether they are 64 bits wide. */
+void torchsat_places(int64_t size, int64_t count, int64_t seed, int64_t rows, int64_t wide, void *out)
+{
+    double place[BLOCK];
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t first = 0; first < count; first += BLOCK) {
+            int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
+            draw((double)size, (double)count, (uint32_t)seed, (uint32_t)row, first, m, place);
+            if (wide)
+                for (int i = 0; i < m; i++) ((int64_t *)out)[row * count + first + i] = (int64_t)place[i];
+            else
+                for (int i = 0; i < m; i++) ((int32_t *)out)[row * count + first + i] = (int32_t)place[i];
+        }
+}
+
+/* The units of elements `first` to `first` + `m` of a vector. */
+static void find_units(const axis *of, int64_t first, int m, int32_t *units)
+{
+    if (of->read == of->elements) {
+        int64_t rest = first % of->inner, unit = first / of->inner % of->size;
+        for (int i = 0; i < m; i++) {
+            units[i] = (int32_t)unit;
+            if (++rest == of->inner) {
+                rest = 0;
+                if (++unit == of->size) unit = 0;
+            }
+        }
+        return;
+    }
+    /* Quotients of integers below 2^53 are rounded down rightly, since none of them lies closer below an integer than float64 can tell. */
+    double inner = (double)of->inner, size = (double)of->size, place[BLOCK];
+    draw((double)of->elements, (double)of->read, (uint32_t)of->seed, 0, first, m, place);
+#pragma omp simd
+    for (int i = 0; i < m; i++) {
+        double outer = floor(place[i] / inner);
+        units[i] = (int32_t)(outer - size * floor(outer / size));
+    }
 }
 
 /* What a forward call is measured with. An edge of a tail, and the peak, are NaN where there is none. */
@@ -194,19 +233,13 @@ static void merge(double *into, const double *row, double weight)
 static void observe(const call *in, int64_t begin_at, int64_t end_at, double weight, double *row, const axis *units, double *block)
 {
     double z[BLOCK], a[BLOCK], slope[BLOCK], ok[BLOCK], saturated[BLOCK];
-    int32_t bin[BLOCK];
+    int32_t bin[BLOCK], unit_of[BLOCK];
     int64_t counted[BANKS][BINS];
     double n = 0, lows = 0, highs = 0, s1 = 0, s2 = 0, z1 = 0, z2 = 0, a1 = 0, a2 = 0, nonzero = 0, left = 0, right = 0;
     double z_max = -INFINITY, z_min = INFINITY, a_max = -INFINITY, a_min = INFINITY;
     double low = in->low == in->low ? in->low : -INFINITY, high = in->high == in->high ? in->high : INFINITY, per_peak = 1 / in->peak;
     int measured = in->peak == in->peak;
-    walk at = { 0 };
     memset(counted, 0, sizeof counted);
-    if (block) {
-        axis here = *units;
-        here.start += begin_at * here.step;
-        at = begin(&here);
-    }
     for (int64_t first = begin_at; first < end_at; first += BLOCK) {
         int m = end_at - first < BLOCK ? (int)(end_at - first) : BLOCK;
         load(in->z, first, m, z);
@@ -265,13 +298,15 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double wei
             /* Neighbours often fall into the same bin, and an addition would wait for the one before: hence several tables. */
             for (int i = 0; i < m; i++) counted[i % BANKS][bin[i]] += ok[i] != 0;
         }
-        if (block)
+        if (block) {
+            find_units(units, first, m, unit_of);
             for (int i = 0; i < m; i++) {
-                int64_t unit = next(&at);
-                block[SAMPLES * at.size + unit] += weight * ok[i];
-                block[SATURATED * at.size + unit] += weight * saturated[i];
-                block[SAMPLES_READ * at.size + unit] += ok[i];
+                double *samples = block + unit_of[i];
+                samples[SAMPLES * units->size] += weight * ok[i];
+                samples[SATURATED * units->size] += weight * saturated[i];
+                samples[SAMPLES_READ * units->size] += ok[i];
             }
+        }
     }
     clear(row);
     row[N] = n;
@@ -300,10 +335,100 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double wei
     row[A_MIN_NEGATED] = -a_min;
 }
 
+/* What `extremes` finds: how many elements are inf or nan, the largest z, minus the smallest z, the same of a. */
+enum { BAD, Z_TOP, Z_BOTTOM_NEGATED, A_TOP, A_BOTTOM_NEGATED, FOUND };
+
+/* Merge `m` neighbouring elements z and a, of type REAL, into what was found before. */
+#define SCAN(name, REAL)                                                                                                                              \
+    static void name(const REAL *restrict z, const REAL *restrict a, int m, double *found)                                                            \
+    {                                                                                                                                                 \
+        REAL z_top = -INFINITY, z_low = -INFINITY, a_top = -INFINITY, a_low = -INFINITY;                                                              \
+        int bad = 0;                                                                                                                                  \
+        _Pragma("omp simd reduction(+ : bad) reduction(max : z_top, z_low, a_top, a_low)") for (int i = 0; i < m; i++)                                \
+        {                                                                                                                                             \
+            int good = z[i] * 0 + a[i] * 0 == 0;                                                                                                      \
+            REAL v = good ? z[i] : (REAL)-INFINITY, v_low = good ? -z[i] : (REAL)-INFINITY;                                                           \
+            REAL u = good ? a[i] : (REAL)-INFINITY, u_low = good ? -a[i] : (REAL)-INFINITY;                                                           \
+            bad += !good;                                                                                                                             \
+            z_top = v > z_top ? v : z_top;                                                                                                            \
+            z_low = v_low > z_low ? v_low : z_low;                                                                                                    \
+            a_top = u > a_top ? u : a_top;                                                                                                            \
+            a_low = u_low > a_low ? u_low : a_low;                                                                                                    \
+        }                                                                                                                                             \
+        found[BAD] += bad;                                                                                                                            \
+        found[Z_TOP] = z_top > found[Z_TOP] ? z_top : found[Z_TOP];                                                                                   \
+        found[Z_BOTTOM_NEGATED] = z_low > found[Z_BOTTOM_NEGATED] ? z_low : found[Z_BOTTOM_NEGATED];                                                  \
+        found[A_TOP] = a_top > found[A_TOP] ? a_top : found[A_TOP];                                                                                   \
+        found[A_BOTTOM_NEGATED] = a_low > found[A_BOTTOM_NEGATED] ? a_low : found[A_BOTTOM_NEGATED];                                                  \
+    }
+SCAN(scan_floats, float)
+SCAN(scan_doubles, double)
+
+/* Elements `first` to `first` + `m` of a vector that is not float64, as floats; where that needs no copy, the elements themselves. */
+static const float *as_floats(const vector *from, int64_t first, int m, float *to)
+{
+    const uint16_t *data = (const uint16_t *)from->data + first * from->stride;
+    if (from->kind == FLOAT32 && from->stride == 1) return (const float *)from->data + first;
+    if (from->kind == FLOAT32)
+        for (int i = 0; i < m; i++) to[i] = ((const float *)from->data)[(first + i) * from->stride];
+    else if (from->kind == BFLOAT16)
+        for (int i = 0; i < m; i++) to[i] = from_bits((uint32_t)data[i * from->stride] << 16);
+    else
+        for (int i = 0; i < m; i++) to[i] = half(data[i * from->stride]);
+    return to;
+}
+
+static int64_t width_of(const vector *of)
+{
+    return of->kind == FLOAT64 ? 8 : of->kind == FLOAT32 ? 4 : 2;
+}
+
+/* The extremes of `count` elements z and a, and how many are inf or nan, in found[FOUND]. They lie in rows of `columns` elements, which are `z_row` and
+   `a_row` elements apart in memory; the last row may be shorter. */
+void torchsat_extremes(const vector *z_in, const vector *a_in, int64_t count, int64_t columns, int64_t z_row, int64_t a_row, int64_t parts,
+                       double *found)
+{
+    double each[PARTS][FOUND];
+    int64_t rows = (count + columns - 1) / columns;
+    if (parts > PARTS) parts = PARTS;
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static, 1) if (parts > 1)
+#endif
+    for (int64_t part = 0; part < parts; part++) {
+        double *mine = each[part];
+        mine[BAD] = 0;
+        for (int i = 1; i < FOUND; i++) mine[i] = -INFINITY;
+        for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++) {
+            vector z = { (const char *)z_in->data + row * z_row * width_of(z_in), z_in->kind, z_in->stride };
+            vector a = { (const char *)a_in->data + row * a_row * width_of(a_in), a_in->kind, a_in->stride };
+            int64_t length = count - row * columns < columns ? count - row * columns : columns;
+            for (int64_t first = 0; first < length; first += BLOCK) {
+                int m = length - first < BLOCK ? (int)(length - first) : BLOCK;
+                if (z.kind == FLOAT64 || a.kind == FLOAT64) {
+                    double z_block[BLOCK], a_block[BLOCK];
+                    load(&z, first, m, z_block);
+                    load(&a, first, m, a_block);
+                    scan_doubles(z_block, a_block, m, mine);
+                } else {
+                    float z_block[BLOCK], a_block[BLOCK];
+                    scan_floats(as_floats(&z, first, m, z_block), as_floats(&a, first, m, a_block), m, mine);
+                }
+            }
+        }
+    }
+    found[BAD] = 0;
+    for (int i = 1; i < FOUND; i++) found[i] = -INFINITY;
+    for (int64_t part = 0; part < parts; part++) {
+        found[BAD] += each[part][BAD];
+        for (int i = 1; i < FOUND; i++) found[i] = each[part][i] > found[i] ? each[part][i] : found[i];
+    }
+}
+
 /* Merge one forward call into a row, and add the samples of each unit to block [3, size], unless it is NULL. `count` of its `elements` were read.
-   low, high, peak: NaN where there is none. The elements are divided among `parts` threads. */
+   low, high, peak: NaN where there is none. The elements are divided among `parts` threads. exact: what torchsat_extremes has found among all elements
+   of the call, if only some were read; otherwise NULL. */
 void torchsat_observe(const vector *z, const vector *a, const derivative *of, int64_t count, double elements, double low, double high,
-                      double peak, int64_t sigmoid, int64_t parts, double *row, const axis *units, double *block)
+                      double peak, int64_t sigmoid, int64_t parts, const double *exact, double *row, const axis *units, double *block)
 {
     call in = { z, a, of, low, high, peak, sigmoid };
     double rows[PARTS][WIDTH], *others = 0, weight = count ? elements / (double)count : 1;
@@ -316,7 +441,15 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
 #endif
     for (int64_t part = 0; part < parts; part++)
         observe(&in, count * part / parts, count * (part + 1) / parts, weight, rows[part], units, part ? others ? others + (part - 1) * size : 0 : block);
-    for (int64_t part = 0; part < parts; part++) merge(row, rows[part], weight);
+    for (int64_t part = 0; part < parts; part++) {
+        if (exact) rows[part][NONFINITE] = 0;
+        merge(row, rows[part], weight);
+    }
+    if (exact) {
+        static const int at[] = { NONFINITE, Z_MAX, Z_MIN_NEGATED, A_MAX, A_MIN_NEGATED };
+        row[NONFINITE] += exact[BAD];
+        for (int i = 1; i < FOUND; i++) row[at[i]] = exact[i] > row[at[i]] ? exact[i] : row[at[i]];
+    }
     for (int64_t part = 1; others && part < parts; part++)
         for (int64_t i = 0; i < size; i++) block[i] += others[(part - 1) * size + i];
     free(others);
@@ -330,7 +463,7 @@ void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t 
 {
     int64_t size = sizes[1], keys = sizes[3];
     double z[BLOCK], seen[BLOCK];
-    int64_t width = z_in->kind == FLOAT64 ? 8 : z_in->kind == FLOAT32 ? 4 : 2;
+    int64_t width = width_of(z_in);
     double all = (double)(sizes[0] * sizes[1] * sizes[2] * keys), weight = all > 0 ? elements / all : 1;
     row[ELEMENTS] = elements;
     for (int64_t query = 0; query < sizes[0] * sizes[1] * sizes[2]; query++) {
@@ -431,13 +564,14 @@ void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count
 void torchsat_features(const vector *x_in, int64_t count, const axis *units, double *sums)
 {
     double x[BLOCK];
-    walk at = begin(units);
+    int32_t unit_of[BLOCK];
     double *samples = sums, *first_power = sums + units->size, *second_power = sums + 2 * units->size;
     for (int64_t first = 0; first < count; first += BLOCK) {
         int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
         load(x_in, first, m, x);
+        find_units(units, first, m, unit_of);
         for (int i = 0; i < m; i++) {
-            int64_t unit = next(&at);
+            int32_t unit = unit_of[i];
             double good = x[i] * 0 == 0 ? 1.0 : 0.0, v = good != 0 ? x[i] : 0.0;
             samples[unit] += good;
             first_power[unit] += v;

@@ -47,7 +47,7 @@ class _Vector(ctypes.Structure):
 
 
 class _Axis(ctypes.Structure):
-    _fields_ = (("start", ctypes.c_int64), ("step", ctypes.c_int64), ("inner", ctypes.c_int64), ("size", ctypes.c_int64))
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("elements", "read", "seed", "inner", "size"))
 
 
 class _Derivative(ctypes.Structure):
@@ -73,8 +73,9 @@ def observe(
     edges: tuple[float | None, float | None],
     elements: int,
     sigmoid: bool,
+    exact: Tensor | None,
     row: Tensor,
-    place: tuple[int, int, int, int] | None = None,
+    place: tuple[int, int, int, int, int] | None = None,
     block: Tensor | None = None,
 ) -> None:
     """Merge a forward call into a row, and add the samples of each unit to a unit block, if there is one.
@@ -96,11 +97,34 @@ def observe(
         high,
         float("nan") if peak is None else peak,
         sigmoid,
-        max(1, min(torch.get_num_threads(), z.shape[0] // _PART)),
+        _threads(z.shape[0]),
+        None if exact is None else exact.data_ptr(),
         row.data_ptr(),
         None if place is None else ctypes.byref(_Axis(*place)),
         None if block is None else block.data_ptr(),
     )
+
+
+def extremes(z: Tensor, a: Tensor) -> Tensor:
+    """statistics.EXACT of z and a, which are both [rows, columns], or both vectors."""
+    found, count = torch.empty(5, dtype=torch.float64), z.numel()
+    columns, z_row, a_row = (_PART, _PART * z.stride(0), _PART * a.stride(0)) if z.ndim == 1 else (z.shape[1], z.stride(0), a.stride(0))
+    _loaded().torchsat_extremes(
+        ctypes.byref(_Vector(z.data_ptr(), _KINDS[z.dtype], z.stride(-1))),
+        ctypes.byref(_Vector(a.data_ptr(), _KINDS[a.dtype], a.stride(-1))),
+        *(count, columns, z_row, a_row, _threads(count), found.data_ptr()),
+    )
+    return found
+
+
+def _threads(count: int) -> int:
+    """How many threads read so many elements."""
+    return max(1, min(torch.get_num_threads(), count // _PART))
+
+
+def places(size: int, count: int, seed: int, rows: int, out: Tensor) -> None:
+    """Write sampling.places to `out`, which is int32 or int64."""
+    _loaded().torchsat_places(size, count, seed, rows, out.dtype == torch.int64, out.data_ptr())
 
 
 def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor, heads: Tensor) -> None:
@@ -123,7 +147,7 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, e
     _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, elements, row.data_ptr())
 
 
-def add_features(x: Tensor, place: tuple[int, int, int, int], sums: Tensor) -> None:
+def add_features(x: Tensor, place: tuple[int, int, int, int, int], sums: Tensor) -> None:
     """Add the samples, the sum of x and the sum of x^2 of each unit to [3, size], unweighed."""
     _loaded().torchsat_features(_vector(x), x.shape[0], ctypes.byref(_Axis(*place)), sums.data_ptr())
 
@@ -209,7 +233,9 @@ def _load(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     pointer, number, integer = ctypes.c_void_p, ctypes.c_double, ctypes.c_int64
     signatures = {
-        "torchsat_observe": [pointer, pointer, pointer, integer, number, number, number, number, integer, integer, pointer, pointer, pointer],
+        "torchsat_observe": [*[pointer] * 3, integer, *[number] * 4, integer, integer, *[pointer] * 4],
+        "torchsat_extremes": [pointer, pointer, *[integer] * 5, pointer],
+        "torchsat_places": [*[integer] * 5, pointer],
         "torchsat_softmax": [pointer, pointer, pointer, pointer, pointer, number, pointer, pointer],
         "torchsat_gradient": [pointer, pointer, integer, number, pointer],
         "torchsat_features": [pointer, integer, pointer, pointer],

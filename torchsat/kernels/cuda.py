@@ -11,7 +11,6 @@ numbers there. What differs between observations is no constant of a kernel, so 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from torchsat.columns import BACKWARD, BINS, BLOCK, COLUMN, SUMS, UNWEIGHED
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, GELU, GELU_ERF, GIVEN, LOGISTIC, SILU, Formula
-from torchsat.sampling import beginning, coprime
+from torchsat.sampling import MIX
 
 KINDS = frozenset((GIVEN, LOGISTIC, BETWEEN, SILU, GELU, GELU_ERF))
 """The kinds of derivatives that the kernel computes from z; GIVEN is read."""
@@ -30,13 +29,12 @@ _WARPS = 8
 _UNIT_SAMPLES = 65536
 """At most this many elements of a call are counted by unit."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_turns = itertools.count()
-"""Numbers the calls, so that another sample is counted by unit in each."""
 _trusted: set[int] = set()
 """The devices on which the kernels compute the right numbers."""
 
 _UNWEIGHED = frozenset(COLUMN[name] for name in UNWEIGHED)
 _GATES = slice(COLUMN["gate_left"], COLUMN["gate_right"] + 1)
+_EXTREMES = slice(COLUMN["z_max"], COLUMN["a_min_negated"] + 1)
 _GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
 
 # The places of the columns in a row. Of the globals of Python a kernel can read constants of this type only.
@@ -83,6 +81,10 @@ _GRAD_NONFINITE = tl.constexpr(BACKWARD.index("grad_nonfinite"))
 _SAMPLES = tl.constexpr(BLOCK.index("samples"))
 _SATURATED = tl.constexpr(BLOCK.index("saturated"))
 _SAMPLES_READ = tl.constexpr(BLOCK.index("samples_read"))
+
+# The factors of the hash of sampling.py.
+_MIX_0 = tl.constexpr(MIX[0])
+_MIX_1 = tl.constexpr(MIX[1])
 
 # The kinds of derivatives.
 _GIVEN = tl.constexpr(GIVEN)
@@ -156,6 +158,20 @@ def _read(z_ptr, a_ptr, slope_ptr, at, inside, whole, z_step, a_step, kind: tl.c
 
 
 @triton.jit
+def _place(at, elements, read, seed):
+    """Where in a dense tensor of so many elements those lie that sampling.py draws as number `at` of `read`."""
+    mixed = (at + seed) & 0xFFFFFFFF
+    mixed = mixed ^ (mixed >> 16)
+    mixed = (mixed * _MIX_0) & 0xFFFFFFFF
+    mixed = mixed ^ (mixed >> 15)
+    mixed = (mixed * _MIX_1) & 0xFFFFFFFF
+    mixed = mixed ^ (mixed >> 16)
+    drawn = (mixed >> 8).to(tl.float64) * 5.9604644775390625e-08 + at.to(tl.float64)
+    place = (drawn * (elements.to(tl.float64) / read.to(tl.float64))).to(tl.int64)
+    return tl.minimum(place, elements - 1)
+
+
+@triton.jit
 def _total(values):
     return tl.sum(values.to(tl.float64), axis=0)
 
@@ -218,7 +234,7 @@ def _write_extremes(row, z, a, ok):
     tl.store(row + _A_MIN_NEGATED, tl.max(tl.where(ok, -a, float("-inf")), axis=0))
 
 
-@triton.jit(do_not_specialize=["count", "start", "step", "inner", "size", "unit_start", "unit_step", "unit_count", "elements"])
+@triton.jit(do_not_specialize=["count", "whole", "read", "seed", "inner", "size", "unit_count", "elements"])
 def _observe(
     z_ptr,
     a_ptr,
@@ -235,12 +251,11 @@ def _observe(
     b,
     c,
     d,
-    start,
-    step,
+    whole,
+    read,
+    seed,
     inner,
     size,
-    unit_start,
-    unit_step,
     unit_count,
     elements,
     kind: tl.constexpr,
@@ -252,22 +267,43 @@ def _observe(
     program = tl.program_id(0).to(tl.int64)
     mine = program * block + tl.arange(0, block)
     inside = mine < count
-    whole = (program + 1) * block <= count
-    z, a, slope, ok = _read(z_ptr, a_ptr, slope_ptr, mine, inside, whole, z_step, a_step, kind, b, c, d)
+    z, a, slope, ok = _read(z_ptr, a_ptr, slope_ptr, mine, inside, (program + 1) * block <= count, z_step, a_step, kind, b, c, d)
     row = out_ptr + program * _WIDTH
     _write_sums(row, z, a, slope, ok, inside, low, high)
     _write_histogram(row, slope, ok, peak, per_peak, has_peak)
     _write_extremes(row, z, a, ok)
     if has_units:
         if program * block < unit_count:
-            at = unit_start + mine * unit_step
+            at = mine
+            if unit_count < count:
+                at = _place(mine, count, unit_count, seed + 1)
             z, a, slope, ok = _read(z_ptr, a_ptr, slope_ptr, at, mine < unit_count, False, z_step, a_step, kind, b, c, d)
-            unit = ((start + at * step) // inner) % size
+            if read < whole:
+                at = _place(at, whole, read, seed)
+            unit = (at // inner) % size
             one = tl.where(ok, 1.0, 0.0).to(tl.float64)
             weighed = one * elements / unit_count
             tl.atomic_add(block_ptr + _SAMPLES * size + unit, weighed, mask=ok)
             tl.atomic_add(block_ptr + _SATURATED * size + unit, weighed, mask=ok & ((z <= low) | (z >= high)))
             tl.atomic_add(block_ptr + _SAMPLES_READ * size + unit, one, mask=ok)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _extremes(z_ptr, a_ptr, out_ptr, count, block: tl.constexpr):
+    """How many elements of one block are inf or nan, and the extremes of the others, at out_ptr."""
+    program = tl.program_id(0).to(tl.int64)
+    at = program * block + tl.arange(0, block)
+    inside = at < count
+    whole = (program + 1) * block <= count
+    z = _load(z_ptr, at, inside, whole)
+    a = _load(a_ptr, at, inside, whole)
+    ok = inside & (z * 0 + a * 0 == 0)
+    row = out_ptr + program * 5
+    tl.store(row, _count(inside) - _count(ok))
+    tl.store(row + 1, tl.max(tl.where(ok, z, float("-inf")), axis=0))
+    tl.store(row + 2, tl.max(tl.where(ok, -z, float("-inf")), axis=0))
+    tl.store(row + 3, tl.max(tl.where(ok, a, float("-inf")), axis=0))
+    tl.store(row + 4, tl.max(tl.where(ok, -a, float("-inf")), axis=0))
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -311,8 +347,9 @@ def observe(
     edges: tuple[float | None, float | None],
     elements: int,
     sigmoid: bool,
+    exact: Tensor | None,
     row: Tensor,
-    place: tuple[int, int, int, int] | None = None,
+    place: tuple[int, int, int, int, int] | None = None,
     block: Tensor | None = None,
 ) -> None:
     """Merge a forward call into a row, and add the samples of each unit to a unit block, if there is one.
@@ -324,10 +361,8 @@ def observe(
     if not count:
         return
     formula = slope if isinstance(slope, Formula) else Formula(GIVEN)
-    start, step, inner, size = (0, 1, 1, 1) if place is None else place
-    unit_step = coprime(max(1, -(-count // _UNIT_SAMPLES)), (size, inner))
-    unit_start = beginning(next(_turns), unit_step, count)
-    unit_count = -(-(count - unit_start) // unit_step)
+    whole, read, seed, inner, size = (count, count, 0, 1, 1) if place is None else place
+    unit_count = min(count, _UNIT_SAMPLES)
     programs = triton.cdiv(count, _BLOCK)
     out = torch.empty(programs, len(COLUMN), dtype=torch.float64, device=z.device)
     low, high = edges
@@ -348,12 +383,11 @@ def observe(
             formula.b,
             formula.c,
             formula.d,
-            start,
-            step,
+            whole,
+            read,
+            seed,
             inner,
             size,
-            unit_start,
-            unit_step,
             unit_count,
             elements,
             kind=formula.kind,
@@ -366,8 +400,21 @@ def observe(
     sums = out[:, : len(SUMS)].sum(0)
     if not sigmoid:
         sums[_GATES] = 0
+    if exact is not None:
+        sums[COLUMN["nonfinite"]] = exact[0]
+        torch.maximum(row[_EXTREMES], exact[1:], out=row[_EXTREMES])
     row[: len(SUMS)] += _weighed(sums, elements / count)
     torch.maximum(row[len(SUMS) :], out[:, len(SUMS) :].amax(0), out=row[len(SUMS) :])
+
+
+def extremes(z: Tensor, a: Tensor) -> Tensor:
+    """statistics.EXACT of two vectors of neighbouring elements."""
+    count = z.shape[0]
+    programs = triton.cdiv(count, _BLOCK)
+    out = torch.empty(programs, 5, dtype=torch.float64, device=z.device)
+    with torch.cuda.device_of(z):
+        _extremes[(programs,)](z, a, out, count, block=_BLOCK, num_warps=_WARPS)
+    return torch.cat([out[:, :1].sum(0), out[:, 1:].amax(0)])
 
 
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, elements: int, row: Tensor) -> None:

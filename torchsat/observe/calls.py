@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from torchsat import internals
 from torchsat.activations import Activation, Bound, bind_call
-from torchsat.attention import SoftmaxRows, attention_logits
+from torchsat.attention import Attention, SoftmaxRows
 from torchsat.faults import MODEL
 from torchsat.observe.graph import Survey, ends, has_weight, maker
 from torchsat.observe.meter import Call, check_plain
@@ -284,7 +284,7 @@ class Calls:
         if z.ndim == 4 and axis == 3 and site.is_attention is None and z.grad_fn is not None:
             # The logits of attention are a batched matrix product of queries and keys. Other tensors with four axes, such as images, are not.
             site.is_attention = any(node.name().startswith(_PRODUCTS) for node in Survey().upstream([z.grad_fn], has_weight, 64))
-        rows = self._observation.meter.rows_of(z, axis, site.is_attention is not False)
+        rows = self._observation.meter.rows_of(z, axis, site.is_attention is not False, place)
         return functools.partial(self._end_softmax, site, Call(z, rows, z, z.grad_fn, z.output_nr, counts), role is Role.SOFTMIN)
 
     def _before_activation(
@@ -315,7 +315,12 @@ class Calls:
         assert isinstance(sample, Sample)
         if call.counts:
             meter.ran(site, [call.node])
-            meter.count(site, sample, call.taken, torch.sigmoid(upcast(call.taken)), axis)
+            exact = meter.exact_z(sample, call.z)
+            if exact is not None:
+                # The sigmoid is nowhere in memory. It grows with z, so that its extremes are those of z.
+                tops = exact[1:3]
+                exact[3:] = torch.where(tops.isfinite(), torch.stack([tops[0].sigmoid(), -(-tops[1]).sigmoid()]), tops)
+            meter.count(site, sample, call.taken, torch.sigmoid(upcast(call.taken)), axis, exact=exact)
         if a.grad_fn is not None:
             add, hear = meter.gradient_adder(site, sample), self._observation.passes.ear()
 
@@ -332,10 +337,11 @@ class Calls:
     def _end_softmax(self, site: Site, call: Call, negated: bool, a: Tensor) -> None:
         meter = self._observation.meter
         if call.counts:
-            assert isinstance(call.sample, SoftmaxRows)
+            rows, z = call.sample, plain(call.z).detach()
+            assert isinstance(rows, SoftmaxRows)
+            z = -z if negated else z
             meter.ran(site, [call.node])
-            z = plain(call.z).detach()
-            meter.count_softmax(site, call.sample.logits(-z if negated else z))
+            meter.count_softmax(site, rows.logits(z), rows.extremes(z, plain(a).detach()))
         meter.tap_output(site, call, a)
 
     def _end_attention(self, site: Site, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -345,12 +351,13 @@ class Calls:
         nodes: list[Node | None] = list(ends((args[:2], kwargs)))
         try:
             args, kwargs = internals.tree_map(lambda value: plain(value) if isinstance(value, Tensor) else value, (args, kwargs))
-            logits = attention_logits(function, args, kwargs, self._observation.options.limit, self._observation.turn)
+            attention = Attention.of(function, args, kwargs)
         except NotRebuiltError as reason:
             self._observation.note_if_wanted(site.name, str(reason))
             return
         self._observation.meter.ran(site, nodes)
-        self._observation.meter.count_softmax(site, logits)
+        meter, returned = self._observation.meter, internals.tree_map(lambda value: plain(value) if isinstance(value, Tensor) else value, output)
+        meter.count_softmax(site, attention.logits(self._observation.options.limit, meter.seed(site.name)), attention.extremes(returned))
 
 
 def attach(observation: Observation, found: Found) -> Callable[[], None] | None:

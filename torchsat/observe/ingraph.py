@@ -17,6 +17,7 @@ monitor. What the operators measure goes to the observation that is open (`Graph
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from torchsat.attributes import stored_or
 from torchsat.observe import saving
 from torchsat.observe.hooks import Inert
 from torchsat.sampling import Sample
-from torchsat.statistics import observe_gradient
+from torchsat.statistics import extremes, observe_gradient
 from torchsat.structure import Found, NamedModule
 from torchsat.weights import why_unmeasured
 
@@ -244,16 +245,20 @@ class GraphReceiver:
             made = function(taken.clone(), **site.bound.plain, **{name: sample.spread(value) for name, value in site.bound.learned.items()})
         else:
             made = sample.take(a)
+        exact = None if sample.is_whole else extremes(z, a)
+        if exact is not None and a is None:
+            # What is computed again is no exact extreme of a. An infinite one stands for one that is unknown.
+            exact[3:] = math.inf
         self._samples[name] = sample
         # The place of a site in the model cannot be seen from inside a graph.
         observation.heard_graph()
         observation.meter.ran(site, [])
-        observation.meter.count(site, sample, taken, made)
+        observation.meter.count(site, sample, taken, made, exact=exact)
 
     def _add_gradient(self, name: str, grad: Tensor, of_output: bool) -> None:
         sample = self._samples.get(name)
         if sample is None or sample.shape != tuple(grad.shape):
-            sample = self._observation.meter.sample_of(grad)
+            sample = self._observation.meter.sample_of(grad, name)
         taken, always = sample.take(grad), self._observation.passes.always
         row = always.place(always.rows, name, grad.device)
         always.put(always.rows, name, observe_gradient(taken if of_output else None, None if of_output else taken, sample.elements, row))

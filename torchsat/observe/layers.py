@@ -74,7 +74,7 @@ class Layers:
         """Measure the input of a layer."""
         passes, options = self._observation.passes, self._observation.options
         passes.runs(name)
-        passes.current.merge_inputs(name, x, feature_axis(module, x.ndim), options.limit, self._observation.turn)
+        passes.current.merge_inputs(name, x, feature_axis(module, x.ndim), options.limit, self._observation.meter.seed(f"{name}, input"))
 
     def feed_recurrent(self, module: nn.Module, x: Tensor, is_data: bool) -> None:
         """Measure the input of a recurrent layer, which is the input of its first layer's matrices, in both directions.
@@ -86,7 +86,9 @@ class Layers:
         for layer in self.measured.values():
             if layer.module() is module and layer.parameter in ENTERED:
                 observation.passes.runs(layer.name)
-                observation.passes.current.merge_inputs(layer.name, x, x.ndim - 1, observation.options.limit, observation.turn)
+                observation.passes.current.merge_inputs(
+                    layer.name, x, x.ndim - 1, observation.options.limit, observation.meter.seed(f"{layer.name}, input")
+                )
                 if observation.lineage.learns and is_data:
                     observation.sites.fed_by_data.add(layer.name)
 

@@ -28,10 +28,10 @@ from torchsat.observe.lineage import Lineage
 from torchsat.observe.passes import Passes
 from torchsat.options import Options
 from torchsat.parts import Span
-from torchsat.sampling import Sample, Units
+from torchsat.sampling import Sample, Units, seed_of
 from torchsat.sharding import is_pending, part_of, placement
 from torchsat.sites import Site, Sites
-from torchsat.statistics import known_slope, observe, observe_gradient, observe_softmax, upcast
+from torchsat.statistics import extremes, known_slope, observe, observe_gradient, observe_softmax, upcast
 from torchsat.tensors import why_unread
 
 
@@ -49,6 +49,8 @@ class Call:
     """Which output of that node z is."""
     counts: bool
     """Whether the call enters the numbers of the forward pass. False in a recompute (of a checkpoint), of which only the gradient is read."""
+    exact: Tensor | None = None
+    """The extremes of all of z, if only some elements are read and z may be overwritten."""
 
 
 class Meter:
@@ -78,18 +80,26 @@ class Meter:
         self._guard = guard
         self._note = note
         self._hooks = hooks
-        self._units: dict[tuple[Sample, int], Units] = {}
+        self._calls: dict[str, int] = {}
+        """How often each site has been called in this observation."""
         self._recomputed: set[str] = set()
         """Names of the sites that have run in recomputes only so far."""
         self._ignores_gradients = False
 
-    def sample_of(self, z: Tensor) -> Sample:
-        """Which elements of this tensor are read in this observation."""
-        return Sample.of(z, self._options.limit, self._turn)
+    def seed(self, name: str = "") -> int:
+        """The seed of the next call of the site with this name. Each use of this method counts one call, so that the calls of a site, as in the
+        micro-batches of a step, are not read at the same places."""
+        call = self._calls.get(name, 0)
+        self._calls[name] = call + 1
+        return seed_of(self._turn, call)
 
-    def rows_of(self, z: Tensor, axis: int, has_heads: bool) -> SoftmaxRows:
-        """Which rows of a softmax along `axis` are read in this observation."""
-        return SoftmaxRows.of(z, axis, self._options.limit, self._turn, has_heads)
+    def sample_of(self, z: Tensor, name: str = "") -> Sample:
+        """Which elements of this tensor are read in the next call of the site with this name."""
+        return Sample.of(z, self._options.limit, self.seed(name))
+
+    def rows_of(self, z: Tensor, axis: int, has_heads: bool, name: str = "") -> SoftmaxRows:
+        """Which rows of a softmax along `axis` are read in the next call of the site with this name."""
+        return SoftmaxRows.of(z, axis, self._options.limit, self.seed(name), has_heads)
 
     def counts_at(self, name: str, module: nn.Module) -> bool | None:
         """Whether a call at this site counts. False: only its gradient is read. None: it is not measured at all."""
@@ -127,7 +137,19 @@ class Meter:
         if place is not None:
             axis = self._unit_axis(site, tuple(part.shape))
             site.span = Span(None, 0, place.counts) if axis is None else Span(z.shape[axis], place.first[axis], place.counts)
-        return Call(z, sample, taken, z.grad_fn, z.output_nr, counts)
+        return Call(z, sample, taken, z.grad_fn, z.output_nr, counts, self.exact_z(sample, part) if in_place and counts else None)
+
+    def exact_z(self, sample: Sample, z: Tensor) -> Tensor | None:
+        """The extremes of all elements of z, before it may be overwritten; None where all are read anyway."""
+        return None if sample.is_whole else extremes(z.detach(), None)
+
+    def exact(self, call: Call, a: Tensor) -> Tensor | None:
+        """The extremes of all elements of z and a after a call; None where all are read anyway."""
+        if isinstance(call.sample, Sample) and call.sample.is_whole:
+            return None
+        if call.exact is None:
+            return extremes(part_of(call.z).detach(), part_of(a).detach())
+        return torch.maximum(call.exact, extremes(None, part_of(a).detach()))
 
     def end(self, site: Site, call: Call, a: object) -> None:
         """Measure a call after it has returned a."""
@@ -140,7 +162,7 @@ class Meter:
         if call.counts:
             self.ran(site, [call.node], last_layer=True)
             if part.numel():
-                self.count(site, sample, call.taken, sample.take(part.detach()))
+                self.count(site, sample, call.taken, sample.take(part.detach()), exact=self.exact(call, part))
         self.tap_output(site, call, a)
 
     def tap_output(self, site: Site, call: Call, a: Tensor) -> None:
@@ -169,6 +191,7 @@ class Meter:
         axis: int | None = None,
         slope: Tensor | Formula | None = None,
         elements: int | None = None,
+        exact: Tensor | None = None,
     ) -> None:
         """Merge the row and the unit block of one call.
 
@@ -177,6 +200,7 @@ class Meter:
             axis: the axis of the units (channels or features). None: that of the layer which feeds the site or, failing that, by the number of axes.
             slope: f'(z) at these elements, where it is known only from autograd. None: it is computed from the function.
             elements: the number of elements of the call, read or not. None: that of the tensor that was sampled.
+            exact: the extremes of all these elements, where they are known and not all are read.
         """
         bound, current = site.bound, self._passes.current
         edges: Edges
@@ -196,14 +220,14 @@ class Meter:
         row, block = current.place(current.rows, site.name, z.device), current.place(current.blocks, site.name, z.device)
         if units is None or (block is not None and block.shape[1] != units.size):
             block = None
-        row, block = observe(z, a, slope, peak, edges, elements, bound.activation.name == "sigmoid", units, row, block)
+        row, block = observe(z, a, slope, peak, edges, elements, bound.activation.name == "sigmoid", units, row, block, exact)
         current.put(current.rows, site.name, row)
         if block is not None:
             current.put(current.blocks, site.name, block)
 
-    def count_softmax(self, site: Site, logits: Logits) -> None:
-        """Merge the row and the block of heads of one softmax."""
-        row, heads = observe_softmax(logits.z, logits.visible, logits.elements)
+    def count_softmax(self, site: Site, logits: Logits, exact: tuple[Tensor, Tensor]) -> None:
+        """Merge the row and the block of heads of one softmax. `exact` is what statistics.softmax_extremes found among all its rows."""
+        row, heads = observe_softmax(logits.z, logits.visible, logits.elements, exact)
         current = self._passes.current
         current.add(current.rows, site.name, row)
         current.add(current.heads, site.name, heads)
@@ -223,10 +247,10 @@ class Meter:
     def _site_sample(self, site: Site, z: Tensor, in_place: bool) -> Sample:
         """Which elements of a call are read: all where that costs neither time nor memory and the user has not set a limit; otherwise a sample."""
         if self._options.may_read_whole and not in_place and reads_whole(z) and known_slope(site.bound, z) is not None:
-            sample = Sample.of(z, None, self._turn)
+            sample = Sample.of(z, None, self.seed(site.name))
             if sample.strides == z.stride():
                 return sample
-        return self.sample_of(z)
+        return self.sample_of(z, site.name)
 
     def _units_of(self, site: Site, sample: Sample, axis: int | None) -> Units | None:
         """The units of a site; None where it has no unit axis, or where the number of units is not fixed."""
@@ -239,7 +263,7 @@ class Meter:
             for each in self._passes:
                 each.blocks.pop(site.name, None)
             return None
-        return self._units.setdefault((sample, axis), Units(sample, axis))
+        return sample.units(axis)
 
     def _unit_axis(self, site: Site, shape: tuple[int, ...]) -> int | None:
         """The axis of channels or features: that of the layer which feeds the site, if the sizes agree; otherwise by the number of axes."""

@@ -49,8 +49,9 @@ def _before(observation: Observation, name: str, calls: list[Call], module: nn.M
     if internals.in_backward():
         counts = name in observation.sites.known and observation.meter.counts_at(name, module) is True
     if counts or internals.in_backward():
-        sample = observation.meter.sample_of(z)
-        calls.append(Call(z, sample, upcast(sample.take(plain(z).detach())).clone(), z.grad_fn, z.output_nr, counts))
+        sample = observation.meter.sample_of(z, name)
+        taken, exact = upcast(sample.take(plain(z).detach())).clone(), observation.meter.exact_z(sample, plain(z))
+        calls.append(Call(z, sample, taken, z.grad_fn, z.output_nr, counts, exact))
 
 
 def _after(observation: Observation, name: str, calls: list[Call], module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
@@ -76,7 +77,8 @@ def _after(observation: Observation, name: str, calls: list[Call], module: nn.Mo
                 observation.note(name, NOT_DIFFERENTIATED)
                 return
         observation.meter.ran(site, [call.node], last_layer=True)
-        observation.meter.count(site, sample, call.taken, taken, slope=None if slope is None else upcast(sample.take(slope)))
+        slope = None if slope is None else upcast(sample.take(slope))
+        observation.meter.count(site, sample, call.taken, taken, slope=slope, exact=observation.meter.exact(call, a))
     observation.meter.tap_output(site, call, a)
 
 

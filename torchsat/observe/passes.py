@@ -114,10 +114,10 @@ class Pass:
         if value is not kind.get(name):
             self.add(kind, name, value)
 
-    def merge_inputs(self, name: str, x: Tensor, axis: int, limit: int | None, turn: int) -> None:
+    def merge_inputs(self, name: str, x: Tensor, axis: int, limit: int | None, seed: int) -> None:
         """Merge the sums of an input x of a layer. The features lie along `axis`."""
         sums = self.place(self.inputs, name, x.device)
-        self.put(self.inputs, name, input_sums(x, axis, limit, turn, sums if sums is not None and sums.shape[1] == x.shape[axis] else None))
+        self.put(self.inputs, name, input_sums(x, axis, limit, seed, sums if sums is not None and sums.shape[1] == x.shape[axis] else None))
 
     def drop(self) -> None:
         """Forget everything: the pass does not count."""

@@ -83,7 +83,7 @@ def _after(observation: Observation, name: str, calls: list[Given], module: nn.M
     gates = (
         cell_gates(module, x, given.state)
         if isinstance(module, nn.RNNCellBase)
-        else rnn_gates(cast(nn.RNNBase, module), given.x, given.state, given.random, output[0], options.limit, observation.turn)
+        else rnn_gates(cast(nn.RNNBase, module), given.x, given.state, given.random, output[0], options.limit, observation.meter.seed(name))
     )
     try:
         for gate in gates:
@@ -106,6 +106,6 @@ def _count(observation: Observation, place: str, gate: Gate, node: Node | None, 
     observation.meter.ran(site, [node])
     if observation.lineage.learns:
         site.feeds_on = dict.fromkeys(name for name in feeders if name in observation.layers.measured)
-    sample = observation.meter.sample_of(gate.z)
+    sample = observation.meter.sample_of(gate.z, place)
     z = upcast(sample.take(gate.z))
     observation.meter.count(site, sample, z, getattr(torch, gate.function)(z), elements=gate.elements)
