@@ -1,6 +1,8 @@
 """Writes docs/families.md: what torchsat sees in the architectures of Hugging Face transformers. `python docs/families.py`
 
-Every family is a small configuration with random weights, trained for one step on random input; nothing is fetched.
+Every family is a small configuration with random weights, trained for one step on random input; nothing is fetched. A library draws the weights of a
+model so small that the activations of a narrow one run in a range where they all are straight lines, and no measurement could tell them apart.
+Matrices are therefore multiplied by SPREAD, so that pre-activations have the size that they have in a trained network.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torchsat
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 PAGE = Path(__file__).parent / "families.md"
+SPREAD = 30.0
 TINY = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GROUPED = {**TINY, **IDS, "num_key_value_heads": 2}
@@ -115,7 +118,12 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     transformers.logging.set_verbosity_error()
     _, model, config, given, inputs = next(row for row in FAMILIES if row[0] == name)
     torch.manual_seed(0)
-    return getattr(transformers, model)(getattr(transformers, config)(**given)).train(), inputs()
+    made = getattr(transformers, model)(getattr(transformers, config)(**given)).train()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(SPREAD)
+    return made, inputs()
 
 
 def loss_of(output: Any) -> Tensor:

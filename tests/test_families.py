@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchsat
+from tests.truth import known
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
@@ -68,6 +69,14 @@ def missing(name: str, **options: Any) -> list[tuple[str, str]]:
         families.loss_of(model(**inputs)).backward()
         monitor.step()
     assert monitor.latest is not None
+    table = {*(row.name for row in torchsat.ACTIVATIONS), "softmax", "quick_gelu", "squared_relu"}
+    assert {record.activation for record in monitor.latest.records} <= table
+    for record in monitor.latest.records:
+        if record.activation == "gelu":
+            # The range in which the activations of a trained network run.
+            assert known(record.z_std) > 1
+            assert known(record.z_max) > 3
+            assert known(record.z_min) < -3
     named = {*monitor.coverage.seen, *(place for place, _ in monitor.coverage.unseen)}
     for record in monitor.latest.records:
         assert record.n > 0

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 import torchsat
 from tests.models import Double
@@ -220,17 +219,25 @@ def test_nothing_is_a_stage_before_pipelines_are_imported(monkeypatch: pytest.Mo
     assert not internals.rehearses()
 
 
-def test_saving_is_hooked_inside_a_checkpoint() -> None:
-    answers = []
-
-    def ask(x: Tensor) -> Tensor:
-        answers.append(internals.saving_is_hooked())
-        return x * x
-
+def test_nodes_are_numbered_in_the_order_in_which_they_are_made() -> None:
     x = torch.ones(1, requires_grad=True)
-    ask(x)
-    checkpoint(ask, x, use_reentrant=False)
-    assert answers == [False, True]
+    before = (x * 2).grad_fn
+    began = internals.next_node_number()
+    with torch.no_grad():
+        torch.tanh(x)
+    made = [torch.tanh(x).grad_fn, Double.apply(x).grad_fn]  # type: ignore[no-untyped-call]
+    assert before is not None
+    assert [internals.node_number(node) - began for node in (before, *made)] == [-1, 0, 1]
+    assert internals.node_number(made[0].next_functions[0][0]) > internals.node_number(made[1])
+
+
+def test_the_node_of_the_hooks_of_a_module() -> None:
+    module = nn.Tanh()
+    module.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    entered: list[Any] = []
+    module.register_forward_hook(lambda module, args, output: entered.append(output.grad_fn.next_functions[0][0]))
+    module(torch.ones(1, requires_grad=True) * 2)
+    assert entered[0].name() == internals.MODULE_HOOK
 
 
 def in_backward_of(value: Tensor, ask: Callable[[], object], run: Callable[[Tensor], object] = Tensor.backward) -> list[Any]:

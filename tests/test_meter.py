@@ -18,6 +18,14 @@ from tests.test_activations import MODULES
 from tests.truth import check, known, one_step, truth
 from torchsat.kernels import cpu
 
+
+class Cubed(nn.Module):
+    """z enters two nodes, and one of them twice."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * z * z.relu()
+
+
 FUNCTIONS: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
     (nn.Tanh(), torch.tanh),
     (nn.Softsign(), F.softsign),
@@ -55,6 +63,71 @@ def test_attenuation_is_of_this_activation_alone_where_z_has_other_uses() -> Non
     grad_z = grad_a * a * (1 - a)
     assert record.attenuation == pytest.approx((grad_z.norm() / grad_a.norm()).item(), rel=1e-5)
     assert known(record.attenuation) < 0.25
+
+
+def backward_hook(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
+    """A user's hook that changes the gradient behind the activation."""
+    return tuple(3 * grad for grad in grad_input)
+
+
+@pytest.mark.parametrize("hooked", ["not", "by the module", "by a pre-hook", "by the tensor"])
+@pytest.mark.parametrize("leaf", [False, True])
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [
+        (nn.Sigmoid(), torch.sigmoid),
+        (nn.Softsign(), F.softsign),
+        (nn.Tanhshrink(), F.tanhshrink),
+        (nn.PReLU(init=0.3), FUNCTIONS[5][1]),
+        (Cubed(), lambda z: z * z * z.relu()),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_dl_dz_comes_through_the_activation_alone_whatever_is_hooked(
+    module: nn.Module, function: Callable[[Tensor], Tensor], leaf: bool, hooked: str
+) -> None:
+    """Not from other uses of z, and before any hook of the user's has changed it."""
+    module = copy.deepcopy(module)
+    if hooked == "by the module":
+        module.register_full_backward_hook(backward_hook)
+    if hooked == "by a pre-hook":
+        module.register_full_backward_pre_hook(lambda module, grad_output: None)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.act = nn.Linear(16, 16), module
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = x if leaf else self.linear(x)
+            if hooked == "by the tensor":
+                z.register_hook(lambda grad: 5 * grad)
+            before = torch.sin(z)
+            return before * self.act(z) + z.exp()
+
+    x = torch.randn(64, 16, requires_grad=leaf)
+    model = Net()
+    record = one_step(model, x=x)["act"]
+    z = (x if leaf else model.linear(x)).detach().double().requires_grad_()
+    a = function(z)
+    grad_a = (2 * (torch.sin(z) * a + z.exp()) * torch.sin(z)).detach()
+    (grad_z,) = torch.autograd.grad(a, z, grad_a)
+    expected = {"grad_a_rms": grad_a.square().mean().sqrt().item(), "grad_z_rms": grad_z.square().mean().sqrt().item()}
+    check(record, {**expected, "attenuation": (grad_z.norm() / grad_a.norm()).item(), "grad_n": z.numel()}, rel=1e-4)
+
+
+def test_each_of_several_backward_passes_is_heard_whole() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Softsign())
+    monitor = torchsat.watch(model, errors="raise")
+    x = torch.randn(8, 4)
+    a = model(x)
+    for weight in (1.0, 3.0):
+        (weight * a).sum().backward(retain_graph=True)
+    monitor.step()
+    assert monitor.latest is not None
+    z = model[0](x).detach().double()
+    slope = (1 + z.abs()) ** -2
+    check(monitor.latest["1"], {"grad_a_rms": math.sqrt(5), "grad_z_rms": (5 * slope.square().mean()).sqrt().item(), "grad_n": 2 * z.numel()})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -47,6 +47,7 @@ ARROWS = {
     "numeric": set(),
     "activations": {"attributes", "internals", "numeric", "record", "tensors"},
     "recognise": {"activations"},
+    "elementwise": set(),
     "sampling": {"kernels.cpu"},
     "kernels": {"kernels.cpu", "kernels.cuda"},
     "kernels.formulas": {"activations", "record"},
@@ -60,7 +61,7 @@ ARROWS = {
     "weights": {"attributes", "columns", "internals", "optimizers", "sampling", "sharding", "statistics", "tensors"},
     "structure": {"activations", "internals", "weights"},
     "parts": {"record"},
-    "sites": {"activations", "parts", "record", "structure"},
+    "sites": {"activations", "elementwise", "parts", "record", "structure"},
     # One observation.
     "observe": set(),
     "observe.marks": {"internals"},
@@ -74,14 +75,13 @@ ARROWS = {
         *("faults", "internals", "observe.gradients", "observe.graph", "observe.hooks", "observe.observation", "statistics", "structure", "weights"),
     },
     "observe.meter": {
-        *("activations", "attention", "internals", "kernels", "kernels.formulas", "observe.hooks", "observe.lineage", "observe.passes"),
-        *("options", "parts", "sampling", "sharding", "sites", "statistics"),
-        *("observe.graph", "tensors"),
+        *("activations", "attention", "columns", "internals", "kernels", "kernels.formulas", "observe.graph", "observe.hooks", "observe.lineage"),
+        *("observe.passes", "options", "parts", "recognise", "sampling", "sharding", "sites", "statistics", "tensors"),
     },
     "observe.modules": {"activations", "attributes", "internals", "observe.meter", "observe.observation", "sharding", "sites", "structure"},
     "observe.own": {
-        *("internals", "observe.graph", "observe.meter", "observe.observation", "recognise", "sampling", "sites", "statistics", "structure"),
-        "tensors",
+        *("activations", "elementwise", "observe.meter", "observe.observation", "recognise", "sampling", "sharding", "sites", "statistics"),
+        *("structure", "tensors"),
     },
     "observe.calls": {
         *("activations", "attention", "faults", "internals", "observe.graph", "observe.meter", "observe.observation", "replay"),

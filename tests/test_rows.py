@@ -75,6 +75,15 @@ def test_without_a_peak_nothing_is_relative() -> None:
     assert made.saturated is made.low is made.high is made.stuck is made.stuck_n is None
 
 
+def test_a_derivative_is_the_mean_over_the_elements_at_which_it_is_known() -> None:
+    """It is not shown where it is unknown at more than one element in twenty: these may be unlike the others."""
+    most = record(row(n=100.0, read=100.0, derivative_unknown=4.0, derivative=48.0, derivative_sq=96.0))
+    assert (most.derivative, most.derivative_rms) == (0.5, 1.0)
+    for missing in (6.0, 100.0):
+        made = record(row(n=100.0, read=100.0, derivative_unknown=missing, derivative=48.0, derivative_sq=96.0))
+        assert (made.derivative, made.derivative_rms, made.n) == (None, None, 100)
+
+
 def test_only_a_sigmoid_has_gates() -> None:
     made = record(row(replace(FACTS, activation="sigmoid"), n=10.0, gate_left=2.0, gate_right=5.0))
     assert (made.gate_left, made.gate_right) == (0.2, 0.5)

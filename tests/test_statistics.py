@@ -19,7 +19,7 @@ from torchsat.kernels import cpu
 from torchsat.record import HISTOGRAM_EDGES, Record
 from torchsat.rows import SiteRow, to_record
 from torchsat.sampling import Sample, Units, places, seed_of
-from torchsat.statistics import empty_row, merge_, observe, observe_gradient, upcast
+from torchsat.statistics import empty_row, merge_, observe, observe_gradient, observe_quotient, upcast
 from torchsat.transport.windows import UnitWindows
 
 
@@ -186,6 +186,39 @@ def test_attenuation_and_gradient_rms_by_hand() -> None:
     assert record.attenuation == pytest.approx(0.1)
     assert record.grad_a_rms == pytest.approx(math.sqrt(12.5) / 8)  # without a GradScaler's factor of 8
     assert record.grad_z_rms == pytest.approx(math.sqrt(0.125) / 8)
+
+
+def quotient_columns(z: torch.Tensor, grad_a: torch.Tensor, grad_z: torch.Tensor, elements: int) -> list[float]:
+    row = empty_row(z.device)
+    observe_quotient(z, z, grad_a, grad_z, elements, row)
+    return [row[COLUMN[name]].item() for name in ("derivative", "derivative_sq", "derivative_unknown")]
+
+
+def test_the_quotient_of_the_gradients_is_the_derivative_where_it_is_known() -> None:
+    z = torch.tensor([0.5, 1.0, 2.0, math.nan])
+    slope = torch.tensor([0.5, -1.0, 2.0, 7.0])
+    grad_a = torch.tensor([1e-8, 4.0, -1e4, 1.0])
+    assert quotient_columns(z, grad_a, slope * grad_a, 4) == pytest.approx([3.5, 5.25, -3.0])
+    # Each element read stands for two.
+    assert quotient_columns(z, grad_a, slope * grad_a, 8) == pytest.approx([7.0, 10.5, -6.0])
+    nothing = torch.zeros(4)
+    assert quotient_columns(z, nothing, nothing, 4) == [0.0, 0.0, 0.0]
+    assert quotient_columns(z, torch.full((4,), math.inf), nothing, 4) == [0.0, 0.0, 0.0]
+    # The smallest numbers of float16 have one digit, so that a quotient of two of them says nothing.
+    tiny = torch.full((4,), 6e-8, dtype=torch.float16)
+    assert quotient_columns(z, tiny, tiny, 4) == [0.0, 0.0, 0.0]
+
+
+def test_elements_without_a_quotient_have_the_mean_of_those_with_nearly_the_same_z() -> None:
+    z = torch.randn(20_000, dtype=torch.float64)
+    slope = 1 - torch.tanh(z) ** 2
+    # Elements with large z are more often known: their mean alone is smaller than that of all.
+    for heard, told in ((torch.rand(20_000) < 0.05 + 0.2 * z.abs(), 1.0), (z > 0, 0.5)):
+        derivative, square, unknown = quotient_columns(z, heard.double(), slope * heard, 20_000)
+        assert -unknown == pytest.approx(20_000 * told, rel=0.02)
+        kept = slope if told == 1 else slope[z > 0]
+        assert derivative / -unknown == pytest.approx(kept.mean().item(), rel=0.02)
+        assert square / -unknown == pytest.approx(kept.square().mean().item(), rel=0.03)
 
 
 def test_stuck_units_of_a_real_block() -> None:

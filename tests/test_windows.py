@@ -1,7 +1,6 @@
 """Which units are stuck, compared with what the units were made to do."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest

@@ -59,6 +59,7 @@ ROW: tuple[Column, ...] = (
     Column("high", "Elements on the high plateau."),
     Column("derivative", "Sum of |f'(z)|."),
     Column("derivative_sq", "Sum of f'(z)^2."),
+    Column("derivative_unknown", "Elements at which f' is not known: that of an anonymous function shows only where a gradient passed."),
     Column("z", "Sum of z."),
     Column("z_sq", "Sum of z^2."),
     Column("a", "Sum of a."),

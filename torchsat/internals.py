@@ -33,7 +33,6 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.overrides import __file__ as _overrides_file
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import __file__ as _checkpoint_file
 
 __all__ = ["Convolution", "TransposedConvolution", "tree_leaves", "tree_map"]
 """Names that are passed on as they are.
@@ -159,16 +158,21 @@ def runs_no_hooks(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule) or (isinstance(module, nn.DataParallel) and len(module.device_ids) > 1)
 
 
-def saving_is_hooked() -> bool:
-    """Whether what autograd saves goes through hooks, as in a checkpoint, which would run the forward again to give it back.
+MODULE_HOOK = "BackwardHookFunctionBackward"
+"""The name of the node through which torch passes the inputs of a module on that has full backward hooks. It changes no number."""
 
-    torch.autograd.graph has `saved_tensors_hooks` to set such hooks, but nothing public says whether any are set. Before torch 2.7 nothing private
-    does either, so there the stack is searched for a checkpoint, which is what uses such hooks.
+
+def next_node_number() -> int:
+    """The number of the autograd node that this thread makes next. Nodes are numbered in the order in which they are made.
+
+    No public name tells which nodes a piece of code has made: they are those with this number or a higher one.
     """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    if top is not None:
-        return top(False) is not None
-    return any(frame.f_code.co_filename == _checkpoint_file for frame in frames())
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def node_number(node: Node) -> int:
+    """The number of this node; that of a leaf is higher than any other. See next_node_number."""
+    return int(node._sequence_nr())
 
 
 def backward_number() -> int | None:

@@ -15,6 +15,8 @@ from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 
 _MOST_IN_DOUBT = 0.05
 """The share of stuck units is not known where more than this share of the units is in doubt."""
+_MOST_UNKNOWN = 0.05
+"""The derivative is not shown where it is unknown at more than this share of the elements: they may be unlike the others."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
     known = None if _in_doubt(row.units) else stuck
     is_sigmoid, is_softmax, has_tails = facts.activation == "sigmoid", facts.kind == "softmax", facts.tails != "unknown"
     low, high = (at.mean("low"), at.mean("high")) if has_tails else (None, None)
-    derivative, peak = None if is_softmax else at.mean("derivative"), at.largest("peak")
+    told = 0.0 if is_softmax or at["derivative_unknown"] > _MOST_UNKNOWN * at.n else at.n - at["derivative_unknown"]
+    derivative, peak = at["derivative"] / told if told > 0 else None, at.largest("peak")
     grad_a, grad_z = (at.rms(f"{name}_sq", at[f"{name}_n"], scale) for name in ("grad_a", "grad_z"))
     record = Record(
         **vars(facts),
@@ -86,7 +89,7 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         low=low,
         high=high,
         derivative=derivative,
-        derivative_rms=None if is_softmax else at.rms("derivative_sq", at.n),
+        derivative_rms=at.rms("derivative_sq", told) if told > 0 else None,
         peak=peak,
         relative_derivative=derivative / peak if derivative is not None and peak else None,
         stuck=None if known is None or low is None else known.share,

@@ -39,6 +39,7 @@ from enum import Enum
 from torch import Tensor, nn
 
 from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_plain
+from torchsat.elementwise import Nature
 from torchsat.parts import Span
 from torchsat.record import Coverage, Kind, SiteFacts
 from torchsat.structure import Found, find
@@ -185,8 +186,11 @@ class Sites:
         """How many times the walk has found other modules than before."""
         self.own: weakref.WeakKeyDictionary[nn.Module, Bound | None] = weakref.WeakKeyDictionary()
         """The function that each module of a user's own type was found to compute. None: it is no activation. No entry: it is not known yet."""
-        self.linear_calls: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        """For each module of a user's own type, the number of calls in which it has looked like a linear function."""
+        self._walks = 0
+        """How often the modules have been walked over: once for each observation."""
+        self._again: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        """For each module in `own`, the walk from which on it is to be decided again."""
+        self._tallies: weakref.WeakKeyDictionary[nn.Module, Counter[Nature]] = weakref.WeakKeyDictionary()
         self.fed_by_data: set[str] = set()
         """Names of the layers whose input is data: no parameter was used to compute it."""
         self.outputs: dict[str, tuple[int, int]] = {}
@@ -208,6 +212,7 @@ class Sites:
 
     def walk(self, model: nn.Module, selects: Callable[[str], bool]) -> Found:
         """Find the modules of a model that can be hooked. `selects` says whether a site of this name is wanted."""
+        self._walks += 1
         return find(model, self._activation_of, self._may_be_own, selects)
 
     def knows(self, found: Found) -> bool:
@@ -233,10 +238,15 @@ class Sites:
                 self._others[name] = Place(Status.EXPECTED, reason)
         signature = found.signature
         if signature != self._signature:
-            self._signature, self.structure = signature, Structure.NEW
+            self._signature = signature
             self.generation += 1
-            for site in self.known.values():
-                site.start_over()
+            self.learn_again()
+
+    def learn_again(self) -> None:
+        """Forget the structure of the model, so that the next observation learns it."""
+        self.structure = Structure.NEW
+        for site in self.known.values():
+            site.start_over()
 
     def reject(self, name: str, reason: str) -> None:
         """Record that the walk over the modules found a place that cannot be measured."""
@@ -271,11 +281,41 @@ class Sites:
             self._others.pop(name, None)
             self._others[name] = Place(Status.UNSEEN, reason)
 
-    def has_run(self, site: Site) -> None:
-        """Record that a site runs."""
+    def has_run(self, site: Site, before: str | None = "") -> None:
+        """Record that a site runs.
+
+        Args:
+            before: for a site that turned out to be one after its pass: the site that ran before it, or None where it was the first.
+        """
         if site.name not in self.ran and not self.has_failed(site.name):
             self._others.pop(site.name, None)
+            names = list(self.ran)
+            at = 0 if before is None else names.index(before) + 1 if before in self.ran else len(names)
+            later = {name: self.ran.pop(name) for name in names[at:]}
             self.ran[site.name] = site
+            self.ran.update(later)
+
+    def decide(self, module: nn.Module, bound: Bound | None) -> None:
+        """Keep what a module of the user's own computes; None: it is no activation. It is to be decided again after twice as many observations."""
+        self.own[module] = bound
+        self._again[module] = 2 * self._walks + 8
+        self._tallies.pop(module, None)
+
+    def suspect(self, module: nn.Module) -> None:
+        """Have it decided again from the next observation on what a module of the user's own computes."""
+        self._again[module] = 0
+
+    def undecide(self, module: nn.Module) -> None:
+        """Forget what a module of the user's own was found to compute."""
+        self.own.pop(module, None)
+
+    def is_due(self, module: nn.Module) -> bool:
+        """Whether what a module of the user's own computes has been decided, and is to be decided again."""
+        return module in self.own and self._walks >= self._again[module]
+
+    def tally(self, module: nn.Module) -> Counter[Nature]:
+        """How often the gradients of a module that is not decided have shown what."""
+        return self._tallies.setdefault(module, Counter())
 
     def has_run_layer(self, name: str) -> None:
         """Record that a recurrent layer runs. Its gates are the sites, so the layer itself is no longer listed as a place that has not run."""
@@ -379,4 +419,4 @@ class Sites:
     def _may_be_own(self, module: nn.Module) -> bool:
         """Whether this is a module without children, of a user's own type, that has not been found to compute something else than an activation."""
         leaf = next(module.children(), None) is None and not type(module).__module__.startswith("torch.")
-        return leaf and (module not in self.own or self.own[module] is not None)
+        return leaf and (module not in self.own or self.own[module] is not None or self.is_due(module))

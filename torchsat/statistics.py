@@ -32,6 +32,8 @@ _PART = 65536
 """Elements that a norm in float64 copies at a time."""
 _PIECE = 2**22
 """Elements of which extremes are found at a time on a GPU, where no kernel reads them."""
+_STRATA, _PER_STRATUM = 128, 16
+"""The most strata of z, and how many elements each has at least, where a derivative is known only at some elements."""
 _HISTOGRAM = slice(COLUMN[BINS[0]], COLUMN[BINS[-1]] + 1)
 _GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
 _UNWEIGHED = frozenset((*UNWEIGHED, *MAXES))
@@ -329,6 +331,44 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, elements: int
     values = _weighed(values, elements / max(1, read), dtype)
     row[_GRADIENT] += torch.stack([values.get(name, nothing) for name in BACKWARD]).to(row.device)
     return row
+
+
+def observe_quotient(z: Tensor, a: Tensor, grad_a: Tensor, grad_z: Tensor, elements: int, row: Tensor) -> None:
+    """Add |f'(z)| = |dL/dz / dL/da| to the row of a call whose elements all entered it with an unknown derivative.
+
+    The quotient is not known where dL/da is 0. These elements are not like the others: behind a ReLU or a max pooling they are those with small z.
+    So the elements are sorted into strata by z, and those of one stratum have its mean derivative. Where nothing of a stratum is known, the
+    derivative stays unknown.
+
+    Args:
+        z, a, grad_a, grad_z: vectors of the elements that were read.
+        elements: how many elements the call had, read or not.
+        row: the row of the site.
+    """
+    counted = torch.isfinite(z) & torch.isfinite(a)
+    known = knows_quotient(grad_a, grad_z) & counted
+    nothing = torch.zeros((), dtype=row.dtype, device=row.device)
+    slope = torch.where(known, (grad_z.to(row) / grad_a.to(row)).abs(), nothing)
+    z, n = torch.where(counted, z.to(row), nothing), counted.sum().clamp(min=1)
+    mean = z.sum() / n
+    spread = (torch.where(counted, z - mean, nothing).square().sum() / n).sqrt()
+    # The strata have as many elements each if z has a normal distribution.
+    strata = max(1, min(_STRATA, len(z) // _PER_STRATUM))
+    stratum = (torch.special.ndtr((z - mean) / spread.clamp(min=1e-30)) * strata).long().clamp(0, strata - 1)
+    sums = torch.zeros(4, strata, dtype=row.dtype, device=row.device)
+    sums.index_add_(1, stratum, torch.stack([counted.to(row), known.to(row), slope, slope * slope]))
+    told = sums[0] * (sums[1] > 0)
+    per_known = told / sums[1].clamp(min=1)
+    added = torch.stack([sums[2].dot(per_known), sums[3].dot(per_known), -told.sum()]) * (elements / max(1, known.numel()))
+    row.index_add_(0, _places(("derivative", "derivative_sq", "derivative_unknown"), row.device), added)
+
+
+def knows_quotient(grad_a: Tensor, grad_z: Tensor) -> Tensor:
+    """At which elements dL/dz / dL/da has enough digits to be taken for f'(z)."""
+    # float16 has subnormal numbers everywhere; those of the other types may be rounded to 0.
+    types = [torch.finfo(grad.dtype) for grad in (grad_a, grad_z)]
+    least = max(64 * each.tiny * each.eps if each.dtype == "float16" else 2**10 * each.tiny for each in types)
+    return torch.isfinite(grad_a) & torch.isfinite(grad_z) & (grad_a.abs() >= least)
 
 
 def observe_features(x: Tensor, units: Units, sums: Tensor | None = None) -> Tensor:

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
@@ -27,10 +26,11 @@ _ACTIVATION = re.compile(
     r"Softshrink|Hardshrink|Threshold|Softmax|Glu|ScaledDotProduct\w*|\w*Rnn\w*|\w*ThnnFused\w*)Backward\d*"
 )
 _VIEW = re.compile(r"(\w*View|Unsqueeze|Squeeze|Expand|Transpose|Permute|Slice|Select|Split|Chunk|ToCopy|Clone|Alias|T)Backward")
-_COLLECTIVE = re.compile(r"c10d|AllReduce|AllGather|ReduceScatter|AllToAll|Broadcast|WaitTensor", re.IGNORECASE)
 _UNHEARD = "called where no hook of torch is heard: in a compiled or scripted function, in torch.ops, in a transform of torch.func"
 MOST_NODES = 3000
 """The most nodes that are looked at in one pass; `Survey` says why there is a limit."""
+MOST_OF_CALL = 512
+"""The most nodes that are looked at to find the gradients of one call."""
 
 
 def upstream(starts: Iterable[Node | None], stop: Callable[[Node], bool], limit: int = 512) -> Iterator[Node]:
@@ -76,20 +76,40 @@ def _behind_views(node: Node) -> Node:
     return node
 
 
-def derivative(a: Tensor, node: Node, output_nr: int, direction: Tensor) -> Tensor | None:
-    """J^T direction, where J is the Jacobian of `a` with respect to an output of an earlier node of its graph. The graph is kept.
+def entrances(own: Node, z: Tensor, node: Node | None, output_nr: int, began: int) -> dict[Node, list[int]] | None:
+    """The nodes of one call a = f(z) that z itself enters, each with the positions of z among its inputs.
 
-    None where that would run anything but torch's own derivatives: a backward that the user wrote, a collective, or hooks on saved tensors (a
-    checkpoint has such hooks, which would run the forward again).
+    In the backward, what these nodes return at these positions adds up to dL/dz through this call alone, whatever else z is used for.
+
+    Args:
+        own: the node that made a.
+        node, output_nr: the node that made z, and which of its outputs z is; None where z is a leaf.
+        began: the number of the first node that the call could make (internals.next_node_number).
+
+    Returns:
+        The nodes; none where `a` does not depend on z. None where the call made too many nodes to look at.
     """
-    assert a.grad_fn is not None
-    between = list(upstream([a.grad_fn], lambda each: each is node))
-    if node not in between or internals.saving_is_hooked():
+
+    def is_before(each: Node) -> bool:
+        return internals.node_number(each) < began
+
+    walked = list(upstream([own], is_before, MOST_OF_CALL))
+    if len(walked) == MOST_OF_CALL:
         return None
-    if any(internals.forward_class(each) is not None or _COLLECTIVE.search(each.name()) for each in between if each is not node):
-        return None
-    edge = torch.autograd.graph.GradientEdge(node, output_nr)
-    return torch.autograd.grad(a, edge, direction, retain_graph=True, allow_unused=True)[0]
+    found: dict[Node, list[int]] = {}
+    same = {(node, output_nr)}
+    for each in sorted((each for each in walked if not is_before(each)), key=internals.node_number):
+        places = [
+            at
+            for at, (before, nr) in enumerate(each.next_functions)
+            if before is not None and ((before, nr) in same or (node is None and getattr(before, "variable", None) is z))
+        ]
+        if places and each.name() == internals.MODULE_HOOK:
+            # The user's backward hooks on the module: the node passes z on as it is.
+            same |= {(each, at) for at in places}
+        elif places:
+            found[each] = places
+    return found
 
 
 def maker(a: Tensor) -> tuple[Node, int]:

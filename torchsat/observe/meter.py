@@ -2,16 +2,16 @@
 
 - z is read before the activation runs, since an in-place activation overwrites it.
 - Everything is measured at once, inside the hook, since tensors that are kept for later may be overwritten by then.
-- Gradients are read at the autograd node of the activation. In the backward the node is given dL/da and returns dL/dz through this activation alone;
-  a tensor hook on z would also see what reaches z by other ways (as in z * sigmoid(z)). Where an activation consists of several nodes, hooks before
-  and after them are used. Module backward hooks are never used, since they fail on in-place activations.
+- Gradients are read at the autograd nodes of the activation, in the user's own backward. The node that made a is given dL/da. Each node that z
+  enters returns its share of dL/dz, and the shares of those nodes that this call has made add up to dL/dz through this activation alone. A hook on z
+  would also see what reaches z by other ways (as in z * sigmoid(z)), and what the user's own hooks on z have made of it. Module backward hooks are
+  never used, since they fail on in-place activations.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +20,20 @@ from torch.autograd.graph import Node
 from torchsat import internals
 from torchsat.activations import Edges
 from torchsat.attention import Logits, SoftmaxRows
+from torchsat.columns import COLUMN
 from torchsat.kernels import reads_whole
 from torchsat.kernels.formulas import Formula
-from torchsat.observe.graph import maker
+from torchsat.observe.graph import MOST_OF_CALL, entrances, maker
 from torchsat.observe.hooks import Guard
 from torchsat.observe.lineage import Lineage
-from torchsat.observe.passes import Passes
+from torchsat.observe.passes import Pass, Passes
 from torchsat.options import Options
 from torchsat.parts import Span
+from torchsat.recognise import is_anonymous
 from torchsat.sampling import Sample, Units, seed_of
 from torchsat.sharding import is_pending, part_of, placement
 from torchsat.sites import Site, Sites
-from torchsat.statistics import extremes, known_slope, observe, observe_gradient, observe_softmax, upcast
+from torchsat.statistics import extremes, known_slope, observe, observe_gradient, observe_quotient, observe_softmax, upcast
 from torchsat.tensors import why_unread
 
 
@@ -51,6 +53,12 @@ class Call:
     """Whether the call enters the numbers of the forward pass. False in a recompute (of a checkpoint), of which only the gradient is read."""
     exact: Tensor | None = None
     """The extremes of all of z, if only some elements are read and z may be overwritten."""
+    began: int = field(default_factory=internals.next_node_number)
+    """The number of the first autograd node that the call could make."""
+
+
+Hear = Callable[[Tensor | None, Tensor | None], None]
+"""Called in the backward with dL/da and dL/dz at the elements of a call that are read; None where one is not known."""
 
 
 class Meter:
@@ -58,7 +66,6 @@ class Meter:
 
     Args:
         note: called with a site that is measured only in part, and with what is missing.
-        hooks: a list that takes the handles of hooks that outlive the pass, so that they are removed at the end of the observation.
     """
 
     def __init__(
@@ -70,7 +77,6 @@ class Meter:
         lineage: Lineage,
         guard: Guard,
         note: Callable[[str, str], None],
-        hooks: list[torch.utils.hooks.RemovableHandle],
     ) -> None:
         self._options = options
         self._turn = turn
@@ -79,12 +85,11 @@ class Meter:
         self._lineage = lineage
         self._guard = guard
         self._note = note
-        self._hooks = hooks
         self._calls: dict[str, int] = {}
         """How often each site has been called in this observation."""
         self._recomputed: set[str] = set()
         """Names of the sites that have run in recomputes only so far."""
-        self._ignores_gradients = False
+        self._latest: tuple[Pass | None, str] = (None, "")
 
     def seed(self, name: str = "") -> int:
         """The seed of the next call of the site with this name. Each use of this method counts one call, so that the calls of a site, as in the
@@ -109,15 +114,6 @@ class Meter:
                 self._recomputed.add(name)
             return name in self._recomputed
         return True if counts else None
-
-    @contextlib.contextmanager
-    def ignoring_gradients(self) -> Iterator[None]:
-        """A context in which gradients are not measured, since they come from a backward of ours and not of the user."""
-        self._ignores_gradients = True
-        try:
-            yield
-        finally:
-            self._ignores_gradients = False
 
     def begin(self, site: Site, z: Tensor, module: nn.Module, in_place: bool) -> Call | None:
         """Read what is needed of z before the activation may overwrite it. Returns None where the call is not measured."""
@@ -169,14 +165,50 @@ class Meter:
         """Put hooks on the graph that read the gradients of a call in the backward, and note the node that computed its output."""
         if a.requires_grad and a.grad_fn is not None:
             self._lineage.made(site, a.grad_fn)
-            self._tap_gradient(site, call, a)
+            missing = self.tap(site.name, call, a, self.gradient_adder(site, call.sample))
+            if missing is not None:
+                self._note(site.name, missing)
+
+    def tap(self, name: str, call: Call, a: Tensor, hear: Hear) -> str | None:
+        """Put hooks on the graph that have `hear` called in the backward with dL/da and dL/dz of one call. Returns what they will not see.
+
+        The hooks belong to nodes of the graph and must not hold tensors of the graph, such as z: such a cycle of references is never freed.
+        """
+        own, a_nr = maker(a)
+        taking = entrances(own, call.z, call.node, call.output_nr, call.began)
+        if not taking and a is call.z and call.node is not None and own is not call.node:
+            # The activation ran in place on a view: the graph continues from the whole tensor that z is a view of.
+            whole = next((before for before, _ in own.next_functions if before is not None), None)
+            base = internals.base_of(a)
+            covers = base is not None and base.numel() == a.numel() and base.is_contiguous() and a.is_contiguous()
+            if whole is None or not whole.name().endswith("CopySlices") or not covers:
+                return "its gradient is not seen: an in-place activation on a part of a tensor"
+            own, a_nr, taking = whole, 0, {whole: [0]}
+        gathered = _Gathered(call.sample, taking or {}, self._passes.ear(), hear)
+        if taking and list(taking) == [own] and internals.forward_class(own) is None:
+            # torch's own nodes leave dL/da as it is, so that one hook behind the node sees both, and nothing is copied.
+            once = self._guard(name, gathered.at_once)
+            own.register_hook(lambda grad_inputs, grad_outputs: once(grad_inputs, grad_outputs[a_nr]))
+            return None
+        begin, add = (self._guard(name, each) for each in (gathered.begin, gathered.add))
+        own.register_prehook(lambda grad_outputs: begin(grad_outputs[a_nr]))
+        for at, node in enumerate(taking or ()):
+            node.register_hook(lambda grad_inputs, _, at=at: add(at, grad_inputs))
+        return f"dL/dz is not seen: it made more than {MOST_OF_CALL} nodes of the autograd graph" if taking is None else None
 
     def ran(self, site: Site, nodes: list[Node | None], last_layer: bool = False) -> None:
         """Note that a site ran on the output of these nodes; see Lineage.ran."""
         self._passes.has_measured = True
         self._passes.runs(site.name)
+        self._latest = (self._passes.current, site.name)
         self._sites.has_run(site)
         self._lineage.ran(site, nodes, last_layer)
+
+    @property
+    def latest(self) -> str | None:
+        """The site that ran last in the present pass; None where none has."""
+        current, name = self._latest
+        return name if current is self._passes.current else None
 
     def read_call(self, site: Site, z: Tensor, in_place: bool) -> Sample:
         """Which elements of z are read in a call that is measured inside a compiled graph."""
@@ -189,38 +221,39 @@ class Meter:
         z: Tensor,
         a: Tensor,
         axis: int | None = None,
-        slope: Tensor | Formula | None = None,
         elements: int | None = None,
         exact: Tensor | None = None,
     ) -> None:
-        """Merge the row and the unit block of one call.
+        """Merge the row and the unit block of one call. The derivative of an anonymous function is not known yet: see quotient_adder.
 
         Args:
             z, a: the elements that were read, as vectors.
             axis: the axis of the units (channels or features). None: that of the layer which feeds the site or, failing that, by the number of axes.
-            slope: f'(z) at these elements, where it is known only from autograd. None: it is computed from the function.
             elements: the number of elements of the call, read or not. None: that of the tensor that was sampled.
             exact: the extremes of all these elements, where they are known and not all are read.
         """
         bound, current = site.bound, self._passes.current
+        slope: Tensor | Formula
         edges: Edges
         peak: float | Tensor | None
-        formula = known_slope(bound, z, a) if slope is None else None
+        formula, is_unknown = known_slope(bound, z, a), is_anonymous(bound)
         if formula is not None and bound.constants is not None:
             slope, peak, edges = formula, bound.constants.peak, (bound.constants.low, bound.constants.high)
-        elif slope is None:
+        elif is_unknown:
+            slope, peak, edges = torch.zeros_like(z), None, (None, None)
+        else:
             z = upcast(z).contiguous()
             learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
             slope, peak, edges = bound.evaluate(z, upcast(a) if bound.activation.from_output else a, learned)
-        else:
-            assert isinstance(slope, Tensor)
-            slope, peak, edges = slope.abs(), None, (None, None)
         units = self._units_of(site, sample, axis)
         elements = sample.elements if elements is None else elements
         row, block = current.place(current.rows, site.name, z.device), current.place(current.blocks, site.name, z.device)
+        row = None if is_unknown else row
         if units is None or (block is not None and block.shape[1] != units.size):
             block = None
         row, block = observe(z, a, slope, peak, edges, elements, bound.activation.name == "sigmoid", units, row, block, exact)
+        if is_unknown:
+            row[COLUMN["derivative_unknown"]] = row[COLUMN["n"]]
         current.put(current.rows, site.name, row)
         if block is not None:
             current.put(current.blocks, site.name, block)
@@ -238,11 +271,27 @@ class Meter:
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
             given = [grad for grad in (grad_a, grad_z) if grad is not None]
-            if not self._ignores_gradients and given and given[0].numel():
+            if given and given[0].numel():
                 row = current.place(current.rows, site.name, given[0].device)
                 current.put(current.rows, site.name, observe_gradient(grad_a, grad_z, elements, row))
 
         return self._guard(site.name, add)
+
+    def quotient_adder(self, site: Site, call: Call, a: Tensor) -> Hear:
+        """A function to be called in the backward with dL/da and dL/dz of a call of an anonymous function. It adds the derivative, which is their
+        quotient, to the pass that runs now.
+
+        Args:
+            a: the elements of the output that were read. They must not be overwritten later.
+        """
+        current, z, elements = self._passes.current, call.taken, call.sample.elements
+
+        def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+            row = None if grad_a is None else current.place(current.rows, site.name, grad_a.device)
+            if grad_a is not None and grad_z is not None and row is not None:
+                observe_quotient(z, a, grad_a, grad_z, elements, row)
+
+        return add
 
     def _site_sample(self, site: Site, z: Tensor, in_place: bool) -> Sample:
         """Which elements of a call are read: all where that costs neither time nor memory and the user has not set a limit; otherwise a sample."""
@@ -273,42 +322,68 @@ class Meter:
                 return len(shape) - from_end
         return {0: None, 1: None, 2: 1, 3: 2}.get(len(shape), 1)
 
-    def _tap_gradient(self, site: Site, call: Call, a: Tensor) -> None:
-        """Put hooks on the graph that read dL/da and dL/dz of one call in the backward.
 
-        The hooks belong to nodes of the graph and must not hold tensors of the graph, such as z: such a cycle of references is never freed.
-        """
-        sample, z_nr, node = call.sample, call.output_nr, call.node
-        own, a_nr = maker(a)
-        add, hear = self.gradient_adder(site, sample), self._passes.ear()
+class _Gathered:
+    """Gathers dL/da and the shares of dL/dz of one call in one backward, and reports them once they are complete.
 
-        def read_both(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
-            hear(grad_a, grad_z)
-            given = (None if grad is None or is_pending(grad) else part_of(grad) for grad in (grad_a, grad_z))
-            add(*(None if grad is None else sample.take(grad.detach().reshape(sample.shape)) for grad in given))
+    Args:
+        sample: the elements that are read.
+        taking: the nodes that z enters, each with the positions of z among its inputs. The nodes themselves are not kept.
+        ear: called with every gradient as it is met; see Passes.ear.
+        hear: called with the elements that are read.
+    """
 
-        add_both = self._guard(site.name, read_both)
-        entering = [at for at, (before, _) in enumerate(own.next_functions) if before is not None]
-        if node is not None and len(entering) == 1 and own.next_functions[entering[0]][0] is node:
-            at = entering[0]
-            own.register_hook(lambda grad_inputs, grad_outputs: add_both(grad_outputs[0], grad_inputs[at]))
-            return
-        if a is call.z and node is not None:
-            # The activation ran in place on a view: the graph continues from the whole tensor that z is a view of.
-            whole = next((before for before, _ in own.next_functions if before is not None), None)
-            base = internals.base_of(a)
-            covers = base is not None and base.numel() == a.numel() and base.is_contiguous() and a.is_contiguous()
-            if whole is not None and whole.name().endswith("CopySlices") and covers:
-                whole.register_hook(lambda grad_inputs, grad_outputs: add_both(grad_outputs[0], grad_inputs[0]))
-                return
-            self._note(site.name, "its gradient is not seen: an in-place activation on a part of a tensor")
-            return
-        if node is not None:
-            node.register_prehook(lambda grad_outputs: add_both(None, grad_outputs[z_nr]))
-        elif call.z.requires_grad and call.z.is_leaf:
-            # A leaf outlives the pass, so its hook must be removed. Hooks on nodes end with the graph.
-            self._hooks.append(call.z.register_hook(lambda grad: add_both(None, grad)))
-        own.register_prehook(lambda grad_outputs: add_both(grad_outputs[a_nr], None))
+    def __init__(self, sample: Sample | SoftmaxRows, taking: Mapping[Node, Sequence[int]], ear: Callable[..., None], hear: Hear) -> None:
+        self._sample = sample
+        self._places = tuple(taking.values())
+        self._ear = ear
+        self._hear = hear
+        self._left = 0
+        """How many nodes have not returned their share yet."""
+        self._grad_a: Tensor | None = None
+        self._grad_z: Tensor | None = None
+
+    def at_once(self, grad_inputs: Sequence[Tensor | None], grad_a: Tensor | None) -> None:
+        """Called after the only node of the activation has run."""
+        self._ear(grad_a, *grad_inputs)
+        self._grad_z = self._sum(None, 0, grad_inputs)
+        self._report(self._take(grad_a))
+
+    def begin(self, grad_a: Tensor | None) -> None:
+        """Called before the node that made a runs."""
+        self._ear(grad_a)
+        taken = self._take(grad_a)
+        # A copy: autograd and the user's own functions may overwrite a gradient after the hook.
+        self._grad_a, self._grad_z, self._left = None if taken is None else taken.clone(), None, len(self._places)
+        if not self._left:
+            self._report(self._grad_a)
+
+    def add(self, at: int, grad_inputs: Sequence[Tensor | None]) -> None:
+        """Called after one of the nodes that z enters has run. Without dL/da before it, its gradient has not come through a."""
+        self._ear(*grad_inputs)
+        if self._left:
+            self._grad_z = self._sum(self._grad_z, at, grad_inputs)
+            self._left -= 1
+            if not self._left:
+                self._report(self._grad_a)
+
+    def _report(self, grad_a: Tensor | None) -> None:
+        grad_z, self._grad_a, self._grad_z = self._grad_z, None, None
+        self._hear(grad_a, grad_z)
+
+    def _sum(self, grad_z: Tensor | None, at: int, grad_inputs: Sequence[Tensor | None]) -> Tensor | None:
+        for place in self._places[at]:
+            share = self._take(grad_inputs[place])
+            if share is not None:
+                kept = share.clone() if len(self._places) > 1 else share
+                grad_z = kept if grad_z is None else grad_z + kept
+        return grad_z
+
+    def _take(self, grad: Tensor | None) -> Tensor | None:
+        """The elements that are read; a view where that is possible."""
+        if grad is None or is_pending(grad):
+            return None
+        return self._sample.take(part_of(grad).detach().reshape(self._sample.shape))
 
 
 def check_plain(z: Tensor) -> None:

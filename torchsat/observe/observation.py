@@ -32,6 +32,7 @@ from torchsat.observe.ingraph import GraphHooks, GraphReceiver
 from torchsat.observe.layers import Layers
 from torchsat.observe.lineage import Lineage
 from torchsat.observe.meter import Meter
+from torchsat.observe.own import Candidate
 from torchsat.observe.passes import OnPass, Pass, Passes, PassEvent
 from torchsat.observe.saving import all_off, leave_out
 from torchsat.options import Options
@@ -129,13 +130,17 @@ class Observation:
         """The names of the sites that a compiled graph can measure, if the graph alone measures; None in eager execution."""
         self._scale: Tensor | None = None
         self._skipped: Tensor | None = None
+        self.candidates: list[Candidate] = []
+        """The modules of the user's own that may be activations."""
+        self.learns_again = False
+        """Whether a site has turned up only after its pass, so that the next observation learns the structure of the model again."""
         self._noted: dict[str, str] = {}
         self._failures: dict[tuple[type[Exception], str], tuple[Exception, list[str]]] = {}
         """For each kind of fault the first one, and the places at which it happened."""
         self.guard = Guard(self.fail, window, clock, sites.failed)
         self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True))
         self.lineage = Lineage(sites, self.note_if_wanted)
-        self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note, self._handles)
+        self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note)
         self.layers = Layers(self)
         self.calls = Calls(self)
 
@@ -271,6 +276,7 @@ class Observation:
             # Some site ran for the first time after the structure had been learned, so the next observation learns it again.
             self.sites.structure = Structure.NEW
         self.lineage.end_pass()
+        own.conclude(self)
         if self.has_measured and self._graph_only is not None:
             for name in self.sites.ran:
                 if name not in self._graph_only:
@@ -278,6 +284,8 @@ class Observation:
         self.newly_stopped = self.sites.settle(whole.rows, self._noted, self.has_measured and eager)
         self.unspread = [weight for layer, weight in weights if layer.name not in self.sites.spans]
         sites, of_layers = self._site_parts(whole), self.layers.parts(whole.inputs, weights)
+        if self.learns_again:
+            self.sites.learn_again()
         self._report_failures()
         return Parts(sites, of_layers, scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
 

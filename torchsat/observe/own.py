@@ -1,132 +1,294 @@
 """Finds out whether a module that the user has written, without children, is an activation, and measures it if it is one.
 
-This is decided from its inputs z and outputs a in real calls. If they fit a row of the table of activations, the module is that function. Otherwise
-autograd gives its derivative at each element. If that is a function of z, the module is an activation of which neither the peak nor the plateaus are
-known. If an output depends on several elements of the input, it is no activation.
+The module is never run for this, and no backward is: it is judged by what the user's own training shows.
+
+- In the forward pass its inputs z and outputs a are compared with the table of activations (recognise.py). If they fit a row, it is that function.
+- Otherwise the hooks of the backward pass give dL/da and dL/dz at the same elements. If their quotient is the derivative of a function that acts on
+  each element alone (elementwise.py), the module is an activation of which neither the peak nor the plateaus are known: an *anonymous* one. Its
+  derivative is that quotient, in every observation.
+
+Until this is decided, the module is measured as if it were anonymous, under its own name in the rows of the pass. With the decision its site becomes
+one of `Sites`; the rows of a name that is no site reach nobody. A decision is not for ever: a named function is compared with the numbers of each
+call, and every other decision is made again after twice as many observations.
 """
 
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from torchsat import internals
-from torchsat.observe.graph import derivative
+from torchsat.activations import Bound
+from torchsat.elementwise import Nature, bends, nature
 from torchsat.observe.meter import Call
-from torchsat.recognise import differentiated, differs, is_function, recognise
+from torchsat.recognise import anonymous, differs, is_anonymous, recognise
 from torchsat.sampling import Sample, Units
+from torchsat.sharding import is_pending, part_of
 from torchsat.sites import Site
-from torchsat.statistics import upcast
+from torchsat.statistics import knows_quotient
 from torchsat.structure import Found
-from torchsat.tensors import plain
+from torchsat.tensors import why_unread
 
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
-NOT_DIFFERENTIATED = "it may be an activation, but its derivative cannot be had inside a checkpoint: name it in activations="
-_LINEAR_CALLS = 20
-"""A module is taken for linear after it has looked so in this many calls. The inputs of the first calls may not reach the limits of a clamp."""
+UNDECIDED = "it may be an activation, but what it computes does not show: "
+NO_GRADIENT = f"{UNDECIDED}no gradient has reached both its input and its output"
+ONE_PIECE = f"{UNDECIDED}where a gradient reached it, it is a straight line, or has slope 0 everywhere"
+SEVERAL = f"{UNDECIDED}its numbers fit several functions"
+_EXAMINED = 4
+"""The most calls of a module that are examined in one observation."""
+_REFUTED = 3
+"""A module is taken for no activation after this many calls in which an output depended on other elements."""
+_MOST = 16384
+"""The elements of one call that are examined, unless there are so many units that more are needed to have some of each."""
+_GLANCE = 4096
+"""The elements of one call that are looked at in each observation of an anonymous function."""
+_UNDECIDED = 20
+"""It is so too after this many calls that did not show what it is: the inputs of the first calls may not reach the limits of a clamp."""
+
+
+Numbers = tuple[Tensor, Tensor, Tensor, Tensor]
+"""z, a, dL/da and dL/dz at the elements of a call that were read."""
+Look = Callable[["Observation", "Candidate", nn.Module, Sample, Numbers], None]
+"""What is concluded from the numbers of a call."""
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A module that may be an activation, in one observation."""
+
+    name: str
+    site: Site
+    is_due: bool
+    """Whether it is to be examined, although it has been decided before."""
+    calls: dict[int, Call] = field(default_factory=dict)
+    """The call that is running, by the id of the thread."""
+    before: str | None = None
+    """The site that ran before it in this pass."""
+    examined: int = 0
+    """How many calls of this observation have been examined."""
+    first: tuple[Sample, Tensor, Tensor] | None = None
+    """What was read of z and a in the first call that was examined. None: it is no activation, or no call was examined."""
+    open: str = NO_GRADIENT
+    """Why it is not decided."""
+
+    @property
+    def bends(self) -> bool:
+        """Whether a is a function of z, and no straight line, so that the module may well be an activation."""
+        if self.first is None:
+            return False
+        sample, z, a = self.first
+        most = _enough(sample)
+        return bends(z[:most].cpu(), a[:most].cpu(), [None if each is None else each[:most] for each in _units(sample)])
 
 
 def attach(observation: Observation, found: Found) -> None:
     """Hook every module that may be an activation that the user has written."""
+    sites = observation.sites
     for each in found.own:
-        if not observation.sites.has_failed(each.name):
-            calls: list[Call] = []
-            observation.hook_before(each.module, each.name, _before, observation, each.name, calls)
-            observation.hook_after(each.module, each.name, _after, observation, each.name, calls, always=True)
+        if sites.has_failed(each.name):
+            continue
+        is_due = sites.is_due(each.module)
+        if is_due and sites.own[each.module] is None:
+            sites.undecide(each.module)
+        bound = sites.own.get(each.module)
+        known = sites.known.get(each.name) if bound is not None else None
+        new = anonymous(re.sub(r"[^A-Za-z0-9_.-]", "_", type(each.module).__name__), observation.options.epsilon)
+        candidate = Candidate(each.name, known or Site(each.name, bound or new), is_due)
+        observation.candidates.append(candidate)
+        observation.hook_before(each.module, each.name, _before, observation, candidate)
+        observation.hook_after(each.module, each.name, _after, observation, candidate, always=True)
 
 
-def _before(observation: Observation, name: str, calls: list[Call], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    calls.clear()
+def conclude(observation: Observation) -> None:
+    """Name the modules of which this observation could not tell whether they are activations, though they may well be."""
+    sites = observation.sites
+    for each in observation.candidates:
+        is_seen = each.site is sites.known.get(each.name) or any(name.startswith(f"{each.name}/") for name in sites.ran)
+        if not is_seen and each.bends:
+            observation.note_if_wanted(each.name, each.open)
+
+
+def _before(observation: Observation, candidate: Candidate, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    thread = threading.get_ident()
+    candidate.calls.pop(thread, None)
     z = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    if z is None or not z.is_floating_point() or not internals.is_real(z) or z.layout != torch.strided or z.is_nested or not z.numel():
+    if z is None or is_pending(z) or why_unread(part_of(z)) is not None or not z.numel():
         return
-    counts = observation.passes.counts(module)
-    if internals.in_backward():
-        counts = name in observation.sites.known and observation.meter.counts_at(name, module) is True
-    if counts or internals.in_backward():
-        sample = observation.meter.sample_of(z, name)
-        taken, exact = upcast(sample.take(plain(z).detach())).clone(), observation.meter.exact_z(sample, plain(z))
-        calls.append(Call(z, sample, taken, z.grad_fn, z.output_nr, counts, exact))
+    candidate.before = observation.meter.latest
+    call = observation.meter.begin(candidate.site, z, module, in_place=True)
+    if call is not None:
+        candidate.calls[thread] = call
 
 
-def _after(observation: Observation, name: str, calls: list[Call], module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
-    """Measure a call of a module that is known to be an activation, or find out whether it is one."""
-    call = calls.pop() if calls else None
+def _after(observation: Observation, candidate: Candidate, module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
+    """Measure a call, and see what it says about the module."""
+    call, sites = candidate.calls.pop(threading.get_ident(), None), observation.sites
     if call is None or not isinstance(a, Tensor) or a.shape != call.z.shape or not a.is_floating_point():
         return
-    sample, sites, slope = call.sample, observation.sites, None
-    assert isinstance(sample, Sample)
-    if module not in sites.own and not internals.in_backward():
-        slope = _find_out(observation, name, module, call, a)
-    bound = sites.own.get(module)
-    if bound is None:
+    assert isinstance(call.sample, Sample)
+    taken = call.sample.take(part_of(a).detach())
+    examines = (candidate.is_due or module not in sites.own) and candidate.examined < _EXAMINED
+    if examines:
+        candidate.examined += 1
+        _compare(observation, candidate, module, call, taken)
+    elif sites.own.get(module) is not None and call.counts:
+        _doubt(observation, candidate, module, call.taken, taken)
+    bound, site = sites.own.get(module), candidate.site
+    if module in sites.own and bound is None:
         return
-    site = sites.known.setdefault(name, Site(name, bound))
-    if call.counts and not internals.in_backward():
-        taken = sample.take(plain(a).detach())
-        if site.bound.constants is not None or site.bound.activation.function:
-            _doubt(observation, site, module, call.taken, taken)
-        if slope is None and site.bound.constants is None:
-            slope = _slope(observation, call, a, None)
-            if slope is None:
-                observation.note(name, NOT_DIFFERENTIATED)
-                return
-        observation.meter.ran(site, [call.node], last_layer=True)
-        slope = None if slope is None else upcast(sample.take(slope))
-        observation.meter.count(site, sample, call.taken, taken, slope=slope, exact=observation.meter.exact(call, a))
-    observation.meter.tap_output(site, call, a)
-
-
-def _find_out(observation: Observation, name: str, module: nn.Module, call: Call, a: Tensor) -> Tensor | None:
-    """Decide what this module computes and keep it in `sites.own`, if this call is enough to tell. Returns f'(z) of this call, if it was needed."""
-    sample, sites = call.sample, observation.sites
-    assert isinstance(sample, Sample)
-    bound, slope = recognise(call.taken, sample.take(plain(a).detach()), observation.options.activations, observation.options.epsilon), None
-    if bound is None:
-        slope = _slope(observation, call, a, None)
-        if slope is None:
-            if next(module.parameters(), None) is None and observation.lineage.learns and internals.saving_is_hooked():
-                observation.note_if_wanted(name, NOT_DIFFERENTIATED)
-            return None
-        weights = 1.5 + torch.cos(torch.arange(a.numel(), device=a.device, dtype=torch.float32)).reshape(a.shape).to(a.dtype)
-        mixed = _slope(observation, call, a, weights)
-        scale = 64 * torch.finfo(a.dtype).eps * slope.abs().amax()
-        grouped = [None, *(Units(sample, axis).index(a.device) for axis in {min(1, a.ndim - 1), a.ndim - 1} if a.ndim > 1)]
-        alone = mixed is not None and bool(((mixed - slope * weights).abs() <= scale).all())
-        if alone and is_function(call.taken, upcast(sample.take(slope)), grouped):
-            bound = differentiated(re.sub(r"[^A-Za-z0-9_.-]", "_", type(module).__name__), observation.options.epsilon)
-        elif alone and sites.linear_calls.setdefault(module, 0) < _LINEAR_CALLS:
-            sites.linear_calls[module] += 1
-            return None
-    sites.own[module] = bound
+    if call.counts:
+        if bound is None:
+            observation.lineage.ran(site, [call.node], last_layer=True)
+        else:
+            observation.meter.ran(site, [call.node], last_layer=True)
+        observation.meter.count(site, call.sample, call.taken, taken, exact=observation.meter.exact(call, a))
+    if not a.requires_grad or a.grad_fn is None:
+        return
+    if bound is not None and not is_anonymous(bound):
+        observation.meter.tap_output(site, call, a)
+        return
     if bound is not None:
+        observation.lineage.made(site, a.grad_fn)
+    if examines:
+        look = _judge
+    else:
+        # On a GPU the host would have to wait for the numbers. There, a decision is made again only when it is due.
+        look = _glance if bound is not None and a.is_cpu and not candidate.examined else None
+        candidate.examined += look is not None
+    missing = observation.meter.tap(candidate.name, call, a, _Heard(observation, candidate, module, call, taken.clone(), look))
+    if missing is not None:
+        candidate.open = f"{UNDECIDED}{missing}"
+        if bound is not None:
+            observation.note(candidate.name, missing)
+
+
+class _Heard:
+    """What is done with the gradients of one call of an anonymous function, or of a module that may be one."""
+
+    def __init__(self, observation: Observation, candidate: Candidate, module: nn.Module, call: Call, a: Tensor, look: Look | None) -> None:
+        assert isinstance(call.sample, Sample)
+        self._observation = observation
+        self._candidate = candidate
+        self._module = module
+        self._sample = call.sample
+        self._numbers = (call.taken, a)
+        self._look = look
+        self._adders = [observation.meter.gradient_adder(candidate.site, call.sample), observation.meter.quotient_adder(candidate.site, call, a)]
+
+    def __call__(self, grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+        sites = self._observation.sites
+        bound = sites.own.get(self._module)
+        if self._module in sites.own and (bound is None or not is_anonymous(bound)):
+            return
+        for add in self._adders:
+            add(grad_a, grad_z)
+        look, self._look = self._look, None
+        if look is not None and grad_a is not None and grad_z is not None:
+            look(self._observation, self._candidate, self._module, self._sample, (*self._numbers, grad_a, grad_z))
+
+
+def _compare(observation: Observation, candidate: Candidate, module: nn.Module, call: Call, a: Tensor) -> None:
+    """Compare the numbers of a call with the table of activations."""
+    found = recognise(call.taken, a, observation.options.activations, observation.options.epsilon)
+    if found.bound is not None:
+        for each in observation.passes:
+            each.forget(candidate.name)
+        _decide(observation, candidate, module, found.bound)
+    elif module not in observation.sites.own:
+        assert isinstance(call.sample, Sample)
+        candidate.open = SEVERAL if found.may_come else NO_GRADIENT
+        candidate.first = candidate.first or (call.sample, call.taken, a.clone())
+
+
+def _nature(sample: Sample, numbers: Numbers, most: int) -> tuple[Nature, bool]:
+    """What the first elements of a call show, and whether any gradient came through it."""
+    z, a, grad_a, grad_z = (each[:most].cpu() for each in numbers)
+    known = knows_quotient(grad_a, grad_z) & torch.isfinite(z) & torch.isfinite(a)
+    units = [None if each is None else each[:most][known] for each in _units(sample)]
+    rounding = max(torch.finfo(each.dtype).eps for each in (grad_a, grad_z))
+    return nature(z[known], a[known], grad_z[known].double() / grad_a[known].double(), units, rounding), bool(known.any())
+
+
+def _glance(observation: Observation, candidate: Candidate, module: nn.Module, sample: Sample, numbers: Numbers) -> None:
+    """Have an anonymous function decided again from the next observation on, if a few of its elements speak against it."""
+    if _nature(sample, numbers, _GLANCE)[0] is Nature.OTHER:
+        observation.sites.suspect(module)
+
+
+def _judge(observation: Observation, candidate: Candidate, module: nn.Module, sample: Sample, numbers: Numbers) -> None:
+    """Decide by the gradients of a call whether the module is an activation, if they are enough to tell."""
+    (found, is_heard), tally = _nature(sample, numbers, _enough(sample)), observation.sites.tally(module)
+    if found is Nature.ACTIVATION and candidate.open != SEVERAL:
+        _decide(observation, candidate, module, candidate.site.bound)
+        return
+    tally[found] += 1
+    if found is Nature.OTHER:
+        candidate.first = None
+    elif found is not Nature.ACTIVATION and is_heard and candidate.open == NO_GRADIENT:
+        candidate.open = ONE_PIECE
+    if tally[Nature.OTHER] >= _REFUTED:
+        _decide(observation, candidate, module, None)
+    elif sum(tally.values()) >= _UNDECIDED and not candidate.is_due:
+        _decide(observation, candidate, module, candidate.site.bound if tally[Nature.ACTIVATION] else None)
+
+
+def _decide(observation: Observation, candidate: Candidate, module: nn.Module, bound: Bound | None) -> None:
+    """Keep what a module computes. None: it is no activation."""
+    sites, name = observation.sites, candidate.name
+    was_known = sites.own.get(module) is not None
+    sites.decide(module, bound)
+    candidate.is_due = False
+    if bound is None:
+        for each in observation.passes:
+            each.forget(name)
+        if not candidate.bends:
+            for reason in (NO_GRADIENT, ONE_PIECE, SEVERAL):
+                sites.retract(name, reason)
+        return
+    candidate.site.bound = bound
+    if not was_known:
+        sites.known[name] = candidate.site
         observation.forget_inside(name)
-    return slope
+        if is_anonymous(bound):
+            # The rest of the pass was observed without this site.
+            sites.has_run(candidate.site, candidate.before)
+            observation.learns_again = True
 
 
-def _slope(observation: Observation, call: Call, a: Tensor, direction: Tensor | None) -> Tensor | None:
-    """f'(z) times a direction, by autograd through the graph of the call that has just run; None where that is not possible."""
-    if a.grad_fn is None or call.node is None:
-        return None
-    with observation.meter.ignoring_gradients():
-        return derivative(a, call.node, call.output_nr, torch.ones_like(a) if direction is None else direction)
-
-
-def _doubt(observation: Observation, site: Site, module: nn.Module, z: Tensor, a: Tensor) -> None:
-    """Check that a module still computes the function that it was recognised as. If it does not, its derivative comes from autograd from now on."""
-    if site.doubt is not None and bool(site.doubt):
-        site.doubt, site.bound = None, differentiated(type(module).__name__, observation.options.epsilon)
-        observation.sites.own[module] = site.bound
+def _doubt(observation: Observation, candidate: Candidate, module: nn.Module, z: Tensor, a: Tensor) -> None:
+    """Check that a module still computes the function that it was recognised as. If it does not, it is looked for again."""
+    site = candidate.site
+    if is_anonymous(site.bound):
         return
     changed = differs(site.bound, z, a)
     if changed.is_cuda:
         # The flag is read in the next observation. Reading it now would wait for the device.
-        site.doubt = torch.zeros((), dtype=torch.bool, pin_memory=True).copy_(changed, non_blocking=True)
-    elif bool(changed):
-        site.doubt = changed
-        _doubt(observation, site, module, z, a)
+        before, site.doubt = site.doubt, torch.zeros((), dtype=torch.bool, pin_memory=True).copy_(changed, non_blocking=True)
+        changed = before if before is not None else torch.zeros(())
+    if bool(changed):
+        site.doubt = None
+        options = observation.options
+        found = recognise(z, a, options.activations, options.epsilon).bound
+        _decide(observation, candidate, module, found or anonymous(type(module).__name__, options.epsilon))
+
+
+def _enough(sample: Sample) -> int:
+    """How many of the elements that were read are enough to tell, within units too."""
+    return max(_MOST, 16 * max((sample.shape[axis] for axis in _axes(sample)), default=0))
+
+
+def _axes(sample: Sample) -> list[int]:
+    """The axes along which a module may have a parameter: that of the channels of an image, and the last one."""
+    return sorted({min(1, len(sample.shape) - 1), len(sample.shape) - 1}) if len(sample.shape) > 1 else []
+
+
+def _units(sample: Sample) -> list[Tensor | None]:
+    """The groupings within which a module may have a parameter: none, and the unit of each element along each of these axes."""
+    return [None, *(Units(sample, axis).index(torch.device("cpu")) for axis in _axes(sample))]
