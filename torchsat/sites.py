@@ -164,6 +164,36 @@ class Site:
         )
 
 
+class Decisions(weakref.WeakKeyDictionary[nn.Module, Bound | None]):
+    """The function that each module of a user's own type was found to compute. None: it is no activation. No entry: it is not known yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.walks = 0
+        """How often the modules have been walked over: once for each observation."""
+        self._again: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        """For each module the walk from which on it is to be decided again."""
+        self._tallies: weakref.WeakKeyDictionary[nn.Module, Counter[Nature]] = weakref.WeakKeyDictionary()
+
+    def decide(self, module: nn.Module, bound: Bound | None) -> None:
+        """Keep what a module computes. It is to be decided again after twice as many observations."""
+        self[module] = bound
+        self._again[module] = 2 * self.walks + 8
+        self._tallies.pop(module, None)
+
+    def suspect(self, module: nn.Module) -> None:
+        """Have it decided again from the next observation on what a module computes."""
+        self._again[module] = 0
+
+    def is_due(self, module: nn.Module) -> bool:
+        """Whether it is to be decided again what a module computes."""
+        return module in self and self.walks >= self._again[module]
+
+    def tally(self, module: nn.Module) -> Counter[Nature]:
+        """How often the gradients of a module that is not decided have shown what."""
+        return self._tallies.setdefault(module, Counter())
+
+
 class Sites:
     """The sites and other places of one model.
 
@@ -184,13 +214,7 @@ class Sites:
         self.structure = Structure.NEW
         self.generation = 0
         """How many times the walk has found other modules than before."""
-        self.own: weakref.WeakKeyDictionary[nn.Module, Bound | None] = weakref.WeakKeyDictionary()
-        """The function that each module of a user's own type was found to compute. None: it is no activation. No entry: it is not known yet."""
-        self._walks = 0
-        """How often the modules have been walked over: once for each observation."""
-        self._again: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-        """For each module in `own`, the walk from which on it is to be decided again."""
-        self._tallies: weakref.WeakKeyDictionary[nn.Module, Counter[Nature]] = weakref.WeakKeyDictionary()
+        self.own = Decisions()
         self.fed_by_data: set[str] = set()
         """Names of the layers whose input is data: no parameter was used to compute it."""
         self.outputs: dict[str, tuple[int, int]] = {}
@@ -212,7 +236,7 @@ class Sites:
 
     def walk(self, model: nn.Module, selects: Callable[[str], bool]) -> Found:
         """Find the modules of a model that can be hooked. `selects` says whether a site of this name is wanted."""
-        self._walks += 1
+        self.own.walks += 1
         return find(model, self._activation_of, self._may_be_own, selects)
 
     def knows(self, found: Found) -> bool:
@@ -294,28 +318,6 @@ class Sites:
             later = {name: self.ran.pop(name) for name in names[at:]}
             self.ran[site.name] = site
             self.ran.update(later)
-
-    def decide(self, module: nn.Module, bound: Bound | None) -> None:
-        """Keep what a module of the user's own computes; None: it is no activation. It is to be decided again after twice as many observations."""
-        self.own[module] = bound
-        self._again[module] = 2 * self._walks + 8
-        self._tallies.pop(module, None)
-
-    def suspect(self, module: nn.Module) -> None:
-        """Have it decided again from the next observation on what a module of the user's own computes."""
-        self._again[module] = 0
-
-    def undecide(self, module: nn.Module) -> None:
-        """Forget what a module of the user's own was found to compute."""
-        self.own.pop(module, None)
-
-    def is_due(self, module: nn.Module) -> bool:
-        """Whether what a module of the user's own computes has been decided, and is to be decided again."""
-        return module in self.own and self._walks >= self._again[module]
-
-    def tally(self, module: nn.Module) -> Counter[Nature]:
-        """How often the gradients of a module that is not decided have shown what."""
-        return self._tallies.setdefault(module, Counter())
 
     def has_run_layer(self, name: str) -> None:
         """Record that a recurrent layer runs. Its gates are the sites, so the layer itself is no longer listed as a place that has not run."""
@@ -419,4 +421,4 @@ class Sites:
     def _may_be_own(self, module: nn.Module) -> bool:
         """Whether this is a module without children, of a user's own type, that has not been found to compute something else than an activation."""
         leaf = next(module.children(), None) is None and not type(module).__module__.startswith("torch.")
-        return leaf and (module not in self.own or self.own[module] is not None or self.is_due(module))
+        return leaf and (module not in self.own or self.own[module] is not None or self.own.is_due(module))

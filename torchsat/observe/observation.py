@@ -132,8 +132,6 @@ class Observation:
         self._skipped: Tensor | None = None
         self.candidates: list[Candidate] = []
         """The modules of the user's own that may be activations."""
-        self.learns_again = False
-        """Whether a site has turned up only after its pass, so that the next observation learns the structure of the model again."""
         self._noted: dict[str, str] = {}
         self._failures: dict[tuple[type[Exception], str], tuple[Exception, list[str]]] = {}
         """For each kind of fault the first one, and the places at which it happened."""
@@ -276,7 +274,6 @@ class Observation:
             # Some site ran for the first time after the structure had been learned, so the next observation learns it again.
             self.sites.structure = Structure.NEW
         self.lineage.end_pass()
-        own.conclude(self)
         if self.has_measured and self._graph_only is not None:
             for name in self.sites.ran:
                 if name not in self._graph_only:
@@ -284,8 +281,7 @@ class Observation:
         self.newly_stopped = self.sites.settle(whole.rows, self._noted, self.has_measured and eager)
         self.unspread = [weight for layer, weight in weights if layer.name not in self.sites.spans]
         sites, of_layers = self._site_parts(whole), self.layers.parts(whole.inputs, weights)
-        if self.learns_again:
-            self.sites.learn_again()
+        own.conclude(self)
         self._report_failures()
         return Parts(sites, of_layers, scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
 

@@ -75,6 +75,8 @@ class Candidate:
     """How many calls of this observation have been examined."""
     first: tuple[Sample, Tensor, Tensor] | None = None
     """What was read of z and a in the first call that was examined. None: it is no activation, or no call was examined."""
+    is_late: bool = False
+    """Whether it turned out to be an activation only after its pass."""
     open: str = NO_GRADIENT
     """Why it is not decided."""
 
@@ -94,9 +96,9 @@ def attach(observation: Observation, found: Found) -> None:
     for each in found.own:
         if sites.has_failed(each.name):
             continue
-        is_due = sites.is_due(each.module)
+        is_due = sites.own.is_due(each.module)
         if is_due and sites.own[each.module] is None:
-            sites.undecide(each.module)
+            del sites.own[each.module]
         bound = sites.own.get(each.module)
         known = sites.known.get(each.name) if bound is not None else None
         new = anonymous(re.sub(r"[^A-Za-z0-9_.-]", "_", type(each.module).__name__), observation.options.epsilon)
@@ -109,6 +111,8 @@ def attach(observation: Observation, found: Found) -> None:
 def conclude(observation: Observation) -> None:
     """Name the modules of which this observation could not tell whether they are activations, though they may well be."""
     sites = observation.sites
+    if any(each.is_late for each in observation.candidates):
+        sites.learn_again()
     for each in observation.candidates:
         is_seen = each.site is sites.known.get(each.name) or any(name.startswith(f"{each.name}/") for name in sites.ran)
         if not is_seen and each.bends:
@@ -219,12 +223,12 @@ def _nature(sample: Sample, numbers: Numbers, most: int) -> tuple[Nature, bool]:
 def _glance(observation: Observation, candidate: Candidate, module: nn.Module, sample: Sample, numbers: Numbers) -> None:
     """Have an anonymous function decided again from the next observation on, if a few of its elements speak against it."""
     if _nature(sample, numbers, _GLANCE)[0] is Nature.OTHER:
-        observation.sites.suspect(module)
+        observation.sites.own.suspect(module)
 
 
 def _judge(observation: Observation, candidate: Candidate, module: nn.Module, sample: Sample, numbers: Numbers) -> None:
     """Decide by the gradients of a call whether the module is an activation, if they are enough to tell."""
-    (found, is_heard), tally = _nature(sample, numbers, _enough(sample)), observation.sites.tally(module)
+    (found, is_heard), tally = _nature(sample, numbers, _enough(sample)), observation.sites.own.tally(module)
     if found is Nature.ACTIVATION and candidate.open != SEVERAL:
         _decide(observation, candidate, module, candidate.site.bound)
         return
@@ -243,7 +247,7 @@ def _decide(observation: Observation, candidate: Candidate, module: nn.Module, b
     """Keep what a module computes. None: it is no activation."""
     sites, name = observation.sites, candidate.name
     was_known = sites.own.get(module) is not None
-    sites.decide(module, bound)
+    sites.own.decide(module, bound)
     candidate.is_due = False
     if bound is None:
         for each in observation.passes:
@@ -259,7 +263,7 @@ def _decide(observation: Observation, candidate: Candidate, module: nn.Module, b
         if is_anonymous(bound):
             # The rest of the pass was observed without this site.
             sites.has_run(candidate.site, candidate.before)
-            observation.learns_again = True
+            candidate.is_late = True
 
 
 def _doubt(observation: Observation, candidate: Candidate, module: nn.Module, z: Tensor, a: Tensor) -> None:
