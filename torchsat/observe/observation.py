@@ -286,11 +286,7 @@ class Observation:
         return Parts(sites, of_layers, scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
 
     def abandon(self, why: Retry | None) -> None:
-        """Take the hooks off and forget what was measured.
-
-        Args:
-            why: the reason to observe a later step in its place; None where there will be none.
-        """
+        """Take the hooks off and forget what was measured. `why` is the reason to observe a later step in its place; None where there is none."""
         if self.is_open:
             self.abandoned_for = why
             self._unhook(State.ABANDONED)
