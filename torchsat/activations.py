@@ -323,6 +323,20 @@ def _hardswish(z: Tensor) -> Tensor:
     return torch.where(z >= 3, torch.ones_like(z), torch.where(z <= -3, torch.zeros_like(z), (2 * z + 3) / 6))
 
 
+def _clamp(z: Tensor, **bounds: float | None) -> Tensor:
+    """1 between the bounds `min` and `max` and, as in torch, on them. A bound that is None is not there."""
+    low, high = bounds["min"], bounds["max"]
+    inside = torch.ones_like(z) if low is None else (z >= low).to(z.dtype)
+    return inside if high is None else inside * (z <= high)
+
+
+def _clamp_tails(epsilon: float, **bounds: float | None) -> Edges:
+    # An element on an edge is in the tail, and one on a bound of a clamp is not: the edge is the next number beyond the bound.
+    low, high = bounds["min"], bounds["max"]
+    below = None if low is None else torch.nextafter(torch.tensor(float(low)), torch.tensor(-math.inf)).item()
+    return below, None if high is None else torch.nextafter(torch.tensor(float(high)), torch.tensor(math.inf)).item()
+
+
 def _outside(z: Tensor, lambd: float) -> Tensor:
     return ((z > lambd) | (z < -lambd)).to(z.dtype)
 
@@ -370,7 +384,7 @@ _SELU_SCALE, _SELU_ALPHA = 1.0507009873554804934193349852946, 1.6732632423543772
 _NAMESPACES = (torch, torch.special, F, Tensor)
 
 
-def _calls(*names: str) -> tuple[Callable[..., Any], ...]:
+def calls_of(*names: str) -> tuple[Callable[..., Any], ...]:
     """Every function and tensor method of torch that has one of these names, and its in-place form."""
     spellings = [name + ending for name in names for ending in ("", "_")]
     found = [getattr(place, name) for place in _NAMESPACES for name in spellings if callable(getattr(place, name, None))]
@@ -378,11 +392,11 @@ def _calls(*names: str) -> tuple[Callable[..., Any], ...]:
 
 
 ACTIVATIONS: tuple[Activation, ...] = (
-    Activation("sigmoid", (nn.Sigmoid,), (), _sigmoid, 0.25, _cosh_tails(2.0), calls=_calls("sigmoid", "expit")),
-    Activation("tanh", (nn.Tanh,), (), _tanh, 1.0, _cosh_tails(1.0), calls=_calls("tanh")),
-    Activation("relu", (nn.ReLU,), (), lambda z: (z > 0).to(z.dtype), 1.0, _fixed(0.0, None), calls=_calls("relu")),
+    Activation("sigmoid", (nn.Sigmoid,), (), _sigmoid, 0.25, _cosh_tails(2.0), calls=calls_of("sigmoid", "expit")),
+    Activation("tanh", (nn.Tanh,), (), _tanh, 1.0, _cosh_tails(1.0), calls=calls_of("tanh")),
+    Activation("relu", (nn.ReLU,), (), lambda z: (z > 0).to(z.dtype), 1.0, _fixed(0.0, None), calls=calls_of("relu")),
     # ReLU6 must come before Hardtanh: in torch it is a subclass of it, with other limits and the same forward.
-    Activation("relu6", (nn.ReLU6,), (), lambda z: _between(z, 0.0, 6.0), 1.0, _fixed(0.0, 6.0), calls=_calls("relu6")),
+    Activation("relu6", (nn.ReLU6,), (), lambda z: _between(z, 0.0, 6.0), 1.0, _fixed(0.0, 6.0), calls=calls_of("relu6")),
     Activation(
         "leaky_relu",
         (nn.LeakyReLU,),
@@ -390,7 +404,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda z, negative_slope: _leaky(z, negative_slope),
         lambda negative_slope: max(1.0, abs(negative_slope)),
         _leaky_tails,
-        calls=_calls("leaky_relu"),
+        calls=calls_of("leaky_relu"),
         defaults=(0.01,),
     ),
     Activation(
@@ -400,7 +414,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda z, weight: _leaky(z, weight),
         lambda weight: weight.abs().max().clamp(min=1),
         _leaky_tails,
-        calls=_calls("prelu"),
+        calls=calls_of("prelu"),
     ),
     Activation(
         "rrelu",
@@ -410,18 +424,18 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda lower, upper, training: max(1.0, abs(lower), abs(upper)),
         _rrelu_tails,
         from_output=True,
-        calls=_calls("rrelu"),
+        calls=calls_of("rrelu"),
         defaults=(1 / 8, 1 / 3, False),
     ),
-    Activation("elu", (nn.ELU,), ("alpha",), _elu, lambda alpha: max(1.0, abs(alpha)), _exponential_tails, calls=_calls("elu"), defaults=(1.0,)),
-    Activation("selu", (nn.SELU,), (), _selu, _SELU_SCALE * _SELU_ALPHA, lambda epsilon: (math.log(epsilon), None), calls=_calls("selu")),
+    Activation("elu", (nn.ELU,), ("alpha",), _elu, lambda alpha: max(1.0, abs(alpha)), _exponential_tails, calls=calls_of("elu"), defaults=(1.0,)),
+    Activation("selu", (nn.SELU,), (), _selu, _SELU_SCALE * _SELU_ALPHA, lambda epsilon: (math.log(epsilon), None), calls=calls_of("selu")),
     Activation(
-        "celu", (nn.CELU,), ("alpha",), _celu, 1.0, lambda epsilon, alpha: (alpha * math.log(epsilon), None), calls=_calls("celu"), defaults=(1.0,)
+        "celu", (nn.CELU,), ("alpha",), _celu, 1.0, lambda epsilon, alpha: (alpha * math.log(epsilon), None), calls=calls_of("celu"), defaults=(1.0,)
     ),
-    Activation("gelu", (nn.GELU,), ("approximate",), _gelu, calls=_calls("gelu"), defaults=("none",)),
-    Activation("silu", (nn.SiLU,), (), _silu, calls=_calls("silu")),
-    Activation("mish", (nn.Mish,), (), _mish, calls=_calls("mish")),
-    Activation("softplus", (nn.Softplus,), ("beta", "threshold"), _softplus, 1.0, _softplus_tails, calls=_calls("softplus"), defaults=(1.0, 20.0)),
+    Activation("gelu", (nn.GELU,), ("approximate",), _gelu, calls=calls_of("gelu"), defaults=("none",)),
+    Activation("silu", (nn.SiLU,), (), _silu, calls=calls_of("silu")),
+    Activation("mish", (nn.Mish,), (), _mish, calls=calls_of("mish")),
+    Activation("softplus", (nn.Softplus,), ("beta", "threshold"), _softplus, 1.0, _softplus_tails, calls=calls_of("softplus"), defaults=(1.0, 20.0)),
     Activation(
         "softsign",
         (nn.Softsign,),
@@ -429,7 +443,7 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda z: (1 + z.abs()) ** -2,
         1.0,
         lambda epsilon: (1 - epsilon**-0.5, epsilon**-0.5 - 1),
-        calls=_calls("softsign"),
+        calls=calls_of("softsign"),
     ),
     Activation(
         "hardtanh",
@@ -438,11 +452,11 @@ ACTIVATIONS: tuple[Activation, ...] = (
         _between,
         1.0,
         lambda epsilon, min_val, max_val: (float(min_val), float(max_val)),
-        calls=_calls("hardtanh"),
+        calls=calls_of("hardtanh"),
         defaults=(-1.0, 1.0),
     ),
-    Activation("hardsigmoid", (nn.Hardsigmoid,), (), lambda z: _between(z, -3.0, 3.0) / 6, 1 / 6, _fixed(-3.0, 3.0), calls=_calls("hardsigmoid")),
-    Activation("hardswish", (nn.Hardswish,), (), _hardswish, 1.5, _fixed(-3.0, None), calls=_calls("hardswish")),
+    Activation("hardsigmoid", (nn.Hardsigmoid,), (), lambda z: _between(z, -3.0, 3.0) / 6, 1 / 6, _fixed(-3.0, 3.0), calls=calls_of("hardsigmoid")),
+    Activation("hardswish", (nn.Hardswish,), (), _hardswish, 1.5, _fixed(-3.0, None), calls=calls_of("hardswish")),
     Activation(
         "log_sigmoid",
         (nn.LogSigmoid,),
@@ -450,11 +464,11 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda z: torch.sigmoid(-z),
         1.0,
         lambda epsilon: (None, math.log((1 - epsilon) / epsilon)),
-        calls=_calls("logsigmoid"),
+        calls=calls_of("logsigmoid"),
     ),
-    Activation("tanhshrink", (nn.Tanhshrink,), (), lambda z: torch.tanh(z) ** 2, 1.0, _fixed(None, None), calls=_calls("tanhshrink")),
-    Activation("softshrink", (nn.Softshrink,), ("lambd",), _outside, 1.0, _fixed(None, None), calls=_calls("softshrink"), defaults=(0.5,)),
-    Activation("hardshrink", (nn.Hardshrink,), ("lambd",), _outside, 1.0, _fixed(None, None), calls=_calls("hardshrink"), defaults=(0.5,)),
+    Activation("tanhshrink", (nn.Tanhshrink,), (), lambda z: torch.tanh(z) ** 2, 1.0, _fixed(None, None), calls=calls_of("tanhshrink")),
+    Activation("softshrink", (nn.Softshrink,), ("lambd",), _outside, 1.0, _fixed(None, None), calls=calls_of("softshrink"), defaults=(0.5,)),
+    Activation("hardshrink", (nn.Hardshrink,), ("lambd",), _outside, 1.0, _fixed(None, None), calls=calls_of("hardshrink"), defaults=(0.5,)),
     Activation(
         "threshold",
         (nn.Threshold,),
@@ -462,7 +476,11 @@ ACTIVATIONS: tuple[Activation, ...] = (
         lambda z, threshold, value: (z > threshold).to(z.dtype),
         1.0,
         lambda epsilon, threshold, value: (float(threshold), None),
-        calls=_calls("threshold"),
+        calls=calls_of("threshold"),
     ),
 )
 """The element-wise activations of torch.nn. Peak (sup|f'| > 1) and tails of GELU, SiLU and Mish have no closed form and are searched on the grid."""
+
+CLAMP = Activation("clamp", (), ("min", "max"), _clamp, 1.0, _clamp_tails, defaults=(None, None))
+"""`z.clamp(min, max)` of a signal, with one bound or two. It is no row of the table, since its calls are told apart by their arguments
+(observe/calls.py): with tensors for bounds, or to keep a divisor away from 0, a clamp is no activation."""

@@ -12,7 +12,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -63,6 +63,7 @@ class Delivery:
         self._delivering = threading.RLock()
         """Held by the thread that delivers. At SIGTERM that may be another one than the training thread (process.py)."""
         self._announced = False
+        self._told_unregistered = False
         self._moved = False
         self._nothing = "of its activations, include= and exclude= leave none" if options.include or options.exclude else "no activation was found"
         self.latest: Snapshot | None = None
@@ -195,19 +196,38 @@ class Delivery:
         if self._announced:
             return
         self._announced = True
-        coverage = self.coverage
-        unseen, kinds = coverage.unseen, coverage.described
-        rest = ""
-        if unseen:
-            names = ", ".join(place for place, _ in unseen[:3]) + (", ..." if len(unseen) > 3 else "")
-            rest = f"; not seen: {len(unseen)} ({names}), see monitor.coverage"
-        log.info("torchsat: watching %s and %d layers%s", kinds, len(snapshot.weights), rest)
+        rest = f"; {self._not_seen}, see monitor.coverage" if self._not_seen else ""
+        log.info("torchsat: watching %s and %d layers%s", self.coverage.described, len(snapshot.weights), rest)
 
-    def say_nothing_watched(self) -> None:
-        """Log one line if the model has no activation that can be watched."""
+    def say_nothing_watched(self, why: str | None = None) -> None:
+        """Log one line if the model has no activation that can be watched, or for another reason `why`."""
         if not self._announced and self._route.speaks:
             self._announced = True
-            log.warning("torchsat: %s: %s, nothing is watched. See monitor.coverage.", self._model, self._nothing)
+            rest = f" ({self._not_seen})" if self._not_seen else ""
+            log.warning("torchsat: %s: %s, nothing is watched%s. See monitor.coverage.", self._model, why or self._nothing, rest)
+
+    @property
+    def _not_seen(self) -> str:
+        """How many places are not seen, and the first of them; empty where there are none."""
+        unseen = self.coverage.unseen
+        names = ", ".join(place for place, _ in unseen[:3]) + (", ..." if len(unseen) > 3 else "")
+        return f"not seen: {len(unseen)} ({names})" if unseen else ""
+
+    def say_unregistered(self, places: Mapping[str, str]) -> None:
+        """Log one line for modules that the model holds and torch does not know, by place with the reason, the first time there are any."""
+        if places and not self._told_unregistered and self._route.speaks:
+            self._told_unregistered = True
+            (first, reason), more = next(iter(places.items())), len(places) - 1
+            log.warning("torchsat: %s%s: %s. See monitor.coverage.", first, f" and {more} more" if more else "", reason)
+
+    def say_no_step(self, steps: int) -> None:
+        """Log one line after so many steps of optimizers that own nothing of the model."""
+        if self._route.speaks:
+            log.warning(
+                "torchsat: %d steps of optimizers were seen, and none of one that owns parameters of %s: nothing is watched. See monitor.coverage.",
+                steps,
+                self._model,
+            )
 
     def say_stopped(self, step: int, names: list[str]) -> None:
         """Log one line for sites that ran before and no longer do."""

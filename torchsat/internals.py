@@ -110,6 +110,11 @@ def caller_without_hooks(frame: FrameType | None) -> FrameType | None:
     return frame.f_back if frame is not None and frame.f_code in _CALL.co_consts else frame
 
 
+def called_module(frame: FrameType) -> nn.Module | None:
+    """The module that is called, if this frame is nn.Module's own call of a forward; None for every other frame."""
+    return cast("nn.Module", frame.f_locals["self"]) if frame.f_code is _CALL else None
+
+
 _REHEARSALS = ("_prepare_forward_infra", "_shape_inference")
 
 
@@ -254,6 +259,23 @@ _LEAF = 2**64 - 1
 """The number that torch gives to all leaves."""
 
 
+def next_sequence_number() -> int:
+    """The number that the next node of the autograd graph gets on this thread. Nodes with smaller numbers are older. No public name tells which of
+    two nodes is older."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def sequence_number(node: Node) -> int:
+    """The number of a node, see `next_sequence_number`. That of a leaf is larger than any other."""
+    return node._sequence_nr()
+
+
+def makes_number(node: Node) -> bool:
+    """Whether a node has computed a single number, a tensor without axes. No public name tells the shape of what a node has computed."""
+    made = getattr(node, "_input_metadata", None)
+    return made is not None and len(made) == 1 and tuple(made[0].shape) == ()
+
+
 def forward_class(node: Node) -> type | None:
     """The user's autograd.Function that made this node, or torch's class of a compiled function; None for every other node."""
     return getattr(node, "_forward_cls", None)
@@ -320,6 +342,18 @@ def function_modes() -> list[TorchFunctionMode]:
     return modes
 
 
+def modes_of_the_users() -> list[TorchFunctionMode]:
+    """The open TorchFunctionModes, without the one that `torch.set_default_device` leaves open."""
+    context = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    return [mode for mode in function_modes() if mode is not context]
+
+
+def compiles() -> bool:
+    """Whether torch.compile has been used in this process, so that there may be compiled functions. torch keeps each backend that it was given; under
+    None it keeps an entry of its own. Nothing public says it."""
+    return any(backend is not None for backend in eval_frame.cached_backends.values())
+
+
 def close_function_mode(mode: TorchFunctionMode) -> None:
     """Close one open mode wherever it lies in the stack. A mode's own `__exit__` closes the innermost, whichever that is."""
     above: list[TorchFunctionMode] = []
@@ -332,6 +366,11 @@ def close_function_mode(mode: TorchFunctionMode) -> None:
 def is_real(tensor: Tensor) -> bool:
     """Whether the tensor holds numbers: it is no meta or fake tensor, which has only a shape, and no wrapper inside a transform of torch.func."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def stands_for_others(tensor: Tensor) -> bool:
+    """Whether the tensor is a wrapper inside a transform of torch.func, which holds no numbers of its own."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def compiled_inside(module: nn.Module) -> nn.Module | None:

@@ -39,6 +39,9 @@ _NO_STEP = (
     "torchsat: %d backward passes have computed gradients of %s, and no step of a torch optimizer that owns its parameters was seen; nothing can be "
     "shown. Call monitor.step() at the end of each step."
 )
+_STEPS_WITHOUT_OURS, _STEPS_WITHOUT_PARAMETERS = 200, 8
+"""After this many steps of other optimizers and none of one that owns parameters of the model, the user is told: the second number where the model
+has no parameters, so that it never has such an optimizer."""
 _CAPTURED = (
     "torchsat: a training step of %s was captured in a CUDA graph. Capturing executes nothing, and a replay runs no Python, so these steps are "
     "neither measured nor counted; steps outside the graph are. To have all of them measured, train eagerly or with torch.compile, whose "
@@ -82,6 +85,8 @@ class Loop:
         self._is_early = False
         """Whether the open observation is of the next round, and was opened before it is known that this round is over."""
         self._patience = Patience()
+        self._foreign_steps: int | None = 0
+        """Number of steps of other optimizers. None once an optimizer that owns parameters of the model has stepped, or the user has been told."""
         self._watcher = process.Watcher(self.before_step, self.after_step, self.close, self.save, self.observer.fail, self._stop)
 
     def start(self) -> None:
@@ -165,11 +170,14 @@ class Loop:
         if observation is None and self._steps.begins_short(optimizer):
             return
         if not self._steps.owns(optimizer):
+            if self._foreign_steps is not None:
+                self._count_foreign()
             if observation is not None and observer.compilation.mode is Mode.UNKNOWN:
                 observation.steps_of_others += 1
                 if self._patience.is_over_for_others(observation.steps_of_others):
                     observer.abandon(Retry.OTHER_MODEL)
             return
+        self._foreign_steps = None
         entry = self._steps.begins(optimizer)
         if entry is Entry.INNER or (observer.observation is None and (entry is not Entry.NEXT or self._steps.is_over)):
             return
@@ -238,6 +246,16 @@ class Loop:
         if not self._was_captured:
             self._was_captured = True
             log.warning(_CAPTURED, type(self._model()).__name__)
+
+    def _count_foreign(self) -> None:
+        """Count a step of an optimizer that owns nothing of the model, as long as no other one has stepped, and tell the user after a while."""
+        assert self._foreign_steps is not None
+        self._foreign_steps += 1
+        model = self._model()
+        has_parameters = model is not None and next(model.parameters(), None) is not None
+        if self._foreign_steps >= (_STEPS_WITHOUT_OURS if has_parameters else _STEPS_WITHOUT_PARAMETERS):
+            self.observer.delivery.say_no_step(self._foreign_steps)
+            self._foreign_steps = None
 
     def _say_no_step(self, observation: Observation) -> None:
         """Tell the user once that a loop without a torch optimizer has to say where its steps end."""

@@ -113,6 +113,7 @@ class Observer:
             window = self.schedule.begin(step, self.clock.mark(self.device))
             found = self.sites.walk(model, self._options.selects)
             self.sites.expect(found, [name for name in found.calls if self._options.selects(name)], self._options.calls)
+            self.delivery.say_unregistered(self.sites.unregistered or {})
             observation = self.observation = Observation(
                 self.sites,
                 self._options,
@@ -159,7 +160,7 @@ class Observer:
             self.compilation.saw_pass()
             self.sites.retract(MODEL, REFUSED)
             self.delivery.say_stopped(step, observation.newly_stopped)
-        elif observation.passes.has_entered and not (self.sites.has_modules or self.sites.has_recurrent):
+        elif (observation.passes.has_entered or observation.passes.has_run_parts) and not (self.sites.has_modules or self.sites.has_recurrent):
             self.delivery.say_nothing_watched()
         else:
             self.retry = self.compilation.missed_pass(self._model(), self.route.speaks) or self.retry

@@ -7,6 +7,7 @@ are frozen. A number that cannot be known (no gradient was seen, the function ha
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -343,7 +344,13 @@ class Coverage:
 
     def __str__(self) -> str:
         rest = "nothing is known to be unseen" if not self.unseen else "not seen, or seen in part:"
-        return "\n".join([f"{self.described} seen; {rest}", *(f"  {place}: {reason}" for place, reason in self.unseen)])
+        # The same in different modules, and modules that differ only by a number, take one line: `blocks.0/sin and 11 more`.
+        alike: dict[tuple[str, str], list[str]] = {}
+        for place, reason in self.unseen:
+            _, inside, what = place.rpartition("/")
+            alike.setdefault((what if inside else re.sub(r"\d+", "0", place), reason), []).append(place)
+        lines = (f"  {first}{f' and {len(more)} more' if more else ''}: {reason}" for (_, reason), (first, *more) in alike.items())
+        return "\n".join([f"{self.described} seen; {rest}", *lines])
 
 
 _NOUNS = {"module": ("module", "modules"), "call": ("call", "calls"), "recurrent": ("gate", "gates"), "softmax": ("softmax", "softmaxes")}

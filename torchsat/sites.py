@@ -42,7 +42,8 @@ from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_plai
 from torchsat.elementwise import Nature
 from torchsat.parts import Span
 from torchsat.record import Coverage, Kind, SiteFacts
-from torchsat.structure import Found, find
+from torchsat.structure import Found, clean, find
+from torchsat.unregistered import unregistered
 
 MISSES = 5
 """A site that has not run in this many observations in a row is reported as stopped. Randomly dropped layers and idle experts run again sooner."""
@@ -227,6 +228,8 @@ class Sites:
         """Whether the last walk found a module that is listed in the table of activations."""
         self.has_recurrent = False
         """Whether the last walk found a recurrent layer."""
+        self.unregistered: dict[str, str] | None = None
+        """The place of each module that the model holds and torch does not know, and the reason why it is not watched. None before the first walk."""
         self._signature: tuple[tuple[str, int, str | None], ...] = ()
         self._others: dict[str, Place] = {}
         """Every place with a status that is not a site in `ran`."""
@@ -237,7 +240,11 @@ class Sites:
     def walk(self, model: nn.Module, selects: Callable[[str], bool]) -> Found:
         """Find the modules of a model that can be hooked. `selects` says whether a site of this name is wanted."""
         self.own.walks += 1
-        return find(model, self._activation_of, self._may_be_own, selects)
+        found = find(model, self._activation_of, self._may_be_own, selects)
+        if self.unregistered is None or found.signature != self._signature:
+            self.unregistered = {name: reason for place, (_, reason) in unregistered(model).items() if selects(name := clean(place))}
+        found.unmeasurable.extend(self.unregistered.items())
+        return found
 
     def knows(self, found: Found) -> bool:
         """Whether the structure of the model is known, and the model still has the modules that it had then."""
@@ -333,10 +340,12 @@ class Sites:
         self.failed.add(name)
 
     def forget(self, prefix: str) -> None:
-        """Forget the sites whose names begin with this prefix, since they turned out to be part of another site."""
+        """Forget the sites and the unseen places whose names begin with this prefix, since they turned out to be part of another site."""
         for name in [name for name in self.known if name.startswith(prefix)]:
             del self.known[name]
             self.ran.pop(name, None)
+        for name in [name for name, place in self._others.items() if name.startswith(prefix) and place.status is Status.UNSEEN]:
+            del self._others[name]
 
     def retract(self, name: str, reason: str) -> None:
         """Take back the status UNSEEN of a place, if it was given for this reason."""

@@ -1,22 +1,25 @@
 """Measures function calls that are activations: `F.gelu(x)`, `x.tanh()`, softmax, attention, GLU.
 
-A TorchFunctionMode is called in place of every function of torch, and a stack of the modules that are running says where a call happens. A call *is
-heard* if the mode is called for it. The mode costs about 2 us per call of torch. So it is open only in an observation, only while the outermost
-module runs, and not inside modules that are sites themselves. A call is named after the module in whose forward it happens and numbered within one
-run of that forward: `blocks.0/gelu`, `blocks.0/gelu_1`; directly in the model, `gelu`.
+A TorchFunctionMode (mode.py) is called in place of every function of torch, and a stack of the modules that are running says where a call happens. A
+call *is heard* if the mode is called for it. The mode is open only in an observation, only while the outermost module runs or between the parts of a
+model that are called one by one (outside.py), and not inside modules that are sites themselves. A call is named after the module in whose forward it
+happens and numbered within one run of that forward: `blocks.0/gelu`, `blocks.0/gelu_1`; directly in the model, `gelu`.
 
 With a mode open, torch.nn's encoder layers and attention do not take their fused inference path. Where they would take it the mode is closed, so that
 training stays bit for bit the same, and calls inside are not heard. A function that the user has compiled is compiled once more when it is called
 under the mode, and calls inside it are not heard either.
+
+As long as the structure of the model is being learned, the graph is walked wherever a module begins or ends, and what it holds that no site accounts
+for is named (graph.py). A condition such as `z > 0` is not in the graph, so it is remembered here which conditions were computed from a signal
+(conditions.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -24,15 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
+from torch.nn.utils import parametrize
 
 from torchsat import internals
-from torchsat.activations import Activation, Bound, bind_call
+from torchsat.activations import CLAMP, Activation, Bound, bind_call, calls_of
 from torchsat.attention import Attention, SoftmaxRows
 from torchsat.faults import MODEL
+from torchsat.observe.conditions import Conditions
 from torchsat.observe.graph import Survey, ends, has_weight, maker
 from torchsat.observe.meter import Call, check_plain
-from torchsat.observe.origins import Origins
+from torchsat.observe.mode import CallMode, Frame, Function
+from torchsat.observe.nodes import IN_TRANSFORM, is_size
+from torchsat.observe.outside import FUSED, Outside
 from torchsat.replay import NotRebuiltError
 from torchsat.sampling import Sample
 from torchsat.sites import Site
@@ -43,7 +49,6 @@ from torchsat.tensors import plain
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
-Function = Callable[..., Any]
 Finish = Callable[[Any], None]
 """Called with the result of a function call, to measure it."""
 
@@ -55,8 +60,10 @@ class Role(Enum):
     SOFTMIN = "softmin"
     ATTENTION = "attention"
     GLU = "glu"
+    CLAMP = "clamp"
 
 
+_CLAMPS = calls_of("clamp", "clip", "clamp_min", "clamp_max")
 ROLES: Mapping[Function, Role] = {
     torch.softmax: Role.SOFTMAX,
     torch.special.softmax: Role.SOFTMAX,
@@ -66,6 +73,7 @@ ROLES: Mapping[Function, Role] = {
     F.scaled_dot_product_attention: Role.ATTENTION,
     F.multi_head_attention_forward: Role.ATTENTION,
     F.glu: Role.GLU,
+    **dict.fromkeys(_CLAMPS, Role.CLAMP),
 }
 UNSEEN: Mapping[str, str] = {
     "log_softmax": "its derivative does not vanish: there is nothing to saturate",
@@ -74,97 +82,12 @@ UNSEEN: Mapping[str, str] = {
     "flex_attention": "fused attention with scores of the user's own, which torchsat does not compute again",
 }
 """The functions that are heard but not measured, by name, and why."""
-_FUSED_INFERENCE = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
+_NOT_HEARD = "what it calls outside of its own forward is not heard while torch.compile or another TorchFunctionMode is in use"
 _FUSED = "it is frozen and in evaluation mode, where torch runs it as one kernel"
 _SOFTMAX = Bound(Activation("softmax"), lambda z: z, {}, {}, 0.0, None)
 """Stands where other sites have their element-wise function, since a softmax has none."""
 _PRODUCTS = ("Bmm", "Baddbmm", "Matmul")
 """How the names of those autograd nodes begin that are batched matrix products."""
-
-
-@dataclass
-class Frame:
-    """One module whose forward is running."""
-
-    path: str
-    module: nn.Module
-    hears: bool
-    """Whether function calls in this forward are measured."""
-    keeps_open: bool = False
-    """Whether the mode stays open although no calls are measured, since closing and opening it would cost more than the few calls in this forward."""
-    calls: dict[str, int] = field(default_factory=dict)
-    """For each site name, such as `gelu`, how often its function has been called so far."""
-
-    def place(self, name: str) -> str:
-        """The place of the next call of this function, such as `blocks.0/gelu_1`. Each use of this method counts one call."""
-        count = self.calls.get(name, 0)
-        self.calls[name] = count + 1
-        place = f"{self.path}/{name}" if self.path else name
-        return f"{place}_{count}" if count else place
-
-
-class CallMode(TorchFunctionMode):
-    """The mode that is called for functions of torch, and for each thread a stack of the modules that are running.
-
-    Args:
-        hear: called in place of every function of torch while the mode is open, with (frame, function, args, kwargs). It must call the function.
-    """
-
-    def __init__(self, hear: Callable[[Frame, Function, tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        super().__init__()
-        self._hear = hear
-        self._local = threading.local()
-        self.origins = Origins()
-
-    def __torch_function__(self, function: Function, kinds: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if internals.is_traced():
-            return function(*args, **kwargs)
-        frames = self._frames
-        return self._hear(frames[-1], function, args, kwargs) if frames else self.origins.call(function, args, kwargs)
-
-    @property
-    def top(self) -> Frame | None:
-        """The innermost module that is running on this thread."""
-        frames = self._frames
-        return frames[-1] if frames else None
-
-    def enter(self, frame: Frame) -> None:
-        """Note that a module's forward begins."""
-        self._frames.append(frame)
-        self._set(frame.hears or frame.keeps_open)
-
-    def leave(self, module: nn.Module) -> Frame | None:
-        """Note that a module's forward has ended, and so have those inside it whose end no hook reported. Returns its frame, if there is one."""
-        frames = self._frames
-        found = next((at for at in range(len(frames) - 1, -1, -1) if frames[at].module is module), None)
-        if found is None:
-            return None
-        frame = frames[found]
-        del frames[found:]
-        self._set(bool(frames) and (frames[-1].hears or frames[-1].keeps_open))
-        return frame
-
-    def reset(self) -> None:
-        """Forget the modules that are running on this thread. A KeyboardInterrupt ends a forward without calling any hook."""
-        self._frames.clear()
-        self._set(False)
-
-    @property
-    def _frames(self) -> list[Frame]:
-        frames: list[Frame] | None = getattr(self._local, "frames", None)
-        if frames is None:
-            frames = self._local.frames = []
-        return frames
-
-    def _set(self, on: bool) -> None:
-        """Open or close the mode, wherever it is in torch's stack of modes: other code may have opened modes above it since, or may have closed
-        it."""
-        is_open = self in internals.function_modes()
-        if on and not is_open:
-            super().__enter__()  # type: ignore[no-untyped-call]
-        elif not on and is_open:
-            internals.close_function_mode(self)
 
 
 class Calls:
@@ -173,6 +96,8 @@ class Calls:
     def __init__(self, observation: Observation) -> None:
         self._observation = observation
         self._mode = CallMode(self._hear)
+        self._outside: Outside | None = None
+        self._conditions = Conditions()
         self._names: frozenset[str] = frozenset()
         """The sites that are modules. A call that would have such a name gets another one."""
         self._roles: dict[Any, Activation | Role] = dict(ROLES)
@@ -180,18 +105,38 @@ class Calls:
             self._roles.update(dict.fromkeys(row.calls, row))
 
     def reset(self) -> None:
-        """Forget the modules that are running: the observation is over, or an exception ended a forward without calling hooks."""
+        """Forget the modules that are running: an exception ended a forward without calling hooks."""
+        self.end_pass()
         self._mode.reset()
 
+    def remove(self) -> None:
+        """Take everything off, since the observation is over."""
+        self.reset()
+        if self._outside is not None:
+            self._outside.remove()
+
+    def end_pass(self) -> None:
+        """Note that a pass outside of the model's own forward is over: the optimizer steps, or the model is called as a whole."""
+        if self._outside is not None:
+            self._outside.close()
+
     def hook(self, found: Found) -> Callable[[], None]:
-        """Hook the beginning of each forward in which functions may be called. The function that is returned hooks their ends."""
+        """Hook the beginning of each forward in which functions may be called, and of all other modules for where they are called one by one. The
+        function that is returned hooks their ends."""
         self._names = frozenset(found.names)
+        self._outside = Outside(found, self._mode)
+        callers = {each.module for each in found.callers}
+        others = [each for each in found.modules if each.module not in callers]
         for each in found.callers:
             self._observation.hook_before(each.module, MODEL, self._begin_module, each.name, each.explained)
+        for other in others:
+            self._observation.hook_lightly(other.module, functools.partial(self._begin_other, other.name), None)
 
         def hook_ends() -> None:
             for each in found.callers:
                 self._observation.hook_after(each.module, MODEL, self._end_module, each.explained, always=True)
+            for other in others:
+                self._observation.hook_lightly(other.module, None, self._end_other)
 
         return hook_ends
 
@@ -205,28 +150,58 @@ class Calls:
         counts = internals.in_backward() or observation.passes.counts(module)
         if not counts and above is None:
             return
-        lineage = observation.lineage
-        if lineage.looks and counts:
-            if above is not None:
-                lineage.look(ends((args, kwargs)), above.path)
-            else:
-                # What was computed outside of the outermost module does not belong to the model.
-                lineage.survey.skip(ends((args, kwargs)))
+        if above is None and not internals.in_backward():
+            self._begin_outermost(module, ends((args, kwargs)))
+        elif above is not None and observation.lineage.looks and counts:
+            observation.lineage.look(ends((args, kwargs)), above.path)
         fused = counts and _takes_fused_path(module, (*args, *kwargs.values()), observation.guard.grad_enabled)
         if fused:
             observation.note_if_wanted(path or type(module).__name__, _FUSED)
         hears = counts and not (explained or fused or self._is_explained(module))
         self._mode.enter(Frame(path, module, hears, explained and counts))
 
+    def _begin_other(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before a module in whose forward no activation is called. There is only something to do where it is called by itself."""
+        if self._mode.top is None and not internals.in_backward():
+            self._observation.guard(MODEL, self._begin_module)(path, False, module, args, kwargs)
+
+    def _end_other(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        top = self._mode.top
+        if top is not None and top.module is module:
+            self._observation.guard(MODEL, self._end_module)(False, module, args, output)
+
+    def _begin_outermost(self, module: nn.Module, inputs: set[Node]) -> None:
+        """Note that the model is called, or a part of it while the model itself does not run. `inputs` are the nodes that computed its arguments."""
+        lineage, outside = self._observation.lineage, self._outside
+        assert outside is not None
+        if self._observation.passes.is_inside is None:
+            self._observation.passes.has_run_parts = True
+            begins, path = outside.begins(module)
+            if begins:
+                lineage.begin_pass()
+            elif lineage.looks:
+                lineage.look(inputs, path, outside.owns)
+        else:
+            outside.close()
+        if lineage.looks:
+            # What was computed before does not belong to the model.
+            lineage.survey.skip(inputs)
+
     def _end_module(self, explained: bool, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        frame, lineage = self._mode.leave(module), self._observation.lineage
+        frame, lineage, outside = self._mode.leave(module), self._observation.lineage, self._outside
         if frame is None:
             return
         if self._mode.top is None:
             self._observation.passes.leave_part(output)
+        if self._mode.top is None and outside is not None and not internals.in_backward() and self._observation.passes.is_inside is None:
+            if output is None and sys.exc_info()[0] is not None:
+                outside.close()
+            elif not outside.ends():
+                self._observation.note_if_wanted(MODEL, _NOT_HEARD)
         if not lineage.looks:
             return
-        if explained or self._is_explained(module):
+        if explained or self._is_explained(module) or isinstance(module, parametrize.ParametrizationList):
+            # A parametrization computes a weight. There is no signal in it.
             lineage.survey.explain(ends(output), set())
         else:
             lineage.look(ends(output), frame.path)
@@ -235,16 +210,29 @@ class Calls:
 
     def _hear(self, frame: Frame, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function of torch, and measure it if it is an activation."""
-        observation, role = self._observation, self._roles.get(function)
+        observation, role, outside = self._observation, self._roles.get(function), self._outside if frame is self._mode.outside else None
+        if outside is not None and (outside.is_over() or internals.in_backward()):
+            return self._mode.origins.call(function, args, kwargs)
+        if outside is not None and function is Tensor.backward:
+            outside.end_pass()
         reason = UNSEEN.get(getattr(function, "__name__", "")) if role is None else None
-        if (role is None and reason is None) or not observation.guard.is_open or not frame.hears:
+        guard, lineage = observation.guard, observation.lineage
+        looks = guard.is_open and frame.hears and lineage.looks
+        if looks and role is None and reason is None:
+            result = self._mode.origins.call(function, args, kwargs)
+            guard(MODEL, self._remember)(function, args, kwargs, result)
+            return result
+        if (role is None and reason is None) or not guard.is_open or not frame.hears:
+            return self._mode.origins.call(function, args, kwargs)
+        if outside is not None and not outside.claims((args, kwargs)):
+            return self._mode.origins.call(function, args, kwargs)
+        if role is Role.CLAMP and _bounds(function, args, kwargs) is None:
             return self._mode.origins.call(function, args, kwargs)
         place = frame.place(_site_name(role, function))
         place += "_call" if place in self._names else ""
-        looks, lineage, guard = observation.lineage.looks, observation.lineage, observation.guard
         before: set[Node] = ends((args, kwargs)) if looks else set()
         if looks:
-            guard(MODEL, lineage.look)(before, frame.path)
+            guard(MODEL, lineage.look)(before, frame.path, None if outside is None else outside.owns)
         finish: Finish | None = None
         if role is None:
             observation.note_if_wanted(place, reason or "")
@@ -257,16 +245,26 @@ class Calls:
             guard(MODEL, lineage.survey.explain)(ends(result), before)
         return result
 
+    def _remember(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Remember a condition that a function has computed from a signal, and the node of a function that keeps elements by such a condition."""
+        chosen = self._conditions.heard(function, (*args, *kwargs.values()), result)
+        if chosen is not None and chosen.grad_fn is not None:
+            self._observation.lineage.survey.choices.add(chosen.grad_fn)
+
     def _before(
         self, place: str, role: Activation | Role, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Finish | None:
         """Called before a function that is a site runs. Returns what is to be called with its result; None: nothing."""
         rest = args[1:]
         z = args[0] if args else kwargs.get("query" if role is Role.ATTENTION else "input")
+        if isinstance(z, Tensor) and internals.stands_for_others(z):
+            self._observation.note_if_wanted(place, IN_TRANSFORM)
         if not isinstance(z, Tensor) or not z.is_floating_point() or not internals.is_real(z) or not z.numel():
             return None
         if isinstance(role, Activation):
             return self._before_activation(place, role, module, z, function, rest, kwargs)
+        if role is Role.CLAMP:
+            return self._before_activation(place, CLAMP, module, z, function, (), _bounds(function, args, kwargs) or {})
         if not z.ndim:
             return None
         check_plain(plain(z))
@@ -370,12 +368,24 @@ def _site_name(role: Activation | Role | None, function: Function) -> str:
         return role.name
     if role is None:
         return function.__name__
-    return "glu" if role is Role.GLU else "softmax"
+    return role.value if role in (Role.GLU, Role.CLAMP) else "softmax"
+
+
+def _bounds(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The bounds of a clamp of a signal, by name. None where they are tensors, or where the clamp only keeps a divisor away from 0."""
+    z = args[0] if args else kwargs.get("input")
+    if not isinstance(z, Tensor) or not z.requires_grad or is_size(next(iter(ends(z)), None)):
+        return None
+    names = ("max",) if function.__name__.startswith("clamp_max") else ("min", "max")
+    given = {**dict(zip(names, args[1:], strict=False)), **{name: kwargs[name] for name in names if name in kwargs}}
+    low, high = (bound if isinstance(bound := given.get(name), (int, float)) else None for name in ("min", "max"))
+    is_plain = all(bound is None or isinstance(bound, (int, float)) for bound in given.values())
+    return {"min": low, "max": high} if is_plain and (low is None or high is None or low < high) else None
 
 
 def _takes_fused_path(module: nn.Module, given: Iterable[Any], grad_enabled: bool) -> bool:
     """Whether torch.nn may run this module in one fused kernel for inference, which it does not do while a mode is open."""
-    if module.training or not isinstance(module, _FUSED_INFERENCE):
+    if module.training or not isinstance(module, FUSED):
         return False
     tensors = [*module.parameters(), *(value for value in given if isinstance(value, Tensor))]
     return not (grad_enabled and any(tensor.requires_grad for tensor in tensors))

@@ -18,15 +18,11 @@ from torch.autograd.graph import Node
 
 from torchsat import internals
 from torchsat.internals import tree_leaves
+from torchsat.observe import nodes as kinds
 from torchsat.observe.marks import NodeSet
 
 _MATRIX_PRODUCT = re.compile(r"Addmm|^Mm|Bmm|Baddbmm|Convolution|Matmul|Linear|Attention|Rnn")
-_ACTIVATION = re.compile(
-    r"(Sigmoid|Tanh|Relu|LeakyRelu|PreluKernel|RreluWithNoise|Elu|Celu|Gelu|Silu|Mish|Softplus|Hardtanh|Hardsigmoid|Hardswish|LogSigmoid|"
-    r"Softshrink|Hardshrink|Threshold|Softmax|Glu|ScaledDotProduct\w*|\w*Rnn\w*|\w*ThnnFused\w*)Backward\d*"
-)
 _VIEW = re.compile(r"(\w*View|Unsqueeze|Squeeze|Expand|Transpose|Permute|Slice|Select|Split|Chunk|ToCopy|Clone|Alias|T)Backward")
-_UNHEARD = "called where no hook of torch is heard: in a compiled or scripted function, in torch.ops, in a transform of torch.func"
 MOST_NODES = 3000
 """The most nodes that are looked at in one pass; `Survey` says why there is a limit."""
 MOST_OF_CALL = 512
@@ -148,13 +144,20 @@ def _opened(values: Any) -> Any:
 class Survey:
     """The walks over the graph of one pass, and the nodes that they have met. A part of the graph is walked whenever a module begins or ends.
 
-    `explain` marks the nodes that a site accounts for; `explore` then finds the activations among the other nodes. When a chain of nodes that Python
-    has touched is freed, each node frees the next one inside its own destructor, and a chain of tens of thousands overflows the stack. Therefore no
-    more than MOST_NODES are touched.
+    `explain` marks the nodes that a site accounts for; `explore` then finds what is not accounted for among the other nodes (nodes.py). Only nodes
+    that the pass itself has made are explored: the graph of a pass may go on into that of an earlier one, as where the weights of a step are computed
+    from gradients. When a chain of nodes that Python has touched is freed, each node frees the next one inside its own destructor, and a chain of
+    tens of thousands overflows the stack. Therefore no more than MOST_NODES are touched.
     """
 
     def __init__(self) -> None:
+        self._first = internals.next_sequence_number()
+        """The number of the first node that belongs to this pass."""
         self._touched, self._met = NodeSet(), NodeSet()
+        self._foreign = NodeSet()
+        """Nodes that were met and do not belong to the model."""
+        self.choices = NodeSet()
+        """Nodes that keep or drop elements by a condition that was computed from a signal, as `torch.where(z > 0, z, 0)` does."""
         self.products: list[tuple[Node, Node]] = []
         """Pairs of nodes whose outputs are multiplied with each other."""
 
@@ -187,6 +190,8 @@ class Survey:
 
     def skip(self, nodes: Iterable[Node]) -> None:
         """Leave out these nodes and all before them, since they do not belong to the model."""
+        nodes = list(nodes)
+        self._foreign.update(node for node in nodes if node not in self._met)
         self._met.update(nodes)
 
     def explain(self, starts: Iterable[Node], before: set[Node]) -> None:
@@ -196,21 +201,52 @@ class Survey:
                 self._met.add(node)
 
     def explore(self, starts: Iterable[Node]) -> Iterator[tuple[str, str]]:
-        """For each activation among these nodes and those before them that was not met yet: its name, and why it is not measured."""
-        for node in list(self.upstream(starts, self._met.__contains__)):
+        """For each node among these and those before them that was not met yet and is not accounted for: its name, and why it is not measured."""
+        starts = set(starts)
+        found = [node for node in self.upstream(starts, self._is_done) if not self._is_done(node)]
+        yield from self._name(found, self._objective(starts))
+
+    def explore_parts(self, starts: Iterable[Node], owns: Callable[[Tensor], bool]) -> Iterator[tuple[str, str]]:
+        """Like `explore`, for what runs between the parts of a model that are called one by one. Only nodes that depend on the model are looked at:
+        on an output of a part, or on a parameter for which `owns` holds. All others are left out."""
+        found = [node for node in self.upstream(starts, self._is_done) if not self._is_done(node)]
+        ours = set[Node]()
+        for node in sorted(found, key=internals.sequence_number):
+            for before in (each for each, _ in node.next_functions if each is not None):
+                known = before in ours or (before in self._met and before not in self._foreign)
+                if known or (hasattr(before, "variable") and owns(before.variable)):
+                    ours.add(node)
+        self.skip(node for node in found if node not in ours)
+        yield from self._name([node for node in found if node in ours], set())
+
+    def _is_done(self, node: Node) -> bool:
+        """Whether there is nothing to find at this node or before it."""
+        return node in self._met or internals.sequence_number(node) < self._first
+
+    def _objective(self, starts: set[Node]) -> set[Node]:
+        """The nodes between a result that is a single number and the last weight before it, from which no other result is computed. That is where a
+        model computes its loss."""
+        numbers = {node for node in starts if internals.makes_number(node)}
+        if not numbers:
+            return numbers
+        others = set(self.upstream(starts - numbers, self._is_done))
+        return set(self.upstream(numbers, lambda node: self._is_done(node) or has_weight(node))) - others
+
+    def _name(self, found: Iterable[Node], objective: set[Node]) -> Iterator[tuple[str, str]]:
+        """Mark these nodes as met, and give a name and a reason for each that is not accounted for."""
+        for node in found:
             if node in self._met:
                 continue
             self._met.add(node)
-            name = node.name()
-            if name.startswith("MulBackward"):
+            if node.name().startswith("MulBackward"):
                 factors = [_behind_views(before) for before, _ in node.next_functions if before is not None]
                 if len(factors) == 2 and factors[0] is not factors[1]:
                     self.products.append((factors[0], factors[1]))
-            elif (made_by := internals.forward_class(node)) is not None:
-                origin = made_by.__module__ or ""
-                if name.startswith("CompiledFunction"):
-                    yield "compiled", "a compiled function: what is fused in it runs no hook"
-                elif not origin.startswith("torch."):
-                    yield name.removesuffix("Backward"), "a custom autograd.Function: what it computes is not known"
-            elif _ACTIVATION.fullmatch(name):
-                yield re.sub(r"Backward\d*$", "", name), _UNHEARD
+            size = kinds.normalised_by(node)
+            if size is not None:
+                self._met.update(size)
+                continue
+            told = kinds.chosen(node) if node in self.choices else kinds.unaccounted(node)
+            if told is None or (kinds.is_generic(node) and (node in objective or kinds.is_of_parameter(node))):
+                continue
+            yield told

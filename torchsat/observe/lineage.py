@@ -59,12 +59,15 @@ class Lineage:
         return self._survey
 
     def begin_pass(self) -> None:
-        """Note that a training pass through the whole model begins."""
+        """Note that a training pass begins: through the whole model, or through its parts one by one."""
         self._last_layer = self._last_site = None
         self.end_pass()
+        if self.learns:
+            self._survey = Survey()
 
     def end_pass(self) -> None:
         """Let go of the graph of the pass, which is over."""
+        self._mark_gates()
         self._nodes.clear()
         self._survey = None
 
@@ -138,9 +141,13 @@ class Lineage:
         if self.survey.is_spent:
             self._note(MODEL, f"its graph has more than {MOST_NODES} nodes: what no hook saw beyond them is not known")
 
-    def look(self, nodes: set[Node], path: str) -> None:
-        """Report the activations before these nodes that no hook saw, as places in the module of this path."""
-        for what, reason in self.survey.explore(nodes):
+    def look(self, nodes: set[Node], path: str, owns: Callable[[Tensor], bool] | None = None) -> None:
+        """Report what is before these nodes and no site accounts for, as places in the module of this path.
+
+        Args:
+            owns: between the parts of a model that are called one by one, which leaves are parameters of the model; None inside the model.
+        """
+        for what, reason in self.survey.explore(nodes) if owns is None else self.survey.explore_parts(nodes, owns):
             self._note(f"{path}/{what}" if path else what, reason)
 
     def conclude(self, whole_model: bool) -> None:

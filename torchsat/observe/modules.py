@@ -14,6 +14,7 @@ from torchsat import internals
 from torchsat.activations import bind
 from torchsat.attributes import stored, stored_or
 from torchsat.observe.meter import Call
+from torchsat.observe.nodes import IN_TRANSFORM
 from torchsat.sharding import part_of
 from torchsat.sites import Site
 from torchsat.structure import Found
@@ -45,6 +46,8 @@ def _before(observation: Observation, site: Site, calls: RunningCalls, module: n
     calls.pop(thread, None)
     z = first_tensor(args, kwargs)
     if not internals.is_real(z):
+        if internals.stands_for_others(z):
+            observation.note_if_wanted(site.name, IN_TRANSFORM)
         return
     if site.bound.activation.computes(module):
         # Attributes and parameters may have changed since the hooks were made.

@@ -185,6 +185,13 @@ class Observation:
         None."""
         self._handles.append(module.register_forward_hook(Hook(self.guard(place, call, *first), module, self.guard), always_call=always))
 
+    def hook_lightly(self, module: nn.Module, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
+        """Like `hook_before` or `hook_after` with `always`, but without the guard, for what returns at once in most calls."""
+        if before is not None:
+            self._handles.append(module.register_forward_pre_hook(Hook(before, module, self.guard), with_kwargs=True))
+        if after is not None:
+            self._handles.append(module.register_forward_hook(Hook(after, module, self.guard), always_call=True))
+
     def heard_graph(self) -> None:
         """Note that a compiled graph has reported something, so that this observation cannot see the structure of the model."""
         self.execution = Execution.GRAPH
@@ -196,8 +203,8 @@ class Observation:
         self.sites.note(place, reason)
 
     def note_if_wanted(self, place: str, reason: str) -> None:
-        """Like `note`, unless the user has excluded the place or this observation has noted another reason there before."""
-        if self.options.selects(place) and place not in self._noted:
+        """Like `note`, unless the user has excluded the place, or this observation has noted another reason there or for the module around it."""
+        if self.options.selects(place) and place not in self._noted and place.rpartition("/")[0] not in self._noted:
             self.note(place, reason)
 
     def reject(self, place: str, reason: str) -> None:
@@ -206,10 +213,11 @@ class Observation:
         self.sites.reject(place, reason)
 
     def forget_inside(self, name: str) -> None:
-        """Forget the function calls inside a module that has turned out to be a site itself."""
-        inside = [place for place in self.sites.known if place.startswith(f"{name}/")]
+        """Forget what was met inside a module that has turned out to be a site itself."""
+        inside = [place for place in (*self.sites.known, *self._noted) if place.startswith(f"{name}/")]
         self.sites.forget(f"{name}/")
-        self._noted.pop(name, None)
+        for place in (name, *inside):
+            self._noted.pop(place, None)
         for each in self.passes:
             for place in inside:
                 each.forget(place)
@@ -235,6 +243,7 @@ class Observation:
 
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:
         """Called before an optimizer of the model steps. `closure` says that gradients are computed during the step."""
+        self.calls.end_pass()
         scale, self._skipped = internals.gradient_scale(optimizer)
         self._scale = scale if scale is not None else self._scale
         if not closure:
@@ -305,7 +314,7 @@ class Observation:
             handle.remove()
         self._handles.clear()
         all_off(self.guard, self.passes.gradients.model)
-        self.calls.reset()
+        self.calls.remove()
         if self._graph_hooks is not None:
             self._graph_hooks.receiver = None
 

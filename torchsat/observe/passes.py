@@ -198,6 +198,8 @@ class Passes:
         """Number of passes that have begun since the last backward that added to `.grad` or gave gradients of parameters."""
         self.has_entered = False
         """Whether a training pass through the whole model has begun."""
+        self.has_run_parts = False
+        """Whether parts of the model have been called in training while the model itself did not run."""
         self.has_measured = False
         """Whether anything of a training pass has been measured."""
 
