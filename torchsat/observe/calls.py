@@ -257,7 +257,7 @@ class Calls:
         """Called before a function that is a site runs. Returns what is to be called with its result; None: nothing."""
         rest = args[1:]
         z = args[0] if args else kwargs.get("query" if role is Role.ATTENTION else "input")
-        if isinstance(z, Tensor) and internals.stands_for_others(z):
+        if isinstance(z, Tensor) and self._observation.passes.is_inside and internals.stands_for_others(z):
             self._observation.note_if_wanted(place, IN_TRANSFORM)
         if not isinstance(z, Tensor) or not z.is_floating_point() or not internals.is_real(z) or not z.numel():
             return None

@@ -46,7 +46,7 @@ def _before(observation: Observation, site: Site, calls: RunningCalls, module: n
     calls.pop(thread, None)
     z = first_tensor(args, kwargs)
     if not internals.is_real(z):
-        if internals.stands_for_others(z):
+        if observation.passes.is_inside and internals.stands_for_others(z):
             observation.note_if_wanted(site.name, IN_TRANSFORM)
         return
     if site.bound.activation.computes(module):
