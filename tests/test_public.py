@@ -81,7 +81,7 @@ ARROWS = {
         *("observe.passes", "options", "parts", "recognise", "sampling", "sharding", "sites", "statistics", "tensors"),
     },
     "observe.mode": {"internals", "observe.origins"},
-    "observe.conditions": set(),
+    "observe.conditions": {"observe.marks"},
     "observe.outside": {"internals", "observe.graph", "observe.mode", "structure"},
     "observe.modules": {
         *("activations", "attributes", "internals", "observe.meter", "observe.nodes", "observe.observation", "sharding", "sites", "structure"),

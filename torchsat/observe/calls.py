@@ -130,13 +130,13 @@ class Calls:
         for each in found.callers:
             self._observation.hook_before(each.module, MODEL, self._begin_module, each.name, each.explained)
         for other in others:
-            self._observation.hook_lightly(other.module, functools.partial(self._begin_other, other.name), None)
+            self._observation.hook_before(other.module, None, self._begin_other, other.name)
 
         def hook_ends() -> None:
             for each in found.callers:
                 self._observation.hook_after(each.module, MODEL, self._end_module, each.explained, always=True)
             for other in others:
-                self._observation.hook_lightly(other.module, None, self._end_other)
+                self._observation.hook_after(other.module, None, self._end_other, always=True)
 
         return hook_ends
 
@@ -220,7 +220,7 @@ class Calls:
         looks = guard.is_open and frame.hears and lineage.looks
         if looks and role is None and reason is None:
             result = self._mode.origins.call(function, args, kwargs)
-            guard(MODEL, self._remember)(function, args, kwargs, result)
+            guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, lineage.survey.choices)
             return result
         if (role is None and reason is None) or not guard.is_open or not frame.hears:
             return self._mode.origins.call(function, args, kwargs)
@@ -244,12 +244,6 @@ class Calls:
         if looks:
             guard(MODEL, lineage.survey.explain)(ends(result), before)
         return result
-
-    def _remember(self, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Remember a condition that a function has computed from a signal, and the node of a function that keeps elements by such a condition."""
-        chosen = self._conditions.heard(function, (*args, *kwargs.values()), result)
-        if chosen is not None and chosen.grad_fn is not None:
-            self._observation.lineage.survey.choices.add(chosen.grad_fn)
 
     def _before(
         self, place: str, role: Activation | Role, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]

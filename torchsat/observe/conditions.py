@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchsat.observe.marks import NodeSet
+
 _NO_COMPARISON = re.compile(r".*_like|new_.*|is_?(nan|inf|neginf|posinf|finite|real)")
 """Functions whose result does not depend on the values of a signal, or only on whether they are finite."""
 _DETACHED = ("detach", "__get__")
@@ -30,23 +32,24 @@ class Conditions:
         self._detached: dict[int, weakref.ref[Tensor]] = {}
         """Detached signals, likewise."""
 
-    def heard(self, function: Callable[..., Any], given: tuple[Any, ...], result: Any) -> Tensor | None:
-        """Note that a function of torch was called with these arguments and returned this. The result where a signal is kept or dropped in it by a
-        condition of a signal; None otherwise."""
+    def heard(self, function: Callable[..., Any], given: tuple[Any, ...], result: Any, choices: NodeSet) -> None:
+        """Note that a function of torch was called with these arguments and returned this. Where it keeps or drops elements of a signal by a condition
+        of a signal, its node is added to `choices`."""
         tensors = [value for value in given if isinstance(value, Tensor)]
         if not tensors or _NO_COMPARISON.fullmatch(name := getattr(function, "__name__", "")):
-            return None
+            return
         conditional = any(_holds(self._known, value) for value in tensors)
-        if not isinstance(result, Tensor):
-            # An assignment, such as `z[z < 0] = 0`, returns nothing and changes its first argument.
-            return tensors[0] if result is None and conditional and tensors[0].requires_grad else None
-        if result.requires_grad:
-            return result if conditional else None
-        if conditional or (result.dtype == torch.bool and any(value.requires_grad or _holds(self._detached, value) for value in tensors)):
-            _put(self._known, result)
-        elif name in _DETACHED and tensors[0].requires_grad and result.is_floating_point():
-            _put(self._detached, result)
-        return None
+        # An assignment, such as `z[z < 0] = 0`, returns nothing and changes its first argument.
+        changed = tensors[0] if result is None else result
+        if not isinstance(changed, Tensor):
+            return
+        if changed.requires_grad:
+            if conditional and changed.grad_fn is not None:
+                choices.add(changed.grad_fn)
+        elif conditional or (changed.dtype == torch.bool and any(value.requires_grad or _holds(self._detached, value) for value in tensors)):
+            _put(self._known, changed)
+        elif name in _DETACHED and tensors[0].requires_grad and changed.is_floating_point():
+            _put(self._detached, changed)
 
 
 def _holds(known: dict[int, weakref.ref[Tensor]], tensor: Tensor) -> bool:

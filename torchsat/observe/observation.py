@@ -15,6 +15,7 @@ schedule. What outlives it is written into `Sites` by `finish`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
@@ -176,21 +177,16 @@ class Observation:
             if hook_ends is not None:
                 hook_ends()
 
-    def hook_before(self, module: nn.Module, place: str, call: Callable[..., None], *first: Any) -> None:
-        """Have `call` called with (*first, module, args, kwargs) before the module's forward, through the guard for this place."""
-        self._handles.append(module.register_forward_pre_hook(Hook(self.guard(place, call, *first), module, self.guard), with_kwargs=True))
+    def hook_before(self, module: nn.Module, place: str | None, call: Callable[..., None], *first: Any) -> None:
+        """Have `call` called with (*first, module, args, kwargs) before the module's forward, through the guard for this place. Without a place there is
+        no guard, for a function that returns at once in most calls."""
+        run = functools.partial(call, *first) if place is None else self.guard(place, call, *first)
+        self._handles.append(module.register_forward_pre_hook(Hook(run, module, self.guard), with_kwargs=True))
 
-    def hook_after(self, module: nn.Module, place: str, call: Callable[..., None], *first: Any, always: bool = False) -> None:
-        """Have `call` called with (*first, module, args, output) after the module's forward; `always`: after one that raised too, with output
-        None."""
-        self._handles.append(module.register_forward_hook(Hook(self.guard(place, call, *first), module, self.guard), always_call=always))
-
-    def hook_lightly(self, module: nn.Module, before: Callable[..., None] | None, after: Callable[..., None] | None) -> None:
-        """Like `hook_before` or `hook_after` with `always`, but without the guard, for what returns at once in most calls."""
-        if before is not None:
-            self._handles.append(module.register_forward_pre_hook(Hook(before, module, self.guard), with_kwargs=True))
-        if after is not None:
-            self._handles.append(module.register_forward_hook(Hook(after, module, self.guard), always_call=True))
+    def hook_after(self, module: nn.Module, place: str | None, call: Callable[..., None], *first: Any, always: bool = False) -> None:
+        """Have `call` called with (*first, module, args, output) after the module's forward; `always`: after one that raised too, with output None."""
+        run = functools.partial(call, *first) if place is None else self.guard(place, call, *first)
+        self._handles.append(module.register_forward_hook(Hook(run, module, self.guard), always_call=always))
 
     def heard_graph(self) -> None:
         """Note that a compiled graph has reported something, so that this observation cannot see the structure of the model."""
