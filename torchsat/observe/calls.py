@@ -116,13 +116,12 @@ class Calls:
             self._outside.remove()
 
     def end_pass(self) -> None:
-        """Note that a pass outside of the model's own forward is over: the optimizer steps, or the model is called as a whole."""
+        """Note that a pass outside of the model's own forward is over."""
         if self._outside is not None:
             self._outside.close()
 
     def hook(self, found: Found) -> Callable[[], None]:
-        """Hook the beginning of each forward in which functions may be called, and of all other modules for where they are called one by one. The
-        function that is returned hooks their ends."""
+        """Hook the beginning of each forward. The function that is returned hooks their ends."""
         self._names = frozenset(found.names)
         self._outside = Outside(found, self._mode)
         callers = {each.module for each in found.callers}

@@ -33,8 +33,8 @@ class Conditions:
         """Detached signals, likewise."""
 
     def heard(self, function: Callable[..., Any], given: tuple[Any, ...], result: Any, choices: NodeSet) -> None:
-        """Note that a function of torch was called with these arguments and returned this. Where it keeps or drops elements of a signal by a condition
-        of a signal, its node is added to `choices`."""
+        """Note that a function of torch was called with these arguments and returned this. Where it keeps or drops elements of a signal by a
+        condition of a signal, its node is added to `choices`."""
         tensors = [value for value in given if isinstance(value, Tensor)]
         if not tensors or _NO_COMPARISON.fullmatch(name := getattr(function, "__name__", "")):
             return

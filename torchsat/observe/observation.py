@@ -178,15 +178,15 @@ class Observation:
                 hook_ends()
 
     def hook_before(self, module: nn.Module, place: str | None, call: Callable[..., None], *first: Any) -> None:
-        """Have `call` called with (*first, module, args, kwargs) before the module's forward, through the guard for this place. Without a place there is
-        no guard, for a function that returns at once in most calls."""
-        run = functools.partial(call, *first) if place is None else self.guard(place, call, *first)
-        self._handles.append(module.register_forward_pre_hook(Hook(run, module, self.guard), with_kwargs=True))
+        """Have `call` called with (*first, module, args, kwargs) before the module's forward, through the guard for this place; None: unguarded."""
+        self._handles.append(module.register_forward_pre_hook(self._hook(module, place, call, *first), with_kwargs=True))
 
     def hook_after(self, module: nn.Module, place: str | None, call: Callable[..., None], *first: Any, always: bool = False) -> None:
-        """Have `call` called with (*first, module, args, output) after the module's forward; `always`: after one that raised too, with output None."""
-        run = functools.partial(call, *first) if place is None else self.guard(place, call, *first)
-        self._handles.append(module.register_forward_hook(Hook(run, module, self.guard), always_call=always))
+        """Have `call` called with (*first, module, args, output) after the module's forward; `always`: with output None after one that raised too."""
+        self._handles.append(module.register_forward_hook(self._hook(module, place, call, *first), always_call=always))
+
+    def _hook(self, module: nn.Module, place: str | None, call: Callable[..., None], *first: Any) -> Hook:
+        return Hook(functools.partial(call, *first) if place is None else self.guard(place, call, *first), module, self.guard)
 
     def heard_graph(self) -> None:
         """Note that a compiled graph has reported something, so that this observation cannot see the structure of the model."""
