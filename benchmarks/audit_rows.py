@@ -306,7 +306,8 @@ def several_steps(x: Tensor) -> Iterator[Compared]:
         for step, (snapshot, (tape, before, after, grad)) in enumerate(zip(snapshots, truths, strict=True)):
             yield f"step {step}", snapshot, {"step": Figure(step)}
             yield f"step {step}", snapshot["1"], truth.record(ACTIVATIONS[index].function, tape.calls["1"], _shape(index))
-            weight = truth.weight(before, after, grad if step == 5 else None, 8, tape.inputs["0"], 1, rate=RATE)
+            decay = 0.01 if optimizer is torch.optim.AdamW else 0.0
+            weight = truth.weight(before, after, grad if step == 5 else None, 8, tape.inputs["0"], 1, rate=RATE, decay=decay)
             if step != 5:
                 del weight["grad_norm"]
             yield f"step {step}", snapshot.weights[0], weight

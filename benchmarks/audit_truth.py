@@ -269,7 +269,7 @@ def softmax(logits: Tensor, visible: Tensor) -> tuple[dict[str, Figure], tuple[d
 
 
 def weight(
-    before: Tensor, after: Tensor, grad: Tensor | None, fan_in: int, inputs: Sequence[Tensor], axis: int, *, rate: float | None
+    before: Tensor, after: Tensor, grad: Tensor | None, fan_in: int, inputs: Sequence[Tensor], axis: int, *, rate: float | None, decay: float = 0.0
 ) -> dict[str, Figure]:
     """The numbers of a layer.
 
@@ -278,6 +278,7 @@ def weight(
         grad: its gradient as the optimizer received it.
         inputs: its inputs, with the features along `axis`.
         rate: the learning rate.
+        decay: the weight decay of an optimizer that multiplies weights by 1 - rate x decay.
     """
     w, change = before.double(), after.double() - before.double()
     norm = float(w.norm())
@@ -292,8 +293,9 @@ def weight(
         "unevenness": _unevenness(w),
     }
     if grad is not None:
-        # The optimizers here have no weight decay, so that all of the step is learned.
-        figures |= dict.fromkeys(("update_ratio", "learned_ratio"), _close(float(change.norm()) / norm, float(change.norm()) / norm))
+        learned = float((change + (rate or 0.0) * decay * w).norm()) / norm
+        figures["update_ratio"] = _close(float(change.norm()) / norm, float(change.norm()) / norm)
+        figures["learned_ratio"] = _close(learned, float(change.norm()) / norm)
     if features is not None:
         square, samples = float(features.square().mean()), features.shape[1]
         # The mean over pairs of distinct samples: the square of a sample mean would hold a part of the variance.
