@@ -15,7 +15,7 @@ from torchsat import Alert, Snapshot, Weight
 from torchsat.alerts import verdict
 from torchsat.causes import Scene, explain, upstream_of
 from torchsat.diagnosis import Diagnosis
-from torchsat.expressions import attribute, initialiser
+from torchsat.expressions import attribute, initialiser, owner
 
 
 def weight(name: str = "fc", feeds: str = "act", **given: object) -> Weight:
@@ -102,6 +102,38 @@ def test_remedies_name_the_users_own_modules() -> None:
     assert initialiser("tanh", "0") == "nn.init.xavier_normal_(model[0].weight)"
     assert initialiser("relu", "a.b") == 'nn.init.kaiming_normal_(model.a.b.weight, nonlinearity="relu")'
     assert initialiser("selu", "a") == 'nn.init.kaiming_normal_(model.a.weight, nonlinearity="linear")'
+    assert initialiser("tanh", "blocks.0.w", parameter=True) == "nn.init.xavier_normal_(model.blocks[0].w)"
+    assert initialiser("sigmoid", "rnn.weight_ih_l0/forget") == "nn.init.xavier_normal_(model.rnn.weight_ih_l0.chunk(4)[1])"
+    assert initialiser("silu", "up/0-63") == 'nn.init.kaiming_normal_(model.up.weight[0:64], nonlinearity="relu")'
+    assert (owner("rnn.weight_ih_l0/forget"), owner("attn.in_proj_weight/q"), owner("up/0-63")) == ("model.rnn", "model.attn", "model.up")
+
+
+def test_the_cause_names_the_part_of_a_layer_that_feeds_the_site() -> None:
+    """The forget rows are too large; the layer as a whole, with three other gates, is not."""
+    gates = weight("rnn.weight_ih_l0", "forget", gain=1.2), weight("rnn.weight_ih_l0/forget", "forget", gain=4.0)
+    now = snapshot(record("forget", z_rms=4.0), *gates)
+    (cause,) = explain(alert("forget"), Scene(now, now, now))
+    assert (cause.name, "rnn.weight_ih_l0/forget has a gain of 4" in cause.evidence) == ("init_too_large", True)
+    assert ".chunk(4)[1]" in cause.remedy
+
+
+def test_evidence_names_what_was_measured_and_a_bias_is_blamed_for_what_it_does() -> None:
+    """Inputs lie in [0, 1]. A bias of -5 shuts every unit; the offset of the inputs moves z by a tenth of that."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 100), torch.nn.ReLU(), torch.nn.Linear(100, 1))
+    x = (0.5 + 0.2 * torch.randn(512, 64)).clamp(0, 1)
+    with torch.no_grad():
+        model.get_parameter("0.bias").fill_(-5.0)
+    told = [cause for each in torchsat.probe(model, x).alerts for cause in each.causes]
+    assert [cause.name for cause in told] == ["dead_units", "inputs_uncentred"]
+    assert told[0].share > 0.8
+    assert f"(rms {x.square().mean().sqrt().item():.3g})" in told[1].evidence
+    # Without the bias, but with inputs that are shifted by far, the offset is the cause.
+    with torch.no_grad():
+        model.get_parameter("0.bias").zero_()
+    model.get_parameter("0.weight").data.abs_().neg_()
+    told = [cause for each in torchsat.probe(model, x).alerts for cause in each.causes]
+    assert f"(rms {x.square().mean().sqrt().item():.3g})" in next(cause.evidence for cause in told if cause.name == "inputs_uncentred")
 
 
 def test_xavier_alone_is_not_said_to_rescue_a_stack_of_sigmoids() -> None:

@@ -1,5 +1,12 @@
 """The flow of data between modules: which layers feed a site, which sites make the output of the model, and which sites are gates."""
 
+from collections import deque, namedtuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,6 +80,98 @@ def test_hidden_features_that_are_also_returned_stay_hidden() -> None:
 
     snapshot = one_step(Features(), lambda m: m(torch.randn(4, 8))[0])
     assert {record.site: record.output for record in snapshot.records} == {"body.act": False, "head.1": True}
+
+
+class Slots:
+    __slots__ = ("p",)
+
+    def __init__(self, p: object) -> None:
+        self.p = p
+
+
+@dataclass(slots=True)
+class Data:
+    p: object
+
+
+class Hostile:
+    """An object that holds itself, and whose every method raises."""
+
+    def __init__(self, p: object) -> None:
+        vars(self).update(p=p, me=self)
+
+    @property
+    def bad(self) -> None:
+        raise AssertionError
+
+    def __getattribute__(self, name: str) -> Any:
+        if name != "__dict__":
+            raise AssertionError(name)
+        return object.__getattribute__(self, name)
+
+
+class Listed(list[Any]):
+    def __iter__(self) -> Any:
+        raise AssertionError
+
+
+Pair = namedtuple("Pair", "first second")
+
+HOLDERS: Mapping[str, Callable[[Tensor], object]] = {
+    "object in a list": lambda p: [Hostile(p)],
+    "slots": lambda p: {"out": Slots(p)},
+    "dataclass in a dataclass": lambda p: Data([Data(p)]),
+    "named tuple": lambda p: Pair(1, {2: p}),
+    "list of the user's": lambda p: Listed([p]),
+    "deque": lambda p: deque([p]),
+    "namespaces": lambda p: SimpleNamespace(a=SimpleNamespace(b=(p,))),
+    "distribution": lambda p: torch.distributions.Bernoulli(probs=p),
+    "deep": lambda p: [[[[[[Slots(p)]]]]]],
+    "closure": lambda p: lambda: p,
+}
+
+
+@pytest.mark.parametrize("holder", [*HOLDERS, "kept on the model", "beside the logits"])
+def test_an_output_is_one_wherever_it_is_kept(holder: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.sigmoid = Block(), nn.Linear(8, 1), nn.Sigmoid()
+
+        def forward(self, x: Tensor) -> object:
+            z = self.head(self.body(x))
+            self.kept = [self.sigmoid(z)]
+            if holder == "beside the logits":
+                return {"logits": z, "p": self.kept[0]}
+            return None if holder == "kept on the model" else HOLDERS[holder](self.kept[0])
+
+    model = Net()
+
+    def forward(m: Any) -> Tensor:
+        m(torch.randn(4, 8))
+        p: Tensor = m.kept.pop()
+        return p
+
+    snapshot = one_step(model, forward)
+    assert {record.site: record.output for record in snapshot.records} == {"body.act": False, "sigmoid": True}
+
+
+def test_a_site_that_anything_of_the_model_uses_is_no_output_where_the_output_is_not_found() -> None:
+    """Used by a parameter, by a recurrent layer, and by another activation; only the last site of each is one."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.rnn, self.w = nn.Linear(8, 8), nn.GRU(8, 8), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> object:
+            x = torch.relu(self.one(x))
+            y, _ = self.rnn(torch.tanh(x) + 1)
+            return lambda: (F.elu(y) @ self.w).sigmoid()
+
+    snapshot = one_step(Net(), lambda m: m(torch.randn(4, 3, 8))())
+    outputs = {record.site: record.output for record in snapshot.records if record.kind != "recurrent"}
+    assert outputs == {"relu": False, "tanh": False}
 
 
 def test_outputs_are_found_where_the_root_is_never_called() -> None:

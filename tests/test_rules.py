@@ -135,7 +135,8 @@ def test_stuck_units_fire_at_once_since_their_window_is_the_patience() -> None:
 
 def network(*gradients: float | None, outputs: int = 0) -> tuple[Record, ...]:
     last = len(gradients) - outputs
-    return tuple(record(f"act{index}", grad_z_rms=value, output=index >= last) for index, value in enumerate(gradients))
+    after = [(f"act{index - 1}",) if index else () for index in range(len(gradients))]
+    return tuple(record(f"act{at}", grad_z_rms=value, output=at >= last, after=after[at]) for at, value in enumerate(gradients))
 
 
 def test_a_vanishing_gradient_is_told_once_at_the_first_site() -> None:
@@ -151,6 +152,42 @@ def test_gradient_over_depth_needs_two_hidden_sites_with_gradient() -> None:
     assert [alert.site for alert in fired([network(None, 1e-4, 1.0)] * 4)] == ["act1"]
     assert fired([network(1e-8, 1.0, outputs=1)] * 4) == []
     assert fired([network(0.0, 0.0, 0.0)] * 4) == []
+
+
+def on_paths(**sites: tuple[float, tuple[str, ...]]) -> list[str]:
+    """The rules that fire at a network whose sites have these norms of dL/dz and come after these sites."""
+    records = tuple(record(name, grad_z_rms=norm, after=after, last=name.startswith("end")) for name, (norm, after) in sites.items())
+    return [f"{alert.site} {alert.rule}" for alert in fired([records] * 4)]
+
+
+def test_the_gradient_is_compared_along_one_path() -> None:
+    # A critic behind a detach has a large loss, the actor a small one. Both learn well, and neither is compared with the other.
+    trunk = {"trunk": (1e-6, ()), "end_actor": (1e-6, ("trunk",))}
+    assert on_paths(**trunk, critic=(1e3, ()), end_critic=(1e3, ("critic",))) == []
+    assert on_paths(critic=(1e3, ()), end_critic=(1e3, ("critic",)), **trunk) == []
+    # An auxiliary loss of weight 1e-4, beside a head that has a hidden site of its own, and beside one that is a single layer.
+    assert on_paths(one=(1.0, ()), two=(1.0, ("one",)), main=(1.0, ("two",)), end_aux=(1e-4, ("two",))) == []
+    assert on_paths(one=(1.0, ()), end_two=(1.0, ("one",)), end_aux=(1e-4, ("end_two",))) == []
+    # In each part what is lost or grows on the way is found.
+    assert on_paths(**trunk, critic=(1e-9, ()), end_critic=(1e-3, ("critic",))) == ["critic vanishing_gradient"]
+    assert on_paths(one=(1e-8, ()), two=(1e-4, ("one",)), main=(1.0, ("two",)), end_aux=(1e-4, ("two",))) == ["one vanishing_gradient"]
+    assert on_paths(one=(1e4, ()), two=(1e2, ("one",)), main=(1.0, ("two",)), end_aux=(1e-4, ("two",))) == ["one exploding_gradient"]
+    # Features that are returned too are no ends where the gradient grows little by little.
+    chain = {f"end_{k}": (10.0 ** (4 - k), (f"end_{k - 1}",) if k else ()) for k in range(5)}
+    assert on_paths(**chain) == ["end_0 exploding_gradient"]
+
+
+def test_a_gate_or_a_site_without_a_gradient_does_not_interrupt_a_path() -> None:
+    between = record("gate", gate=True, after=("first",)), record("hidden", grad_z_rms=None, after=("gate",))
+    first, last = record("first", grad_z_rms=1e-8), record("last", grad_z_rms=1.0, after=("hidden",))
+    assert gradient_over_depth(Snapshot(0, 0.0, (first, *between, last))) == pytest.approx(1e-8)
+
+
+def test_a_part_of_a_layer_is_not_frozen_beside_the_layer() -> None:
+    whole = weights(1e-7, 1e-3, 2e-3, 1e-3)
+    part = replace(whole.weights[0], name="layer0/0-7")
+    events = feed(Judge(), [replace(whole, weights=(*whole.weights, part))] * 3)
+    assert [alert.site for alerts in events for alert in alerts] == ["layer0"]
 
 
 def weights(*ratios: float | None) -> Snapshot:
@@ -179,7 +216,7 @@ def test_chosen_learning_rates_and_idle_layers_are_not_frozen() -> None:
 
 def test_the_gradient_is_compared_by_its_norm_so_that_pooling_takes_nothing_away() -> None:
     # Behind a mean over 1024 positions the gradient of each element is 1/1024 as large, but the norm over all only 1/32.
-    first, last = record("first", grad_z_rms=1e-3 / 1024, elements=1024 * 64), record("last", grad_z_rms=1e-3, elements=64)
+    first, last = record("first", grad_z_rms=1e-3 / 1024, elements=1024 * 64), record("last", grad_z_rms=1e-3, elements=64, after=("first",))
     assert gradient_over_depth(Snapshot(0, 0.0, (first, last))) == pytest.approx(1 / 32)
     assert fired([(first, last)] * 4) == []
 

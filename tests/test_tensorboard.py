@@ -54,7 +54,7 @@ def snapshots(count: int = 6, sites: int = 2) -> list[Snapshot]:
             )
             for k in range(sites)
         )
-        records = (*records[:-1], replace(records[-1], attenuation=None, histogram=None, units=None))
+        records = (*records[:-1], replace(records[-1], attenuation=None, histogram=None, units=None, after=(records[0].site,) if sites > 1 else ()))
         weights = (Weight("a", ("a.act", "b.act"), 8, False, 0.1, 64, 1.5, None, 0.25, 0.001953125, 1.0, 0.5, 128),)
         alerts = (ALERT,) if step == 4 else (replace(ALERT, firing=False, step=5),) if step == 5 else ()
         made.append(Snapshot(step, 1000.0 + step, records, weights, alerts))

@@ -34,6 +34,11 @@ def stored(module: nn.Module, name: str) -> Any:
     return kept
 
 
+def stored_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that are stored in a module itself, by name."""
+    return [(name, each) for name, each in vars(module).get("_parameters", {}).items() if each is not None]
+
+
 def stored_or(module: nn.Module, name: str, default: Any) -> Any:
     """The value that is stored under this name, or `default` where there is none or it is computed when it is read."""
     try:

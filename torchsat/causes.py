@@ -70,6 +70,9 @@ class Scene:
     def feeders(self, site: str) -> list[Weight]:
         """The layers that feed a site. The one that contributes most, by gain x RMS of its input, stands first."""
         found = [weight for weight in self.now.weights if site in weight.feeds and weight.gain is not None and math.isfinite(weight.gain)]
+        # Where a part of a layer feeds the site, its own numbers count, and not those of the other parts.
+        parted = {weight.whole for weight in found}
+        found = [weight for weight in found if weight.name not in parted]
         return sorted(found, key=lambda weight: -(weight.gain or 0.0) * (weight.input_rms or 1.0))
 
     def first_gain(self, name: str) -> float | None:
@@ -156,7 +159,8 @@ def _of_gain(record: Record, weight: Weight, scene: Scene) -> list[Term]:
     if known > wanted:
         size = math.log(min(known, max(gain, wanted)) / wanted)
         evidence = f"{weight.name} has a gain of {known:.3g} (rms(W) sqrt(fan_in)) where {record.activation} wants {wanted:.3g}"
-        terms.append(_too_large(weight, size, evidence, initialiser(record.activation, weight.name) + _not_enough(record, scene), scene))
+        remedy = initialiser(record.activation, weight.name, weight.parameter) + _not_enough(record, scene)
+        terms.append(_too_large(weight, size, evidence, remedy, scene))
     if gain > _GROWN * known:
         terms.append(_growth(weight, known, math.log(gain / known)))
     return terms
@@ -218,14 +222,7 @@ def _of_inputs(weight: Weight, rms: float) -> list[Term]:
     offset = min(total, -0.5 * math.log(centred))
     terms = []
     if offset > 0:
-        terms.append(
-            Term(
-                "inputs_uncentred",
-                offset,
-                f"{percent(1 - centred)} of the mean square of the input of {weight.name} is an offset that all samples share (rms {rms:.3g})",
-                _STANDARDISE + owner(weight.name),
-            )
-        )
+        terms.append(_uncentred(weight, centred, offset))
     if total - max(offset, 0.0) > 0:
         terms.append(
             Term(
@@ -236,6 +233,16 @@ def _of_inputs(weight: Weight, rms: float) -> list[Term]:
             )
         )
     return terms
+
+
+def _uncentred(weight: Weight, centred: float, size: float) -> Term:
+    """An offset that all samples of the model's own input share."""
+    return Term(
+        "inputs_uncentred",
+        size,
+        f"{percent(1 - centred)} of the mean square of the input of {weight.name} is an offset that all samples share (rms {weight.input_rms:.3g})",
+        _STANDARDISE + owner(weight.name),
+    )
 
 
 def _growth(weight: Weight, first: float, size: float, evidence: str | None = None) -> Term:
@@ -309,14 +316,21 @@ def _of_closed(alert: Alert, scene: Scene) -> list[Term]:
 
 
 def _of_offset(site: str, scene: Scene) -> list[Term]:
-    """An offset of the model's inputs. Whatever its size, it closes some units of every rectifier behind it, and holds others open."""
+    """An offset of the model's inputs. Whatever its size, it closes some units of every rectifier behind it, and holds others open.
+
+    At the first observation the weights know nothing of the input, so the offset moves each unit's z one way or the other by about gain x offset. The
+    mean of z over all units shows a bias instead: the blame is less by as much as that mean is larger.
+    """
     before = {site, *upstream_of(site, scene.now.records)}
     terms = []
     for weight in scene.now.weights:
         centred = weight.input_centred_share
-        if weight.data and centred is not None and centred < 0.5 and weight.input_rms and before & set(weight.feeds):
-            offset = _of_inputs(weight, max(weight.input_rms, math.e / math.sqrt(max(centred, 1e-6))))
-            terms += [replace(term, size=2 * term.size) for term in offset if term.cause == "inputs_uncentred"]
+        if weight.whole is None and weight.data and centred is not None and centred < 0.5 and weight.input_rms and before & set(weight.feeds):
+            centred = max(centred, 1e-6)
+            moved = (weight.gain or math.inf) * weight.input_rms * math.sqrt(1 - centred)
+            means = [abs(fed.z_mean or 0.0) for name in weight.feeds if (fed := scene.record(name)) is not None and name in before]
+            bias = max(means, default=0.0) if scene.now.step <= scene.first.step else 0.0
+            terms.append(_uncentred(weight, centred, -math.log(centred) * min(1.0, moved / bias if bias else 1.0)))
     return terms
 
 
@@ -339,13 +353,14 @@ def _of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
     if small and not scene.trained:
         name = min(small, key=lambda each: small[each])
         record = next(record for record in hidden if any(weight.name == name for weight in scene.feeders(record.site)))
+        is_parameter = any(weight.parameter for weight in scene.now.weights if weight.name == name)
         terms.append(
             Term(
                 "init_too_small",
                 -sum(math.log(ratio) for ratio in small.values()),
                 f"{len(small)} of {len(ratios)} layers have a gain below three quarters of what their activation wants "
                 f"(median {statistics.median(small.values()):.2g} of it)",
-                f"{initialiser(record.activation, name)}, and so for each layer",
+                f"{initialiser(record.activation, name, is_parameter)}, and so for each layer",
             )
         )
     closed = [record for record in hidden if record.tails in ("low", "high") and (record.saturated or 0.0) > 0.7]
@@ -379,7 +394,8 @@ def _of_exploding(alert: Alert, scene: Scene) -> list[Term]:
             gain = weight.gain or known
             if known > 1.1 * wanted:
                 evidence = f"{weight.name} has a gain of {known:.3g} where {record.activation} wants {wanted:.3g}"
-                terms.append(_too_large(weight, math.log(known / wanted), evidence, initialiser(record.activation, weight.name), scene))
+                remedy = initialiser(record.activation, weight.name, weight.parameter)
+                terms.append(_too_large(weight, math.log(known / wanted), evidence, remedy, scene))
             if gain > _GROWN * known:
                 terms.append(_growth(weight, known, math.log(gain / known)))
     return terms
@@ -391,7 +407,12 @@ def _of_nonfinite(alert: Alert, scene: Scene) -> list[Term]:
     terms = []
     if not broken_from_start:
         terms = _of_exploding(alert, replace(scene, now=scene.before))
-        terms += [term for weight in scene.first.weights if weight.data and weight.input_rms for term in _of_inputs(weight, weight.input_rms)]
+        terms += [
+            term
+            for weight in scene.first.weights
+            if weight.whole is None and weight.data and weight.input_rms
+            for term in _of_inputs(weight, weight.input_rms)
+        ]
         largest = max(scene.before.weights, key=lambda weight: weight.update_ratio or 0.0, default=None)
         if largest is not None and (largest.update_ratio or 0.0) > 0.3:
             terms.append(_growth(largest, scene.first_gain(largest.name) or 1.0, math.log1p(largest.update_ratio or 0.0)))

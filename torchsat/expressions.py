@@ -31,19 +31,48 @@ def gain_for(activation: str) -> float:
 
 def owner(weight: str) -> str:
     """The Python expression of the module that owns a weight. For a matrix of a recurrent layer (`rnn.weight_ih_l0`) that is the layer."""
-    head, _, last = weight.rpartition(".")
-    return attribute(head if last.startswith("weight_") else weight)
+    name = weight.partition("/")[0]
+    head, _, last = name.rpartition(".")
+    return attribute(head if _is_matrix(last) else name)
 
 
-def initialiser(activation: str, weight: str) -> str:
-    """The line of code that initialises a weight as its activation needs it."""
-    last = weight.rpartition(".")[2]
-    target = f"{owner(weight)}.{last if last.startswith('weight_') else 'weight'}"
+def initialiser(activation: str, weight: str, parameter: bool = False) -> str:
+    """The line of code that initialises a weight as its activation needs it.
+
+    Args:
+        weight: the name of the layer, or of a part of it.
+        parameter: whether that is the name of the parameter itself, and not of a module with a `weight`.
+    """
+    name, _, rows = weight.partition("/")
+    last = name.rpartition(".")[2]
+    target = attribute(name) if parameter or _is_matrix(last) else f"{attribute(name)}.weight"
+    target += _rows(rows)
     if last.startswith("weight_hh"):
         return f"nn.init.orthogonal_({target})"
     if activation in GAIN:
         return f'nn.init.kaiming_normal_({target}, nonlinearity="relu")'
     return f'nn.init.kaiming_normal_({target}, nonlinearity="linear")' if activation == "selu" else f"nn.init.xavier_normal_({target})"
+
+
+GATES: Mapping[str, tuple[int, int]] = {
+    **{name: (at, 4) for at, name in enumerate(("input", "forget", "cell", "output"))},
+    **{name: (at, 3) for at, name in enumerate(("reset", "update", "new"))},
+    "q": (0, 3),
+    "k": (1, 3),
+}
+"""Parts of a weight that have a name, as in an LSTM, a GRU and an attention: at which place its rows stand, and of how many parts."""
+
+
+def _is_matrix(name: str) -> bool:
+    return name.startswith("weight_") or name == "in_proj_weight"
+
+
+def _rows(rows: str) -> str:
+    """The index that takes these rows of a weight."""
+    if rows in GATES:
+        return f".chunk({GATES[rows][1]})[{GATES[rows][0]}]"
+    first, _, last = rows.partition("-")
+    return f"[{first}:{int(last) + 1}]" if last.isdigit() else ""
 
 
 def place_of(record: Record) -> str:

@@ -281,6 +281,12 @@ def forward_class(node: Node) -> type | None:
     return getattr(node, "_forward_cls", None)
 
 
+def output_shape(node: Node, output: int) -> tuple[int, ...] | None:
+    """The shape of one of the tensors that this node has computed; None where it is not known. Nothing public tells the shapes in a graph."""
+    known: Any = getattr(node, "_input_metadata", ())
+    return tuple(int(size) for size in known[output].shape) if output < len(known) and not known[output].is_nested_tensor else None
+
+
 def base_of(tensor: Tensor) -> Tensor | None:
     """The tensor that this one is a view of; None where it is no view. `Tensor._base` is documented but private."""
     return tensor._base

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, Literal
 
 Severity = Literal["warning", "critical"]
@@ -69,6 +70,8 @@ class SiteFacts:
     """`Record.high` for z ~ N(0, 1)."""
     normal_derivative: float | None
     """`Record.relative_derivative` for z ~ N(0, 1)."""
+    last: bool = field(default=False, kw_only=True)
+    """Whether the output of the model is computed from it with no other site between. False too where the output was not seen."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,8 @@ class LayerFacts:
     """How many input elements one output element is a sum of."""
     data: bool
     """Whether its input is data: nothing that learns has computed it."""
+    parameter: bool = field(default=False, kw_only=True)
+    """Whether `name` is the path of the parameter itself, and not of a module that has it as its `weight`."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,11 @@ class Weight(LayerFacts):
     learned_ratio: float | None = None
     """Like `update_ratio`, but without what weight decay did. Decoupled decay (AdamW) is subtracted element by element. Where decay is added to the
     gradient (SGD, Adam), this is the part of the step that falls to the gradient, by the norms of the two."""
+
+    @property
+    def whole(self) -> str | None:
+        """For a part of the rows of a layer's weight, such as `rnn.weight_ih_l0/forget`, the name of the layer; None for a whole layer."""
+        return self.name.partition("/")[0] if "/" in self.name else None
 
 
 @dataclass(frozen=True)
@@ -281,6 +291,15 @@ class Snapshot:
     """The alerts that fired or cleared at this observation."""
     overhead: float | None = None
     """The measured share of training time that the observations before this one took; None before it is known."""
+
+    @cached_property
+    def behind(self) -> dict[str, list[str]]:
+        """For each site that others come after (`SiteFacts.after`), these others."""
+        found: dict[str, list[str]] = {}
+        for record in self.records:
+            for site in record.after:
+                found.setdefault(site, []).append(record.site)
+        return found
 
     def as_dict(self) -> dict[str, Any]:
         """The snapshot as nested dicts and tuples of plain values."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,24 +146,79 @@ def _stuck(record: Record, snapshot: Snapshot) -> float | None:
     return record.stuck
 
 
-def gradient_over_depth(snapshot: Snapshot) -> float | None:
-    """||dL/dz|| at the first site over ||dL/dz|| at the last hidden one; None if fewer than two sites have a gradient.
-
-    Norms are compared, not means over elements: where a network pools positions, a mean falls with their number though no gradient is lost.
-    """
-    norms = [each.grad_z_rms * math.sqrt(each.elements) for each in snapshot.records if each.grad_z_rms is not None and on_signal_path(each)]
-    return norms[0] / norms[-1] if len(norms) > 1 and norms[-1] else None
-
-
 def on_signal_path(record: Record) -> bool:
     """Whether the signal passes through this site on its way to the loss. A gate and the logits of attention stand beside that way."""
     return not (record.output or record.gate or record.kind == "softmax")
 
 
+def gradient_over_depth(snapshot: Snapshot) -> float | None:
+    """||dL/dz|| at a first site over ||dL/dz|| at the last one behind it; None if no two sites with a gradient lie on one path. Where several paths
+    begin (a critic behind a `detach` has a first site of its own), the one whose ratio is farthest from 1.
+
+    Norms are compared, not means over elements: where a network pools positions, a mean falls with their number though no gradient is lost.
+    """
+    ratios = [ratio for record in snapshot.records if (ratio := _over_depth(record, snapshot)) is not None]
+    return max(ratios, key=lambda ratio: abs(math.log(ratio)) if ratio else math.inf, default=None)
+
+
 def _over_depth(record: Record, snapshot: Snapshot) -> float | None:
-    """`gradient_over_depth`. It belongs to the whole network and is judged at its first site."""
-    first = next((each for each in snapshot.records if each.grad_z_rms is not None and on_signal_path(each)), None)
-    return gradient_over_depth(snapshot) if record is first else None
+    """||dL/dz|| at a site with which paths begin over that at their ends; None at any other site.
+
+    Sites are on one path if the signal flows from one to the other. A path ends at a site behind which no other one lies, or from which the output of
+    the model is computed directly. Where a site has several ends behind it, its gradient is the sum of what comes from all of them, so it is compared
+    with the end that has the largest: the others belong to losses that weigh little.
+    """
+    if record.site not in snapshot.behind:
+        return None
+    norms = {r.site: r.grad_z_rms * math.sqrt(r.elements) for r in snapshot.records if r.grad_z_rms is not None and on_signal_path(r)}
+    after = {each.site: each.after for each in snapshot.records}
+    if record.site not in norms or _nearest(record.site, after, norms):
+        return None
+    behind: dict[str, set[str]] = {site: set() for site in norms}
+    for site in norms:
+        for source in _nearest(site, after, norms):
+            behind[source].add(site)
+    direct = {each.site for each in snapshot.records if each.last}
+    reached = _reached(record.site, behind)
+    ends = [site for site in reached if not behind[site] or (site in direct and _enters(site, behind, norms))]
+    largest = max((norms[site] for site in ends if site != record.site), default=0.0)
+    return norms[record.site] / largest if largest else None
+
+
+def _enters(site: str, behind: Mapping[str, set[str]], norms: Mapping[str, float]) -> bool:
+    """Whether the gradient at a site comes from the model's output directly, and not from the sites behind it: they have hardly any. Features that
+    the model returns too may have no part in the loss."""
+    return norms[site] > _MOST_OF_ONE_LAYER * max(norms[other] for other in behind[site])
+
+
+_MOST_OF_ONE_LAYER = 30.0
+"""A gradient that grows by more from one site to the one before it is taken to come from elsewhere, if it can."""
+
+
+def _nearest(site: str, after: Mapping[str, Iterable[str]], known: Mapping[str, object]) -> set[str]:
+    """The known sites that a site's input comes from with no other known one between. Sites without a gradient are passed over."""
+    found, waiting, met = set[str](), list(after[site]), {site}
+    while waiting:
+        name = waiting.pop()
+        if name in met:
+            continue
+        met.add(name)
+        if name in known:
+            found.add(name)
+        else:
+            waiting += after.get(name, ())
+    return found
+
+
+def _reached(site: str, behind: Mapping[str, Iterable[str]]) -> set[str]:
+    """A site and all those behind it."""
+    found, waiting = set[str](), [site]
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += behind[name]
+    return found
 
 
 def _attention_entropy(record: Record, snapshot: Snapshot) -> float | None:
@@ -173,9 +228,12 @@ def _attention_entropy(record: Record, snapshot: Snapshot) -> float | None:
 
 
 def _step_size(weight: Weight) -> float | None:
-    """The size of a step, without weight decay, divided by the learning rate; None for a layer that had nothing to learn from in this step."""
+    """The size of a step, without weight decay, divided by the learning rate; None for a layer that had nothing to learn from in this step, and for a
+    part of a layer, which is judged as a whole."""
     learned = _learned(weight)
-    if learned is None or not math.isfinite(learned) or weight.grad_norm is None or not weight.input_n or not weight.learning_rate:
+    if weight.whole is not None or learned is None or not math.isfinite(learned):
+        return None
+    if weight.grad_norm is None or not weight.input_n or not weight.learning_rate:
         return None
     return learned / weight.learning_rate
 

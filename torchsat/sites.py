@@ -100,6 +100,24 @@ class LayerSpan:
     """Number of outputs on this rank."""
 
 
+@dataclass(frozen=True)
+class Rows:
+    """A part of the rows of a layer's weight, which makes a part of its outputs: a gate of a recurrent layer, the queries of a fused projection."""
+
+    layer: str
+    first: int
+    """The index of the first output that it makes."""
+    count: int
+    """How many outputs it makes."""
+    label: str | None = None
+    """What it is called; None: it is named after the range of its outputs."""
+
+    @property
+    def name(self) -> str:
+        """The name under which its numbers are recorded, such as `rnn.weight_ih_l0/forget` or `attn.c_attn/0-767`."""
+        return f"{self.layer}/{self.label or f'{self.first}-{self.first + self.count - 1}'}"
+
+
 @dataclass(eq=False)
 class Site:
     """One place where one activation is computed, and what is known of it."""
@@ -111,7 +129,10 @@ class Site:
     """Whether its kind makes it a gate: an activation whose output multiplies another signal, as in an LSTM. See also `multiplies`."""
     place: Place = Place(Status.SEEN)
     feeds_on: dict[str, None] = field(default_factory=dict)
-    """Names of the layers that feed it: those whose weights are met first on the way back from its input. The dict serves as an ordered set."""
+    """Names of the layers that feed it: those whose weights are met first on the way back from its input. Behind the name of a layer of which only a
+    part feeds it stands the name of that part. The dict serves as an ordered set."""
+    unit_axis: tuple[int, int] | None = None
+    """The number of axes of z, and the one along which the outputs of the layers lie that feed it; None where the graph did not show it."""
     after: dict[str, None] = field(default_factory=dict)
     """Names of the sites that its input comes from with no other site between. The dict serves as an ordered set."""
     traced: bool = False
@@ -119,9 +140,11 @@ class Site:
     hidden: bool = False
     """Whether a layer with a weight runs on its output, so that it does not compute an output of the model."""
     reaches_output: bool = False
-    """Whether the model's output depends on it with no weight between."""
+    """Whether the model's output, as far as its tensors were found, depends on it with no weight and no other site between."""
+    last: bool = False
+    """Whether the model's output, as far as its tensors were found, depends on it with no other site between."""
     output: bool = False
-    """Whether it computes an output of the model. This is decided from the three fields above once the structure is known."""
+    """Whether it computes an output of the model. This is decided once the structure is known (`Lineage.conclude`)."""
     decided: bool = False
     """Whether the fields above that describe its place in the model have been filled in."""
     multiplies: bool = False
@@ -143,8 +166,8 @@ class Site:
 
     def start_over(self) -> None:
         """Forget what depends on the structure of the model."""
-        self.feeds_on, self.after = {}, {}
-        self.traced = self.hidden = self.reaches_output = self.output = self.decided = self.multiplies = False
+        self.feeds_on, self.after, self.unit_axis = {}, {}, None
+        self.traced = self.hidden = self.reaches_output = self.last = self.output = self.decided = self.multiplies = False
         self.units, self.units_vary = None, False
 
     def facts(self) -> SiteFacts:
@@ -162,6 +185,7 @@ class Site:
             normal_low=constants.normal_low if constants else None,
             normal_high=constants.normal_high if constants else None,
             normal_derivative=constants.normal_derivative if constants else None,
+            last=self.last,
         )
 
 
@@ -218,8 +242,10 @@ class Sites:
         self.own = Decisions()
         self.fed_by_data: set[str] = set()
         """Names of the layers whose input is data: no parameter was used to compute it."""
-        self.outputs: dict[str, tuple[int, int]] = {}
-        """For each layer, the number of its outputs on this rank, and the position of their axis counted from the last one."""
+        self.uses: dict[str, int | None] = {}
+        """The parameters that are used as a weight outside of a layer that torchsat knows, by name, and their fan-in; None where it is not known."""
+        self.rows: dict[str, Rows] = {}
+        """The parts of layers' weights that feed a site, by name."""
         self.spans: dict[str, LayerSpan] = {}
         """How the outputs are spread, for each layer whose weight tensor parallelism spreads over ranks."""
         self.counts_repeated = True

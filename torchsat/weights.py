@@ -1,7 +1,9 @@
 """Measures the layers that feed a site: sums for their gain, gradient norm and update ratio, and statistics of their input.
 
-A layer is an `nn.Linear`, a convolution, or one of the matrices of a recurrent layer. Its input is measured in a forward pre-hook as three sums per
-feature, which merge. Its weight is measured just before the optimizer's step, as it was when it made z, and again just after it.
+A layer is an `nn.Linear` or its like, a convolution, one of the matrices of a recurrent layer, any other parameter that the graph shows to be used as
+a weight (observe/feeders.py), or a part of the rows of one of these. Its input is measured in a forward pre-hook as three sums per feature, which
+merge; that of a parameter which is no layer of its own is not measured. The weight is measured just before the optimizer's step, as it was when it
+made z, and again just after it.
 
 Weight, gradient and change are read at the same sample of elements, so that no copy of the model is made. The sample consists of short runs of
 elements that are neighbours in memory: a processor fetches memory a cache line at a time, so that single elements far apart would cost as much as
@@ -46,7 +48,18 @@ _PER_FEATURE = 8
 
 def is_layer(module: nn.Module) -> bool:
     """Whether this module is a layer whose weight and input are measured."""
-    return isinstance(module, (nn.Linear, Convolution))
+    return isinstance(module, (nn.Linear, Convolution)) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether this is the linear layer of GPT-2 in transformers, called Conv1D, whose weight is [in, out]. It is known by its name, since the library
+    may not be installed."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def rows_axis(module: nn.Module) -> int:
+    """The axis of this layer's weight along which its outputs lie."""
+    return 1 if is_transposed(module) or isinstance(module, TransposedConvolution) else 0
 
 
 def why_unmeasured(module: nn.Module) -> str | None:
@@ -73,19 +86,15 @@ def fan_in(module: nn.Module) -> int:
     """
     if isinstance(module, nn.Linear):
         return int(module.in_features)
-    assert isinstance(module, Convolution)
+    if not isinstance(module, Convolution):
+        return int(stored(module, "weight").shape[0])
     taps = int(module.in_channels // module.groups * math.prod(module.kernel_size))
     return max(1, taps // int(math.prod(module.stride))) if isinstance(module, TransposedConvolution) else taps
 
 
-def width(module: nn.Module) -> int:
-    """How many features the output of this layer has."""
-    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)  # type: ignore[arg-type]
-
-
 def feature_axis(module: nn.Module, ndim: int) -> int:
     """The axis of the features in an input or output of this layer that has `ndim` axes."""
-    return ndim - 1 if isinstance(module, nn.Linear) else ndim - 1 - len(module.kernel_size)  # type: ignore[arg-type]
+    return ndim - 1 - len(module.kernel_size) if isinstance(module, Convolution) else ndim - 1
 
 
 def input_sums(x: Tensor, axis: int, limit: int | None, seed: int, sums: Tensor | None = None) -> Tensor:
@@ -129,6 +138,10 @@ def _runs(whole: int, wanted: int, seed: int, device: torch.device) -> Tensor:
     return places(whole, wanted, seed, device)
 
 
+def _fan_in(module: nn.Module, parameter: str) -> int:
+    return fan_in(module) if parameter == "weight" else int(stored(module, parameter).shape[1])
+
+
 def unevenness(x: Tensor) -> Tensor:
     """By how many standard errors |x| differs more from run to run than within the runs of a vector; NaN where that cannot be told.
 
@@ -157,14 +170,26 @@ class Layer:
         parameter: the attribute of the module that holds the weight.
         limit: the most elements read of a site; None: all.
         turn: which observation this is.
+        fan_in: how many input elements one output element is a sum of; None: what the type of the module says.
+        rows: the part of the weight that is measured, as (axis, first, count); None: all of it.
     """
 
-    def __init__(self, name: str, module: nn.Module, parameter: str = "weight", limit: int | None = None, turn: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        parameter: str = "weight",
+        limit: int | None = None,
+        turn: int = 0,
+        fan_in: int | None = None,
+        rows: tuple[int, int, int] | None = None,
+    ) -> None:
         self.name = name
+        self.rows = rows
         self.module = weakref.ref(module)
         """Weak, so that a layer does not keep the user's model alive."""
         self.parameter = parameter
-        self.fan_in = fan_in(module) if parameter == "weight" else int(stored(module, parameter).shape[1])
+        self.fan_in = _fan_in(module, parameter) if fan_in is None else fan_in
         self.limit, self.turn = limit, turn
         self.input_counts: bool | None = None
         """Whether this rank counts its input. False where another rank is given the same input and counts it. None: the input is no DTensor, so that
@@ -182,7 +207,7 @@ class Layer:
 
     def before_step(self, weight: Tensor) -> None:
         """Keep the elements of the weight for a comparison after the optimizer's step."""
-        weight = local(weight)
+        weight = self.part(local(weight))
         taken = elements(weight, self.limit, self.turn)
         # A view must be copied, since the step changes the weight in place.
         self.before = taken.clone() if taken.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() else taken
@@ -191,7 +216,7 @@ class Layer:
         """Measure the gradient. `divisor` is the factor of a GradScaler that it still carries."""
         if weight.is_leaf and weight.grad is not None and not is_pending(weight.grad) and why_unread(local(weight.grad)) is None:
             numbers, at = self._on(weight), WEIGHT.index("grad_sq")
-            put_squares(elements(local(weight.grad), self.limit, self.turn), None, numbers, at)
+            put_squares(elements(self.part(local(weight.grad)), self.limit, self.turn), None, numbers, at)
             if divisor is not None:
                 numbers[at] /= divisor.to(numbers) ** 2
             _inf_for_nan_(numbers[at : at + 1])
@@ -200,7 +225,7 @@ class Layer:
         """Measure the weight as it was before the optimizer's step, and its change. No change is measured of a weight that does not learn."""
         if self.n:
             return
-        now = elements(local(weight), self.limit, self.turn)
+        now = elements(self.part(local(weight)), self.limit, self.turn)
         self.n = now.shape[0]
         known = self.before is not None and weight.requires_grad
         first, second = (self.before, now) if self.before is not None and known else (now, None)
@@ -213,14 +238,18 @@ class Layer:
         if second is not None:
             put_learned(first, second, self.decay, dict(zip(WEIGHT, numbers.split(1), strict=True)))
 
+    def part(self, weight: Tensor) -> Tensor:
+        """The part of a weight, or of its gradient, that is measured."""
+        return weight if self.rows is None else weight.narrow(*self.rows)
+
     @property
     def features(self) -> int:
         """How many features its input has; 0 where the input is not measured."""
         module = self.module()
-        if isinstance(module, nn.Linear):
-            return int(module.in_features)
-        if isinstance(module, Convolution):
+        if self.parameter == "weight" and isinstance(module, Convolution):
             return int(module.in_channels)
+        if self.parameter == "weight" and module is not None and is_layer(module):
+            return fan_in(module)
         return self.fan_in if self.parameter in ENTERED else 0
 
     def _on(self, weight: Tensor) -> Tensor:

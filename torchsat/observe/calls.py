@@ -34,6 +34,7 @@ from torchsat.activations import CLAMP, Activation, Bound, bind_call, calls_of
 from torchsat.attention import Attention, SoftmaxRows
 from torchsat.faults import MODEL
 from torchsat.observe.conditions import Conditions
+from torchsat.observe.feeders import Cut
 from torchsat.observe.graph import Survey, ends, has_weight, maker
 from torchsat.observe.meter import Call, check_plain
 from torchsat.observe.mode import CallMode, Frame, Function
@@ -75,6 +76,14 @@ ROLES: Mapping[Function, Role] = {
     F.glu: Role.GLU,
     **dict.fromkeys(_CLAMPS, Role.CLAMP),
 }
+PRODUCTS = frozenset(
+    (
+        *(torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm, torch.einsum),
+        *(torch.addmm, Tensor.addmm, torch.baddbmm, Tensor.baddbmm, torch.tensordot, F.linear, F.bilinear, F.multi_head_attention_forward),
+        *(F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    )
+)
+"""The functions that use a weight. A site on whose output one of them runs does not compute an output of the model."""
 UNSEEN: Mapping[str, str] = {
     "log_softmax": "its derivative does not vanish: there is nothing to saturate",
     "special_log_softmax": "its derivative does not vanish: there is nothing to saturate",
@@ -214,6 +223,8 @@ class Calls:
             return self._mode.origins.call(function, args, kwargs)
         if outside is not None and function is Tensor.backward:
             outside.end_pass()
+        if function in PRODUCTS and observation.lineage.looks:
+            observation.guard(MODEL, observation.lineage.enters_layer)(*ends(args))
         reason = UNSEEN.get(getattr(function, "__name__", "")) if role is None else None
         guard, lineage = observation.guard, observation.lineage
         looks = guard.is_open and frame.hears and lineage.looks
@@ -297,7 +308,7 @@ class Calls:
         if call is None:
             return None
         kept = upcast(call.sample.take(value)).clone()
-        return functools.partial(self._end_glu, site, dataclasses.replace(call, node=z.grad_fn), kept, axis)
+        return functools.partial(self._end_glu, site, dataclasses.replace(call, node=z.grad_fn, output_nr=z.output_nr), kept, axis)
 
     def _end_glu(self, site: Site, call: Call, value: Tensor, axis: int, a: Tensor) -> None:
         """Measure the gate of a GLU, which is the sigmoid of the second half of the input, z. The output is gate times `value`, the first half, so
@@ -305,7 +316,7 @@ class Calls:
         sample, meter = call.sample, self._observation.meter
         assert isinstance(sample, Sample)
         if call.counts:
-            meter.ran(site, [call.node])
+            meter.ran(site, call.steps, call.z, Cut(axis, sample.shape[axis], sample.shape[axis]))
             exact = meter.exact_z(sample, call.z)
             if exact is not None:
                 # The sigmoid is nowhere in memory. It grows with z, so that its extremes are those of z.
@@ -331,7 +342,7 @@ class Calls:
             rows, z = call.sample, plain(call.z).detach()
             assert isinstance(rows, SoftmaxRows)
             z = -z if negated else z
-            meter.ran(site, [call.node])
+            meter.ran(site, call.steps)
             meter.count_softmax(site, rows.logits(z), rows.extremes(z, plain(a).detach()))
         meter.tap_output(site, call, a)
 
@@ -339,14 +350,17 @@ class Calls:
         key = args[1] if len(args) > 1 else kwargs["key"]
         if not key.numel():
             return
-        nodes: list[Node | None] = list(ends((args[:2], kwargs)))
+        given, query = (args, kwargs), args[0] if args else kwargs["query"]
+        steps = [maker(each) for each in (query, key) if each.grad_fn is not None]
         try:
             args, kwargs = internals.tree_map(lambda value: plain(value) if isinstance(value, Tensor) else value, (args, kwargs))
             attention = Attention.of(function, args, kwargs)
         except NotRebuiltError as reason:
             self._observation.note_if_wanted(site.name, str(reason))
             return
-        self._observation.meter.ran(site, nodes)
+        self._observation.meter.ran(site, steps)
+        if function is F.multi_head_attention_forward:
+            self._observation.layers.feeds_attention(site, *given)
         meter, returned = self._observation.meter, internals.tree_map(lambda value: plain(value) if isinstance(value, Tensor) else value, output)
         meter.count_softmax(site, attention.logits(self._observation.options.limit, meter.seed(site.name)), attention.extremes(returned))
 

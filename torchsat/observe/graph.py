@@ -11,18 +11,35 @@ import contextlib
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from torchsat import internals
-from torchsat.internals import tree_leaves
 from torchsat.observe import nodes as kinds
 from torchsat.observe.marks import NodeSet
 
-_MATRIX_PRODUCT = re.compile(r"Addmm|^Mm|Bmm|Baddbmm|Convolution|Matmul|Linear|Attention|Rnn")
+_MATRIX_PRODUCT = re.compile(r"Addmm|^Mm|Bmm|Baddbmm|Convolution|Matmul|Linear|Attention|Rnn|CheckpointFunction")
 _VIEW = re.compile(r"(\w*View|Unsqueeze|Squeeze|Expand|Transpose|Permute|Slice|Select|Split|Chunk|ToCopy|Clone|Alias|T)Backward")
+_CONTAINERS: tuple[tuple[type, Callable[[Any], Iterable[Any]]], ...] = (
+    (dict, dict.values),
+    (list, list.__iter__),
+    (tuple, tuple.__iter__),
+    (set, set.__iter__),
+    (frozenset, frozenset.__iter__),
+    (deque, deque.__iter__),
+)
+"""The containers that are opened, and how. A subclass of the user's may have an iterator of its own, which is not called."""
+_CLOSED = (str, bytes, int, float, complex, bool, type(None), type, ModuleType, FunctionType, torch.dtype, torch.device, nn.Module)
+"""What is not opened. A module would lead to the whole model."""
+_DEEPEST = 8
+"""How many containers and objects, one inside the other, are opened to find a tensor."""
+_MOST_OBJECTS = 2000
+"""The most containers and objects that are opened in one structure, and the most values that are looked at in one of them."""
 MOST_NODES = 3000
 """The most nodes that are looked at in one pass; `Survey` says why there is a limit."""
 MOST_OF_CALL = 512
@@ -43,7 +60,10 @@ def upstream(starts: Iterable[Node | None], stop: Callable[[Node], bool], limit:
 
 
 def has_weight(node: Node) -> bool:
-    """Whether the node uses a weight: it is a matrix product or a convolution, or a parameter with at least two dimensions enters it."""
+    """Whether the node uses a weight: it is a matrix product or a convolution, or a parameter with at least two dimensions enters it.
+
+    A reentrant checkpoint, whose one node stands for all that runs in it, counts as one too.
+    """
     return bool(_MATRIX_PRODUCT.search(node.name())) or any(leaf.ndim >= 2 and leaf.requires_grad for leaf in _parameters(node))
 
 
@@ -122,23 +142,51 @@ def maker(a: Tensor) -> tuple[Node, int]:
 
 
 def ends(values: Any) -> set[Node]:
-    """The autograd nodes that computed the tensors in a nested structure, such as the arguments or the result of a module."""
+    """The autograd nodes that computed the tensors in a structure, such as the arguments or the result of a module. Containers and plain objects are
+    opened, one inside the other."""
     found = set[Node | None]()
     # A subclass of Tensor may run code of the user's where an attribute is read.
     with internals.without_function_modes():
-        for leaf in tree_leaves(_opened(values)):
-            if isinstance(leaf, Tensor):
-                # grad_fn cannot be read of a view whose base was changed without gradients.
-                with contextlib.suppress(RuntimeError):
-                    found.add(leaf.grad_fn)
+        for leaf in _tensors(values):
+            # grad_fn cannot be read of a view whose base was changed without gradients.
+            with contextlib.suppress(RuntimeError):
+                found.add(leaf.grad_fn)
     return {node for node in found if node is not None}
 
 
-def _opened(values: Any) -> Any:
-    """A dataclass or other object with attributes as a dict, so that its tensors can be found."""
-    if isinstance(values, (Tensor, tuple, list, dict)):
-        return dict(values) if isinstance(values, dict) else values
-    return vars(values) if hasattr(values, "__dict__") else values
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in a structure, breadth first. What has been met is not opened again, since objects may refer to each other in a circle."""
+    level, met = [values], dict[int, Any]()
+    for _ in range(_DEEPEST):
+        inside: list[Any] = []
+        for value in level:
+            # The type says what the value is. `isinstance` would ask the value for its class too, which may run code of the user's.
+            if issubclass(type(value), Tensor):
+                yield value
+            elif not issubclass(type(value), _CLOSED) and id(value) not in met and len(met) < _MOST_OBJECTS:
+                # The object is kept, so that no other one that is made meanwhile gets its id.
+                met[id(value)] = value
+                inside += islice(_contents(value), _MOST_OBJECTS)
+        level = inside
+
+
+def _contents(value: Any) -> Iterator[Any]:
+    """What a container or an object holds. Methods of the user's, properties among them, are not called: only torch's and Python's own are used."""
+    for kind, iterate in _CONTAINERS:
+        if issubclass(type(value), kind):
+            yield from iterate(value)
+            if type(value) is kind:
+                # It is no subclass, so it has no attributes.
+                return
+            break
+    for kind in type.__dict__["__mro__"].__get__(type(value)):
+        for name, member in type.__dict__["__dict__"].__get__(kind).items():
+            # A slot, or the dict of attributes. A class of the user's may have a property in the place of the latter.
+            is_dict = name == "__dict__" and isinstance(member, GetSetDescriptorType)
+            if is_dict or (isinstance(member, MemberDescriptorType) and kind.__module__ != "builtins"):
+                with contextlib.suppress(AttributeError):
+                    held = member.__get__(value)
+                    yield from dict.values(held) if is_dict else (held,)
 
 
 class Survey:
@@ -172,13 +220,27 @@ class Survey:
             self._touched.add(node)
             yield node
 
-    def feeders(self, nodes: Iterable[Node | None], weights: dict[int, str]) -> tuple[str, ...]:
-        """Names of the layers whose weights are met first on the way back from these nodes. `weights` maps the id of a weight to the name of its
-        layer."""
-        names: dict[str, None] = {}
-        for met in self.upstream(nodes, has_weight, 512):
-            names.update((weights[id(leaf)], None) for leaf in _parameters(met) if id(leaf) in weights)
-        return tuple(names)
+    def touch(self, node: Node) -> bool:
+        """Note that a node is looked at. False: no more nodes may be."""
+        if self.is_spent:
+            return False
+        self._touched.add(node)
+        return True
+
+    def before(self, starts: Iterable[Node | None], ends_at: Callable[[Node], bool]) -> Iterator[tuple[Node, bool]]:
+        """The nodes for which `ends_at` holds and that these nodes were computed from with no other such node between. With each comes whether a node
+        that uses a weight lies between; it may come twice, once for each of two ways."""
+        queue, met = deque((node, False) for node in starts if node is not None), set[tuple[Node, bool]]()
+        while queue:
+            node, passed = queue.popleft()
+            if (node, passed) in met or not self.touch(node):
+                continue
+            met.add((node, passed))
+            if ends_at(node):
+                yield node, passed
+            else:
+                passed = passed or has_weight(node)
+                queue.extend((before, passed) for before, _ in node.next_functions if before is not None)
 
     def depends(self, node: Node, other: Node) -> bool:
         """Whether a node is computed from another one."""

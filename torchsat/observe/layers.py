@@ -1,26 +1,32 @@
 """Measures the layers that feed sites: statistics of their inputs, and what the optimizer's step does to their weights.
 
-As long as it is not known which layers feed a site, every layer is measured; afterwards only those that do.
+As long as it is not known which layers feed a site, every layer is measured; afterwards only those that do. Which parameters outside of layers are
+used as weights, and which rows of a weight feed a site of their own, shows in the first pass. These are measured from the optimizer's step on that
+ends it.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from torchsat.attributes import stored, stored_or
+from torchsat.attributes import stored, stored_or, stored_parameters
+from torchsat.observe.graph import ends
 from torchsat.observe.modules import first_tensor
 from torchsat.observe.recurrent import matrices
 from torchsat.optimizers import Decay, decay_of, learning_rate
 from torchsat.parts import LayerPart
 from torchsat.record import LayerFacts
 from torchsat.sharding import is_freed, is_pending, local, part_of, placement
-from torchsat.sites import LayerSpan
-from torchsat.structure import Found
+from torchsat.sites import LayerSpan, Rows, Site
+from torchsat.structure import RECURRENT, Found, clean
 from torchsat.tensors import why_unread
-from torchsat.weights import COMPUTED, ENTERED, NOT_YET, Layer, feature_axis, why_unmeasured, why_unreadable, width
+from torchsat.weights import COMPUTED, ENTERED, NOT_YET, Layer, feature_axis, rows_axis, why_unmeasured, why_unreadable
 
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
@@ -39,6 +45,8 @@ class Layers:
         self._observation = observation
         self.measured: dict[str, Layer] = {}
         """The layers that are measured, by name."""
+        self._parameters: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
+        """The parameters with two axes or more that may be used as a weight: the module of each, and the attribute that holds it."""
         self._rates: dict[int, float | Tensor] = {}
         """The learning rate of each parameter that an optimizer has stepped, by the id of the parameter."""
 
@@ -50,6 +58,7 @@ class Layers:
             return (observation.lineage.learns or place in feeders) and not observation.sites.has_failed(owner)
 
         rejected: dict[str, list[str]] = {}
+        self._find_parameters(found)
         for each in found.layers:
             reason = why_unmeasured(each.module)
             if reason is not None:
@@ -61,9 +70,62 @@ class Layers:
             for place, parameter in matrices(each):
                 if wanted(place, each.name) and why_unreadable(each.module, parameter) is None:
                     observation.guard.attempt(place, self._add, place, each.module, parameter)
+        self._complete()
         for reason, places in rejected.items():
             if reason not in (COMPUTED, NOT_YET):
                 observation.say_unmeasured(places, reason)
+
+    def _find_parameters(self, found: Found) -> None:
+        """Find the parameters that may turn out to be used as a weight."""
+        if not self._observation.lineage.learns and not self._observation.sites.uses:
+            return
+        for each in found.modules:
+            for attribute, parameter in stored_parameters(each.module):
+                if isinstance(each.module, RECURRENT) or is_lazy(parameter) or parameter.ndim < 2:
+                    continue
+                place = each.name if attribute == "weight" and each.name else clean(f"{each.name}.{attribute}")
+                self._parameters[place] = weakref.ref(each.module), attribute
+                if self._observation.lineage.learns:
+                    self._observation.lineage.know(parameter, place)
+
+    def _complete(self) -> None:
+        """Measure the parameters that have turned out to be used as a weight, and the parts of weights that feed a site of their own."""
+        for name in self._observation.sites.feeders():
+            if name not in self.measured:
+                self._observation.guard.attempt(name, self._add_found, name)
+
+    def _add_found(self, name: str) -> None:
+        sites = self._observation.sites
+        rows = sites.rows.get(name)
+        if rows is not None and rows.layer in self.measured and rows.layer not in sites.spans:
+            self._add_rows(rows, self.measured[rows.layer])
+        elif (fan_in := sites.uses.get(name)) is not None and name in self._parameters and not sites.has_failed(name):
+            module, attribute = self._parameters[name][0](), self._parameters[name][1]
+            if module is not None and why_unread(stored(module, attribute)) is None:
+                self.measured[name] = Layer(name, module, attribute, self._observation.options.limit, self._observation.turn, fan_in)
+
+    def _add_rows(self, rows: Rows, whole: Layer) -> None:
+        module = whole.module()
+        weight: Any = None if module is None else stored(module, whole.parameter)
+        if module is None or type(weight) not in (Tensor, nn.Parameter):
+            return
+        axis = rows_axis(module) if whole.parameter == "weight" else 0
+        groups = int(getattr(module, "groups", 1))
+        if groups == 1 and rows.first + rows.count <= weight.shape[axis]:
+            given = (axis, rows.first, rows.count)
+            self.measured[rows.name] = Layer(rows.name, module, whole.parameter, whole.limit, whole.turn, whole.fan_in, given)
+
+    def feeds_attention(self, site: Site, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note the weights that make queries and keys in a call of F.multi_head_attention_forward, which has them among its arguments."""
+        lineage, width = self._observation.lineage, int(args[3] if len(args) > 3 else kwargs["embed_dim_to_check"])
+        fused = args[5] if len(args) > 5 else kwargs.get("in_proj_weight")
+        if fused is not None and (name := lineage.name_of(fused)) is not None:
+            lineage.fed_by(site, [(name, Rows(name, 0, width, "q")), (name, Rows(name, width, width, "k"))])
+            self._observation.sites.uses[name] = width
+        elif fused is None:
+            apart = [(lineage.name_of(weight), weight) for key in ("q_proj_weight", "k_proj_weight") if (weight := kwargs.get(key)) is not None]
+            lineage.fed_by(site, [(name, None) for name, _ in apart if name is not None])
+            self._observation.sites.uses.update((name, int(weight.shape[1])) for name, weight in apart if name is not None)
 
     def _add(self, name: str, module: nn.Module, parameter: str) -> None:
         weight = cast(Tensor, stored(module, parameter))
@@ -84,7 +146,7 @@ class Layers:
         """
         observation = self._observation
         for layer in self.measured.values():
-            if layer.module() is module and layer.parameter in ENTERED:
+            if layer.module() is module and layer.parameter in ENTERED and layer.rows is None:
                 observation.passes.runs(layer.name)
                 observation.passes.current.merge_inputs(
                     layer.name, x, x.ndim - 1, observation.options.limit, observation.meter.seed(f"{layer.name}, input")
@@ -94,6 +156,7 @@ class Layers:
 
     def before_step(self, optimizer: Optimizer, closure: bool) -> None:
         """Called before an optimizer steps: keep samples of its weights, and measure their gradients, unless a closure is yet to compute these."""
+        self._complete()
         divisor = getattr(optimizer, "grad_scale", None)
         decays: dict[int, Decay | None] = {}
         for group in optimizer.param_groups:
@@ -147,27 +210,30 @@ class Layers:
         """
         guard, feeds = self._observation.guard, self._observation.sites.feeders()
         fed = [(layer, weight) for layer, weight in weights if layer.name in feeds]
-        parts = {layer.name: guard.attempt(layer.name, self._part, layer, weight, inputs.get(layer.name), feeds[layer.name]) for layer, weight in fed}
+        parts = {layer.name: guard.attempt(layer.name, self._part, layer, weight, inputs, feeds[layer.name]) for layer, weight in fed}
         return {name: part for name, part in parts.items() if part is not None}
 
-    def _part(self, layer: Layer, weight: Tensor, inputs: Tensor | None, feeds: tuple[str, ...]) -> LayerPart:
-        if not layer.n and inputs is not None:
+    def _part(self, layer: Layer, weight: Tensor, inputs: Mapping[str, Tensor], feeds: tuple[str, ...]) -> LayerPart:
+        # A part of the rows of a weight has the input of the whole.
+        source = layer if layer.rows is None else self.measured[layer.name.rpartition("/")[0]]
+        given = inputs.get(source.name)
+        if not layer.n and given is not None:
             # No optimizer owns this layer, which is frozen. Its gain and its input are measured all the same.
             layer.after_step(weight)
         sites, place = self._observation.sites, placement(weight)
         return LayerPart(
-            facts=LayerFacts(layer.name, feeds, layer.fan_in, layer.name in sites.fed_by_data),
+            facts=LayerFacts(layer.name, feeds, layer.fan_in, source.name in sites.fed_by_data, parameter=source.parameter != "weight"),
             numbers=layer.numbers,
             n=layer.n,
-            numel=local(weight).numel(),
-            whole=weight.numel(),
+            numel=layer.part(local(weight)).numel(),
+            whole=weight.numel() if layer.rows is None else layer.part(weight).numel(),
             rate=self._rates.get(id(weight)),
-            inputs=inputs,
+            inputs=given,
             features=layer.features,
-            first=layer.first,
+            first=source.first,
             sharded=place is not None,
             counts=place is None or place.counts,
-            input_counts=sites.counts_repeated if layer.input_counts is None else layer.input_counts,
+            input_counts=sites.counts_repeated if source.input_counts is None else source.input_counts,
             stage=self._observation.stage_of(layer.name),
         )
 
@@ -179,8 +245,16 @@ def attach(observation: Observation, found: Found) -> None:
         layer = observation.layers.measured.get(each.name)
         if layer is not None:
             observation.hook_before(each.module, each.name, _before, observation, layer)
-            if observation.lineage.learns:
-                observation.hook_after(each.module, each.name, _after, observation, layer)
+        elif observation.lineage.learns:
+            observation.hook_before(each.module, each.name, _enter, observation)
+        if observation.lineage.learns:
+            observation.hook_after(each.module, each.name, _after, observation, each.name)
+
+
+def _enter(observation: Observation, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Note that a layer runs whose weight cannot be measured."""
+    if observation.passes.counts(module):
+        observation.lineage.enters_layer(*ends((args, kwargs)))
 
 
 def _before(observation: Observation, layer: Layer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -214,12 +288,9 @@ def _look_at_ranks(observation: Observation, layer: Layer, module: nn.Module, x:
         layer.input_counts, layer.first = given.counts, given.first[feature_axis(module, x.ndim)]
 
 
-def _after(observation: Observation, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+def _after(observation: Observation, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if isinstance(output, Tensor) and observation.passes.counts(module):
-        observation.lineage.ran_layer(layer.name)
-        axis = feature_axis(module, output.ndim)
-        spread = layer.name in observation.sites.spans
-        observation.sites.outputs[layer.name] = (part_of(output).shape[axis] if spread else width(module), output.ndim - axis)
+        observation.lineage.made_by_layer(name, output, feature_axis(module, output.ndim))
 
 
 def _before_step(layer: Layer, weight: Tensor, closure: bool, divisor: Tensor | None) -> None:

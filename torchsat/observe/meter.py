@@ -23,10 +23,12 @@ from torchsat.attention import Logits, SoftmaxRows
 from torchsat.columns import COLUMN
 from torchsat.kernels import reads_whole
 from torchsat.kernels.formulas import Formula
+from torchsat.observe.feeders import Cut
 from torchsat.observe.graph import MOST_OF_CALL, entrances, maker
 from torchsat.observe.hooks import Guard
 from torchsat.observe.lineage import Lineage
 from torchsat.observe.passes import Pass, Passes
+from torchsat.observe.tracing import Step
 from torchsat.options import Options
 from torchsat.parts import Span
 from torchsat.recognise import is_anonymous
@@ -55,6 +57,11 @@ class Call:
     """The extremes of all of z, if only some elements are read and z may be overwritten."""
     began: int = field(default_factory=internals.next_node_number)
     """The number of the first autograd node that the call could make."""
+
+    @property
+    def steps(self) -> list[Step]:
+        """The node that made z, and which of its outputs z is; empty where z has no graph."""
+        return [] if self.node is None else [(self.node, self.output_nr)]
 
 
 Hear = Callable[[Tensor | None, Tensor | None], None]
@@ -156,9 +163,11 @@ class Meter:
             raise TypeError(f"it maps {sample.shape} to {tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__}")
         assert isinstance(a, Tensor)
         if call.counts:
-            self.ran(site, [call.node], last_layer=True)
+            self.ran(site, call.steps, call.z)
             if part.numel():
                 self.count(site, sample, call.taken, sample.take(part.detach()), exact=self.exact(call, part))
+        else:
+            self._lineage.ran(site, call.steps, call.z)
         self.tap_output(site, call, a)
 
     def tap_output(self, site: Site, call: Call, a: Tensor) -> None:
@@ -196,13 +205,13 @@ class Meter:
             node.register_hook(lambda grad_inputs, _, at=at: add(at, grad_inputs))
         return f"dL/dz is not seen: it made more than {MOST_OF_CALL} nodes of the autograd graph" if taking is None else None
 
-    def ran(self, site: Site, nodes: list[Node | None], last_layer: bool = False) -> None:
-        """Note that a site ran on the output of these nodes; see Lineage.ran."""
+    def ran(self, site: Site, steps: Sequence[Step], z: Tensor | None = None, cut: Cut | None = None) -> None:
+        """Note that a site ran on these outputs of nodes; see Lineage.ran."""
         self._passes.has_measured = True
         self._passes.runs(site.name)
         self._latest = (self._passes.current, site.name)
         self._sites.has_run(site)
-        self._lineage.ran(site, nodes, last_layer)
+        self._lineage.ran(site, steps, z, cut)
 
     @property
     def latest(self) -> str | None:
@@ -315,11 +324,10 @@ class Meter:
         return sample.units(axis)
 
     def _unit_axis(self, site: Site, shape: tuple[int, ...]) -> int | None:
-        """The axis of channels or features: that of the layer which feeds the site, if the sizes agree; otherwise by the number of axes."""
-        for name in site.feeds_on:
-            width, from_end = self._sites.outputs.get(name, (-1, 0))
-            if 0 < from_end <= len(shape) and shape[-from_end] == width:
-                return len(shape) - from_end
+        """The axis of channels or features: where the graph shows that the outputs of the layers lie that feed the site; otherwise by the number of
+        axes, as torch.nn has them: [N, C], [N, L, C] and [N, C, ...]."""
+        if site.unit_axis is not None and site.unit_axis[0] == len(shape):
+            return site.unit_axis[1]
         return {0: None, 1: None, 2: 1, 3: 2}.get(len(shape), 1)
 
 

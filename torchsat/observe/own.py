@@ -149,9 +149,9 @@ def _after(observation: Observation, candidate: Candidate, module: nn.Module, ar
         return
     if call.counts:
         if bound is None:
-            observation.lineage.ran(site, [call.node], last_layer=True)
+            observation.lineage.ran(site, call.steps, call.z)
         else:
-            observation.meter.ran(site, [call.node], last_layer=True)
+            observation.meter.ran(site, call.steps, call.z)
         observation.meter.count(site, call.sample, call.taken, taken, exact=observation.meter.exact(call, a))
     if not a.requires_grad or a.grad_fn is None:
         return

@@ -13,11 +13,12 @@ from torch.autograd.graph import Node
 from torch.nn.utils.rnn import PackedSequence
 
 from torchsat import internals
+from torchsat.expressions import GATES
 from torchsat.observe.graph import ends
 from torchsat.observe.meter import check_plain
 from torchsat.replay import Gate, NotRebuiltError, State, cell_gates, rnn_gates, why_unknown
 from torchsat.sharding import part_of
-from torchsat.sites import Site
+from torchsat.sites import Rows, Site
 from torchsat.statistics import upcast
 from torchsat.structure import Found, NamedModule
 
@@ -55,6 +56,8 @@ def _before(observation: Observation, calls: list[Given], module: nn.Module, arg
     if not observation.passes.counts(module):
         return
     calls.clear()
+    if observation.lineage.learns:
+        observation.lineage.enters_layer(*ends((args, kwargs)))
     given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
     draws = isinstance(module, nn.RNNBase) and module.dropout > 0 and module.training and module.num_layers > 1
     calls.append(Given(given["input"], given.get("hx"), torch.get_rng_state() if draws else None))
@@ -103,9 +106,11 @@ def _count(observation: Observation, place: str, gate: Gate, node: Node | None, 
     site = sites.known.get(place)
     if site is None:
         site = sites.known[place] = Site(place, sites.bind_named(gate.function), "recurrent", gated)
-    observation.meter.ran(site, [node])
-    if observation.lineage.learns:
-        site.feeds_on = dict.fromkeys(name for name in feeders if name in observation.layers.measured)
+    observation.meter.ran(site, [] if node is None else [(node, 0)])
+    at, count = GATES.get(gate.name, (0, 1)) if gated else (0, 1)
+    rows = gate.z.shape[-1]
+    parts = [Rows(weight, at * rows, rows, gate.name) if count > 1 else None for weight in feeders]
+    observation.lineage.fed_by(site, ((weight, part) for weight, part in zip(feeders, parts, strict=True) if weight in observation.layers.measured))
     sample = observation.meter.sample_of(gate.z, place)
     z = upcast(sample.take(gate.z))
     observation.meter.count(site, sample, z, getattr(torch, gate.function)(z), elements=gate.elements)

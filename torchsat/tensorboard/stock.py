@@ -26,7 +26,7 @@ NETWORK = {
     "relative_derivative_min": "E|f'(z)| / peak at the worst hidden site: 1 is fully open, 0 is closed.",
     "stuck_max": "Share of units saturated in at least 99 % of their newest samples (64 to 1000), at the worst hidden site.",
     "attenuation_min": "||dL/dz|| / ||dL/da|| at the hidden site that lets least of the gradient through.",
-    "gradient_first_over_last": "||dL/dz|| at the first site over that at the last hidden one: 1 is healthy, 0 has vanished.",
+    "gradient_first_over_last": "||dL/dz|| at the first site of a path over that at the last hidden one: 1 is healthy, 0 has vanished.",
     "update_ratio_min": "||change of W|| / ||W|| per step of the layer that moves least, of those that feed a site.",
     "update_ratio_max": "The same of the layer that moves most.",
     "entropy_min": "H / ln T of the attention head that looks at fewest keys: 1 is even attention, 0 is one key alone.",
