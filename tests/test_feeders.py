@@ -218,13 +218,13 @@ def test_attention_of_torch_is_fed_by_its_own_projections() -> None:
 def test_each_gate_of_a_recurrent_layer_has_the_gain_of_its_rows(kind: type[nn.LSTM | nn.GRU], gates: tuple[str, ...]) -> None:
     model = nn.ModuleDict({"rnn": kind(5, 4)})
     with torch.no_grad():
-        model["rnn"].weight_ih_l0[4:8] *= 20
+        model.get_parameter("rnn.weight_ih_l0")[4:8] *= 20
     snapshot = one_step(model, lambda m: m["rnn"](torch.randn(3, 6, 5))[0])
     weights = {weight.name: weight for weight in snapshot.weights}
     for at, gate in enumerate(gates):
         for matrix, fan_in in (("weight_ih_l0", 5), ("weight_hh_l0", 4)):
             part = weights[f"rnn.{matrix}/{gate}"]
-            assert part.gain == pytest.approx(gain(model["rnn"].get_parameter(matrix)[4 * at : 4 * at + 4], fan_in), rel=1e-5)
+            assert part.gain == pytest.approx(gain(model.get_parameter(f"rnn.{matrix}")[4 * at : 4 * at + 4], fan_in), rel=1e-5)
             assert part.feeds == (f"rnn.l0/{gate}",)
 
 
