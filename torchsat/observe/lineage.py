@@ -226,6 +226,8 @@ class Lineage:
             site.decided = site.decided or name in self._sites.ran
             is_last = not self._loses_track and name not in followed
             site.output = site.traced and not site.hidden and (site.reaches_output or is_last or not whole_model)
+            # What is returned by a method of the model, or computed from its parts, is not seen. It is computed from the sites that no other follows.
+            site.last = site.last or (site.traced and is_last and not whole_model)
 
     def _mark_gates(self) -> None:
         """Mark the sigmoids that are gates: their output multiplies another signal, which does not come from it."""
