@@ -174,7 +174,8 @@ def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snap
         limit = worst.limit
     place, name = key
     rank, where = _worst_rank(name, item)
-    message = str(worst.rule.says(item, worst.value, limit)) + where
+    # A rule of the user's may return characters that no file and no terminal takes, such as half of a surrogate pair.
+    message = str(worst.rule.says(item, worst.value, limit)).encode(errors="replace").decode() + where
     alert = Alert(place, name, severity, worst.value, limit, state.since, snapshot.step, True, message, rank=rank)
     before = state.alert
     if before is not None and (before.severity == severity or before.severity == "critical"):
