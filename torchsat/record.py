@@ -213,7 +213,8 @@ class Weight(LayerFacts):
     """Elements of the input that were read."""
     unevenness: float | None = None
     """By how many standard errors |W| differs more between runs of 16 neighbours than it would if its elements were drawn independently. It tells
-    whether W came trained: what an initialiser draws stays below 5, most trained weights lie above. None after the first three observations."""
+    whether W came trained: what an initialiser draws stays below 5, most trained weights lie above. Of a weight that is
+    divided among ranks, that of the most uneven part. None after the first three observations."""
     learned_ratio: float | None = None
     """Like `update_ratio`, but without what weight decay did. Decoupled decay (AdamW) is subtracted element by element. Where decay is added to the
     gradient (SGD, Adam), this is the part of the step that falls to the gradient, by the norms of the two."""
