@@ -375,7 +375,7 @@ def closure(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequenc
         optimizer.zero_grad()
         value = model(batches[0]).square().mean()
         value.backward()
-        return float(value)
+        return float(value.detach())
 
     optimizer.step(loss)
 

@@ -25,6 +25,8 @@ import torchsat
 from torchsat import Record
 
 RANKS = 2
+_NEAR, _FAR = 11, 256
+"""Positions of most attentions, and of that with ALiBi."""
 
 
 class Attending(nn.Module):
@@ -51,13 +53,14 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _bool_mask() -> Tensor:
-    mask = torch.rand(11, 11, generator=torch.Generator().manual_seed(8)) < 0.7
-    return mask | torch.eye(11, dtype=torch.bool)
+    mask = torch.rand(_NEAR, _NEAR, generator=torch.Generator().manual_seed(8)) < 0.7
+    return mask | torch.eye(_NEAR, dtype=torch.bool)
 
 
 def _alibi() -> Tensor:
-    distance = (torch.arange(11)[None, :] - torch.arange(11)[:, None]).abs()
-    return -20.0 * torch.tensor([1.0, 0.5, 0.25, 0.125]).reshape(4, 1, 1) * distance
+    """The linear bias of 4 heads with the steepest slopes that are in use, over so many positions that it falls to -255."""
+    distance = (torch.arange(_FAR)[None, :] - torch.arange(_FAR)[:, None]).abs()
+    return -torch.tensor([1.0, 0.5, 0.25, 0.125]).reshape(4, 1, 1) * distance
 
 
 def attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor], added: Tensor | None, visible: Tensor | None, keys: int) -> Iterator[Compared]:
@@ -72,7 +75,7 @@ def attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor], added: Tensor 
     model = Attending(attend, keys)
     with torch.no_grad():
         model.q.weight.mul_(4)
-    bare, x = copy.deepcopy(model).double(), 2 * torch.randn(5, 11, 8)
+    bare, x = copy.deepcopy(model).double(), 2 * torch.randn(5, _NEAR if added is None else _FAR, 8)
     run = twice(model, [x], [])
     q, k, _ = bare.heads(x.double())
     logits = (q @ k.repeat_interleave(4 // keys, 1).transpose(-1, -2) / math.sqrt(6)).detach()
@@ -279,7 +282,7 @@ def chain(x: Tensor) -> Iterator[Compared]:
     torch.manual_seed(13)
     run = twice(Chain(), [x], ["first", "second", "last"], ["b"])
     for site, after, output in (("first", (), False), ("second", ("first",), False), ("last", ("second",), True)):
-        yield site, run.snapshot[site], {"after": Figure(after), "output": Figure(output), "gate": Figure(False)}
+        yield site, run.snapshot[site], {"after": Figure(after), "output": Figure(output), "last": Figure(output), "gate": Figure(False)}
     found = {each.name: each for each in run.snapshot.weights}
     for name, feeds, data in (("a", "first", True), ("b", "second", False), ("c", "last", False)):
         yield name, found.get(name), {"feeds": Figure((feeds,)), "data": Figure(data)}
@@ -318,8 +321,11 @@ def overhead() -> Iterator[Compared]:
     model, x, told = mlp(nn.Tanh()), torch.randn(16, 8), list[float | None]()
     monitor = torchsat.watch(model, every=2, budget=None, sinks=[lambda snapshot: told.append(snapshot.overhead)])
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-    for _ in range(60):
+    # It is known once the steps that follow some observations have been timed, which on a busy machine takes a few more.
+    for _ in range(400):
         plain(model, optimizer, [x])
+        if told and told[-1] is not None:
+            break
     monitor.close()
     latest = monitor.latest
     assert latest is not None

@@ -155,7 +155,8 @@ def assert_equal(found: list[Snapshot], expected: list[Snapshot], rtol: float = 
         for ours, theirs in pairs:
             for name, value in vars(theirs).items():
                 got = getattr(ours, name)
-                if name in ("worst", "worst_rank", *but):
+                # The unevenness of a weight that is divided among ranks is that of its most uneven part (test_packing.py).
+                if name in ("worst", "worst_rank", "unevenness", *but):
                     continue
                 if isinstance(value, float):
                     assert got == pytest.approx(value, rel=rtol, abs=1e-15), (one.step, name)

@@ -73,8 +73,8 @@ def missing(name: str, **options: Any) -> list[tuple[str, str]]:
     assert {record.activation for record in monitor.latest.records} <= table
     for record in monitor.latest.records:
         if record.activation == "gelu":
-            # The range in which the activations of a trained network run.
-            assert known(record.z_std) > 1
+            # The range in which the activations of a trained network run. A normalisation in front of one sets it to 1.
+            assert known(record.z_std) > 0.99
             assert known(record.z_max) > 3
             assert known(record.z_min) < -3
     named = {*monitor.coverage.seen, *(place for place, _ in monitor.coverage.unseen)}

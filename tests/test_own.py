@@ -212,8 +212,8 @@ class Shuffled(nn.Module):
     ids=lambda module: type(module).__name__,
 )
 def test_what_is_no_activation_is_no_site(module: nn.Module) -> None:
-    """Neither in the first observation nor in later ones, in which it is decided and no longer hooked; and nothing is said of it. Of a softmax that is
-    written by hand the exponential is named, as it would be in any other module."""
+    """Neither in the first observation nor in later ones, in which it is decided and no longer hooked; and nothing is said of it. Of a softmax that
+    is written by hand the exponential is named, as it would be in any other module."""
     model = nn.Sequential(nn.Linear(3, 6), module, nn.Linear(6, 6), nn.Tanh())
     monitor = torchsat.watch(model, every=1, budget=None, errors="raise")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)

@@ -90,8 +90,8 @@ ARROWS = {
         *("activations", "attributes", "internals", "observe.meter", "observe.nodes", "observe.observation", "sharding", "sites", "structure"),
     },
     "observe.own": {
-        *("activations", "elementwise", "observe.meter", "observe.observation", "recognise", "sampling", "sharding", "sites", "statistics"),
-        *("structure", "tensors"),
+        *("activations", "elementwise", "observe.graph", "observe.meter", "observe.observation", "recognise", "sampling", "sharding", "sites"),
+        *("statistics", "structure", "tensors"),
     },
     "observe.calls": {
         *(

@@ -25,7 +25,7 @@ from torchsat.record import LayerFacts
 from torchsat.sharding import is_freed, is_pending, local, part_of, placement
 from torchsat.sites import LayerSpan, Rows, Site
 from torchsat.structure import RECURRENT, Found, clean
-from torchsat.tensors import why_unread
+from torchsat.tensors import plain, why_unread
 from torchsat.weights import COMPUTED, ENTERED, NOT_YET, Layer, feature_axis, rows_axis, why_unmeasured, why_unreadable
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Layers:
             return
         for each in found.modules:
             for attribute, parameter in stored_parameters(each.module):
-                if isinstance(each.module, RECURRENT) or is_lazy(parameter) or parameter.ndim < 2:
+                if isinstance(each.module, RECURRENT) or is_lazy(parameter) or plain(parameter).ndim < 2:
                     continue
                 place = each.name if attribute == "weight" and each.name else clean(f"{each.name}.{attribute}")
                 self._parameters[place] = weakref.ref(each.module), attribute
@@ -101,13 +101,13 @@ class Layers:
             self._add_rows(rows, self.measured[rows.layer])
         elif (fan_in := sites.uses.get(name)) is not None and name in self._parameters and not sites.has_failed(name):
             module, attribute = self._parameters[name][0](), self._parameters[name][1]
-            if module is not None and why_unread(stored(module, attribute)) is None:
+            if module is not None and why_unread(plain(stored(module, attribute))) is None:
                 self.measured[name] = Layer(name, module, attribute, self._observation.options.limit, self._observation.turn, fan_in)
 
     def _add_rows(self, rows: Rows, whole: Layer) -> None:
         module = whole.module()
-        weight: Any = None if module is None else stored(module, whole.parameter)
-        if module is None or type(weight) not in (Tensor, nn.Parameter):
+        weight: Any = None if module is None else plain(stored(module, whole.parameter))
+        if module is None or why_unread(weight) is not None or placement(weight) is not None:
             return
         axis = rows_axis(module) if whole.parameter == "weight" else 0
         groups = int(getattr(module, "groups", 1))

@@ -173,7 +173,7 @@ class Meter:
     def tap_output(self, site: Site, call: Call, a: Tensor) -> None:
         """Put hooks on the graph that read the gradients of a call in the backward, and note the node that computed its output."""
         if a.requires_grad and a.grad_fn is not None:
-            self._lineage.made(site, a.grad_fn)
+            self._lineage.made(site, maker(a)[0])
             missing = self.tap(site.name, call, a, self.gradient_adder(site, call.sample))
             if missing is not None:
                 self._note(site.name, missing)

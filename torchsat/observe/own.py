@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from torchsat.activations import Bound
 from torchsat.elementwise import Nature, bends, nature
+from torchsat.observe.graph import maker
 from torchsat.observe.meter import Call
 from torchsat.recognise import anonymous, differs, is_anonymous, recognise
 from torchsat.sampling import Sample, Units
@@ -159,7 +160,7 @@ def _after(observation: Observation, candidate: Candidate, module: nn.Module, ar
         observation.meter.tap_output(site, call, a)
         return
     if bound is not None:
-        observation.lineage.made(site, a.grad_fn)
+        observation.lineage.made(site, maker(a)[0])
     if examines:
         look = _judge
     else:
