@@ -348,10 +348,10 @@ def situation(
 
 def mlp(act: nn.Module) -> nn.Sequential:
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(8, 24), act, nn.Linear(24, 2))
+    first, last = nn.Linear(8, 24), nn.Linear(24, 2)
     with torch.no_grad():
-        model[0].weight.mul_(4)
-    return model
+        first.weight.mul_(4)
+    return nn.Sequential(first, act, last)
 
 
 def scaled(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Tensor]) -> None:
@@ -410,9 +410,8 @@ def situations() -> Iterator[Case]:
         yield case(f"{name}: called on two sizes", functools.partial(_shared, name, act, images))
         for reentrant in (False, True):
             yield case(f"{name}: checkpoint{', reentrant' if reentrant else ''}", functools.partial(_checkpointed, name, act, reentrant, x))
-    for name in ("relu", "hardtanh", "elu", "silu"):
-        act = next(each for each in ACTIVATIONS if each.name == name).make().__class__
-        yield case(f"{name}: in place", functools.partial(situation, name, mlp(act(inplace=True)), [x], "1", 24, fed, twin=mlp(act())))
+    for name, kind in (("relu", nn.ReLU), ("hardtanh", nn.Hardtanh), ("elu", nn.ELU), ("silu", nn.SiLU)):
+        yield case(f"{name}: in place", functools.partial(situation, name, mlp(kind(inplace=True)), [x], "1", 24, fed, twin=mlp(kind())))
     for index, known in enumerate(ACTIVATIONS):
         if known.call is not None:
             yield case(f"{known.name}: called as a function", functools.partial(_called, index, x))

@@ -294,16 +294,18 @@ def several_steps(x: Tensor) -> Iterator[Compared]:
     for optimizer in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         model, snapshots = mlp(nn.Tanh()), list[torchsat.Snapshot]()
         bare = copy.deepcopy(model)
+        first = bare[0]
+        assert isinstance(first, nn.Linear)
         monitor = torchsat.watch(model, every=1, budget=None, sample=None, sinks=[snapshots.append], errors="raise")
         watched, plainly = (optimizer(each.parameters(), lr=RATE) for each in (model, bare))
         index, truths = _index("tanh"), []
         for _ in range(6):
             tape = truth.Tape()
             tape.record(bare, ["1"], ["0"])
-            before = bare[0].weight.detach().clone()
+            before = first.weight.detach().clone()
             plain(bare, plainly, [x])
             tape.close()
-            truths.append((tape, before, bare[0].weight.detach().clone(), bare[0].weight.grad))
+            truths.append((tape, before, first.weight.detach().clone(), first.weight.grad))
             plain(model, watched, [x])
         monitor.close()
         for step, (snapshot, (tape, before, after, grad)) in enumerate(zip(snapshots, truths, strict=True)):
@@ -337,9 +339,10 @@ def sampled(x: Tensor) -> Iterator[Compared]:
     for name in ("tanh", "relu", "gelu"):
         index = _index(name)
         torch.manual_seed(14)
-        model = nn.Sequential(nn.Linear(8, 64), ACTIVATIONS[index].make(), nn.Linear(64, 2))
+        first = nn.Linear(8, 64)
+        model = nn.Sequential(first, ACTIVATIONS[index].make(), nn.Linear(64, 2))
         with torch.no_grad():
-            model[0].weight.mul_(6)
+            first.weight.mul_(6)
         run = twice(model, [x], ["1"], sample=4096)
         exact = truth.record(ACTIVATIONS[index].function, run.tape.calls["1"], _shape(index))
         record = run.snapshot["1"]

@@ -189,6 +189,7 @@ def shared() -> Iterator[Compared]:
     index = _index("relu")
     torch.manual_seed(30)
     model = Shared(nn.ReLU())
+    assert model.conv.bias is not None
     with torch.no_grad():
         model.conv.bias.fill_(1.0)
         model.narrow.bias.fill_(-9.0)
@@ -296,7 +297,8 @@ def masked_rows() -> Iterator[Compared]:
 
         def forward(self, x: Tensor) -> Tensor:
             z = self.net[0](x).masked_fill(x[:, :1] > 1, -math.inf)
-            return z.softmax(-1)
+            probabilities: Tensor = z.softmax(-1)
+            return probabilities
 
     torch.manual_seed(33)
     x = torch.randn(64, 8)

@@ -103,7 +103,8 @@ def slope(function: Function, z: Array) -> Array:
     """|f'(z)| by autograd in float64."""
     given = torch.from_numpy(z).requires_grad_()
     (found,) = torch.autograd.grad(function(given).sum(), given)
-    return np.abs(found.numpy())
+    size: Array = np.abs(found.numpy())
+    return size
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ python benchmarks/identity.py [--only PATTERN]
 
 Each situation is trained twice without torchsat, which shows that it is deterministic, and then watched: at every step, and on the default schedule.
 Compared are the losses, all parameters, buffers and gradients, what the user's own hooks and functions were called with and how often, the keys of
-the state dict, and the state of the random generator. The exit status is 1 if anything differs. The situations are in identity_cases.py.
+the state dict, and the state of the random generator. The exit status is 1 if anything differs. The situations are in identity_cases.py,
+their models in identity_models.py.
 """
 
 import argparse

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from identity_models import Array, Attending, Backwards, Complex, Drop, Hooked, Images, Last, Norm, Own, Recomputing, Stochastic, mlp
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.overrides import TorchFunctionMode
-from torch.utils.checkpoint import checkpoint
 
 Watch = Callable[[nn.Module], None]
 Situation = Callable[[Watch], Mapping[str, Any]]
@@ -58,51 +58,6 @@ def simple(make: Callable[[], nn.Module], *shape: int) -> Situation:
     return train
 
 
-def mlp(act: Callable[[], nn.Module] = nn.Tanh) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(8, 16), act(), nn.Linear(16, 16), act(), nn.Linear(16, 1))
-
-
-class Norm(nn.Module):
-    """A normalisation that the user has written, as a module without children."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-
-
-class Own(nn.Module):
-    """An activation that no table knows, as a module without children."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alpha, self.runs = nn.Parameter(torch.ones(16)), 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.runs += 1
-        return x + torch.sin(self.alpha * x).square() / self.alpha
-
-
-class Hooked(nn.Module):
-    """A model that keeps a hidden tensor with its gradient, and counts the calls of its tensor hooks, in front of and behind own modules."""
-
-    def __init__(self, leaf: Callable[[], nn.Module]) -> None:
-        super().__init__()
-        self.first, self.leaf, self.head = nn.Linear(8, 16), leaf(), nn.Linear(16, 1)
-        self.heard: list[float] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.hidden = self.first(x)
-        self.hidden.retain_grad()
-        self.hidden.register_hook(lambda grad: self.heard.append(float(grad.norm())))
-        inside = self.leaf(self.hidden)
-        inside.register_hook(lambda grad: self.heard.append(float(grad.norm())))
-        out: Tensor = self.head(inside)
-        return out
-
-
 def hooked(leaf: Callable[[], nn.Module]) -> Situation:
     def train(watch: Watch) -> Mapping[str, Any]:
         model = Hooked(leaf)
@@ -123,61 +78,16 @@ def hooked(leaf: Callable[[], nn.Module]) -> Situation:
     return train
 
 
-class Recomputing(nn.Module):
-    """A module without children that checkpoints its own computation, which has running statistics."""
-
-    mean: Tensor
-    var: Tensor
-
-    def __init__(self, reentrant: bool = False) -> None:
-        super().__init__()
-        self.runs, self.reentrant = 0, reentrant
-        self.register_buffer("mean", torch.zeros(16))
-        self.register_buffer("var", torch.ones(16))
-
-    def compute(self, x: Tensor) -> Tensor:
-        self.runs += 1
-        return torch.tanh(F.dropout(F.batch_norm(x, self.mean, self.var, training=True), 0.2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = checkpoint(self.compute, x, use_reentrant=self.reentrant)
-        return out
-
-
-class Last(nn.Module):
-    """The last output of a recurrent layer, and a head."""
-
-    def __init__(self, rnn: nn.Module) -> None:
-        super().__init__()
-        self.rnn, self.head = rnn, nn.Linear(8, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.rnn, nn.RNNBase):
-            hidden = self.rnn(x)[0][-1]
-        else:
-            hidden = c = torch.zeros(x.shape[1], 8)
-            for each in x:
-                hidden, c = self.rnn(each, (hidden, c)) if isinstance(self.rnn, nn.LSTMCell) else (self.rnn(each, hidden), c)
-        out: Tensor = self.head(hidden)
-        return out
-
-
-class Drop(nn.Module):
-    """A parametrization that draws random numbers each time the weight is read."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return F.dropout(weight, 0.5, self.training)
-
-
 def _parametrized(layer: nn.Module, name: str, how: str) -> nn.Module:
     if how == "spectral_norm":
         return parametrizations.spectral_norm(layer, name)
     if how == "weight_norm":
-        return parametrizations.weight_norm(layer, name)
+        normalised: nn.Module = parametrizations.weight_norm(layer, name)
+        return normalised
     if how == "old weight_norm":
-        return torch.nn.utils.weight_norm(layer, name)  # type: ignore[no-any-return]
+        return torch.nn.utils.weight_norm(layer, name)
     if how == "old spectral_norm":
-        return torch.nn.utils.spectral_norm(layer, name)  # type: ignore[no-any-return]
+        return torch.nn.utils.spectral_norm(layer, name)
     if how == "prune":
         prune.random_unstructured(layer, name, amount=0.3)
         return layer
@@ -192,21 +102,6 @@ def parametrized(make: Callable[[], nn.Module], name: str, how: str) -> Situatio
 
     recurrent = isinstance(make(), (nn.RNNBase, nn.RNNCellBase))
     return simple(made, *((5, 12, 6) if recurrent else (32, 8)))
-
-
-class Attending(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True)
-        self.lstm, self.head = nn.LSTM(8, 8, 2, dropout=0.3, batch_first=True), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(F.rrelu(self.first(x), training=True), 0.1)
-        x = self.lstm(self.encoder(x))[0]
-        x = F.scaled_dot_product_attention(x, x, x, dropout_p=0.1, is_causal=True)
-        out: Tensor = self.head(F.glu(x + F.gumbel_softmax(x, dim=-1)))
-        return out
 
 
 def packed(watch: Watch) -> Mapping[str, Any]:
@@ -261,7 +156,7 @@ def maml(watch: Watch) -> Mapping[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     watch(model)
     for _ in range(3):
-        weights = dict(model.named_parameters())
+        weights: dict[str, Tensor] = dict(model.named_parameters())
         loss = torch.func.functional_call(model, weights, (torch.randn(8, 8),)).square().mean()
         grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
         fast = {name: each - 0.1 * grad for (name, each), grad in zip(weights.items(), grads, strict=True)}
@@ -371,7 +266,7 @@ def private(watch: Watch) -> Mapping[str, Any]:
 def saved(watch: Watch) -> Mapping[str, Any]:
     """A model that is saved, loaded and copied within each step, and an average of copies."""
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), Norm(), Own(), nn.Linear(16, 1))
-    optimizer, average, keys, files = torch.optim.SGD(model.parameters(), lr=0.05), None, [], []
+    optimizer, average, keys, files = torch.optim.SGD(model.parameters(), lr=0.05), None, list[Any](), []
     watch(model)
     for _ in range(4):
         loss = model(torch.randn(16, 8)).square().mean()
@@ -427,9 +322,18 @@ def counted(watch: Watch) -> Mapping[str, Any]:
 
 def moved(watch: Watch) -> Mapping[str, Any]:
     """What autograd saves goes through the user's hooks, as with offloading, and is counted there."""
-    model, moves = nn.Sequential(nn.Linear(8, 16), nn.GELU(), Own(), Norm(), nn.Linear(16, 1)), []
+    model, moves = nn.Sequential(nn.Linear(8, 16), nn.GELU(), Own(), Norm(), nn.Linear(16, 1)), list[tuple[int, ...] | str]()
+
+    def away(x: Tensor) -> Tensor:
+        moves.append(tuple(x.shape))
+        return x
+
+    def back(x: Tensor) -> Tensor:
+        moves.append("back")
+        return x
+
     watch(model)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: (moves.append(tuple(x.shape)), x)[1], lambda x: (moves.append("back"), x)[1]):
+    with torch.autograd.graph.saved_tensors_hooks(away, back):
         losses = steps(model, lambda: torch.randn(8, 8), 3)
     return state(model, losses=losses, moves=moves)
 
@@ -442,25 +346,6 @@ def anomalous(watch: Watch) -> Mapping[str, Any]:
     return state(model, losses=losses)
 
 
-class Backwards(nn.Module):
-    """Module backward hooks of the user's, which change gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net, self.heard = mlp(), list[float]()
-        self.net[1].register_full_backward_hook(self._scale)
-        self.net[3].register_full_backward_pre_hook(lambda module, grad: tuple(2 * each for each in grad))
-        self.net[2].register_forward_hook(lambda module, args, out: out + 0.1)
-
-    def _scale(self, module: nn.Module, grad_in: Any, grad_out: Any) -> Any:
-        self.heard.append(float(grad_out[0].norm()))
-        return tuple(0.5 * each for each in grad_in)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
-
-
 def backwards(watch: Watch) -> Mapping[str, Any]:
     model = Backwards()
     watch(model)
@@ -468,56 +353,11 @@ def backwards(watch: Watch) -> Mapping[str, Any]:
     return state(model, losses=losses, heard=model.heard)
 
 
-class Array(torch.Tensor):
-    """A tensor subclass that holds plain data."""
-
-
 def subclassed(watch: Watch) -> Mapping[str, Any]:
     model = mlp(nn.ReLU)
     watch(model)
     losses = steps(model, lambda: torch.randn(8, 8).as_subclass(Array))
     return state(model, losses=losses)
-
-
-class Complex(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix, self.net = nn.Linear(8, 8, dtype=torch.complex64), nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(torch.view_as_real(self.mix(torch.fft.fft(x))).flatten(1))
-        return out
-
-
-class Stochastic(nn.Module):
-    """Layers that are skipped at random."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.blocks, self.head = (
-            nn.Linear(8, 16),
-            nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(4)),
-            nn.Linear(16, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.first(x)
-        for each in self.blocks:
-            if float(torch.rand(())) < 0.7:
-                x = x + each(x)
-        out: Tensor = self.head(x)
-        return out
-
-
-class Images(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.SiLU(inplace=True))
-        self.drop, self.head = nn.Dropout(0.3), nn.Linear(64, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.drop(self.body(x).flatten(1)))
-        return out
 
 
 def adversaries(watch: Watch) -> Mapping[str, Any]:

@@ -68,7 +68,7 @@ def _by_hand(kept: dict[str, Tensor], ids: Tensor) -> Tensor:
 
 def minilm(folder: Path) -> Task:
     from safetensors.torch import load_file
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    from transformers import BertConfig, BertModel, BertTokenizer
 
     config = BertConfig(**json.loads((folder / "model" / "config.json").read_text()))
     bert = BertModel(config)
@@ -76,7 +76,7 @@ def minilm(folder: Path) -> Task:
     missing, unexpected = bert.load_state_dict({name: tensor for name, tensor in kept.items() if "position_ids" not in name}, strict=False)
     assert not unexpected, unexpected
     assert not missing, missing
-    tokenizer = BertTokenizerFast(tokenizer_file=str(folder / "model" / "tokenizer.json"), vocab_file=str(folder / "model" / "vocab.txt"))
+    tokenizer = BertTokenizer(tokenizer_file=str(folder / "model" / "tokenizer.json"), vocab_file=str(folder / "model" / "vocab.txt"))
     model = SentenceEncoder(bert).eval()
 
     def tokens(sentences: list[str]) -> dict[str, Tensor]:

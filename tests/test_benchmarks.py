@@ -32,7 +32,7 @@ NEEDS = {
 WITHOUT_ARGUMENTS = ("dashboard", "healthy")
 """The scripts that read no command line."""
 WITHOUT_MAIN = (
-    *("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "other_rules", "workloads"),
+    *("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "identity_models", "other_rules", "workloads"),
     *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),
 )
 

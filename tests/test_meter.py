@@ -103,7 +103,8 @@ def test_dl_dz_comes_through_the_activation_alone_whatever_is_hooked(
             if hooked == "by the tensor":
                 z.register_hook(lambda grad: 5 * grad)
             before = torch.sin(z)
-            return before * self.act(z) + z.exp()
+            out: Tensor = before * self.act(z) + z.exp()
+            return out
 
     x = torch.randn(64, 16, requires_grad=leaf)
     model = Net()
@@ -279,7 +280,8 @@ def test_one_activation_that_is_called_on_a_large_and_a_small_tensor_weighs_each
 
         def forward(self, pair: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
             large, small = pair
-            return self.act(large * self.weight).mean() + self.act(small * self.weight).mean()
+            out: Tensor = self.act(large * self.weight).mean() + self.act(small * self.weight).mean()
+            return out
 
     large, small = torch.ones(64, 16, 40, 40), -torch.ones(64, 1000)
     model = Shared()

@@ -339,6 +339,8 @@ def test_nothing_of_the_users_runs_because_of_us(module: type[nn.Module]) -> Non
     """Tensor hooks and retained gradients in front of a module of the user's own, and a computation that it checkpoints, see training alone."""
 
     class Checkpointed(nn.Module):
+        mean: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.inner = [module()]
@@ -472,6 +474,7 @@ def test_the_sites_stay_in_the_order_in_which_they_run() -> None:
         monitor.flush()
         assert monitor.latest is not None
         assert [record.site for record in monitor.latest.records] == ["0", "2", "4", "6"]
+    assert monitor.latest is not None
     # The structure is learned in the observation after the one in which a site turned up.
     assert [record.after for record in monitor.latest.records] == [(), ("0",), ("2",), ("4",)]
     assert [record.output for record in monitor.latest.records] == [False, False, False, True]
@@ -490,11 +493,12 @@ def test_what_is_decided_is_revised() -> None:
         def forward(self, z: Tensor) -> Tensor:
             return z * torch.rsqrt(z.square().mean(-1, keepdim=True)) if self.turned else z * torch.erf(z)
 
-    model = nn.Sequential(nn.Linear(4, 6), Ceiling(), nn.Linear(6, 6), Turning(), nn.Linear(6, 3))
+    turning = Turning()
+    model = nn.Sequential(nn.Linear(4, 6), Ceiling(), nn.Linear(6, 6), turning, nn.Linear(6, 3))
     monitor = torchsat.watch(model, every=1, budget=None, errors="raise")
     found = []
     for step in range(7):
-        model[3].turned = step > 1
+        turning.turned = step > 1
         model(torch.randn(64, 4) * (1 if step < 2 else 30)).square().sum().backward()
         monitor.step()
         monitor.flush()

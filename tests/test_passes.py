@@ -368,7 +368,8 @@ def test_no_graph_is_kept_that_the_user_has_dropped(how: str) -> None:
             self.act, self.own, self.cell = Raises(), OwnRaises(), nn.GRUCell(8, 8)
 
         def encode(self, x: Tensor) -> Tensor:
-            return torch.sigmoid(self.gate(x)) * self.second(remember(self.first(x)))
+            out: Tensor = torch.sigmoid(self.gate(x)) * self.second(remember(self.first(x)))
+            return out
 
         def narrow(self, x: Tensor) -> None:
             self.cell(x[:, :3])

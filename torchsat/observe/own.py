@@ -162,7 +162,7 @@ def _after(observation: Observation, candidate: Candidate, module: nn.Module, ar
     if bound is not None:
         observation.lineage.made(site, maker(a)[0])
     if examines:
-        look = _judge
+        look: Look | None = _judge
     else:
         # On a GPU the host would have to wait for the numbers. There, a decision is made again only when it is due.
         look = _glance if bound is not None and a.is_cpu and not candidate.examined else None
