@@ -1,4 +1,4 @@
-"""Each function of internals.py answers what its docstring says, on the torch that is installed, and no other file uses private names of torch."""
+"""Each function of internals.py and internals_distributed.py answers what its docstring says, and no other file uses private names of torch."""
 
 import ast
 import sys
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchsat
 from tests.models import Double
-from torchsat import internals
+from torchsat import internals, internals_distributed
 from torchsat.internals import Accumulation
 
 PACKAGE = Path(torchsat.__file__).parent
@@ -62,6 +62,7 @@ def is_private(name: str) -> bool:
 def test_only_internals_uses_private_names() -> None:
     found = {path.relative_to(PACKAGE).as_posix(): private_names(path.read_text()) for path in PACKAGE.rglob("*.py")}
     assert found.pop("internals.py")
+    assert found.pop("internals_distributed.py")
     assert {name: names for name, names in found.items() if names} == {}
 
 
@@ -206,17 +207,17 @@ def test_a_module_that_calls_itself_runs_twice() -> None:
 @pytest.mark.parametrize(("name", "expected"), [("_shape_inference", True), ("forward_one_chunk", False)])
 def test_a_pipeline_that_learns_its_shapes_rehearses(name: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module of pipelines takes seconds to import, so an empty one of its name stands for it."""
-    monkeypatch.setitem(sys.modules, internals.PIPELINES, ModuleType(internals.PIPELINES))
-    namespace: dict[str, Any] = {"__name__": internals.PIPELINES}
+    monkeypatch.setitem(sys.modules, internals_distributed.PIPELINES, ModuleType(internals_distributed.PIPELINES))
+    namespace: dict[str, Any] = {"__name__": internals_distributed.PIPELINES}
     exec(f"def {name}(ask): return ask()", namespace)
-    assert namespace[name](internals.rehearses) is expected
-    assert not internals.rehearses()
+    assert namespace[name](internals_distributed.rehearses) is expected
+    assert not internals_distributed.rehearses()
 
 
 def test_nothing_is_a_stage_before_pipelines_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, internals.PIPELINES, raising=False)
-    assert not internals.is_stage(nn.Linear(1, 1))
-    assert not internals.rehearses()
+    monkeypatch.delitem(sys.modules, internals_distributed.PIPELINES, raising=False)
+    assert not internals_distributed.is_stage(nn.Linear(1, 1))
+    assert not internals_distributed.rehearses()
 
 
 def test_nodes_are_numbered_in_the_order_in_which_they_are_made() -> None:
@@ -488,9 +489,9 @@ def test_an_ordered_effect_can_be_declared() -> None:
 
 def test_nothing_is_distributed_here() -> None:
     model = nn.Linear(1, 1)
-    assert internals.wrapped_by_data_parallel() is None
-    assert not internals.is_flattened(model)
-    assert internals.finished(model.weight) is model.weight
+    assert internals_distributed.wrapped_by_data_parallel() is None
+    assert not internals_distributed.is_flattened(model)
+    assert internals_distributed.finished(model.weight) is model.weight
 
 
 def test_a_twin_shares_neither_parameters_nor_buffers_nor_children() -> None:

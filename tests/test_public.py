@@ -42,6 +42,7 @@ ARROWS = {
     "tensorboard.loader": {"tensorboard", "tensorboard.plugin"},
     # What is measured.
     "internals": set(),
+    "internals_distributed": {"internals"},
     "attributes": set(),
     "tensors": {"internals"},
     "numeric": set(),
@@ -56,10 +57,10 @@ ARROWS = {
     "statistics": {"activations", "columns", "kernels", "kernels.cpu", "kernels.formulas", "sampling"},
     "replay": {"attributes", "internals", "sampling", "sharding", "tensors"},
     "attention": {"replay", "sampling", "statistics"},
-    "sharding": {"internals", "tensors"},
+    "sharding": {"internals_distributed", "tensors"},
     "optimizers": {"statistics"},
     "weights": {"attributes", "columns", "internals", "optimizers", "sampling", "sharding", "statistics", "tensors"},
-    "structure": {"activations", "internals", "weights"},
+    "structure": {"activations", "internals", "internals_distributed", "weights"},
     "unregistered": set(),
     "parts": {"record"},
     "sites": {"activations", "elementwise", "parts", "record", "structure", "unregistered"},
@@ -77,6 +78,7 @@ ARROWS = {
     "observe.gradients": {"internals", "sharding"},
     "observe.passes": {
         *("faults", "internals", "observe.gradients", "observe.graph", "observe.hooks", "observe.observation", "statistics", "structure", "weights"),
+        "internals_distributed",
     },
     "observe.meter": {
         *("activations", "attention", "columns", "internals", "kernels", "kernels.formulas", "observe.graph", "observe.hooks", "observe.lineage"),
@@ -149,12 +151,12 @@ ARROWS = {
     "transport.flight": {"transport.layout", "transport.packing"},
     "transport.local": {"parts", "transport.flight", "transport.layout", "transport.packing", "transport.windows"},
     "transport.meeting": set(),
-    "transport.agreement": {"internals", "transport.layout", "transport.meeting", "transport.packing"},
+    "transport.agreement": {"internals_distributed", "transport.layout", "transport.meeting", "transport.packing"},
     "transport.ranks": {
-        *("internals", "parts", "transport.agreement", "transport.flight", "transport.layout", "transport.meeting", "transport.packing"),
+        *("internals_distributed", "parts", "transport.agreement", "transport.flight", "transport.layout", "transport.meeting", "transport.packing"),
         *("transport.parallel", "transport.windows"),
     },
-    "transport.parallel": {"internals"},
+    "transport.parallel": {"internals_distributed"},
     "transport.route": {
         *("parts", "record", "transport.flight", "transport.local", "transport.meeting", "transport.packing", "transport.parallel"),
         "transport.ranks",
@@ -167,7 +169,7 @@ ARROWS = {
     "process": {"compile_settings", "internals"},
     "observer": {
         *("compile_settings", "compiling", "delivery", "faults", "internals", "observe.observation", "observe.passes", "options", "parts"),
-        *("schedule", "sites", "structure", "transport.parallel", "transport.route"),
+        *("internals_distributed", "schedule", "sites", "structure", "transport.parallel", "transport.route"),
     },
     "loop": {
         *("compiling", "internals", "observe.hooks", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps"),

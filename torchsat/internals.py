@@ -1,8 +1,9 @@
-"""Every private name of torch that torchsat uses, and every walk over the Python stack, each with its reason.
+"""The private names of torch that torchsat uses, and every walk over the Python stack, each with its reason.
 
 A private name can change with any release of torch. They all stand here, behind functions whose names say what they answer, so that a new release
-breaks this file and no other. Each docstring says why no public name serves and which public name to use once there is one. `./dev matrix` runs the
-tests on the oldest and on the newest torch; it is the check of this file.
+breaks this file and no other; those that concern training on several ranks stand in the second part of it, internals_distributed.py. Each docstring
+says why no public name serves and which public name to use once there is one. `./dev matrix` runs the tests on the oldest and on the newest torch; it
+is the check of both files.
 
 Some questions have no answer in torch at all, private or public: which optimizer is stepping, which GradScaler called it, whether a function made by
 torch.compile is running. They are answered from the frames of the stack, by `frames` and the functions after it.
@@ -20,12 +21,10 @@ from typing import Any, cast
 
 import torch
 import torch._dynamo.config
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo import eval_frame, external_utils
 from torch._subclasses import FakeTensor
 from torch.autograd.graph import Node
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.nn.modules.conv import _ConvNd as Convolution
 from torch.nn.modules.conv import _ConvTransposeNd as TransposedConvolution
 from torch.optim import Optimizer
@@ -40,10 +39,6 @@ __all__ = ["Convolution", "TransposedConvolution", "tree_leaves", "tree_map"]
 Convolution, TransposedConvolution: the base classes of all convolutions, lazy ones included. The public classes would have to be listed one by one.
 tree_leaves, tree_map: the tensors in nested tuples, lists and dicts. There is no public module for this; `torch.utils.pytree` is announced.
 """
-
-PIPELINES = "torch.distributed.pipelining.stage"
-"""The module whose import makes stages of a pipeline possible. It is looked up in sys.modules, since importing it takes seconds."""
-
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What torch.compile, checkpoint_wrapper and FSDP1 call the module that they wrap. The names stand in paths of modules; no public name gives them."""
@@ -113,16 +108,6 @@ def caller_without_hooks(frame: FrameType | None) -> FrameType | None:
 def called_module(frame: FrameType) -> nn.Module | None:
     """The module that is called, if this frame is nn.Module's own call of a forward; None for every other frame."""
     return cast("nn.Module", frame.f_locals["self"]) if frame.f_code is _CALL else None
-
-
-_REHEARSALS = ("_prepare_forward_infra", "_shape_inference")
-
-
-def rehearses() -> bool:
-    """Whether a pipeline runs its stage only to learn the shapes of its outputs, on uninitialised memory."""
-    if PIPELINES not in sys.modules:
-        return False
-    return any(frame.f_code.co_name in _REHEARSALS and frame.f_globals.get("__name__") == PIPELINES for frame in frames())
 
 
 def caller_of_torch(house: str) -> FrameType | None:
@@ -257,17 +242,6 @@ def node_key(node: Node) -> int | tuple[int]:
 
 _LEAF = 2**64 - 1
 """The number that torch gives to all leaves."""
-
-
-def next_sequence_number() -> int:
-    """The number that the next node of the autograd graph gets on this thread. Nodes with smaller numbers are older. No public name tells which of
-    two nodes is older."""
-    return torch._C._autograd._get_sequence_nr()
-
-
-def sequence_number(node: Node) -> int:
-    """The number of a node, see `next_sequence_number`. That of a leaf is larger than any other."""
-    return node._sequence_nr()
 
 
 def makes_number(node: Node) -> bool:
@@ -446,56 +420,6 @@ def keep_out_of_cuda_graphs(operator: str) -> None:
         config.custom_should_partition_ops = [*known, operator]
 
 
-def wrapped_by_data_parallel() -> nn.parallel.DistributedDataParallel | None:
-    """The DistributedDataParallel whose forward runs now. A module inside the wrapper cannot find it in any other way."""
-    return nn.parallel.DistributedDataParallel._active_ddp_module
-
-
-def is_flattened(model: nn.Module) -> bool:
-    """Whether FullyShardedDataParallel (FSDP1) has made flat parameters of the weights of this model. fully_shard (FSDP2) never does."""
-    return any(getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
-
-
-def fully_sharded_divisor(module: nn.Module) -> float | None:
-    """The number that fully_shard (FSDP2) divides the gradients of this module by; None where it does not say. No public getter exists."""
-    group = module._get_fsdp_state()._fsdp_param_group  # type: ignore[operator]
-    mesh = getattr(group, "mesh_info", None)
-    if mesh is None:
-        return None
-    told = getattr(group, "gradient_divide_factor", None)
-    return float(told or int(getattr(mesh, "shard_mesh_size", 1)) * int(getattr(mesh, "replicate_mesh_size", 1)))
-
-
-def default_store() -> Any:
-    """The store of the whole job: the only one that every rank of any group can reach."""
-    return dist.distributed_c10d._get_default_store()
-
-
-def backend_of(group: dist.ProcessGroup, device: torch.device) -> Any:
-    """The backend of a group for a kind of device. RuntimeError where it has none."""
-    return group._get_backend(device)
-
-
-def timeout_of(backend: Any) -> Any:
-    """How long collectives of this backend may take, as a timedelta."""
-    return getattr(getattr(backend, "options", None), "_timeout", dist.distributed_c10d.default_pg_timeout)
-
-
-def nccl_options(timeout: Any) -> Any:
-    """Options of an NCCL group with this timeout. `new_group` would make the group too, which all ranks of the job must join."""
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return options
-
-
-def shard_offset(shape: Iterable[int], mesh: Any, placements: Any) -> tuple[int, ...]:
-    """Where this rank's part of a DTensor begins, along each axis. `torch.distributed.tensor` has no public function for it."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, first = compute_local_shape_and_global_offset(tuple(shape), mesh, placements)
-    return tuple(first)
-
-
 def twin(module: nn.Module) -> nn.Module:
     """A module with the same attributes, whose parameters are in float64 on the CPU, without gradients.
 
@@ -511,14 +435,6 @@ def twin(module: nn.Module) -> nn.Module:
     return made
 
 
-def finished(tensor: Tensor) -> Tensor:
-    """The tensor itself, after the asynchronous collective that makes it, if one does."""
-    if isinstance(tensor, AsyncCollectiveTensor):
-        waited: Tensor = tensor.trigger_wait()
-        return waited
-    return tensor
-
-
 def flat_weights(module: nn.RNNBase) -> dict[str, Tensor] | None:
     """The weights and biases that the last forward of a recurrent layer has used, by name; None where it keeps none.
 
@@ -528,9 +444,3 @@ def flat_weights(module: nn.RNNBase) -> dict[str, Tensor] | None:
     if names is None or weights is None or len(names) != len(weights) or not all(isinstance(each, Tensor) for each in weights):
         return None
     return dict(zip(names, weights, strict=True))
-
-
-def is_stage(value: object) -> bool:
-    """Whether this is a stage of torch.distributed.pipelining, of whichever kind."""
-    pipelines = sys.modules.get(PIPELINES)
-    return pipelines is not None and isinstance(value, pipelines._PipelineStageBase)

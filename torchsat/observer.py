@@ -33,6 +33,7 @@ from torchsat import compile_settings, internals
 from torchsat.compiling import REFUSED, Compilation
 from torchsat.delivery import Delivery
 from torchsat.faults import MODEL, Faults
+from torchsat.internals_distributed import is_flattened, wrapped_by_data_parallel
 from torchsat.observe.observation import Execution, Observation, Retry
 from torchsat.observe.passes import OnPass, PassEvent
 from torchsat.options import Options
@@ -142,7 +143,7 @@ class Observer:
             if training and observation is not None:
                 observation.window.enter(self.clock.mark(self.device))
                 self.route.enter()
-                wrapper = internals.wrapped_by_data_parallel()
+                wrapper = wrapped_by_data_parallel()
                 if wrapper is not None:
                     self._wrapper_ranks = dist.get_world_size(wrapper.process_group)
 
@@ -217,7 +218,7 @@ class Observer:
         if self.route.has_met:
             return
         model = self._model()
-        if model is not None and internals.is_flattened(model):
+        if model is not None and is_flattened(model):
             raise TypeError(FLATTENED)
         self.route.meet(self.device or torch.device("cpu"))
         self.schedule.is_agreed = self.route.together

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from torchsat.internals import finished, shard_offset
+from torchsat.internals_distributed import finished, shard_offset
 from torchsat.tensors import plain
 
 

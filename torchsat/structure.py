@@ -17,6 +17,7 @@ from torch import nn
 
 from torchsat import internals
 from torchsat.activations import Activation
+from torchsat.internals_distributed import is_flattened, is_stage
 from torchsat.weights import is_layer, why_unmeasured
 
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)
@@ -179,7 +180,7 @@ def _add_other(found: Found, name: str, module: nn.Module, may_be_own: Callable[
 def stages_of(model: Any) -> dict[str, Any]:
     """The stages of a pipeline by name (`stage0`), if the user gave a stage or a list of those that this rank runs; empty for any other model."""
     given = model if isinstance(model, (list, tuple)) else [model]
-    if not given or not all(internals.is_stage(each) for each in given):
+    if not given or not all(is_stage(each) for each in given):
         return {}
     return {f"stage{each.stage_index}": each for each in given}
 
@@ -210,6 +211,6 @@ def unwrap(model: Any) -> nn.Module:
         if inner is None:
             break
         plain = inner
-    if internals.is_flattened(plain):
+    if is_flattened(plain):
         raise TypeError(FLATTENED)
     return plain

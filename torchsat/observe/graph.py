@@ -199,7 +199,7 @@ class Survey:
     """
 
     def __init__(self) -> None:
-        self._first = internals.next_sequence_number()
+        self._first = internals.next_node_number()
         """The number of the first node that belongs to this pass."""
         self._touched, self._met = NodeSet(), NodeSet()
         self._foreign = NodeSet()
@@ -273,7 +273,7 @@ class Survey:
         on an output of a part, or on a parameter for which `owns` holds. All others are left out."""
         found = [node for node in self.upstream(starts, self._is_done) if not self._is_done(node)]
         ours = set[Node]()
-        for node in sorted(found, key=internals.sequence_number):
+        for node in sorted(found, key=internals.node_number):
             for before in (each for each, _ in node.next_functions if each is not None):
                 known = before in ours or (before in self._met and before not in self._foreign)
                 if known or (hasattr(before, "variable") and owns(before.variable)):
@@ -283,7 +283,7 @@ class Survey:
 
     def _is_done(self, node: Node) -> bool:
         """Whether there is nothing to find at this node or before it."""
-        return node in self._met or internals.sequence_number(node) < self._first
+        return node in self._met or internals.node_number(node) < self._first
 
     def _objective(self, starts: set[Node]) -> set[Node]:
         """The nodes between a result that is a single number and the last weight before it, from which no other result is computed. That is where a

@@ -32,6 +32,7 @@ from torch.autograd.graph import Node
 
 from torchsat import internals
 from torchsat.faults import MODEL
+from torchsat.internals_distributed import rehearses
 from torchsat.observe.gradients import Backward, Fate, Gradients
 from torchsat.observe.graph import ends
 from torchsat.observe.hooks import Guard
@@ -251,7 +252,7 @@ class Passes:
             return None
         self._local.depth = 0
         in_training = any(module.training for module in model.modules())
-        training = self._guard.grad_enabled and in_training and not (internals.rehearses() or internals.is_transformed()) and self._claims_thread()
+        training = self._guard.grad_enabled and in_training and not (rehearses() or internals.is_transformed()) and self._claims_thread()
         self._local.inside = training
         self._local.raised = _handled()
         if training:

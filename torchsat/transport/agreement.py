@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torchsat.internals import backend_of, nccl_options, timeout_of
+from torchsat.internals_distributed import backend_of, nccl_options, timeout_of
 from torchsat.transport import meeting
 from torchsat.transport.layout import Layout
 from torchsat.transport.packing import Vectors

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from torchsat.internals import fully_sharded_divisor
+from torchsat.internals_distributed import fully_sharded_divisor
 
 
 def averaged_over(model: nn.Module | None, weights: Iterable[Tensor]) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchsat.internals import default_store
+from torchsat.internals_distributed import default_store
 from torchsat.parts import Parts
 from torchsat.transport.agreement import Agreement, Collectives, agree, agree_on_history
 from torchsat.transport.flight import Flight, copy_after
