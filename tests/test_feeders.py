@@ -40,6 +40,7 @@ def gain(weight: Tensor, fan_in: int) -> float:
 
 FED: Mapping[str, tuple[Uses, Tensor, str, int, str]] = {
     "matmul": (Uses(lambda m, x: torch.relu(x @ m.w), w=parameter(5, 6)), torch.randn(4, 5), "w", 5, "w"),
+    "called weight": (Uses(lambda m, x: torch.relu(x @ m.weight), weight=parameter(5, 6)), torch.randn(4, 5), "weight", 5, "weight"),
     "weight first": (Uses(lambda m, x: torch.relu(m.w @ x), w=parameter(6, 5)), torch.randn(5, 4), "w", 5, "w"),
     "linear": (Uses(lambda m, x: torch.relu(F.linear(x, m.w)), w=parameter(6, 5)), torch.randn(2, 4, 5), "w", 5, "w"),
     "addmm": (Uses(lambda m, x: torch.relu(torch.addmm(m.b, x, m.w)), w=parameter(5, 6), b=parameter(6)), torch.randn(4, 5), "w", 5, "w"),
@@ -69,7 +70,7 @@ def test_a_parameter_that_is_used_as_a_weight_is_measured(case: str) -> None:
     model, x, name, fan_in, path = FED[case]
     (weight,) = one_step(model, x=x).weights
     used = dict(model.named_parameters())[path]
-    assert (weight.name, weight.fan_in, len(weight.feeds)) == (name, fan_in, 1)
+    assert (weight.name, weight.fan_in, len(weight.feeds), weight.parameter) == (name, fan_in, 1, name == path)
     assert weight.gain == pytest.approx(gain(used, fan_in), rel=1e-5)
     assert weight.grad_norm == pytest.approx(known(used.grad).norm().item(), rel=1e-5)
 

@@ -47,6 +47,8 @@ class Layers:
         """The layers that are measured, by name."""
         self._parameters: dict[str, tuple[weakref.ref[nn.Module], str]] = {}
         """The parameters with two axes or more that may be used as a weight: the module of each, and the attribute that holds it."""
+        self._of_model = set[str]()
+        """Those of them that the model itself holds, and no module inside it. One that is called `weight` is no module's weight."""
         self._rates: dict[int, float | Tensor] = {}
         """The learning rate of each parameter that an optimizer has stepped, by the id of the parameter."""
 
@@ -85,6 +87,8 @@ class Layers:
                     continue
                 place = each.name if attribute == "weight" and each.name else clean(f"{each.name}.{attribute}")
                 self._parameters[place] = weakref.ref(each.module), attribute
+                if not each.name:
+                    self._of_model.add(place)
                 if self._observation.lineage.learns:
                     self._observation.lineage.know(parameter, place)
 
@@ -221,8 +225,9 @@ class Layers:
             # No optimizer owns this layer, which is frozen. Its gain and its input are measured all the same.
             layer.after_step(weight)
         sites, place = self._observation.sites, placement(weight)
+        is_parameter = source.parameter != "weight" or source.name in self._of_model
         return LayerPart(
-            facts=LayerFacts(layer.name, feeds, layer.fan_in, source.name in sites.fed_by_data, parameter=source.parameter != "weight"),
+            facts=LayerFacts(layer.name, feeds, layer.fan_in, source.name in sites.fed_by_data, parameter=is_parameter),
             numbers=layer.numbers,
             n=layer.n,
             numel=layer.part(local(weight)).numel(),
