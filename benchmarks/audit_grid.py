@@ -164,7 +164,7 @@ def twice(
 
 def facts(known: Known, index: int, site: str, *, kind: str = "module", units: int | None = None, after: tuple[str, ...] = ()) -> dict[str, Figure]:
     """The facts of a hidden site."""
-    given = {"site": site, "activation": known.name, "kind": kind, "tails": known.tails, "output": False, "gate": False, "after": after}
+    given = {"site": site, "activation": known.name, "kind": kind, "tails": known.tails, "output": False, "last": True, "gate": False, "after": after}
     nothing = {"entropy": None, "jacobian": None, "logit_std": None, "log_keys": None, "entropy_min": None, "heads": None}
     ranks = {"worst": None, "worst_rank": None, "nonfinite_rank": None}
     return {**{name: Figure(value) for name, value in {**given, "units": units, **nothing, **ranks}.items()}, **_normal(index)}
@@ -226,7 +226,7 @@ def _weights(run: Run, weights: dict[str, Weight], rate: float | None = RATE) ->
         figures = truth.weight(
             *(run.before[path], run.after[path], run.grads[path], known.fan_in, run.tape.inputs.get(name, []), known.axis), rate=rate
         )
-        figures |= {"name": Figure(name), "feeds": Figure(known.feeds), "data": Figure(known.data)}
+        figures |= {"name": Figure(name), "feeds": Figure(known.feeds), "data": Figure(known.data), "parameter": Figure(name == path)}
         if path not in run.grads or run.grads[path] is None:
             figures |= {"update_ratio": Figure(None), "learned_ratio": Figure(None)}
         yield name, found.get(name), figures

@@ -25,8 +25,6 @@ import torchsat
 from torchsat import Record
 
 RANKS = 2
-_NEAR, _FAR = 11, 256
-"""Positions of most attentions, and of that with ALiBi."""
 
 
 class Attending(nn.Module):
@@ -53,13 +51,13 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _bool_mask() -> Tensor:
-    mask = torch.rand(_NEAR, _NEAR, generator=torch.Generator().manual_seed(8)) < 0.7
-    return mask | torch.eye(_NEAR, dtype=torch.bool)
+    mask = torch.rand(11, 11, generator=torch.Generator().manual_seed(8)) < 0.7
+    return mask | torch.eye(11, dtype=torch.bool)
 
 
 def _alibi() -> Tensor:
-    """The linear bias of 4 heads with the steepest slopes that are in use, over so many positions that it falls to -255."""
-    distance = (torch.arange(_FAR)[None, :] - torch.arange(_FAR)[:, None]).abs()
+    """A bias that falls by at most 1 from key to key, and reaches -119 all the same, where a mask may lie."""
+    distance = (torch.arange(120)[None, :] - torch.arange(120)[:, None]).abs()
     return -torch.tensor([1.0, 0.5, 0.25, 0.125]).reshape(4, 1, 1) * distance
 
 
@@ -75,7 +73,7 @@ def attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor], added: Tensor 
     model = Attending(attend, keys)
     with torch.no_grad():
         model.q.weight.mul_(4)
-    bare, x = copy.deepcopy(model).double(), 2 * torch.randn(5, _NEAR if added is None else _FAR, 8)
+    bare, x = copy.deepcopy(model).double(), 2 * torch.randn(5, 11 if added is None else added.shape[-1], 8)
     run = twice(model, [x], [])
     q, k, _ = bare.heads(x.double())
     logits = (q @ k.repeat_interleave(4 // keys, 1).transpose(-1, -2) / math.sqrt(6)).detach()
