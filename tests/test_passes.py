@@ -5,6 +5,7 @@ import copy
 import gc
 import threading
 import weakref
+from typing import cast
 
 import pytest
 import torch
@@ -368,8 +369,7 @@ def test_no_graph_is_kept_that_the_user_has_dropped(how: str) -> None:
             self.act, self.own, self.cell = Raises(), OwnRaises(), nn.GRUCell(8, 8)
 
         def encode(self, x: Tensor) -> Tensor:
-            out: Tensor = torch.sigmoid(self.gate(x)) * self.second(remember(self.first(x)))
-            return out
+            return cast(Tensor, torch.sigmoid(self.gate(x)) * self.second(remember(self.first(x))))
 
         def narrow(self, x: Tensor) -> None:
             self.cell(x[:, :3])
