@@ -95,19 +95,12 @@ ARROWS = {
         *("activations", "elementwise", "observe.graph", "observe.meter", "observe.observation", "recognise", "sampling", "sharding", "sites"),
         *("statistics", "structure", "tensors"),
     },
+    "observe.glu": {
+        *("observe.feeders", "observe.graph", "observe.meter", "observe.observation", "sampling", "sites", "statistics", "tensors"),
+    },
     "observe.calls": {
-        *(
-            "activations",
-            "attention",
-            "faults",
-            "internals",
-            "observe.conditions",
-            "observe.feeders",
-            "observe.graph",
-            "observe.meter",
-            "observe.mode",
-        ),
-        *("observe.nodes", "observe.observation", "observe.outside", "replay", "sampling", "sites", "statistics", "structure", "tensors"),
+        *("activations", "attention", "faults", "internals", "observe.conditions", "observe.glu", "observe.graph", "observe.meter"),
+        *("observe.mode", "observe.nodes", "observe.observation", "observe.outside", "replay", "sites", "structure", "tensors"),
     },
     "observe.recurrent": {
         *("expressions", "internals", "observe.graph", "observe.meter", "observe.observation", "replay", "sharding", "sites", "statistics"),

@@ -16,7 +16,6 @@ for is named (graph.py). A condition such as `z > 0` is not in the graph, so it 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,17 +32,15 @@ from torchsat import internals
 from torchsat.activations import CLAMP, Activation, Bound, bind_call, calls_of
 from torchsat.attention import Attention, SoftmaxRows
 from torchsat.faults import MODEL
+from torchsat.observe import glu
 from torchsat.observe.conditions import Conditions
-from torchsat.observe.feeders import Cut
 from torchsat.observe.graph import Survey, ends, has_weight, maker
 from torchsat.observe.meter import Call, check_plain
 from torchsat.observe.mode import CallMode, Frame, Function
 from torchsat.observe.nodes import IN_TRANSFORM, is_size
 from torchsat.observe.outside import FUSED, Outside
 from torchsat.replay import NotRebuiltError
-from torchsat.sampling import Sample
 from torchsat.sites import Site
-from torchsat.statistics import upcast
 from torchsat.structure import Found
 from torchsat.tensors import plain
 
@@ -273,7 +270,7 @@ class Calls:
             return None
         check_plain(plain(z))
         if role is Role.GLU:
-            return self._before_glu(place, module, z, int(rest[0] if rest else kwargs.get("dim", -1)) % z.ndim)
+            return glu.begin(self._observation, place, module, z, int(rest[0] if rest else kwargs.get("dim", -1)) % z.ndim)
         site = self._observation.sites.known.setdefault(place, Site(place, _SOFTMAX, "softmax"))
         counts = self._observation.meter.counts_at(place, module)
         if counts is None:
@@ -299,42 +296,6 @@ class Calls:
         in_place = function.__name__.endswith("_") or "out" in kwargs or kwargs.get("inplace", False) or any(value is True for value in rest)
         call = self._observation.meter.begin(site, z, module, bool(in_place))
         return None if call is None else functools.partial(self._observation.meter.end, site, call)
-
-    def _before_glu(self, place: str, module: nn.Module, z: Tensor, axis: int) -> Finish | None:
-        sites, meter = self._observation.sites, self._observation.meter
-        site = sites.known.setdefault(place, Site(place, sites.bind_named("sigmoid"), "call", gate=True))
-        value, gate = plain(z).detach().chunk(2, axis)
-        call = meter.begin(site, gate, module, False)
-        if call is None:
-            return None
-        kept = upcast(call.sample.take(value)).clone()
-        return functools.partial(self._end_glu, site, dataclasses.replace(call, node=z.grad_fn, output_nr=z.output_nr), kept, axis)
-
-    def _end_glu(self, site: Site, call: Call, value: Tensor, axis: int, a: Tensor) -> None:
-        """Measure the gate of a GLU, which is the sigmoid of the second half of the input, z. The output is gate times `value`, the first half, so
-        dL/da of the gate is the gradient of the output times `value`."""
-        sample, meter = call.sample, self._observation.meter
-        assert isinstance(sample, Sample)
-        if call.counts:
-            meter.ran(site, call.steps, call.z, Cut(axis, sample.shape[axis], sample.shape[axis]))
-            exact = meter.exact_z(sample, call.z)
-            if exact is not None:
-                # The sigmoid is nowhere in memory. It grows with z, so that its extremes are those of z.
-                tops = exact[1:3]
-                exact[3:] = torch.where(tops.isfinite(), torch.stack([tops[0].sigmoid(), -(-tops[1]).sigmoid()]), tops)
-            meter.count(site, sample, call.taken, torch.sigmoid(upcast(call.taken)), axis, exact=exact)
-        if a.grad_fn is not None:
-            add, hear = meter.gradient_adder(site, sample), self._observation.passes.ear()
-
-            def read(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
-                hear(grad_a, grad_z)
-                add(
-                    None if grad_a is None else upcast(sample.take(grad_a.detach())) * value,
-                    None if grad_z is None else upcast(sample.take(grad_z.detach().chunk(2, axis)[1])),
-                )
-
-            read_guarded = self._observation.guard(site.name, read)
-            maker(a)[0].register_hook(lambda grad_inputs, grad_outputs: read_guarded(grad_outputs[0], grad_inputs[0]))
 
     def _end_softmax(self, site: Site, call: Call, negated: bool, a: Tensor) -> None:
         meter = self._observation.meter

@@ -76,14 +76,7 @@ class Meter:
     """
 
     def __init__(
-        self,
-        options: Options,
-        turn: int,
-        sites: Sites,
-        passes: Passes,
-        lineage: Lineage,
-        guard: Guard,
-        note: Callable[[str, str], None],
+        self, options: Options, turn: int, sites: Sites, passes: Passes, lineage: Lineage, guard: Guard, note: Callable[[str, str], None]
     ) -> None:
         self._options = options
         self._turn = turn

@@ -98,16 +98,7 @@ class Observation:
     """
 
     def __init__(
-        self,
-        sites: Sites,
-        options: Options,
-        *,
-        turn: int,
-        window: Window,
-        clock: Clock,
-        faults: Faults,
-        on_pass: OnPass,
-        stages: Mapping[str, Any],
+        self, sites: Sites, options: Options, *, turn: int, window: Window, clock: Clock, faults: Faults, on_pass: OnPass, stages: Mapping[str, Any]
     ) -> None:
         self.sites = sites
         self.options = options
