@@ -16,7 +16,8 @@ from torchsat.columns import COLUMN
 from torchsat.kernels import cpu
 from torchsat.kernels.formulas import formula
 from torchsat.sampling import Sample, Units
-from torchsat.statistics import extremes, known_slope, observe, observe_features, observe_gradient, observe_softmax, put_squares
+from torchsat.softmax import observe_softmax
+from torchsat.statistics import extremes, known_slope, observe, observe_features, observe_gradient, put_squares
 
 compiled = pytest.mark.skipif(not cpu.reads(), reason="no C compiler")
 COLUMNS = tuple(COLUMN)

@@ -18,7 +18,8 @@ from torchsat.attention import Attention, Logits, Queries, SoftmaxRows, attentio
 from torchsat.columns import COLUMN
 from torchsat.replay import Gate, NotRebuiltError, cell_gates, rnn_gates
 from torchsat.sampling import seed_of
-from torchsat.statistics import EXACT, observe_softmax
+from torchsat.softmax import observe_softmax
+from torchsat.statistics import EXACT
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 

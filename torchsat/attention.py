@@ -23,7 +23,8 @@ from torch import Tensor
 
 from torchsat.replay import NotRebuiltError
 from torchsat.sampling import places
-from torchsat.statistics import softmax_extremes, upcast
+from torchsat.softmax import softmax_extremes
+from torchsat.statistics import upcast
 
 _FILL, _CERTAIN = -9000.0, -1e6
 """Sums of logits and masks below the first are hidden, if a gap lies above them; below the second they always are."""
@@ -155,7 +156,7 @@ class SoftmaxRows:
         return Logits(taken, _visible(taken), self.elements)
 
     def extremes(self, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """What statistics.softmax_extremes finds among all rows of the softmax a of z."""
+        """What softmax.softmax_extremes finds among all rows of the softmax a of z."""
         found = []
         for logits, weights in self._pieces(z, a):
             wide = upcast(logits)
@@ -213,7 +214,7 @@ class Attention:
         return self._logits(rows, self.query(rows), self.key(rows))
 
     def extremes(self, output: Any) -> tuple[Tensor, Tensor]:
-        """What statistics.softmax_extremes finds among all rows. Its columns of a are those of no element, since torch never computes a.
+        """What softmax.softmax_extremes finds among all rows. Its columns of a are those of no element, since torch never computes a.
 
         Args:
             output: what the call returned.
@@ -243,7 +244,7 @@ class Attention:
 
 
 def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The results of statistics.softmax_extremes for several parts of one softmax, as one."""
+    """The results of softmax.softmax_extremes for several parts of one softmax, as one."""
     exact, tops = (torch.stack(each) for each in zip(*found, strict=True))
     return torch.cat([exact[:, :1].sum(0), exact[:, 1:].amax(0)]), tops.amax(0)
 

@@ -103,8 +103,15 @@ class Sample:
         if tensor.stride() == self.strides and tuple(tensor.shape) == self.shape:
             flat = tensor.as_strided((self.elements,), (1,), tensor.storage_offset())
         else:
-            flat = tensor.expand(self.shape).permute(self.order).reshape(-1)
-        return flat if self.is_whole else flat.index_select(0, self.places(tensor.device))
+            ordered = tensor.expand(self.shape).permute(self.order)
+            if not self.is_whole and cpu.reads(tensor) and (rows := _rows(ordered)) is not None:
+                return cpu.take(rows, self.n, self.seed)[0]
+            flat = ordered.reshape(-1)
+        if self.is_whole:
+            return flat
+        if flat.stride(0) == 1 and cpu.reads(flat):
+            return cpu.take(flat, self.n, self.seed)[0]
+        return flat.index_select(0, self.places(tensor.device))
 
     def places(self, device: torch.device) -> Tensor:
         """The places of these elements in memory order. They are kept as long as the sample is: a call and its gradients use them."""
@@ -155,6 +162,16 @@ class Sample:
     @functools.cached_property
     def _units(self) -> dict[int, Units]:
         return {}
+
+
+def _rows(tensor: Tensor) -> Tensor | None:
+    """The elements of a tensor in this order as [rows, columns] of neighbours; None where no view has them so."""
+    if tensor.stride(-1) != 1:
+        return None
+    try:
+        return tensor.view(-1, tensor.shape[-1])
+    except RuntimeError:
+        return None
 
 
 _samples: weakref.WeakValueDictionary[tuple[tuple[int, ...], tuple[int, ...], int, int], Sample] = weakref.WeakValueDictionary()

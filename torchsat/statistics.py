@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from torchsat.activations import Bound, Edges
-from torchsat.columns import BACKWARD, BINS, BLOCK, COLUMN, FEATURES, HEADS, MAXES, SUMS, UNWEIGHED
+from torchsat.columns import BACKWARD, BINS, BLOCK, COLUMN, FEATURES, MAXES, SUMS, UNWEIGHED
 from torchsat.kernels import cpu, engine, gpu
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, LOGISTIC, Formula, formula
 from torchsat.sampling import Sample, Units
@@ -55,10 +55,10 @@ def _empty_row(device: torch.device) -> Tensor:
     return torch.cat([torch.zeros(len(SUMS), dtype=dtype, device=device), torch.full((len(MAXES),), -math.inf, dtype=dtype, device=device)])
 
 
-def _row(values: Mapping[str, Tensor], weight: float, device: torch.device) -> Tensor:
+def row_of(values: Mapping[str, Tensor], weight: float, device: torch.device) -> Tensor:
     """The row with these columns, given by name, of elements that have this weight. Every other column is that of an empty row."""
     row = empty_row(device)
-    return row.index_copy_(0, _places(tuple(values), device), torch.stack([*_weighed(values, weight, row.dtype).values()]))
+    return row.index_copy_(0, indices(tuple(values), device), torch.stack([*_weighed(values, weight, row.dtype).values()]))
 
 
 def _weighed(values: Mapping[str, Tensor], weight: float, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ def _weighed(values: Mapping[str, Tensor], weight: float, dtype: torch.dtype) ->
 
 
 @functools.lru_cache(maxsize=64)
-def _places(names: tuple[str, ...], device: torch.device) -> Tensor:
+def indices(names: tuple[str, ...], device: torch.device) -> Tensor:
     """The indices of these columns in a row. They are cached, since each copy to a GPU would wait for the GPU."""
     return torch.tensor([COLUMN[name] for name in names], device=device)
 
@@ -123,7 +123,7 @@ def observe(
         return row, block
     found, counts = _observe(z, a, cast(Tensor, slope), peak, edges, elements, sigmoid, units)
     if exact is not None:
-        found.index_copy_(0, _places(EXACT, found.device), exact.to(found.dtype))
+        found.index_copy_(0, indices(EXACT, found.device), exact.to(found.dtype))
     row = found if row is None else merge_(row, found)
     return row, counts if block is None or counts is None else block.add_(counts)
 
@@ -154,11 +154,23 @@ def extremes(z: Tensor | None, a: Tensor | None) -> Tensor:
     if rows is None or kernels is None or (kernels is not cpu and rows.ndim == 2):
         found = _extremes(one, one if other is None else other)
     else:
-        found = kernels.extremes(rows, rows if other is None else _rows_of(other))
-    if other is None:
-        # The columns of the other tensor are those of no element.
-        found[slice(3, 5) if z is not None else slice(1, 3)] = -math.inf
-    return found
+        found = kernels.extremes(rows, None if other is None else _rows_of(other))
+    return found if other is not None else _of_one(found, z is not None)
+
+
+def take(sample: Sample, tensor: Tensor, is_z: bool) -> tuple[Tensor, Tensor | None]:
+    """The elements of z, or of a, that are read, and its `extremes`, where one pass over memory finds both; None where it does not."""
+    if sample.is_whole or tensor.stride() != sample.strides or not cpu.reads(tensor):
+        return sample.take(tensor), None
+    taken, found = cpu.take(tensor.as_strided((sample.elements,), (1,)), sample.n, sample.seed, exact=True)
+    assert found is not None
+    return taken, _of_one(found, is_z)
+
+
+def _of_one(found: Tensor, is_z: bool) -> Tensor:
+    """EXACT with the columns of z, which are those of one tensor, for that tensor. The columns of the other one are those of no element."""
+    nothing = torch.full_like(found[:2], -math.inf)
+    return torch.cat([found[:1], found[1:3], nothing] if is_z else [found[:1], nothing, found[1:3]])
 
 
 def _rows_of(tensor: Tensor) -> Tensor | None:
@@ -282,7 +294,7 @@ def _observe(
         tops, bottoms = torch.where(finite, given[:2], -far).amax(1), torch.where(finite, given[:2], far).amin(1)
         values |= {"z_max": tops[0], "z_min_negated": -bottoms[0], "a_max": tops[1], "a_min_negated": -bottoms[1]}
     weight = elements / max(1, len(z))
-    row = _row(values, weight, device)
+    row = row_of(values, weight, device)
     if peak is not None:
         row[_HISTOGRAM].index_add_(0, _bin(slope / values["peak"]), finite.to(dtype) * weight)
     if units is None:
@@ -360,7 +372,7 @@ def observe_quotient(z: Tensor, a: Tensor, grad_a: Tensor, grad_z: Tensor, eleme
     told = sums[0] * (sums[1] > 0)
     per_known = told / sums[1].clamp(min=1)
     added = torch.stack([sums[2].dot(per_known), sums[3].dot(per_known), -told.sum()]) * (elements / max(1, known.numel()))
-    row.index_add_(0, _places(("derivative", "derivative_sq", "derivative_unknown"), row.device), added)
+    row.index_add_(0, indices(("derivative", "derivative_sq", "derivative_unknown"), row.device), added)
 
 
 def knows_quotient(grad_a: Tensor, grad_z: Tensor) -> Tensor:
@@ -406,112 +418,6 @@ def put_squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:
         sums[0] += torch.linalg.vector_norm(part, dtype=dtype).square()
         if y is not None:
             sums[1] += torch.linalg.vector_norm(y[first : first + size].to(dtype) - part.to(dtype)).square()
-
-
-def softmax_extremes(z: Tensor, visible: Tensor, a: Tensor | None, broken: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """EXACT of a softmax, and the largest logit of each head. As in `observe_softmax`, rows that see fewer than two keys, or a logit that is inf or
-    nan, enter no extreme.
-
-    Args:
-        z, visible: as in `observe_softmax`.
-        a: the softmax of z. None: its columns are those of no element.
-        broken: [batch, heads, queries, 1], whether what an attention returned for this query is inf or nan: where a query sees no key, torch returns
-            0 or nan. None: a says that.
-    """
-    dtype = accumulator(z.device)
-    # Of one key that stands for all, each is visible. NaN goes through to the extremes of its row.
-    masked = visible.numel() > 1 or z.shape[-1] == 1
-    keys = visible.sum(-1, keepdim=True) if masked else torch.full((1, 1, 1, 1), z.shape[-1], device=z.device)
-    nothing = torch.full((), -math.inf, dtype=z.dtype, device=z.device)
-    top = (torch.where(visible, z, nothing) if masked else z).amax(-1, keepdim=True)
-    bottom = (torch.where(visible, z, -nothing) if masked else z).amin(-1, keepdim=True)
-    finite = torch.isfinite(top) & torch.isfinite(bottom)
-    counts = finite & (keys > 1)
-    tops = torch.where(counts, top, nothing).amax((0, 2, 3))
-    if a is None:
-        bad = torch.where(finite, torch.zeros_like(keys), keys).sum()
-        if broken is not None:
-            bad = bad + ((keys == 0) & broken).expand(top.shape).sum() * z.shape[-1]
-        of_a = [nothing, nothing]
-    else:
-        high, low = a.amax(-1, keepdim=True), (torch.where(visible, a, math.inf) if masked else a).amin(-1, keepdim=True)
-        # A softmax is nan in all of a row or nowhere.
-        bad = torch.isnan(high).sum() * z.shape[-1]
-        of_a = [torch.where(counts, each, nothing.to(a.dtype)).amax() for each in (high, -low)]
-    exact = [bad, tops.amax(), torch.where(counts, -bottom, nothing).amax(), *of_a]
-    return torch.stack([each.to(dtype) for each in exact]), tops.to(dtype)
-
-
-def observe_softmax(logits: Tensor, visible: Tensor, elements: int, exact: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The row and the block of heads (columns.HEADS, [7, heads]) of one softmax.
-
-    Args:
-        logits: [batch, heads, queries, keys], with what masks add.
-        visible: booleans that broadcast to the same shape: which keys a query sees. A query row that sees fewer than two keys has no entropy and does
-            not count; neither does one with a visible logit that is inf or nan.
-        elements: how many logits the whole softmax has, read or not.
-        exact: what `softmax_extremes` found among all rows. None: what is found among those that were read.
-    """
-    visible = visible.expand(logits.shape)
-    if cpu.reads(logits):
-        row, heads = empty_row(logits.device), torch.zeros(len(HEADS), logits.shape[1], dtype=accumulator(logits.device))
-        heads[-1] = -math.inf
-        cpu.observe_softmax(logits, visible, elements, row, heads)
-    else:
-        row, heads = _observe_softmax(logits, visible, elements)
-    if exact is not None:
-        found, tops = exact
-        row[COLUMN["nonfinite"] : COLUMN["nonfinite"] + 1] = 0
-        merge_(row, empty_row(row.device).index_copy_(0, _places(EXACT, row.device), found))
-        torch.maximum(heads[-1], tops, out=heads[-1])
-    return row, heads
-
-
-def _observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:
-    """`observe_softmax` in plain torch; `visible` has the shape of the logits."""
-    dtype = accumulator(logits.device)
-    z = logits.to(dtype)
-    keys = visible.sum(-1)
-    finite = (torch.isfinite(z) | ~visible).all(-1)
-    counts = finite & (keys > 1)
-    seen = visible & counts.unsqueeze(-1)
-    zero, nothing = torch.zeros((), dtype=dtype, device=z.device), torch.full((), -math.inf, dtype=dtype, device=z.device)
-    z = torch.where(seen, z, zero)
-    shifted = torch.where(seen, z - torch.where(seen, z, nothing).amax(-1, keepdim=True), zero)
-    weights = torch.where(seen, shifted.exp(), zero)
-    total = weights.sum(-1, keepdim=True).clamp(min=1)
-    p = weights / total
-    log_keys = torch.where(counts, keys.to(dtype).clamp(min=2).log(), zero)
-    entropy = torch.where(counts, total.squeeze(-1).log() - (p * shifted).sum(-1), zero)
-    mean = z.sum(-1) / keys.clamp(min=1)
-    largest = torch.where(seen, z, nothing)
-    of_rows = {
-        "rows": counts,
-        "entropy": torch.where(counts, entropy / log_keys.clamp(min=math.log(2)), zero),
-        "jacobian": torch.where(counts, 1 - p.square().sum(-1), zero),
-        "logit_variance": torch.where(seen, z - mean.unsqueeze(-1), zero).square().sum(-1) / keys.clamp(min=1),
-        "log_keys": log_keys,
-    }
-    weight = elements / max(1, z.numel())
-    of_heads = {name: each.to(dtype).sum((0, 2)) * weight for name, each in of_rows.items()}
-    of_heads |= {"rows_read": counts.to(dtype).sum((0, 2)), "logit_max": largest.amax((0, 2, 3))}
-    n = seen.sum()
-    values = {
-        "n": n,
-        "read": n,
-        "elements": torch.full_like(n, elements),
-        "nonfinite": (((~finite) & (keys > 0)).unsqueeze(-1) & visible).sum(),
-        "z": z.sum(),
-        "z_sq": z.square().sum(),
-        "a": p.sum(),
-        "a_sq": p.square().sum(),
-        "zeros": n - (p != 0).sum(),
-        "z_max": largest.amax(),
-        "z_min_negated": torch.where(seen, -z, nothing).amax(),
-        "a_max": torch.where(seen, p, nothing).amax(),
-        "a_min_negated": torch.where(seen, -p, nothing).amax(),
-    }
-    return _row(values, weight, z.device), torch.stack([of_heads[name] for name in HEADS])
 
 
 def merge_heads_(into: Tensor, heads: Tensor) -> Tensor:

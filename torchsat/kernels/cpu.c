@@ -3,34 +3,11 @@
    The elements of a vector lie `stride` apart. They are read in blocks that stay in the first-level cache: each block is converted to double once,
    and then reduced by loops that the compiler vectorises. All sums are double. An element counts only if all that is read of it is finite.
 
-   cpu.py passes these macros, made from columns.py and formulas.py:
-   COLUMNS          the columns of a row in their order, in upper case
-   SUMS             how many of them are sums; the others, behind them, take the largest
-   UNWEIGHED        the sum columns that an element enters as 1, whatever its call
-   BINS             how many columns the histogram has, from BIN0 on
-   FIRST            the exponent and first mantissa bit of the float32 at the upper edge of the first bin
-   HEAD_COLUMNS     the rows of a block of heads
-   UNIT_COLUMNS     the rows of a unit block
-
    tests/test_kernels.py compares every column with the plain implementation. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
-#define BLOCK 256
 #define BANKS 8
-#define PARTS 64
-
-enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
-
-enum { COLUMNS, WIDTH };
-enum { HEAD_COLUMNS };
-enum { UNIT_COLUMNS };
-
-/* A vector in memory: its type is one of the four above, its elements lie `stride` apart. */
-typedef struct { const void *data; int64_t kind, stride; } vector;
 
 /* |f'|, as a formula of z or GIVEN as a vector. The formulas are those of formulas.py:
    LOGISTIC  c s(b z) s(-b z), where s is the logistic function
@@ -39,69 +16,6 @@ typedef struct { const void *data; int64_t kind, stride; } vector;
    GELU      |s(u) + z s(u) s(-u) u'|, where u = 2 sqrt(2 / pi) (z + 0.044715 z^3): the approximation by tanh */
 enum { GIVEN, LOGISTIC, BETWEEN, SILU, GELU };
 typedef struct { int64_t kind; double b, c, d; vector given; } derivative;
-
-/* Which unit each element of a vector belongs to. The `read` elements are drawn from a dense tensor of `elements`, as sampling.py says, or are all of
-   it; its unit axis has `size` entries that lie `inner` elements apart. */
-typedef struct { int64_t elements, read, seed, inner, size; } axis;
-
-static float from_bits(uint32_t bits)
-{
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* The value of a float16. */
-static float half(uint16_t bits)
-{
-    uint32_t sign = (uint32_t)(bits & 0x8000) << 16, rest = (uint32_t)(bits & 0x7fff) << 13;
-    if (rest >= 0x7c00u << 13)
-        return from_bits(sign | 0x7f800000u | rest);
-    /* The exponent is moved from bias 15 to bias 127 by a product. It is exact, and right for subnormal numbers too. */
-    float magnitude = from_bits(rest) * 0x1p112f;
-    return sign ? -magnitude : magnitude;
-}
-
-/* Elements `first` to `first` + `count` of a vector, as doubles. */
-static void load(const vector *from, int64_t first, int count, double *to)
-{
-    int64_t stride = from->stride;
-    if (from->kind == FLOAT32) {
-        const float *data = (const float *)from->data + first * stride;
-        for (int i = 0; i < count; i++) to[i] = data[i * stride];
-    } else if (from->kind == FLOAT64) {
-        const double *data = (const double *)from->data + first * stride;
-        for (int i = 0; i < count; i++) to[i] = data[i * stride];
-    } else if (from->kind == BFLOAT16) {
-        const uint16_t *data = (const uint16_t *)from->data + first * stride;
-        for (int i = 0; i < count; i++) to[i] = from_bits((uint32_t)data[i * stride] << 16);
-    } else {
-        const uint16_t *data = (const uint16_t *)from->data + first * stride;
-        for (int i = 0; i < count; i++) to[i] = half(data[i * stride]);
-    }
-}
-
-/* e^x for x <= 0. x is split into k ln 2 + r with |r| <= ln 2 / 2; e^r is its series up to r^11 (the next term is below 1e-14), and k is added to the
-   exponent. For x below -700 it returns e^-700, which is too small to change any sum in float64. */
-static inline double exp_negative(double x)
-{
-    x = x > -700 ? x : -700;
-    /* The last bits of 1.5 * 2^52 + k, as a double, are the integer k. */
-    double shifted = x * 1.4426950408889634 + 0x1.8p52, k = shifted - 0x1.8p52;
-    double r = (x - k * 0x1.62e42fefa39efp-1) - k * 0x1.abc9e3b39803fp-56, sum;
-    int64_t bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    sum = 1 + r * (1 + r * (1.0 / 2 + r * (1.0 / 6 + r * (1.0 / 24 + r * (1.0 / 120 + r * (1.0 / 720 + r * (1.0 / 5040 + r * (1.0 / 40320 +
-          r * (1.0 / 362880 + r * (1.0 / 3628800 + r * (1.0 / 39916800)))))))))));
-    bits = (int64_t)((uint64_t)bits << 52);
-    {
-        int64_t value;
-        memcpy(&value, &sum, sizeof value);
-        value += bits;
-        memcpy(&sum, &value, sizeof sum);
-    }
-    return sum;
-}
 
 /* |f'| of the `m` elements z that begin at element `first` of the call. */
 static void differentiate(const derivative *of, int64_t first, int m, const double *restrict z, double *restrict derivatives)
@@ -138,68 +52,6 @@ static void differentiate(const derivative *of, int64_t first, int m, const doub
             double up = u > 0 ? whole : e * whole;
             derivatives[i] = fabs(up + v * e * whole * whole * 1.5957691216057308 * (1 + 0.134145 * v * v));
         }
-    }
-}
-
-/* The hash of sampling.py. */
-static inline uint32_t mixed(uint32_t x)
-{
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    return x ^ x >> 16;
-}
-
-/* Places `first` to `first` + `m` of the `read` ones that are drawn from `elements`, in the n-th row of such draws, as whole numbers. */
-static void draw(double elements, double read, uint32_t seed, uint32_t row, int64_t first, int m, double *restrict to)
-{
-    double length = elements / read, last = elements - 1, begin = (double)first;
-    seed += row * (uint32_t)read + (uint32_t)first;
-#pragma omp simd
-    for (int i = 0; i < m; i++) {
-        double drawn = (double)(int32_t)(mixed(seed + (uint32_t)i) >> 8) * 0x1p-24;
-        double place = floor((drawn + (begin + (double)i)) * length);
-        to[i] = place < last ? place : last;
-    }
-}
-
-/* Write rows * count places in a vector of `size`, as sampling.py describes them. `wide` says whether they are 64 bits wide. */
-void torchsat_places(int64_t size, int64_t count, int64_t seed, int64_t rows, int64_t wide, void *out)
-{
-    double place[BLOCK];
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t first = 0; first < count; first += BLOCK) {
-            int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
-            draw((double)size, (double)count, (uint32_t)seed, (uint32_t)row, first, m, place);
-            if (wide)
-                for (int i = 0; i < m; i++) ((int64_t *)out)[row * count + first + i] = (int64_t)place[i];
-            else
-                for (int i = 0; i < m; i++) ((int32_t *)out)[row * count + first + i] = (int32_t)place[i];
-        }
-}
-
-/* The units of elements `first` to `first` + `m` of a vector. */
-static void find_units(const axis *of, int64_t first, int m, int32_t *units)
-{
-    if (of->read == of->elements) {
-        int64_t rest = first % of->inner, unit = first / of->inner % of->size;
-        for (int i = 0; i < m; i++) {
-            units[i] = (int32_t)unit;
-            if (++rest == of->inner) {
-                rest = 0;
-                if (++unit == of->size) unit = 0;
-            }
-        }
-        return;
-    }
-    /* Quotients of integers below 2^53 are rounded down rightly, since none of them lies closer below an integer than float64 can tell. */
-    double inner = (double)of->inner, size = (double)of->size, place[BLOCK];
-    draw((double)of->elements, (double)of->read, (uint32_t)of->seed, 0, first, m, place);
-#pragma omp simd
-    for (int i = 0; i < m; i++) {
-        double outer = floor(place[i] / inner);
-        units[i] = (int32_t)(outer - size * floor(outer / size));
     }
 }
 
@@ -335,95 +187,6 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double wei
     row[A_MIN_NEGATED] = -a_min;
 }
 
-/* What `extremes` finds: how many elements are inf or nan, the largest z, minus the smallest z, the same of a. */
-enum { BAD, Z_TOP, Z_BOTTOM_NEGATED, A_TOP, A_BOTTOM_NEGATED, FOUND };
-
-/* Merge `m` neighbouring elements z and a, of type REAL, into what was found before. */
-#define SCAN(name, REAL)                                                                                                                              \
-    static void name(const REAL *restrict z, const REAL *restrict a, int m, double *found)                                                            \
-    {                                                                                                                                                 \
-        REAL z_top = -INFINITY, z_low = -INFINITY, a_top = -INFINITY, a_low = -INFINITY;                                                              \
-        int bad = 0;                                                                                                                                  \
-        _Pragma("omp simd reduction(+ : bad) reduction(max : z_top, z_low, a_top, a_low)") for (int i = 0; i < m; i++)                                \
-        {                                                                                                                                             \
-            int good = z[i] * 0 + a[i] * 0 == 0;                                                                                                      \
-            REAL v = good ? z[i] : (REAL)-INFINITY, v_low = good ? -z[i] : (REAL)-INFINITY;                                                           \
-            REAL u = good ? a[i] : (REAL)-INFINITY, u_low = good ? -a[i] : (REAL)-INFINITY;                                                           \
-            bad += !good;                                                                                                                             \
-            z_top = v > z_top ? v : z_top;                                                                                                            \
-            z_low = v_low > z_low ? v_low : z_low;                                                                                                    \
-            a_top = u > a_top ? u : a_top;                                                                                                            \
-            a_low = u_low > a_low ? u_low : a_low;                                                                                                    \
-        }                                                                                                                                             \
-        found[BAD] += bad;                                                                                                                            \
-        found[Z_TOP] = z_top > found[Z_TOP] ? z_top : found[Z_TOP];                                                                                   \
-        found[Z_BOTTOM_NEGATED] = z_low > found[Z_BOTTOM_NEGATED] ? z_low : found[Z_BOTTOM_NEGATED];                                                  \
-        found[A_TOP] = a_top > found[A_TOP] ? a_top : found[A_TOP];                                                                                   \
-        found[A_BOTTOM_NEGATED] = a_low > found[A_BOTTOM_NEGATED] ? a_low : found[A_BOTTOM_NEGATED];                                                  \
-    }
-SCAN(scan_floats, float)
-SCAN(scan_doubles, double)
-
-/* Elements `first` to `first` + `m` of a vector that is not float64, as floats; where that needs no copy, the elements themselves. */
-static const float *as_floats(const vector *from, int64_t first, int m, float *to)
-{
-    const uint16_t *data = (const uint16_t *)from->data + first * from->stride;
-    if (from->kind == FLOAT32 && from->stride == 1) return (const float *)from->data + first;
-    if (from->kind == FLOAT32)
-        for (int i = 0; i < m; i++) to[i] = ((const float *)from->data)[(first + i) * from->stride];
-    else if (from->kind == BFLOAT16)
-        for (int i = 0; i < m; i++) to[i] = from_bits((uint32_t)data[i * from->stride] << 16);
-    else
-        for (int i = 0; i < m; i++) to[i] = half(data[i * from->stride]);
-    return to;
-}
-
-static int64_t width_of(const vector *of)
-{
-    return of->kind == FLOAT64 ? 8 : of->kind == FLOAT32 ? 4 : 2;
-}
-
-/* The extremes of `count` elements z and a, and how many are inf or nan, in found[FOUND]. They lie in rows of `columns` elements, which are `z_row` and
-   `a_row` elements apart in memory; the last row may be shorter. */
-void torchsat_extremes(const vector *z_in, const vector *a_in, int64_t count, int64_t columns, int64_t z_row, int64_t a_row, int64_t parts,
-                       double *found)
-{
-    double each[PARTS][FOUND];
-    int64_t rows = (count + columns - 1) / columns;
-    if (parts > PARTS) parts = PARTS;
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static, 1) if (parts > 1)
-#endif
-    for (int64_t part = 0; part < parts; part++) {
-        double *mine = each[part];
-        mine[BAD] = 0;
-        for (int i = 1; i < FOUND; i++) mine[i] = -INFINITY;
-        for (int64_t row = rows * part / parts; row < rows * (part + 1) / parts; row++) {
-            vector z = { (const char *)z_in->data + row * z_row * width_of(z_in), z_in->kind, z_in->stride };
-            vector a = { (const char *)a_in->data + row * a_row * width_of(a_in), a_in->kind, a_in->stride };
-            int64_t length = count - row * columns < columns ? count - row * columns : columns;
-            for (int64_t first = 0; first < length; first += BLOCK) {
-                int m = length - first < BLOCK ? (int)(length - first) : BLOCK;
-                if (z.kind == FLOAT64 || a.kind == FLOAT64) {
-                    double z_block[BLOCK], a_block[BLOCK];
-                    load(&z, first, m, z_block);
-                    load(&a, first, m, a_block);
-                    scan_doubles(z_block, a_block, m, mine);
-                } else {
-                    float z_block[BLOCK], a_block[BLOCK];
-                    scan_floats(as_floats(&z, first, m, z_block), as_floats(&a, first, m, a_block), m, mine);
-                }
-            }
-        }
-    }
-    found[BAD] = 0;
-    for (int i = 1; i < FOUND; i++) found[i] = -INFINITY;
-    for (int64_t part = 0; part < parts; part++) {
-        found[BAD] += each[part][BAD];
-        for (int i = 1; i < FOUND; i++) found[i] = each[part][i] > found[i] ? each[part][i] : found[i];
-    }
-}
-
 /* Merge one forward call into a row, and add the samples of each unit to block [3, size], unless it is NULL. `count` of its `elements` were read.
    low, high, peak: NaN where there is none. The elements are divided among `parts` threads. exact: what torchsat_extremes has found among all elements
    of the call, if only some were read; otherwise NULL. */
@@ -456,82 +219,6 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
     row[ELEMENTS] += elements;
 }
 
-/* The row and the block of heads of a softmax, as observe_softmax in statistics.py describes them. Both are empty when they are passed.
-   z: [batch, heads, queries, keys], with these sizes and strides, which were read of `elements` logits. visible: bytes, with strides of their own (0 where they are broadcast). */
-void torchsat_softmax(const vector *z_in, const uint8_t *visible, const int64_t *sizes, const int64_t *z_strides, const int64_t *visible_strides,
-                      double elements, double *row, double *heads)
-{
-    int64_t size = sizes[1], keys = sizes[3];
-    double z[BLOCK], seen[BLOCK];
-    int64_t width = width_of(z_in);
-    double all = (double)(sizes[0] * sizes[1] * sizes[2] * keys), weight = all > 0 ? elements / all : 1;
-    row[ELEMENTS] = elements;
-    for (int64_t query = 0; query < sizes[0] * sizes[1] * sizes[2]; query++) {
-        int64_t at[3] = { query / (sizes[1] * sizes[2]), query / sizes[2] % sizes[1], query % sizes[2] };
-        int64_t z_at = at[0] * z_strides[0] + at[1] * z_strides[1] + at[2] * z_strides[2];
-        const uint8_t *see = visible + at[0] * visible_strides[0] + at[1] * visible_strides[1] + at[2] * visible_strides[2];
-        vector here = { (const char *)z_in->data + z_at * width, z_in->kind, z_strides[3] };
-        double n = 0, bad = 0, top = -INFINITY, bottom = INFINITY, sum = 0, square = 0;
-        double total = 0, weighted = 0, total_square = 0, nonzero = 0, least = INFINITY, deviation = 0, mean, log_total, log_keys;
-        for (int64_t first = 0; first < keys; first += BLOCK) {
-            int m = keys - first < BLOCK ? (int)(keys - first) : BLOCK;
-            load(&here, first, m, z);
-            for (int i = 0; i < m; i++) seen[i] = see[(first + i) * visible_strides[3]] ? 1.0 : 0.0;
-#pragma omp simd reduction(+ : n, bad, sum, square) reduction(max : top) reduction(min : bottom)
-            for (int i = 0; i < m; i++) {
-                double good = z[i] * 0 == 0 ? seen[i] : 0.0, v = good != 0 ? z[i] : 0.0;
-                double high = good != 0 ? v : -INFINITY, low = good != 0 ? v : INFINITY;
-                n += seen[i];
-                bad += seen[i] - good;
-                sum += v;
-                square += v * v;
-                top = high > top ? high : top;
-                bottom = low < bottom ? low : bottom;
-            }
-        }
-        if (bad > 0) row[NONFINITE] += n;
-        if (bad > 0 || n < 2) continue;
-        mean = sum / n;
-        for (int64_t first = 0; first < keys; first += BLOCK) {
-            int m = keys - first < BLOCK ? (int)(keys - first) : BLOCK;
-            load(&here, first, m, z);
-            for (int i = 0; i < m; i++) seen[i] = see[(first + i) * visible_strides[3]] ? 1.0 : 0.0;
-#pragma omp simd reduction(+ : total, weighted, total_square, nonzero, deviation) reduction(min : least)
-            for (int i = 0; i < m; i++) {
-                double shifted = seen[i] != 0 ? z[i] - top : 0, off = seen[i] != 0 ? z[i] - mean : 0;
-                /* e^-745 is the smallest number above 0 in float64. */
-                double e = shifted < -745 ? 0 : exp_negative(shifted) * seen[i], low = seen[i] != 0 ? e : INFINITY;
-                total += e;
-                weighted += e * shifted;
-                total_square += e * e;
-                nonzero += e > 0 ? 1.0 : 0.0;
-                deviation += off * off;
-                least = low < least ? low : least;
-            }
-        }
-        log_total = log(total);
-        log_keys = log(n);
-        heads[ROWS * size + at[1]] += weight;
-        heads[ROWS_READ * size + at[1]] += 1;
-        heads[ENTROPY * size + at[1]] += weight * ((log_total - weighted / total) / log_keys);
-        heads[JACOBIAN * size + at[1]] += weight * (1 - total_square / (total * total));
-        heads[LOGIT_VARIANCE * size + at[1]] += weight * (deviation / n);
-        heads[LOG_KEYS * size + at[1]] += weight * log_keys;
-        if (top > heads[LOGIT_MAX * size + at[1]]) heads[LOGIT_MAX * size + at[1]] = top;
-        row[N] += weight * n;
-        row[READ] += n;
-        row[Z] += weight * sum;
-        row[Z_SQ] += weight * square;
-        row[A] += weight;
-        row[A_SQ] += weight * (total_square / (total * total));
-        row[ZEROS] += weight * (n - nonzero);
-        if (top > row[Z_MAX]) row[Z_MAX] = top;
-        if (-bottom > row[Z_MIN_NEGATED]) row[Z_MIN_NEGATED] = -bottom;
-        if (1 / total > row[A_MAX]) row[A_MAX] = 1 / total;
-        if (-least / total > row[A_MIN_NEGATED]) row[A_MIN_NEGATED] = -least / total;
-    }
-}
-
 /* Merge one backward call into a row. The data of a vector are NULL where that gradient is not known. `count` of its `elements` were read. */
 void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count, double elements, double *row)
 {
@@ -558,26 +245,6 @@ void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count
     row[GRAD_Z_READ] += grad_z->data ? n : 0;
     row[GRAD_Z_SQ] += weight * z2;
     row[GRAD_NONFINITE] += (double)count - n;
-}
-
-/* Add the samples, the sum of x and the sum of x^2 of each unit to sums [3, size], each sample with the weight 1. */
-void torchsat_features(const vector *x_in, int64_t count, const axis *units, double *sums)
-{
-    double x[BLOCK];
-    int32_t unit_of[BLOCK];
-    double *samples = sums, *first_power = sums + units->size, *second_power = sums + 2 * units->size;
-    for (int64_t first = 0; first < count; first += BLOCK) {
-        int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
-        load(x_in, first, m, x);
-        find_units(units, first, m, unit_of);
-        for (int i = 0; i < m; i++) {
-            int32_t unit = unit_of[i];
-            double good = x[i] * 0 == 0 ? 1.0 : 0.0, v = good != 0 ? x[i] : 0.0;
-            samples[unit] += good;
-            first_power[unit] += v;
-            second_power[unit] += v * v;
-        }
-    }
 }
 
 /* Write the sum of squares of a vector to out[0] and, if `other` has data, the sum of squares of their difference to out[1]. */

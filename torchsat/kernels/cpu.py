@@ -1,4 +1,4 @@
-"""The kernels in cpu.c: compiled if there is a C compiler, kept in the user's cache, and called through ctypes.
+"""The kernels in cpu.c, samples.c and softmax.c: compiled if there is a C compiler, kept in the user's cache, and called through ctypes.
 
 They are plain C and not torch.compile, because C compiles in one second and not in ten, needs no headers of torch, and leaves the state of torch's
 compiler in the user's process alone (recompile limits, stance, caches of Dynamo). The library is compiled for the processor it runs on. The name of
@@ -25,12 +25,14 @@ from torch import Tensor
 from torchsat.columns import BINS, BLOCK, COLUMN, HEADS, SUMS, UNWEIGHED
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, GELU, GIVEN, LOGISTIC, SILU, Formula
 
-_SOURCE = Path(__file__).with_name("cpu.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.c", "samples.c", "softmax.c"))
+_HEADER = Path(__file__).with_name("vectors.h")
 _KINDS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-"""The number of each type in cpu.c."""
+"""The number of each type in vectors.h."""
 _NAMES = {"COLUMNS": COLUMN, "HEAD_COLUMNS": HEADS, "UNIT_COLUMNS": BLOCK, "UNWEIGHED": UNWEIGHED}
 _MACROS = {"SUMS": len(SUMS), "BINS": len(BINS), "FIRST": FIRST_BIN, **{macro: ",".join(names).upper() for macro, names in _NAMES.items()}}
-_BASE = ["-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fPIC", *(f"-D{macro}={value}" for macro, value in _MACROS.items())]
+_FLAGS = ("-std=c11", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fno-strict-aliasing", "-fPIC")
+_BASE = [*_FLAGS, *(f"-D{macro}={value}" for macro, value in _MACROS.items())]
 _ATTEMPTS: tuple[list[str], ...] = (["-march=native", "-fopenmp"], ["-march=native", "-fopenmp-simd"], [])
 """Flags to try, the best first. OpenMP is compiled in but not linked: its functions are found in the library that torch has loaded, with torch's
 threads."""
@@ -44,6 +46,10 @@ _PART = 16384
 
 class _Vector(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("kind", ctypes.c_int64), ("stride", ctypes.c_int64))
+
+
+class _Four(ctypes.Structure):
+    _fields_ = (("data", _Vector), ("strides", ctypes.c_int64 * 4))
 
 
 class _Axis(ctypes.Structure):
@@ -105,16 +111,30 @@ def observe(
     )
 
 
-def extremes(z: Tensor, a: Tensor) -> Tensor:
-    """statistics.EXACT of z and a, which are both [rows, columns], or both vectors."""
-    found, count = torch.empty(5, dtype=torch.float64), z.numel()
-    columns, z_row, a_row = (_PART, _PART * z.stride(0), _PART * a.stride(0)) if z.ndim == 1 else (z.shape[1], z.stride(0), a.stride(0))
+def extremes(z: Tensor, a: Tensor | None) -> Tensor:
+    """statistics.EXACT of z and a, which are both [rows, columns], or both vectors. Without a, its columns are not defined."""
+    found, count, other = torch.empty(5, dtype=torch.float64), z.numel(), z if a is None else a
+    columns, z_row, a_row = (_PART, _PART * z.stride(0), _PART * other.stride(0)) if z.ndim == 1 else (z.shape[1], z.stride(0), other.stride(0))
     _loaded().torchsat_extremes(
         ctypes.byref(_Vector(z.data_ptr(), _KINDS[z.dtype], z.stride(-1))),
-        ctypes.byref(_Vector(a.data_ptr(), _KINDS[a.dtype], a.stride(-1))),
+        ctypes.byref(_NOTHING if a is None else _Vector(a.data_ptr(), _KINDS[a.dtype], a.stride(-1))),
         *(count, columns, z_row, a_row, _threads(count), found.data_ptr()),
     )
     return found
+
+
+def take(whole: Tensor, count: int, seed: int, exact: bool = False) -> tuple[Tensor, Tensor | None]:
+    """So many elements, as sampling.py draws them, of a vector of neighbours or of [rows, columns] whose columns are neighbours; and of a vector, if
+    they are wanted, the extremes of all elements, as those of z in statistics.EXACT."""
+    taken = torch.empty(count, dtype=whole.dtype)
+    found = torch.empty(5, dtype=torch.float64) if exact else None
+    size = whole.numel()
+    columns, row = (size, size) if whole.ndim == 1 else (whole.shape[1], whole.stride(0))
+    _loaded().torchsat_take(
+        ctypes.byref(_Vector(whole.data_ptr(), _KINDS[whole.dtype], 1)),
+        *(size, columns, row, count, seed, _threads(size if exact else count), taken.data_ptr(), None if found is None else found.data_ptr()),
+    )
+    return taken, found
 
 
 def _threads(count: int) -> int:
@@ -140,6 +160,22 @@ def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor,
         row.data_ptr(),
         heads.data_ptr(),
     )
+
+
+def softmax_extremes(z: Tensor, visible: Tensor | None, a: Tensor | None, broken: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax.softmax_extremes of [batch, heads, queries, keys]. All have this shape, but `broken` has one key; visible None: all keys are."""
+    found, tops = torch.empty(5, dtype=torch.float64), torch.empty(z.shape[1], dtype=torch.float64)
+    strides = ctypes.c_int64 * 4
+    of_z, of_a = (_Four(_NOTHING if each is None else _Vector(each.data_ptr(), _KINDS[each.dtype], 0), strides(*_strides(each))) for each in (z, a))
+    bytes_of = [part for each in (visible, broken) for part in (None if each is None else each.data_ptr(), strides(*_strides(each)))]
+    _loaded().torchsat_softmax_extremes(
+        ctypes.byref(of_z), ctypes.byref(of_a), strides(*z.shape), *bytes_of, _threads(z.numel()), found.data_ptr(), tops.data_ptr()
+    )
+    return found, tops
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
 def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, elements: int, row: Tensor) -> None:
@@ -185,8 +221,8 @@ def _library() -> ctypes.CDLL | None:
 
 def _built(command: list[str]) -> Path:
     """The library that this command compiles, from the cache if it is there."""
-    source = _SOURCE.read_bytes()
-    name = hashlib.sha256(b"\0".join([source, *(part.encode() for part in command), _processor()])).hexdigest()[:32] + ".so"
+    read = [each.read_bytes() for each in (_HEADER, *_SOURCES)]
+    name = hashlib.sha256(b"\0".join([*read, *(part.encode() for part in command), _processor()])).hexdigest()[:32] + ".so"
     for folder in (Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torchsat", _private()):
         try:
             kept = folder / name
@@ -195,9 +231,10 @@ def _built(command: list[str]) -> Path:
                 continue
             if not kept.exists():
                 with tempfile.TemporaryDirectory(dir=folder) as work:
-                    part, whole = str(Path(work) / "cpu.o"), Path(work) / name
-                    _run([*command, "-c", str(_SOURCE), "-o", part])
-                    _run([command[0], "-shared", part, "-o", str(whole), "-lm"])
+                    parts, whole = [str(Path(work, source.name).with_suffix(".o")) for source in _SOURCES], Path(work) / name
+                    for source, part in zip(_SOURCES, parts, strict=True):
+                        _run([*command, "-c", str(source), "-o", part])
+                    _run([command[0], "-shared", *parts, "-o", str(whole), "-lm"])
                     # A rename, which is atomic, so that another process never loads half a library.
                     whole.replace(kept)
         except (PermissionError, FileNotFoundError, NotADirectoryError):
@@ -235,6 +272,8 @@ def _load(path: Path) -> ctypes.CDLL:
     signatures = {
         "torchsat_observe": [*[pointer] * 3, integer, *[number] * 4, integer, integer, *[pointer] * 4],
         "torchsat_extremes": [pointer, pointer, *[integer] * 5, pointer],
+        "torchsat_take": [pointer, *[integer] * 6, pointer, pointer],
+        "torchsat_softmax_extremes": [*[pointer] * 7, integer, pointer, pointer],
         "torchsat_places": [*[integer] * 5, pointer],
         "torchsat_softmax": [pointer, pointer, pointer, pointer, pointer, number, pointer, pointer],
         "torchsat_gradient": [pointer, pointer, integer, number, pointer],

@@ -407,13 +407,13 @@ def observe(
     torch.maximum(row[len(SUMS) :], out[:, len(SUMS) :].amax(0), out=row[len(SUMS) :])
 
 
-def extremes(z: Tensor, a: Tensor) -> Tensor:
-    """statistics.EXACT of two vectors of neighbouring elements."""
+def extremes(z: Tensor, a: Tensor | None) -> Tensor:
+    """statistics.EXACT of two vectors of neighbouring elements. Without a, its columns are not defined."""
     count = z.shape[0]
     programs = triton.cdiv(count, _BLOCK)
     out = torch.empty(programs, 5, dtype=torch.float64, device=z.device)
     with torch.cuda.device_of(z):
-        _extremes[(programs,)](z, a, out, count, block=_BLOCK, num_warps=_WARPS)
+        _extremes[(programs,)](z, z if a is None else a, out, count, block=_BLOCK, num_warps=_WARPS)
     return torch.cat([out[:, :1].sum(0), out[:, 1:].amax(0)])
 
 

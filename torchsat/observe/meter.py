@@ -35,7 +35,8 @@ from torchsat.recognise import is_anonymous
 from torchsat.sampling import Sample, Units, seed_of
 from torchsat.sharding import is_pending, part_of, placement
 from torchsat.sites import Site, Sites
-from torchsat.statistics import extremes, known_slope, observe, observe_gradient, observe_quotient, observe_softmax, upcast
+from torchsat.softmax import observe_softmax
+from torchsat.statistics import extremes, known_slope, observe, observe_gradient, observe_quotient, take, upcast
 from torchsat.tensors import why_unread
 
 
@@ -54,7 +55,9 @@ class Call:
     counts: bool
     """Whether the call enters the numbers of the forward pass. False in a recompute (of a checkpoint), of which only the gradient is read."""
     exact: Tensor | None = None
-    """The extremes of all of z, if only some elements are read and z may be overwritten."""
+    """The extremes of all of z, if only some elements are read, and z may be overwritten or they were found with these elements."""
+    in_place: bool = False
+    """Whether the call may overwrite z."""
     began: int = field(default_factory=internals.next_node_number)
     """The number of the first autograd node that the call could make."""
 
@@ -126,26 +129,34 @@ class Meter:
         check_plain(part)
         self._passes.has_measured = True
         sample = self._site_sample(site, part, in_place)
-        taken = sample.take(part.detach())
+        taken, exact = take(sample, part.detach(), is_z=True) if counts else (sample.take(part.detach()), None)
         if in_place and taken.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
             taken = taken.clone()
         place = placement(z)
         if place is not None:
             axis = self._unit_axis(site, tuple(part.shape))
             site.span = Span(None, 0, place.counts) if axis is None else Span(z.shape[axis], place.first[axis], place.counts)
-        return Call(z, sample, taken, z.grad_fn, z.output_nr, counts, self.exact_z(sample, part) if in_place and counts else None)
+        if in_place and counts and exact is None:
+            exact = self.exact_z(sample, part)
+        return Call(z, sample, taken, z.grad_fn, z.output_nr, counts, exact, in_place)
 
     def exact_z(self, sample: Sample, z: Tensor) -> Tensor | None:
         """The extremes of all elements of z, before it may be overwritten; None where all are read anyway."""
         return None if sample.is_whole else extremes(z.detach(), None)
 
-    def exact(self, call: Call, a: Tensor) -> Tensor | None:
-        """The extremes of all elements of z and a after a call; None where all are read anyway."""
+    def exact(self, call: Call, a: Tensor, of_a: Tensor | None = None) -> Tensor | None:
+        """The extremes of all elements of z and a after a call; None where all are read anyway. `of_a` are those of a, if they are known."""
         if isinstance(call.sample, Sample) and call.sample.is_whole:
             return None
+        a = part_of(a).detach()
         if call.exact is None:
-            return extremes(part_of(call.z).detach(), part_of(a).detach())
-        return torch.maximum(call.exact, extremes(None, part_of(a).detach()))
+            return extremes(part_of(call.z).detach(), a)
+        of_a = extremes(None, a) if of_a is None else of_a
+        # Where z is still there, its extremes were found by a kernel for the CPU, on which the host may branch. What is not finite in one of the two
+        # does not count in the other: where there is such an element, both are read together.
+        if not call.in_place and (call.exact[0] or of_a[0]):
+            return extremes(part_of(call.z).detach(), a)
+        return torch.maximum(call.exact, of_a)
 
     def end(self, site: Site, call: Call, a: object) -> None:
         """Measure a call after it has returned a."""
@@ -158,7 +169,8 @@ class Meter:
         if call.counts:
             self.ran(site, call.steps, call.z)
             if part.numel():
-                self.count(site, sample, call.taken, sample.take(part.detach()), exact=self.exact(call, part))
+                taken, of_a = take(sample, part.detach(), is_z=False)
+                self.count(site, sample, call.taken, taken, exact=self.exact(call, part, of_a))
         else:
             self._lineage.ran(site, call.steps, call.z)
         self.tap_output(site, call, a)
@@ -261,7 +273,7 @@ class Meter:
             current.put(current.blocks, site.name, block)
 
     def count_softmax(self, site: Site, logits: Logits, exact: tuple[Tensor, Tensor]) -> None:
-        """Merge the row and the block of heads of one softmax. `exact` is what statistics.softmax_extremes found among all its rows."""
+        """Merge the row and the block of heads of one softmax. `exact` is what softmax.softmax_extremes found among all its rows."""
         row, heads = observe_softmax(logits.z, logits.visible, logits.elements, exact)
         current = self._passes.current
         current.add(current.rows, site.name, row)
