@@ -104,14 +104,19 @@ class Sample:
             flat = tensor.as_strided((self.elements,), (1,), tensor.storage_offset())
         else:
             ordered = tensor.expand(self.shape).permute(self.order)
-            if not self.is_whole and cpu.reads(tensor) and (rows := _rows(ordered)) is not None:
-                return cpu.take(rows, self.n, self.seed)[0]
+            rows = _rows(ordered) if not self.is_whole and self.is_indexed(tensor) else None
+            if rows is not None:
+                return cpu.take(rows, self.places(tensor.device))
             flat = ordered.reshape(-1)
         if self.is_whole:
             return flat
-        if flat.stride(0) == 1 and cpu.reads(flat):
-            return cpu.take(flat, self.n, self.seed)[0]
+        if flat.stride(0) == 1 and self.is_indexed(flat):
+            return cpu.take(flat, self.places(tensor.device))
         return flat.index_select(0, self.places(tensor.device))
+
+    def is_indexed(self, tensor: Tensor) -> bool:
+        """Whether the kernels for the CPU can take the elements from this tensor: they read places of 32 bits."""
+        return self.elements < 2**31 and cpu.reads(tensor)
 
     def places(self, device: torch.device) -> Tensor:
         """The places of these elements in memory order. They are kept as long as the sample is: a call and its gradients use them."""
@@ -191,6 +196,7 @@ class Units:
         self.place = (sample.elements, sample.n, sample.seed, math.prod(sample.shape[dim] for dim in after), sample.shape[axis])
         """(elements, n, seed, inner, size): of n elements, which are drawn from so many, the one at place p belongs to the unit p // inner % size."""
         self._index: Tensor | None = None
+        self._table: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -201,6 +207,13 @@ class Units:
     def weight(self) -> float:
         """How many elements of the tensor each element that is read stands for."""
         return self.place[0] / max(1, self.place[1])
+
+    def table(self) -> Tensor | None:
+        """The unit of each element for the kernels of the CPU, kept for all calls of this sample; None where all elements are read, and the kernels
+        count along."""
+        if self._table is None and self.place[0] != self.place[1]:
+            self._table = cpu.unit_table(self.place)
+        return self._table
 
     def index(self, device: torch.device) -> Tensor:
         """The unit of each element, as a vector on a device."""

@@ -119,7 +119,8 @@ def observe(
             kernels.observe(z, a, slope, peak, edges, elements, sigmoid, exact, row)
             return row, None
         block = torch.zeros(len(BLOCK), units.size, dtype=torch.float64, device=z.device) if block is None else block
-        kernels.observe(z, a, slope, peak, edges, elements, sigmoid, exact, row, units.place, block)
+        tables = (units.table(),) if kernels is cpu else ()
+        kernels.observe(z, a, slope, peak, edges, elements, sigmoid, exact, row, units.place, block, *tables)
         return row, block
     found, counts = _observe(z, a, cast(Tensor, slope), peak, edges, elements, sigmoid, units)
     if exact is not None:
@@ -160,11 +161,9 @@ def extremes(z: Tensor | None, a: Tensor | None) -> Tensor:
 
 def take(sample: Sample, tensor: Tensor, is_z: bool) -> tuple[Tensor, Tensor | None]:
     """The elements of z, or of a, that are read, and its `extremes`, where one pass over memory finds both; None where it does not."""
-    if sample.is_whole or tensor.stride() != sample.strides or not cpu.reads(tensor):
+    if sample.is_whole or tensor.stride() != sample.strides or not sample.is_indexed(tensor):
         return sample.take(tensor), None
-    taken, found = cpu.take(tensor.as_strided((sample.elements,), (1,)), sample.n, sample.seed, exact=True)
-    assert found is not None
-    return taken, _of_one(found, is_z)
+    return cpu.take_and_scan(tensor.as_strided((sample.elements,), (1,)), sample.places(tensor.device), is_z)
 
 
 def _of_one(found: Tensor, is_z: bool) -> Tensor:
@@ -388,7 +387,7 @@ def observe_features(x: Tensor, units: Units, sums: Tensor | None = None) -> Ten
     dtype = accumulator(x.device)
     found = torch.zeros(3, units.size, dtype=dtype, device=x.device)
     if cpu.reads(x):
-        cpu.add_features(x, units.place, found)
+        cpu.add_features(x, units.place, units.table(), found)
     else:
         finite = torch.isfinite(x)
         values = torch.where(finite, x.to(dtype), torch.zeros((), dtype=dtype, device=x.device))

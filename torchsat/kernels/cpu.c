@@ -8,6 +8,7 @@
 #include "vectors.h"
 
 #define BANKS 8
+#define SATURATED_ONE ((int64_t)1 << 32)
 
 /* |f'|, as a formula of z or GIVEN as a vector. The formulas are those of formulas.py:
    LOGISTIC  c s(b z) s(-b z), where s is the logistic function
@@ -80,13 +81,14 @@ static void merge(double *into, const double *row, double weight)
     for (int i = SUMS; i < WIDTH; i++) into[i] = row[i] > into[i] ? row[i] : into[i];
 }
 
-/* The row of elements `begin_at` to `end_at` of a forward call, each with the weight 1, without the column ELEMENTS. Unless block [3, size] is NULL, the
-   samples and the saturated samples of each unit are added to it, weighed, and the samples once more, unweighed. */
-static void observe(const call *in, int64_t begin_at, int64_t end_at, double weight, double *row, const axis *units, double *block)
+/* The row of elements `begin_at` to `end_at` of a forward call, each with the weight 1, without the column ELEMENTS. Unless it is NULL, each element
+   enters a tally of its unit: as 1 and, if it is saturated, as SATURATED_ONE too, so that one addition counts both. Neighbours take turns between the
+   two rows of tallies [2, units], since an addition to the same unit would wait for the one before. */
+static void observe(const call *in, int64_t begin_at, int64_t end_at, double *row, const axis *units, int64_t *tallies)
 {
     double z[BLOCK], a[BLOCK], slope[BLOCK], ok[BLOCK], saturated[BLOCK];
-    int32_t bin[BLOCK], unit_of[BLOCK];
-    int64_t counted[BANKS][BINS];
+    int32_t bin[BLOCK], found[BLOCK];
+    int64_t tally[BLOCK], counted[BANKS][BINS + 1];
     double n = 0, lows = 0, highs = 0, s1 = 0, s2 = 0, z1 = 0, z2 = 0, a1 = 0, a2 = 0, nonzero = 0, left = 0, right = 0;
     double z_max = -INFINITY, z_min = INFINITY, a_max = -INFINITY, a_min = INFINITY;
     double low = in->low == in->low ? in->low : -INFINITY, high = in->high == in->high ? in->high : INFINITY, per_peak = 1 / in->peak;
@@ -145,19 +147,18 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double wei
                 memcpy(&bits, &relative, sizeof bits);
                 index = (bits >> 22) - FIRST;
                 index = index < 0 ? 0 : index;
-                bin[i] = index > BINS - 1 ? BINS - 1 : index;
+                index = index > BINS - 1 ? BINS - 1 : index;
+                bin[i] = ok[i] != 0 ? index : BINS;
             }
             /* Neighbours often fall into the same bin, and an addition would wait for the one before: hence several tables. */
-            for (int i = 0; i < m; i++) counted[i % BANKS][bin[i]] += ok[i] != 0;
+            for (int i = 0; i < m; i++) counted[i % BANKS][bin[i]]++;
         }
-        if (block) {
-            find_units(units, first, m, unit_of);
-            for (int i = 0; i < m; i++) {
-                double *samples = block + unit_of[i];
-                samples[SAMPLES * units->size] += weight * ok[i];
-                samples[SATURATED * units->size] += weight * saturated[i];
-                samples[SAMPLES_READ * units->size] += ok[i];
-            }
+        if (tallies) {
+            const int32_t *unit_of = units->table ? units->table + first : found;
+            if (!units->table) find_units(units, first, m, found);
+#pragma omp simd
+            for (int i = 0; i < m; i++) tally[i] = ok[i] != 0 ? saturated[i] != 0 ? SATURATED_ONE | 1 : 1 : 0;
+            for (int i = 0; i < m; i++) tallies[(i & 1) * units->size + unit_of[i]] += tally[i];
         }
     }
     clear(row);
@@ -194,16 +195,15 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
                       double peak, int64_t sigmoid, int64_t parts, const double *exact, double *row, const axis *units, double *block)
 {
     call in = { z, a, of, low, high, peak, sigmoid };
-    double rows[PARTS][WIDTH], *others = 0, weight = count ? elements / (double)count : 1;
-    int64_t size = block ? 3 * units->size : 0;
+    double rows[PARTS][WIDTH], weight = count ? elements / (double)count : 1;
+    int64_t size = block ? units->size : 0, *tallies = 0;
     if (parts > PARTS) parts = PARTS;
-    if (block && parts > 1) others = calloc((size_t)(size * (parts - 1)), sizeof *others);
-    if (block && !others) parts = 1;
+    if (block) tallies = calloc((size_t)(2 * size * parts), sizeof *tallies);
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static, 1) if (parts > 1)
 #endif
     for (int64_t part = 0; part < parts; part++)
-        observe(&in, count * part / parts, count * (part + 1) / parts, weight, rows[part], units, part ? others ? others + (part - 1) * size : 0 : block);
+        observe(&in, count * part / parts, count * (part + 1) / parts, rows[part], units, tallies ? tallies + 2 * size * part : 0);
     for (int64_t part = 0; part < parts; part++) {
         if (exact) rows[part][NONFINITE] = 0;
         merge(row, rows[part], weight);
@@ -213,9 +213,14 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
         row[NONFINITE] += exact[BAD];
         for (int i = 1; i < FOUND; i++) row[at[i]] = exact[i] > row[at[i]] ? exact[i] : row[at[i]];
     }
-    for (int64_t part = 1; others && part < parts; part++)
-        for (int64_t i = 0; i < size; i++) block[i] += others[(part - 1) * size + i];
-    free(others);
+    for (int64_t each = 0; tallies && each < 2 * parts; each++)
+        for (int64_t i = 0; i < size; i++) {
+            double samples = (double)(tallies[each * size + i] & (SATURATED_ONE - 1)), saturated = (double)(tallies[each * size + i] / SATURATED_ONE);
+            block[SAMPLES * size + i] += weight * samples;
+            block[SATURATED * size + i] += weight * saturated;
+            block[SAMPLES_READ * size + i] += samples;
+        }
+    free(tallies);
     row[ELEMENTS] += elements;
 }
 

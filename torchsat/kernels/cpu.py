@@ -53,13 +53,19 @@ class _Four(ctypes.Structure):
 
 
 class _Axis(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("elements", "read", "seed", "inner", "size"))
+    _fields_ = (*((name, ctypes.c_int64) for name in ("elements", "read", "seed", "inner", "size")), ("table", ctypes.c_void_p))
+
+
+class _Choice(ctypes.Structure):
+    _fields_ = (*((name, ctypes.c_int64) for name in ("count", "columns", "row", "read")), ("places", ctypes.c_void_p))
 
 
 class _Derivative(ctypes.Structure):
     _fields_ = (("kind", ctypes.c_int64), ("b", ctypes.c_double), ("c", ctypes.c_double), ("d", ctypes.c_double), ("given", _Vector))
 
 
+Place = tuple[int, int, int, int, int]
+"""sampling.Units.place."""
 _NOTHING = _Vector(None, 0, 0)
 
 
@@ -81,12 +87,13 @@ def observe(
     sigmoid: bool,
     exact: Tensor | None,
     row: Tensor,
-    place: tuple[int, int, int, int, int] | None = None,
+    place: Place | None = None,
     block: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> None:
     """Merge a forward call into a row, and add the samples of each unit to a unit block, if there is one.
 
-    The arguments are those of statistics.observe; `place` is that of the units.
+    The arguments are those of statistics.observe; `place` and `table` are those of the units.
     """
     low, high = (float("nan") if edge is None else edge for edge in edges)
     if isinstance(slope, Formula):
@@ -106,7 +113,7 @@ def observe(
         _threads(z.shape[0]),
         None if exact is None else exact.data_ptr(),
         row.data_ptr(),
-        None if place is None else ctypes.byref(_Axis(*place)),
+        None if place is None else ctypes.byref(_axis(place, table)),
         None if block is None else block.data_ptr(),
     )
 
@@ -123,18 +130,26 @@ def extremes(z: Tensor, a: Tensor | None) -> Tensor:
     return found
 
 
-def take(whole: Tensor, count: int, seed: int, exact: bool = False) -> tuple[Tensor, Tensor | None]:
-    """So many elements, as sampling.py draws them, of a vector of neighbours or of [rows, columns] whose columns are neighbours; and of a vector, if
-    they are wanted, the extremes of all elements, as those of z in statistics.EXACT."""
-    taken = torch.empty(count, dtype=whole.dtype)
-    found = torch.empty(5, dtype=torch.float64) if exact else None
+def take(whole: Tensor, chosen: Tensor) -> Tensor:
+    """The elements at these places (int32, see sampling.py) of a vector of neighbours, or of [rows, columns] whose columns are neighbours."""
+    taken = torch.empty(chosen.shape[0], dtype=whole.dtype)
+    _take(whole, chosen, False, taken, None, _threads(chosen.shape[0]))
+    return taken
+
+
+def take_and_scan(whole: Tensor, chosen: Tensor, is_z: bool) -> tuple[Tensor, Tensor]:
+    """The elements at these places of a vector of neighbours, and statistics.EXACT of all elements, as those of z or of a."""
+    taken, found = torch.empty(chosen.shape[0], dtype=whole.dtype), torch.empty(5, dtype=torch.float64)
+    _take(whole, chosen, is_z, taken, found.data_ptr(), _threads(whole.shape[0]))
+    return taken, found
+
+
+def _take(whole: Tensor, chosen: Tensor, is_z: bool, taken: Tensor, found: int | None, threads: int) -> None:
     size = whole.numel()
     columns, row = (size, size) if whole.ndim == 1 else (whole.shape[1], whole.stride(0))
-    _loaded().torchsat_take(
-        ctypes.byref(_Vector(whole.data_ptr(), _KINDS[whole.dtype], 1)),
-        *(size, columns, row, count, seed, _threads(size if exact else count), taken.data_ptr(), None if found is None else found.data_ptr()),
-    )
-    return taken, found
+    of = _Choice(size, columns, row, chosen.shape[0], chosen.data_ptr())
+    vector = _Vector(whole.data_ptr(), _KINDS[whole.dtype], 1)
+    _loaded().torchsat_take(ctypes.byref(vector), ctypes.byref(of), is_z, threads, taken.data_ptr(), found)
 
 
 def _threads(count: int) -> int:
@@ -183,9 +198,20 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, e
     _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, elements, row.data_ptr())
 
 
-def add_features(x: Tensor, place: tuple[int, int, int, int, int], sums: Tensor) -> None:
-    """Add the samples, the sum of x and the sum of x^2 of each unit to [3, size], unweighed."""
-    _loaded().torchsat_features(_vector(x), x.shape[0], ctypes.byref(_Axis(*place)), sums.data_ptr())
+def add_features(x: Tensor, place: Place, table: Tensor | None, sums: Tensor) -> None:
+    """Add the samples, the sum of x and the sum of x^2 of each unit to [3, size], unweighed. `place` and `table` are those of the units."""
+    _loaded().torchsat_features(_vector(x), x.shape[0], ctypes.byref(_axis(place, table)), sums.data_ptr())
+
+
+def unit_table(place: Place) -> Tensor:
+    """The unit of each element that is read, as int32; `place` is that of the units."""
+    table = torch.empty(place[1], dtype=torch.int32)
+    _loaded().torchsat_units(ctypes.byref(_axis(place, None)), table.data_ptr())
+    return table
+
+
+def _axis(place: Place, table: Tensor | None) -> _Axis:
+    return _Axis(*place, None if table is None else table.data_ptr())
 
 
 def squares(x: Tensor, other: Tensor | None, out: Tensor, at: int) -> None:
@@ -272,7 +298,8 @@ def _load(path: Path) -> ctypes.CDLL:
     signatures = {
         "torchsat_observe": [*[pointer] * 3, integer, *[number] * 4, integer, integer, *[pointer] * 4],
         "torchsat_extremes": [pointer, pointer, *[integer] * 5, pointer],
-        "torchsat_take": [pointer, *[integer] * 6, pointer, pointer],
+        "torchsat_take": [pointer, pointer, integer, integer, pointer, pointer],
+        "torchsat_units": [pointer, pointer],
         "torchsat_softmax_extremes": [*[pointer] * 7, integer, pointer, pointer],
         "torchsat_places": [*[integer] * 5, pointer],
         "torchsat_softmax": [pointer, pointer, pointer, pointer, pointer, number, pointer, pointer],

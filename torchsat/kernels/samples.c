@@ -113,8 +113,10 @@ static void merge_stretch(const vector *z, const vector *a, int64_t first, int64
         if (z->stride == 1 && (!a->data || a->stride == 1) && merge_finite(z, first, m, merged + Z_TOP, merged + Z_BOTTOM_NEGATED) &&
             (!a->data || merge_finite(a, first, m, merged + A_TOP, merged + A_BOTTOM_NEGATED)))
             memcpy(found, merged, sizeof merged);
-        else
+        else {
             merge_numbers(z, a->data ? a : z, first, m, found);
+            if (!a->data) found[A_TOP] = found[A_BOTTOM_NEGATED] = -INFINITY;
+        }
     }
 }
 
@@ -141,24 +143,26 @@ void torchsat_extremes(const vector *z_in, const vector *a_in, int64_t count, in
 }
 
 /* Elements at these places of a vector of neighbours. */
-static void gather(const vector *from, const double *place, int m, void *to)
+static void gather(const vector *from, const int64_t *place, int m, void *to)
 {
     if (from->kind == FLOAT64)
-        for (int i = 0; i < m; i++) ((int64_t *)to)[i] = ((const int64_t *)from->data)[(int64_t)place[i]];
+        for (int i = 0; i < m; i++) ((int64_t *)to)[i] = ((const int64_t *)from->data)[place[i]];
     else if (from->kind == FLOAT32)
-        for (int i = 0; i < m; i++) ((int32_t *)to)[i] = ((const int32_t *)from->data)[(int64_t)place[i]];
+        for (int i = 0; i < m; i++) ((int32_t *)to)[i] = ((const int32_t *)from->data)[place[i]];
     else
-        for (int i = 0; i < m; i++) ((int16_t *)to)[i] = ((const int16_t *)from->data)[(int64_t)place[i]];
+        for (int i = 0; i < m; i++) ((int16_t *)to)[i] = ((const int16_t *)from->data)[place[i]];
 }
 
-/* Write to `taken` those `read` elements of `count` that sampling.py draws. They lie in rows of `columns` neighbours, which are `row` elements apart in
-   memory. Unless found[FOUND] is NULL, also find the extremes of all elements, as those of z; they must be one row then. Both are done stretch by
-   stretch: memory is read once, in its order. */
-void torchsat_take(const vector *from, int64_t count, int64_t columns, int64_t row, int64_t read, int64_t seed, int64_t parts, void *taken,
-                   double *found)
+/* What a call takes: those `read` elements of `count` that lie at these places, as torchsat_places gives them in 32 bits. They lie in rows of `columns`
+   neighbours, which are `row` elements apart in memory. */
+typedef struct { int64_t count, columns, row, read; const int32_t *places; } choice;
+
+/* Write the elements of a choice to `taken`. Unless found[FOUND] is NULL, also find the extremes of all elements, as those of z or of a; they must be
+   one row then. Both are done stretch by stretch: memory is read once, in its order. */
+void torchsat_take(const vector *from, const choice *of, int64_t is_z, int64_t parts, void *taken, double *found)
 {
     static const vector none = { 0, 0, 0 };
-    double each[PARTS][FOUND], length = (double)count / (double)read;
+    double each[PARTS][FOUND], length = (double)of->count / (double)of->read;
     int64_t strata = (int64_t)(STRETCH / length) + 1;
     if (strata > BLOCK) strata = BLOCK;
     if (parts > PARTS) parts = PARTS;
@@ -166,34 +170,46 @@ void torchsat_take(const vector *from, int64_t count, int64_t columns, int64_t r
 #pragma omp parallel for schedule(static, 1) if (parts > 1)
 #endif
     for (int64_t part = 0; part < parts; part++) {
-        double place[BLOCK];
-        int64_t first = read * part / parts, last = read * (part + 1) / parts;
+        int64_t place[BLOCK], first = of->read * part / parts, last = of->read * (part + 1) / parts;
         int64_t from_at = (int64_t)(length * (double)first);
         nothing_found(each[part]);
         for (; first < last; first += strata) {
             int m = last - first < strata ? (int)(last - first) : (int)strata;
-            int64_t end = first + m == read ? count : (int64_t)(length * (double)(first + m));
+            int64_t end = first + m == of->read ? of->count : (int64_t)(length * (double)(first + m));
             if (found) merge_stretch(from, &none, from_at, end, each[part]);
             from_at = end;
-            draw((double)count, (double)read, (uint32_t)seed, 0, first, m, place);
-            if (row != columns)
-                for (int i = 0; i < m; i++) place[i] += floor(place[i] / (double)columns) * (double)(row - columns);
+            for (int i = 0; i < m; i++) place[i] = of->places[first + i];
+            if (of->row != of->columns)
+                for (int i = 0; i < m; i++) place[i] += (int64_t)((double)place[i] / (double)of->columns) * (of->row - of->columns);
             gather(from, place, m, (char *)taken + first * width_of(from));
         }
     }
-    if (found) merge_found(each, parts, found);
+    if (!found) return;
+    merge_found(each, parts, found);
+    if (is_z) return;
+    for (int i = 0; i < 2; i++) {
+        found[A_TOP + i] = found[Z_TOP + i];
+        found[Z_TOP + i] = -INFINITY;
+    }
+}
+
+/* Write the unit of each element that is read. */
+void torchsat_units(const axis *of, int32_t *out)
+{
+    for (int64_t first = 0; first < of->read; first += BLOCK) find_units(of, first, of->read - first < BLOCK ? (int)(of->read - first) : BLOCK, out + first);
 }
 
 /* Add the samples, the sum of x and the sum of x^2 of each unit to sums [3, size], each sample with the weight 1. */
 void torchsat_features(const vector *x_in, int64_t count, const axis *units, double *sums)
 {
     double x[BLOCK];
-    int32_t unit_of[BLOCK];
+    int32_t found[BLOCK];
     double *samples = sums, *first_power = sums + units->size, *second_power = sums + 2 * units->size;
     for (int64_t first = 0; first < count; first += BLOCK) {
         int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
         load(x_in, first, m, x);
-        find_units(units, first, m, unit_of);
+        const int32_t *unit_of = units->table ? units->table + first : found;
+        if (!units->table) find_units(units, first, m, found);
         for (int i = 0; i < m; i++) {
             int32_t unit = unit_of[i];
             double good = x[i] * 0 == 0 ? 1.0 : 0.0, v = good != 0 ? x[i] : 0.0;

@@ -33,8 +33,8 @@ enum { BAD, Z_TOP, Z_BOTTOM_NEGATED, A_TOP, A_BOTTOM_NEGATED, FOUND };
 typedef struct { const void *data; int64_t kind, stride; } vector;
 
 /* Which unit each element of a vector belongs to. The `read` elements are drawn from a dense tensor of `elements`, as sampling.py says, or are all of
-   it; its unit axis has `size` entries that lie `inner` elements apart. */
-typedef struct { int64_t elements, read, seed, inner, size; } axis;
+   it; its unit axis has `size` entries that lie `inner` elements apart. table: the units, if they are known already; otherwise NULL. */
+typedef struct { int64_t elements, read, seed, inner, size; const int32_t *table; } axis;
 
 static inline float from_bits(uint32_t bits)
 {
