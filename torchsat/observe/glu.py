@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchsat.observe.feeders import Cut
 from torchsat.observe.graph import maker
-from torchsat.observe.meter import Call
+from torchsat.observe.meter import Call, exact_z
 from torchsat.sampling import Sample
 from torchsat.sites import Site
 from torchsat.statistics import upcast
@@ -42,7 +42,7 @@ def _end(observation: Observation, site: Site, call: Call, value: Tensor, axis: 
     assert isinstance(sample, Sample)
     if call.counts:
         meter.ran(site, call.steps, call.z, Cut(axis, sample.shape[axis], sample.shape[axis]))
-        exact = meter.exact_z(sample, call.z)
+        exact = exact_z(sample, call.z)
         if exact is not None:
             # The sigmoid grows with z, so that its extremes are those of z.
             tops = exact[1:3]

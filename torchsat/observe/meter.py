@@ -137,26 +137,8 @@ class Meter:
             axis = self._unit_axis(site, tuple(part.shape))
             site.span = Span(None, 0, place.counts) if axis is None else Span(z.shape[axis], place.first[axis], place.counts)
         if in_place and counts and exact is None:
-            exact = self.exact_z(sample, part)
+            exact = exact_z(sample, part)
         return Call(z, sample, taken, z.grad_fn, z.output_nr, counts, exact, in_place)
-
-    def exact_z(self, sample: Sample, z: Tensor) -> Tensor | None:
-        """The extremes of all elements of z, before it may be overwritten; None where all are read anyway."""
-        return None if sample.is_whole else extremes(z.detach(), None)
-
-    def exact(self, call: Call, a: Tensor, of_a: Tensor | None = None) -> Tensor | None:
-        """The extremes of all elements of z and a after a call; None where all are read anyway. `of_a` are those of a, if they are known."""
-        if isinstance(call.sample, Sample) and call.sample.is_whole:
-            return None
-        a = part_of(a).detach()
-        if call.exact is None:
-            return extremes(part_of(call.z).detach(), a)
-        of_a = extremes(None, a) if of_a is None else of_a
-        # Where z is still there, its extremes were found by a kernel for the CPU, on which the host may branch. What is not finite in one of the two
-        # does not count in the other: where there is such an element, both are read together.
-        if not call.in_place and (call.exact[0] or of_a[0]):
-            return extremes(part_of(call.z).detach(), a)
-        return torch.maximum(call.exact, of_a)
 
     def end(self, site: Site, call: Call, a: object) -> None:
         """Measure a call after it has returned a."""
@@ -170,7 +152,7 @@ class Meter:
             self.ran(site, call.steps, call.z)
             if part.numel():
                 taken, of_a = take(sample, part.detach(), is_z=False)
-                self.count(site, sample, call.taken, taken, exact=self.exact(call, part, of_a))
+                self.count(site, sample, call.taken, taken, exact=exact(call, part, of_a))
         else:
             self._lineage.ran(site, call.steps, call.z)
         self.tap_output(site, call, a)
@@ -397,6 +379,26 @@ class _Gathered:
         if grad is None or is_pending(grad):
             return None
         return self._sample.take(part_of(grad).detach().reshape(self._sample.shape))
+
+
+def exact_z(sample: Sample, z: Tensor) -> Tensor | None:
+    """The extremes of all elements of z, before it may be overwritten; None where all are read anyway."""
+    return None if sample.is_whole else extremes(z.detach(), None)
+
+
+def exact(call: Call, a: Tensor, of_a: Tensor | None = None) -> Tensor | None:
+    """The extremes of all elements of z and a after a call; None where all are read anyway. `of_a` are those of a, if they are known."""
+    if isinstance(call.sample, Sample) and call.sample.is_whole:
+        return None
+    a = part_of(a).detach()
+    if call.exact is None:
+        return extremes(part_of(call.z).detach(), a)
+    of_a = extremes(None, a) if of_a is None else of_a
+    # Where z is still there, its extremes were found by a kernel for the CPU, on which the host may branch. What is not finite in one of the two
+    # does not count in the other: where there is such an element, both are read together.
+    if not call.in_place and (call.exact[0] or of_a[0]):
+        return extremes(part_of(call.z).detach(), a)
+    return torch.maximum(call.exact, of_a)
 
 
 def check_plain(z: Tensor) -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torchsat.activations import Bound
 from torchsat.elementwise import Nature, bends, nature
 from torchsat.observe.graph import maker
-from torchsat.observe.meter import Call
+from torchsat.observe.meter import Call, exact
 from torchsat.recognise import anonymous, differs, is_anonymous, recognise
 from torchsat.sampling import Sample, Units
 from torchsat.sharding import is_pending, part_of
@@ -153,7 +153,7 @@ def _after(observation: Observation, candidate: Candidate, module: nn.Module, ar
             observation.lineage.ran(site, call.steps, call.z)
         else:
             observation.meter.ran(site, call.steps, call.z)
-        observation.meter.count(site, call.sample, call.taken, taken, exact=observation.meter.exact(call, a))
+        observation.meter.count(site, call.sample, call.taken, taken, exact=exact(call, a))
     if not a.requires_grad or a.grad_fn is None:
         return
     if bound is not None and not is_anonymous(bound):
