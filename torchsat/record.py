@@ -72,7 +72,7 @@ class SiteFacts:
     """`Record.relative_derivative` for z ~ N(0, 1)."""
     last: bool = field(default=False, kw_only=True)
     """Whether the output of the model is computed from it with no other site between. Where the output was not seen, as in a model that is used by
-    its methods, only a site that no other one follows is known to be such a site."""
+    its methods, only a site that no other one follows is known to be such a site; of a pipeline, only one in its last stage."""
 
 
 @dataclass(frozen=True)
