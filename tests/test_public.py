@@ -56,7 +56,8 @@ ARROWS = {
     "kernels.cuda": {"columns", "kernels.formulas", "sampling"},
     "statistics": {"activations", "columns", "kernels", "kernels.cpu", "kernels.formulas", "sampling"},
     "replay": {"attributes", "internals", "sampling", "sharding", "tensors"},
-    "attention": {"replay", "sampling", "statistics"},
+    "softmax": {"columns", "kernels.cpu", "statistics"},
+    "attention": {"replay", "sampling", "softmax", "statistics"},
     "sharding": {"internals_distributed", "tensors"},
     "optimizers": {"statistics"},
     "weights": {"attributes", "columns", "internals", "optimizers", "sampling", "sharding", "statistics", "tensors"},
@@ -83,7 +84,7 @@ ARROWS = {
     "observe.meter": {
         *("activations", "attention", "columns", "internals", "kernels", "kernels.formulas", "observe.graph", "observe.hooks", "observe.lineage"),
         *("observe.feeders", "observe.passes", "observe.tracing", "options", "parts", "recognise", "sampling", "sharding", "sites", "statistics"),
-        "tensors",
+        *("softmax", "tensors"),
     },
     "observe.mode": {"internals", "observe.origins"},
     "observe.conditions": {"observe.marks"},

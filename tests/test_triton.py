@@ -109,8 +109,9 @@ def test_of_many_elements_the_units_are_counted_on_an_even_sample(kernels: Modul
     kernels.observe(z.flatten(), z.flatten(), torch.ones_like(z).flatten(), 1.0, (-2.5, 1.5), z.numel(), False, None, row, units.place, counts)
     counts = counts.cpu()
     assert row[0] == 28000
-    assert counts[2].sum() == pytest.approx(2800, abs=1)
-    assert counts[2].max() - counts[2].min() <= 1
+    assert counts[2].sum() == 3000
+    # The places are drawn: the standard deviation of each count is 20 at most.
+    assert (counts[2] - 3000 / 7).abs().max() < 80
     # What was counted stands for all elements.
     assert torch.allclose(counts[0], counts[2] * 28000 / counts[2].sum(), rtol=1e-12, atol=0)
     assert torch.equal(counts[1], counts[0] * torch.tensor([1.0, 0, 0, 0, 0, 1, 1]))
@@ -176,7 +177,7 @@ def test_a_monitor_reads_all_of_a_call_where_kernels_do(kernels: ModuleType, mon
         monitor.close()
     auto, some, everything = found
     assert [record.n for record in everything.records] == [90000] * 4
-    assert all(record.n in (12857, 12858) for record in some.records)
+    assert [record.n for record in some.records] == [65536] * 4
     # Of two sites only a sample is read: ELU is evaluated by torch, and z of an in-place activation has to be copied.
     assert [record.n == 90000 for record in auto.records] == [True, True, False, False]
     for record in auto.records:

@@ -196,6 +196,8 @@ class Attention:
     added: Callable[[Queries], Tensor | None]
     """The mask of these rows, boolean (true: visible) or added to the logits, [samples or 1, heads or 1, positions, keys]."""
     is_causal: bool
+    has_mask: bool
+    """Whether there is a mask besides the causal one. Without it every query sees a key."""
 
     @staticmethod
     def of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attention:
@@ -220,11 +222,11 @@ class Attention:
             output: what the call returned.
         """
         found = []
-        if isinstance(output, tuple):
+        if self.has_mask and isinstance(output, tuple):
             # F.multi_head_attention_forward returns [queries, batch, features], or [queries, features]: one output for all heads.
             rows = output[0].detach() if output[0].ndim == 3 else output[0].detach().unsqueeze(1)
             output = rows.transpose(0, 1).unsqueeze(1)
-        broken = ~torch.isfinite(_four(output.detach())).all(-1, keepdim=True)
+        broken = ~torch.isfinite(_four(output.detach())).all(-1, keepdim=True) if self.has_mask else None
         batch, heads, queries, keys = self.shape
         samples = max(1, _PIECE // max(1, heads * queries * keys))
         for first in range(0, batch, samples):
@@ -233,7 +235,7 @@ class Attention:
             query, key = self.query(whole), self.key(whole)
             for piece in whole.pieces():
                 logits = self._logits(piece, query[:, :, piece.positions], key)
-                found.append(softmax_extremes(logits.z, logits.visible, None, piece.pick(broken)))
+                found.append(softmax_extremes(logits.z, logits.visible, None, None if broken is None else piece.pick(broken)))
         return _joined(found)
 
     def _logits(self, rows: Queries, query: Tensor, key: Tensor) -> Logits:
@@ -286,6 +288,7 @@ def _scaled_dot_product(
         lambda rows: upcast(rows.of_samples(k)),
         lambda rows: None if mask is None else rows.pick(mask),
         is_causal,
+        mask is not None,
     )
 
 
@@ -324,7 +327,13 @@ def _multi_head(given: dict[str, Any]) -> Attention:
         return q * q.shape[-1] ** -0.5
 
     return Attention(
-        (batch, heads, length, size), query.device, projected_query, lambda rows: _multi_head_keys(given, key, batch, rows), added, bool(hint)
+        (batch, heads, length, size),
+        query.device,
+        projected_query,
+        lambda rows: _multi_head_keys(given, key, batch, rows),
+        added,
+        bool(hint),
+        full is not None or padding is not None,
     )
 
 

@@ -17,6 +17,7 @@ one call are read at the same places."""
 
 from __future__ import annotations
 
+import collections
 import functools
 import math
 import weakref
@@ -96,6 +97,7 @@ class Sample:
         found = _samples.get(key)
         if found is None:
             found = _samples[key] = Sample(shape, _memory_order(shape, strides), n, seed)
+        _latest.append(found)
         return found
 
     def take(self, tensor: Tensor) -> Tensor:
@@ -181,6 +183,8 @@ def _rows(tensor: Tensor) -> Tensor | None:
 
 _samples: weakref.WeakValueDictionary[tuple[tuple[int, ...], tuple[int, ...], int, int], Sample] = weakref.WeakValueDictionary()
 """The samples that are in use. Calls of tensors of the same shape share one, and so its places."""
+_latest: collections.deque[Sample] = collections.deque(maxlen=4)
+"""The samples that were asked for last. They stay in use for a while, so that a call of the same shape soon afterwards shares its places too."""
 
 
 @functools.lru_cache(maxsize=4096)

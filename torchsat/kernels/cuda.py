@@ -47,6 +47,7 @@ _LOW = tl.constexpr(COLUMN["low"])
 _HIGH = tl.constexpr(COLUMN["high"])
 _DERIVATIVE = tl.constexpr(COLUMN["derivative"])
 _DERIVATIVE_SQ = tl.constexpr(COLUMN["derivative_sq"])
+_DERIVATIVE_UNKNOWN = tl.constexpr(COLUMN["derivative_unknown"])
 _Z = tl.constexpr(COLUMN["z"])
 _Z_SQ = tl.constexpr(COLUMN["z_sq"])
 _A = tl.constexpr(COLUMN["a"])
@@ -199,6 +200,7 @@ def _write_sums(row, z, a, slope, ok, inside, low, high):
     tl.store(row + _HIGH, _count(ok & (z >= high)))
     tl.store(row + _DERIVATIVE, _total(slope))
     tl.store(row + _DERIVATIVE_SQ, _square(slope))
+    tl.store(row + _DERIVATIVE_UNKNOWN, 0.0)
     tl.store(row + _Z, _total(z))
     tl.store(row + _Z_SQ, _square(z))
     tl.store(row + _A, _total(a))
@@ -361,7 +363,6 @@ def observe(
     if not count:
         return
     formula = slope if isinstance(slope, Formula) else Formula(GIVEN)
-    whole, read, seed, inner, size = (count, count, 0, 1, 1) if place is None else place
     unit_count = min(count, _UNIT_SAMPLES)
     programs = triton.cdiv(count, _BLOCK)
     out = torch.empty(programs, len(COLUMN), dtype=torch.float64, device=z.device)
@@ -383,11 +384,7 @@ def observe(
             formula.b,
             formula.c,
             formula.d,
-            whole,
-            read,
-            seed,
-            inner,
-            size,
+            *((count, count, 0, 1, 1) if place is None else place),
             unit_count,
             elements,
             kind=formula.kind,
