@@ -17,6 +17,7 @@ from overhead import put, table
 from torch import Tensor
 from workloads import machine
 
+from torchsat.columns import BLOCK
 from torchsat.kernels.formulas import GELU, LOGISTIC, Formula
 from torchsat.sampling import Sample, Units
 from torchsat.statistics import empty_row, observe, observe_gradient, trust_kernels
@@ -40,7 +41,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def kernels(x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
     """The functions that are timed, by the name of their kernel. Each of them reads both tensors once."""
-    row, block = empty_row(x.device), torch.zeros(2, UNITS, dtype=torch.float64, device=x.device)
+    row, block = empty_row(x.device), torch.zeros(len(BLOCK), UNITS, dtype=torch.float64, device=x.device)
     units = Units(Sample.of(x.view(-1, UNITS), None, 0), 1)
 
     def forward(formula: Formula) -> Callable[[], object]:
@@ -49,7 +50,7 @@ def kernels(x: Tensor, y: Tensor) -> dict[str, Callable[[], object]]:
     return {
         "forward, tanh": forward(Formula(LOGISTIC, 2.0, 4.0)),
         "forward, GELU": forward(Formula(GELU)),
-        "gradients": lambda: observe_gradient(x, y, row),
+        "gradients": lambda: observe_gradient(x, y, len(x), row),
     }
 
 

@@ -142,7 +142,7 @@ def test_gradients_features_and_squares(monkeypatch: pytest.MonkeyPatch, dtype: 
     units = Units(sample, 1)
 
     def measure() -> list[Tensor]:
-        rows = [observe_gradient(*given, 2000) for given in ((first, second), (first, None), (None, second))]
+        rows = [observe_gradient(one, two, 2000) for one, two in ((first, second), (first, None), (None, second))]
         finite = [torch.where(torch.isfinite(each), each, torch.zeros_like(each)) for each in (whole.t(), other.t())]
         return [*rows, observe_features(first, units).flatten(), squares(finite[0]), squares(finite[0], finite[1]), squares(whole)]
 

@@ -455,7 +455,8 @@ def test_a_row_that_sees_nothing_is_counted_where_torch_makes_nan_of_it() -> Non
     z = torch.randn(2, 3, 4, 5).index_fill(2, torch.tensor([1]), -math.inf)
     z[0, 0, 3, 2] = math.nan
     rows = SoftmaxRows.of(z, 3, None, 0)
-    row, heads = observe_softmax(*vars(rows.logits(z)).values(), rows.extremes(z, torch.softmax(z, -1)))
+    logits = rows.logits(z)
+    row, heads = observe_softmax(logits.z, logits.visible, logits.elements, rows.extremes(z, torch.softmax(z, -1)))
     assert row[COLUMN["nonfinite"]] == torch.softmax(z, -1).isnan().sum() == 2 * 3 * 5 + 5
     assert heads[0].tolist() == [5, 6, 6]
     mask = torch.ones(4, 5, dtype=torch.bool).index_fill(0, torch.tensor([1]), False)

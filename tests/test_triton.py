@@ -147,7 +147,7 @@ def test_gradients(kernels: ModuleType, dtype: torch.dtype) -> None:
         first, second = ([each[::apart] if has else None for has, each in zip((has_a, has_z), both, strict=True)] for both in (here, there))
         row = statistics.empty_row(DEVICE)
         kernels.observe_gradient(*second, len(here[0][::apart]), 3 * len(here[0][::apart]), row)
-        close(row, observe_gradient(*first, 3 * len(here[0][::apart])))
+        close(row, observe_gradient(first[0], first[1], 3 * len(here[0][::apart])))
 
 
 def test_the_check_before_training_passes_right_kernels_and_no_others(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

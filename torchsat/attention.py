@@ -324,7 +324,8 @@ def _multi_head(given: dict[str, Any]) -> Attention:
     def projected_query(rows: Queries) -> Tensor:
         q = _projected(given, rows.of_steps(query), 0)
         q = upcast(q.reshape(*q.shape[:2], heads, -1).transpose(1, 2))
-        return q * q.shape[-1] ** -0.5
+        scaled: Tensor = q * q.shape[-1] ** -0.5
+        return scaled
 
     return Attention(
         (batch, heads, length, size),
