@@ -12,6 +12,18 @@ from torchsat import patience
 from torchsat.observe.observation import Retry
 
 
+def test_the_model_is_named_also_where_it_is_gone_when_the_monitor_is_closed(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    monitor = torchsat.watch(model, every=1, errors="raise")
+    for _ in range(300):
+        model.zero_grad()
+        model(torch.randn(2, 64)).sum().backward()
+    del model
+    monitor.close()
+    (message,) = caplog.messages
+    assert "300 backward passes have computed gradients of Sequential, and no step" in message
+
+
 @pytest.mark.parametrize("empties", [False, True])
 def test_backwards_without_any_step_are_said_once(empties: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "_BACKWARDS", 20)
