@@ -48,7 +48,8 @@ class Delivery:
     """
 
     def __init__(self, options: Options, model: str, sites: Sites, route: Route, faults: Faults) -> None:
-        self._model = model
+        self.model = model
+        """The name of the model's class. It is needed in messages when the model may be gone."""
         self._sites = sites
         self._route = route
         self._faults = faults
@@ -204,7 +205,7 @@ class Delivery:
         if not self._announced and self._route.speaks:
             self._announced = True
             rest = f" ({self._not_seen})" if self._not_seen else ""
-            log.warning("torchsat: %s: %s, nothing is watched%s. See monitor.coverage.", self._model, why or self._nothing, rest)
+            log.warning("torchsat: %s: %s, nothing is watched%s. See monitor.coverage.", self.model, why or self._nothing, rest)
 
     @property
     def _not_seen(self) -> str:
@@ -226,7 +227,7 @@ class Delivery:
             log.warning(
                 "torchsat: %d steps of optimizers were seen, and none of one that owns parameters of %s: nothing is watched. See monitor.coverage.",
                 steps,
-                self._model,
+                self.model,
             )
 
     def say_stopped(self, step: int, names: list[str]) -> None:

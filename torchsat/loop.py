@@ -75,8 +75,6 @@ class Loop:
         self._model = weakref.ref(model)
         self._options = options
         self._driver = Driver.OPTIMIZERS
-        self._name = type(model).__name__
-        """The type of the model, for messages. The model may be gone by the time that one is due."""
         self._was_captured = False
         """Whether the user has been told that a step was captured in a CUDA graph."""
         self._was_told = False
@@ -247,7 +245,7 @@ class Loop:
         """Tell the user once that a step which is captured in a CUDA graph, and is not executed now, will not be observed."""
         if not self._was_captured:
             self._was_captured = True
-            log.warning(_CAPTURED, self._name)
+            log.warning(_CAPTURED, self.observer.delivery.model)
 
     def _count_foreign(self) -> None:
         """Count a step of an optimizer that owns nothing of the model, as long as no other one has stepped, and tell the user after a while."""
@@ -263,7 +261,7 @@ class Loop:
         """Tell the user once that a loop without a torch optimizer has to say where its steps end."""
         if self._driver is Driver.OPTIMIZERS and not self._steps.has_stepped and not self._was_told:
             self._was_told = True
-            log.warning(_NO_STEP, observation.passes.gradients.unused, self._name)
+            log.warning(_NO_STEP, observation.passes.gradients.unused, self.observer.delivery.model)
 
     def _end_round(self) -> None:
         """End the current step: finish its observation, if there is one, and open an observation of the next step, if one is due."""
