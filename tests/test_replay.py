@@ -14,12 +14,18 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.overrides import TorchFunctionMode
 
 from torchsat import replay
-from torchsat.attention import Attention, Logits, Queries, SoftmaxRows, attention_logits
+from torchsat.attention import Attention, Logits, Queries, SoftmaxRows
 from torchsat.columns import COLUMN
 from torchsat.replay import Gate, NotRebuiltError, cell_gates, rnn_gates
 from torchsat.sampling import seed_of
 from torchsat.softmax import observe_softmax
 from torchsat.statistics import EXACT
+
+
+def attention_logits(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], limit: int | None, seed: int) -> Logits:
+    """The logits of some rows of a call of attention; the arguments are those of `Attention.of` and `Queries.of`."""
+    return Attention.of(call, args, kwargs).logits(limit, seed)
+
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
 

@@ -251,11 +251,6 @@ def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([exact[:, :1].sum(0), exact[:, 1:].amax(0)]), tops.amax(0)
 
 
-def attention_logits(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], limit: int | None, seed: int) -> Logits:
-    """The logits of some rows of a call of attention; the arguments are those of `Attention.of` and `Queries.of`."""
-    return Attention.of(call, args, kwargs).logits(limit, seed)
-
-
 def _scaled_dot_product(
     query: Tensor,
     key: Tensor,

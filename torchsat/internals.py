@@ -308,12 +308,8 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
 def hidden_from_modes() -> Iterator[None]:
     """A context whose calls of torch neither a TorchFunctionMode nor a TorchDispatchMode of the user's sees: they count and change what the user
     computes, and not what we do."""
-    with without_function_modes():
-        if open_dispatch_modes():
-            with without_dispatch_modes():
-                yield
-        else:
-            yield
+    with without_function_modes(), without_dispatch_modes() if open_dispatch_modes() else contextlib.nullcontext():
+        yield
 
 
 def function_modes() -> list[TorchFunctionMode]:

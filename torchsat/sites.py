@@ -64,9 +64,6 @@ class Status(Enum):
     SEEN = 6
 
 
-MEASURED = frozenset((Status.SEEN, Status.PARTLY, Status.STOPPED))
-
-
 @dataclass(frozen=True)
 class Place:
     """The status of one place, and the reason that is shown to the user. SEEN needs no reason."""

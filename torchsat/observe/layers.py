@@ -114,7 +114,7 @@ class Layers:
         if module is None or why_unread(weight) is not None or placement(weight) is not None:
             return
         axis = rows_axis(module) if whole.parameter == "weight" else 0
-        groups = int(getattr(module, "groups", 1))
+        groups = int(stored_or(module, "groups", 1))
         if groups == 1 and rows.first + rows.count <= weight.shape[axis]:
             given = (axis, rows.first, rows.count)
             self.measured[rows.name] = Layer(rows.name, module, whole.parameter, whole.limit, whole.turn, whole.fan_in, given)
