@@ -335,9 +335,9 @@ class Passes:
 
     def settle(self) -> Pass:
         """Merge the passes that count into one, and return it."""
-        whole, best = Pass(), min(_STANDING.index(each.standing) for each in self._passes if not each.dropped)
+        whole, best = Pass(), min((each.standing for each in self._passes if not each.dropped), key=_STANDING.index)
         for at, each in enumerate(self._passes):
-            if at == 0 or each.standing is _STANDING[best]:
+            if at == 0 or each.standing is best:
                 each.counted().settle(whole, self._guard)
             else:
                 self._rest.append(each)
