@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 OTHERS = ("SageMaker Debugger", "DeepDiagnosis", "TheDeepChecker", "|a| > 0.95")
 """The names of the rule sets."""
+OTHER_SITES: tuple[type[nn.Module], ...] = (
+    *(nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh, nn.Hardsigmoid),
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.SELU, nn.Softplus),
+)
+"""The activation modules that the rule sets judge. None of them sees a function call."""
 
 
 class Others:
@@ -26,21 +31,39 @@ class Others:
     - |a| > 0.95 fires if that holds for more than 70 % of the outputs of an activation.
     """
 
-    def __init__(self, model: nn.Module, rate: float, activations: tuple[type[nn.Module], ...]) -> None:
-        self.model, self.rate, self.activations = model, rate, activations
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, activations: tuple[type[nn.Module], ...] = OTHER_SITES) -> None:
+        self.model, self.activations = model, activations
+        self.optimizer = optimizer
         self.first: dict[str, int] = {}
         self.streaks: dict[tuple[str, str], int] = defaultdict(int)
         self.values: dict[str, tuple[nn.Module, Tensor, Tensor]] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def watch(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Keep the input and the output of every activation module in the next forward pass. The handles that are returned end this."""
-        return [
+    @property
+    def rate(self) -> float:
+        """The learning rate of the optimizer's first group."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def begin(self, step: int) -> None:
+        """Observe this step: keep what every activation module gets and gives, and judge it when the optimizer is about to step."""
+        self._handles = [
             module.register_forward_hook(
                 lambda module, args, output, name=name: self.values.__setitem__(name, (module, args[0].detach(), output.detach()))
             )
             for name, module in self.model.named_modules()
             if isinstance(module, self.activations)
         ]
+        self._handles.append(self.optimizer.register_step_pre_hook(lambda *_: self._judge_before_step(step)))
+
+    def end(self) -> None:
+        """End the observation of a step."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.values = [], {}
+
+    @torch.no_grad()
+    def _judge_before_step(self, step: int) -> None:
+        self.judge(step)
 
     def fire(self, rules: str, step: int) -> None:
         """Keep the step at which a rule set fires for the first time."""
@@ -49,8 +72,7 @@ class Others:
     def judge(self, step: int) -> None:
         """Apply all rules after the backward pass of an observed step."""
         for name, (module, z, a) in self.values.items():
-            units = [each.transpose(1, -1).reshape(-1, each.shape[1 if each.ndim == 4 else -1]) if each.ndim > 2 else each for each in (z, a)]
-            z, a = units
+            z, a = (_by_unit(each) for each in (z, a))
             if not torch.isfinite(a).all():
                 self.fire("SageMaker Debugger", step)
                 continue
@@ -71,7 +93,7 @@ class Others:
             if (a.abs() > 0.95).float().mean() > 0.7:
                 self.fire("|a| > 0.95", step)
             if step >= 10:
-                dead = torch.quantile(a.abs(), 0.95, dim=0) < 1e-5
+                dead = torch.quantile(a.abs().float(), 0.95, dim=0) < 1e-5
                 self._streak(name + " dead", bool(dead.float().mean() > 0.5), step)
                 if isinstance(module, (nn.Tanh, nn.Sigmoid, nn.Softsign, nn.Hardtanh)):
                     scaled = 2 * a - 1 if isinstance(module, nn.Sigmoid) else a
@@ -103,6 +125,13 @@ class Others:
         self.streaks[key] = self.streaks[key] + 1 if beyond else 0
         if self.streaks[key] >= 5:
             self.fire("TheDeepChecker", step)
+
+
+def _by_unit(x: Tensor) -> Tensor:
+    """The samples of each unit: [samples, units]. The units of images lie along axis 1, those of all else along the last axis."""
+    if x.ndim == 4:
+        x = x.transpose(1, -1)
+    return x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
 
 
 def _rho(a: Tensor, bins: int = 50) -> Tensor:
