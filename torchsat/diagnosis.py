@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from torchsat.alerts import Firing, Key
-from torchsat.causes import Scene, explain, upstream_of
+from torchsat.causes import Moment, Scene, explain, remember, upstream_of
 from torchsat.record import Alert, Snapshot
 
 _RANK: Mapping[str, int] = {
@@ -35,6 +35,8 @@ class Diagnosis:
     def __init__(self) -> None:
         self._first: Snapshot | None = None
         self._before: Snapshot | None = None
+        self._moments: tuple[Moment, ...] = ()
+        """What is kept of the observations so far, for `Scene.moments`."""
         self._raw: dict[Key, Alert] = {}
         """The alerts of the judge that fire now."""
         self._told = Firing()
@@ -43,12 +45,14 @@ class Diagnosis:
     def state_dict(self) -> dict[str, Any]:
         """Everything that the diagnosis remembers, in plain types."""
         first, before = (None if each is None else each.as_dict() for each in (self._first, self._before))
-        return {"first": first, "before": before, "told": [events[-1].as_dict() for events in self._told.raised.values()]}
+        moments = [moment.as_dict() for moment in self._moments]
+        return {"first": first, "before": before, "moments": moments, "told": [events[-1].as_dict() for events in self._told.raised.values()]}
 
     def load_state_dict(self, kept: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         first, before = (None if kept[each] is None else Snapshot.from_dict(kept[each]) for each in ("first", "before"))
         self.resume([Alert.from_dict(alert) for alert in kept["told"]], first, before)
+        self._moments = tuple(Moment(**moment) for moment in kept.get("moments", ()))
 
     def resume(self, told: Iterable[Alert], first: Snapshot | None, before: Snapshot | None) -> None:
         """Continue a run that ended with these alerts told. `first` and `before`: see `Scene`."""
@@ -72,7 +76,8 @@ class Diagnosis:
         if finite or self._before is None:
             self._before = snapshot
         self._raw = {(alert.site, alert.rule): alert for alert in firing}
-        scene = Scene(snapshot, self._first, self._before)
+        self._moments = remember(self._moments, snapshot)
+        scene = Scene(snapshot, self._first, self._before, moments=self._moments)
         groups = self._grouped(snapshot)
         return (*self._cleared(events), *self._no_longer_origins(groups, snapshot), *self._raised(groups, scene))
 
@@ -102,7 +107,7 @@ class Diagnosis:
             also = tuple(dict.fromkeys(place for place, _ in members if place != alert.site))
             alert = replace(alert, severity="critical" if critical else alert.severity, also=also, causes=old.causes if old else ())
             if old is None or (old.severity != "critical" and critical):
-                alert = replace(alert, causes=explain(alert, scene))
+                alert = replace(alert, causes=explain(alert, scene, alert.causes))
                 self._told.apply(alert)
                 said.append(alert)
             else:
