@@ -189,7 +189,7 @@ def test_published(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     made = load("benchmarks", "published_networks")
 
     def task(folder: Path) -> Any:
-        assert (folder / "causes.py").exists()
+        assert (folder / "rules.py").exists()
         model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 10))
         batch = torch.randn(4, 8)
         return made.Task(model, "it was made here", lambda step: batch, lambda model, given: model(given).square().mean(), made.adamw(model, 1e-3))

@@ -28,6 +28,12 @@ def attribute(name: str) -> str:
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
 
 
+def spoken(name: str) -> str:
+    """The name of a site or a layer in a sentence. One that is only a number, as in an `nn.Sequential`, is told as the expression that it has
+    there."""
+    return attribute(name) if name[:1].isdigit() and "/" not in name else name
+
+
 def gain_for(activation: str) -> float:
     """The gain that suits an activation."""
     return GAIN.get(activation, 1.0)

@@ -241,6 +241,11 @@ class Cause:
     """What to try against it: a sentence, and behind it, where there is any, the lines of `code`, indented."""
 
     @property
+    def advice(self) -> str:
+        """The sentence of the remedy, without the code."""
+        return " ".join(line for line in self.remedy.splitlines() if not line.startswith(CODE_INDENT))
+
+    @property
     def code(self) -> str:
         """The lines of the remedy that can be pasted into the user's code, after `model` and `optimizer` are made, with the inputs of the training
         set as `x`. Empty where the remedy is a sentence only."""

@@ -31,6 +31,8 @@ from torchsat.record import Record, Severity, Snapshot, Weight, normal_saturated
 
 UNEVEN = 6.0
 """A weight whose unevenness is larger is taken for trained. Draws of torch.nn.init of 512 elements and more stay below 5."""
+_TOO_LARGE_A_STEP = 0.05
+"""A step that changes the median layer by more of itself makes weights uneven that have learned nothing."""
 HYSTERESIS = 0.8
 """An alert clears only on the safe side of this factor times its limit, so that a value close to the limit does not raise and clear it in turns."""
 
@@ -82,8 +84,12 @@ class Rule:
 def came_trained(first: Snapshot) -> bool:
     """Whether the network had trained weights when the run began: whether a third of its layers are more uneven than an initialiser makes them.
 
-    Layers that are drawn anew before a fine-tuning, such as a head, and those that training has hardly moved are in the minority.
+    Layers that are drawn anew before a fine-tuning, such as a head, and those that training has hardly moved are in the minority. A few steps that
+    are far too large make any weight uneven, so behind such steps nothing is concluded.
     """
+    steps = [weight.update_ratio for weight in first.weights if weight.update_ratio is not None]
+    if first.step > 0 and steps and statistics.median(steps) > _TOO_LARGE_A_STEP:
+        return False
     known = [weight.unevenness for weight in first.weights if weight.unevenness is not None]
     return 3 * sum(unevenness > UNEVEN for unevenness in known) > len(known)
 

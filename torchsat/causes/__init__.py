@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from torchsat.causes import advice
 from torchsat.causes.closed import of_closed
 from torchsat.causes.gradient import of_exploding, of_nonfinite, of_vanishing
 from torchsat.causes.outputs import of_attention, of_size
@@ -63,12 +64,15 @@ def _explained(alert: Alert, scene: Scene) -> tuple[Cause, ...]:
 
 
 def _without_consequences(terms: list[Term]) -> list[Term]:
-    """Blame growth for at most half of what the start is blamed for: where a network was wrong from the start, its weights grow because of that."""
+    """Blame growth for at most half of what the start is blamed for: where a network was wrong from the start, its weights grow because of that. A
+    lower learning rate alone would then not make it sound."""
     initial = sum(term.size for term in terms if term.cause in _INITIAL)
     grown = sum(term.size for term in terms if term.cause == "weight_growth")
-    if initial < 1 or grown <= initial / 2:
+    if initial < 1 or not grown:
         return terms
-    return [replace(term, size=term.size * initial / 2 / grown) if term.cause == "weight_growth" else term for term in terms]
+    least = min(1.0, initial / 2 / grown)
+    told = advice.first_the_others()
+    return [replace(term, size=term.size * least, remedy=told) if term.cause == "weight_growth" else term for term in terms]
 
 
 def _of_saturated(alert: Alert, scene: Scene) -> list[Term]:

@@ -113,8 +113,11 @@ def repr_of(text: str) -> str:
 def zero_biases(weights: Sequence[Weight], more: str = "") -> str:
     """Set biases to 0, that of each of these layers."""
     owners = list(dict.fromkeys(owner(weight.name) for weight in weights))
+    sentence = f"set the bias of {owners[0]}{f' and of {len(owners) - 1} more layers' if len(owners) > 1 else ''} to 0{more}"
+    if any(weight.parameter for weight in weights):
+        return sentence
     return with_code(
-        f"set the bias of {owners[0]}{f' and of {len(owners) - 1} more layers' if len(owners) > 1 else ''} to 0{more}",
+        sentence,
         f"for layer in {several(owners)}:",
         "    for name, parameter in layer.named_parameters():",
         '        if "bias" in name:',
@@ -146,6 +149,11 @@ def slower(rate: float | None, update: float) -> str:
     return with_code(f"lower the learning rate{figures}, or warm it up", "for group in optimizer.param_groups:", f'    group["lr"] *= {factor:g}')
 
 
+def first_the_others() -> str:
+    """Growth in a network that was wrong from the start."""
+    return "remove first what was wrong from the start; if the weights still grow, lower the learning rate"
+
+
 def hold(weight: Weight | None) -> str:
     """Against weights that grow slowly, by steps that are not too large."""
     place = f" of {owner(weight.name)}" if weight else ""
@@ -167,13 +175,11 @@ def linear_output(record: Record) -> str:
     return with_code(sentence, f"model.set_submodule({repr_of(record.site)}, nn.Identity())")
 
 
-def finite_inputs(from_start: bool) -> str:
+def finite_inputs() -> str:
     """Against numbers that are not finite."""
-    rest = "in float16 use a GradScaler, or bfloat16, or float32 for this layer"
-    if not from_start:
-        return f"check the inputs with torch.isfinite(x).all(); {rest}"
     return with_code(
-        f"find out where the inf and nan of the inputs come from, if torch.isfinite(x).all() is False; {rest}. To train without them",
+        "in float16 use a GradScaler, or bfloat16, or float32 for this layer; check the inputs with torch.isfinite(x).all(), find out where what is "
+        "not finite comes from, and train without it",
         "x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)",
     )
 

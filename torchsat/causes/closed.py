@@ -11,15 +11,17 @@ import math
 from dataclasses import replace
 
 from torchsat.causes import advice
-from torchsat.causes.growth import grown, jumped, shrunk
+from torchsat.causes.growth import grown, has_jumped, jumped, shrunk
 from torchsat.causes.scene import Scene, Term, upstream_of
 from torchsat.causes.size import GROWN, drawn_too_large, of_inputs, of_z, uncentred
-from torchsat.expressions import gain_for
+from torchsat.expressions import gain_for, spoken
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Weight
 
 _SHUT = 0.9
 """Where it is not known which units are shut, a site is taken for shut when this share of its elements is."""
+_MANY = 0.3
+"""So many units that were shut at the first observations are a fault of their own, whatever has closed since."""
 _FAR = 3.0
 """Inputs of which what varies has this size are too large for any learning rate that suits inputs of size 1."""
 
@@ -44,8 +46,21 @@ def shut_at_first(record: Record, scene: Scene) -> bool:
     if start is None:
         return False
     if stuck is not None and record.stuck:
-        return stuck >= 0.5 * record.stuck
+        return stuck >= min(_MANY, 0.5 * record.stuck)
+    if stuck is None and _shut_by_offset(scene) >= _MANY:
+        return True
     return (start.saturated or 0.0) >= _SHUT
+
+
+def _shut_by_offset(scene: Scene) -> float:
+    """The share of units that an offset of the inputs shuts at once, where weights know nothing of the input.
+
+    It moves z of each unit by a normal number, whose deviation is q = sqrt((1 - c) / c) times that of z over samples, with c the centred share. A
+    unit that it moves by 2.5 deviations of z over samples is shut in 99 % of them.
+    """
+    shares = [max(weight.input_centred_share, 1e-6) for weight in scene.data() if weight.input_centred_share is not None]
+    ratio = max((math.sqrt((1 - share) / share) for share in shares if share < 0.5), default=0.0)
+    return 0.5 * math.erfc(2.5 / ratio / math.sqrt(2)) if ratio else 0.0
 
 
 def _from_the_start(record: Record, scene: Scene) -> list[Term]:
@@ -54,21 +69,29 @@ def _from_the_start(record: Record, scene: Scene) -> list[Term]:
     bias = abs(start.z_mean or 0.0) > (start.z_std or 0.0)
     if not terms or bias:
         terms.append(_dead(start, scene, " at the first observation"))
-    return terms
+    largest = max(term.size for term in terms)
+    return terms + [replace(term, size=min(term.size, 0.5 * largest)) for term in _growth(record, scene)]
 
 
 def _in_training(record: Record, scene: Scene) -> list[Term]:
     """What closed the units of a rectifier since the first observation. The inputs were the same from the start, so an offset is only the second
     cause."""
+    terms = [*_growth(record, scene), *shrunk(scene, [pair[1] for pair in scene.layers()]), *_of_initialisation(scene)]
+    terms += [term for term in of_data(scene) if term.cause == "inputs_unscaled"]
+    leading = max((term.size for term in terms), default=0.0)
+    # At less than 1, it does not make a consequence of the growth.
+    return terms + [replace(term, size=min(term.size, 0.9 * leading, 0.9) if leading >= 1 else term.size) for term in of_offset(record.site, scene)]
+
+
+def _growth(record: Record, scene: Scene) -> list[Term]:
+    """What the steps have changed. Where none of them was too large and the weights are of the size that they had, it is the least of the causes."""
     feeders = scene.feeders(record.site)
     weight = feeders[0] if feeders else None
     ratio = (weight.gain or 1.0) / (scene.first_gain(weight.name) or weight.gain or 1.0) if weight else 1.0
-    size = 1.0 + math.log(max(ratio, 1.0))
-    growth = grown(scene, weight, record, size) or jumped(scene, [each.name for each in scene.now.weights], size)
-    terms = [*growth, *shrunk(scene, [pair[1] for pair in scene.layers()]), *_of_initialisation(scene)]
-    terms += [term for term in of_data(scene) if term.cause == "inputs_unscaled"]
-    leading = max((term.size for term in terms), default=0.0)
-    return terms + [replace(term, size=min(term.size, 0.5 * leading) if leading else term.size) for term in of_offset(record.site, scene)]
+    names = [each.name for each in scene.now.weights]
+    is_plain = ratio > GROWN or has_jumped(scene, names)
+    size = 1.0 + math.log(max(ratio, 1.0)) if is_plain or not feeders else 0.3
+    return grown(scene, weight, record, size) or jumped(scene, names, size)
 
 
 def of_data(scene: Scene) -> list[Term]:
@@ -115,7 +138,7 @@ def _dead(record: Record, scene: Scene, when: str) -> Term:
     """Units that are shut, by what is measured of z. `when`: the end of the sentence, where it is known."""
     share = f": {percent(record.stuck)} of its units are shut" if record.stuck else f": {percent(record.saturated or 0.0)} of it lie on the plateau"
     verb = "was" if when and scene.started else "is"
-    evidence = f"z of {record.site} {verb} {record.z_mean or 0.0:.3g} +- {record.z_std or 0.0:.3g}{when}{share}"
+    evidence = f"z of {spoken(record.site)} {verb} {record.z_mean or 0.0:.3g} +- {record.z_std or 0.0:.3g}{when}{share}"
     return Term("dead_units", 1.0, evidence, open_again(record, scene))
 
 

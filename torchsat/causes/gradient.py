@@ -15,7 +15,7 @@ from torchsat.causes.closed import of_data, of_offset, open_again, varying
 from torchsat.causes.growth import GROWN, grown, jumped, shrunk
 from torchsat.causes.scene import Scene, Term
 from torchsat.causes.size import LARGE, drawn_too_large, implied_gain, of_inputs, of_z
-from torchsat.expressions import gain_for
+from torchsat.expressions import gain_for, spoken
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Weight
 from torchsat.rules import on_signal_path
@@ -59,7 +59,7 @@ def _of_small(hidden: list[Record], scene: Scene) -> list[Term]:
         record, weight, _ = min(small, key=lambda each: each[2])
         verb = "had at first" if scene.started else "has"
         evidence = (
-            f"{len(small)} of {len(seen)} layers have less than three quarters of the gain that their activation wants; {weight.name} {verb} "
+            f"{len(small)} of {len(seen)} layers have less than three quarters of the gain that their activation wants; {spoken(weight.name)} {verb} "
             f"{weight.gain:.3g} for {gain_for(record.activation):.3g}"
         )
         return [Term("init_too_small", size, evidence, advice.draw([each[:2] for each in small], scene))]
@@ -67,17 +67,9 @@ def _of_small(hidden: list[Record], scene: Scene) -> list[Term]:
     if not unseen:
         return []
     record, _ = min(unseen, key=lambda each: each[1])
-    evidence = (
-        f"the weights that make z of {record.site} are not seen; z had an rms of {record.z_rms:.3g} at the first observation{_coming(record, scene)}"
-    )
-    return [
-        Term(
-            "init_too_small",
-            -sum(math.log(gain) for _, gain in unseen),
-            evidence,
-            "draw the weights of these layers larger, by the rule of Xavier or He",
-        )
-    ]
+    size, what = -sum(math.log(gain) for _, gain in unseen), f"the weights that make z of {spoken(record.site)} are not seen"
+    evidence = f"{what}; z had an rms of {record.z_rms:.3g} at the first observation{_coming(record, scene)}"
+    return [Term("init_too_small", size, evidence, "draw the weights of these layers larger, by the rule of Xavier or He")]
 
 
 def _coming(record: Record, scene: Scene) -> str:
@@ -85,15 +77,13 @@ def _coming(record: Record, scene: Scene) -> str:
     source = next((found for name in record.after if (found := scene.start(name)) is not None), None)
     if source is None or source.a_mean is None or source.a_std is None:
         return ""
-    return f", where {source.site} gives {source.a_mean:.3g} +- {source.a_std:.3g}"
+    return f", where {spoken(source.site)} gives {source.a_mean:.3g} +- {source.a_std:.3g}"
 
 
 def _of_shut(closed: list[Record], hidden: list[Record], scene: Scene) -> Term:
     record = max(closed, key=lambda each: each.saturated or 0.0)
-    evidence = (
-        f"{len(closed)} of {len(hidden)} hidden sites are shut: {percent(record.saturated or 0.0)} of {record.site} lie on its plateau, with z "
-        f"{record.z_mean or 0.0:.3g} +- {record.z_std or 0.0:.3g}"
-    )
+    most = f"{percent(record.saturated or 0.0)} of {spoken(record.site)} lie on its plateau"
+    evidence = f"{len(closed)} of {len(hidden)} hidden sites are shut: {most}, with z {record.z_mean or 0.0:.3g} +- {record.z_std or 0.0:.3g}"
     return Term("dead_units", 1.0, evidence, open_again(record, scene))
 
 
@@ -136,4 +126,4 @@ def of_nonfinite(alert: Alert, scene: Scene) -> list[Term]:
     if terms:
         return terms
     when = ", from the first step on: look at the data" if broken_from_start else ""
-    return [Term("numeric_range", 1.0, f"{alert.site} is the first place with inf or nan{when}", advice.finite_inputs(broken_from_start))]
+    return [Term("numeric_range", 1.0, f"{spoken(alert.site)} is the first place with inf or nan{when}", advice.finite_inputs())]

@@ -8,17 +8,16 @@ fault. Where weights grow by steps of a sound size, a lower rate would only dela
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torchsat.causes import advice
-from torchsat.causes.scene import Jump, Scene, Term
+from torchsat.causes.scene import HOT, Jump, Scene, Term
+from torchsat.expressions import spoken
 from torchsat.percent import percent
 from torchsat.record import Record, Weight
 
 GROWN = 1.5
 """A weight is said to have grown when its gain is more than this many times what it was at first. The same holds of z and of the alignment."""
-HOT = 0.1
-"""A step that changes a layer by this share of itself or more is too large."""
 _TO_SAY = 1.1
 """What has changed by less is not worth a figure: it might be printed as a growth from 1.45 to 1.45."""
 _SHRUNK = 0.5
@@ -36,19 +35,19 @@ def grown(scene: Scene, weight: Weight | None, record: Record | None, size: floa
     jump = scene.jump(names)
     said = [text for text in (_of_gain(scene, weight), _of_z(scene, record)) if text][:1]
     if jump is not None and jump.ratio >= HOT:
-        said.append(_of_jump(jump, jump.weight))
+        said.append(_of_jump(jump))
     elif said and weight and weight.update_ratio:
-        said.append(f"a step changes it by {percent(weight.update_ratio)} of itself")
+        said.append(f"a step changes it by {of_itself(weight.update_ratio)}")
     if not said or size <= 0:
         return []
-    return [Term("weight_growth", size, "; ".join(said), cure(scene, weight, jump))]
+    return [Term("weight_growth", size, "; ".join(said), cure(scene, weight, jump) if jump else _cure_unseen(scene, record))]
 
 
 def _of_gain(scene: Scene, weight: Weight | None) -> str | None:
     known = scene.first_gain(weight.name) if weight else None
     if weight is None or not known or (weight.gain or 0.0) < _TO_SAY * known:
         return None
-    return f"the gain of {weight.name} has grown from {known:.3g} to {weight.gain:.3g}"
+    return f"the gain of {spoken(weight.name)} has grown from {known:.3g} to {weight.gain:.3g}"
 
 
 def _of_z(scene: Scene, record: Record | None) -> str | None:
@@ -57,9 +56,9 @@ def _of_z(scene: Scene, record: Record | None) -> str | None:
     if record is None or start is None or None in (record.z_mean, record.z_std, start.z_mean, start.z_std) or not scene.started:
         return None
     if moved(scene, record):
-        return f"z of {record.site} has moved from {start.z_mean:.3g} +- {start.z_std:.3g} to {record.z_mean:.3g} +- {record.z_std:.3g}"
+        return f"z of {spoken(record.site)} has moved from {start.z_mean:.3g} +- {start.z_std:.3g} to {record.z_mean:.3g} +- {record.z_std:.3g}"
     if (record.z_rms or 0.0) >= _TO_SAY * (start.z_rms or math.inf):
-        return f"z of {record.site} has grown from an rms of {start.z_rms:.3g} to {record.z_rms:.3g}"
+        return f"z of {spoken(record.site)} has grown from an rms of {start.z_rms:.3g} to {record.z_rms:.3g}"
     return None
 
 
@@ -71,10 +70,16 @@ def moved(scene: Scene, record: Record) -> bool:
     return abs(record.z_mean - start.z_mean) > max(0.5 * (start.z_std or 0.0), 1e-3)
 
 
-def _of_jump(jump: Jump, what: str) -> str:
+def _of_jump(jump: Jump) -> str:
+    """A step that changed a layer by far too much, and the observation before it where that was still sound."""
     before = jump.before.updates.get(jump.weight) if jump.before else None
-    then = f", {percent(before)} at step {jump.before.step}" if jump.before and before is not None and before < 0.5 * jump.ratio else ""
-    return f"a step changed {what} by {percent(jump.ratio)} of itself (step {jump.step}{then})"
+    then = f", after {of_itself(before)} at step {jump.before.step}" if jump.before and before is not None and before < 0.5 * jump.ratio else ""
+    return f"step {jump.step} changed {spoken(jump.weight)} by {of_itself(jump.ratio)}{then}"
+
+
+def of_itself(ratio: float) -> str:
+    """An update ratio in words."""
+    return f"{percent(ratio)} of itself" if ratio < 1 else f"{ratio:.3g} times itself"
 
 
 def cure(scene: Scene, weight: Weight | None, jump: Jump | None) -> str:
@@ -85,12 +90,27 @@ def cure(scene: Scene, weight: Weight | None, jump: Jump | None) -> str:
     return advice.slower(rates[0] if rates else None, jump.ratio)
 
 
+def _cure_unseen(scene: Scene, record: Record | None) -> str:
+    """What to try where no change of a weight is seen: z tells how fast they grow."""
+    start = scene.start(record.site) if record else None
+    if record is None or start is None or not start.z_rms or not record.z_rms or not scene.started:
+        return advice.hold(None)
+    a_step = (record.z_rms / start.z_rms) ** (1 / (scene.now.step - scene.first.step)) - 1
+    return advice.slower(None, a_step) if a_step >= HOT else advice.hold(None)
+
+
+def has_jumped(scene: Scene, names: Iterable[str]) -> bool:
+    """Whether a step changed one of these layers by far too much."""
+    jump = scene.jump(names)
+    return jump is not None and jump.ratio >= HOT
+
+
 def jumped(scene: Scene, names: Sequence[str], size: float) -> list[Term]:
     """A term for the largest step of these layers, where it is too large."""
     jump = scene.jump(names)
     if jump is None or jump.ratio < HOT:
         return []
-    return [Term("weight_growth", size, _of_jump(jump, jump.weight), cure(scene, None, jump))]
+    return [Term("weight_growth", size, _of_jump(jump), cure(scene, None, jump))]
 
 
 def shrunk(scene: Scene, weights: Sequence[Weight]) -> list[Term]:
@@ -104,13 +124,13 @@ def shrunk(scene: Scene, weights: Sequence[Weight]) -> list[Term]:
     if not found:
         return []
     _, weight, known = max(found, key=lambda each: each[0])
-    step = f"a step changes it by {percent(weight.update_ratio or 0.0)} of itself, without weight decay by {percent(weight.learned_ratio or 0.0)}"
+    step = f"a step changes it by {of_itself(weight.update_ratio or 0.0)}, without weight decay by {of_itself(weight.learned_ratio or 0.0)}"
     more = f", and {len(found) - 1} more layers have shrunk" if len(found) > 1 else ""
     return [
         Term(
             "weight_decay",
             sum(size for size, _, _ in found),
-            f"the gain of {weight.name} has fallen from {known:.3g} to {weight.gain:.3g}{more}; {step}",
+            f"the gain of {spoken(weight.name)} has fallen from {known:.3g} to {weight.gain:.3g}{more}; {step}",
             advice.decay_less(),
         )
     ]

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 
 from torchsat.causes import advice
-from torchsat.causes.growth import GROWN, HOT, grown
-from torchsat.causes.scene import Scene, Term
+from torchsat.causes.growth import GROWN, grown
+from torchsat.causes.scene import HOT, Scene, Term
 from torchsat.causes.size import LARGE, of_z
+from torchsat.expressions import spoken
 from torchsat.percent import percent
 from torchsat.record import Alert, Record
 
@@ -50,12 +51,11 @@ def _of_drift(record: Record, scene: Scene) -> list[Term]:
     mean, std = abs(record.z_mean or 0.0), record.z_std or 0.0
     flat = advice.flat(scene)
     if mean > std:
-        evidence = (
-            f"z of {record.site} has drifted to {record.z_mean:.3g} +- {record.z_std:.2g}: behind outputs that are not centred it acts as a bias"
-        )
+        where = f"{record.z_mean:.3g} +- {record.z_std:.2g}"
+        evidence = f"z of {spoken(record.site)} has drifted to {where}: behind outputs that are not centred it acts as a bias"
     elif record.a_mean is not None and not any(weight.data for weight in feeders):
         slope = percent(record.relative_derivative or 0.0)
-        evidence = f"gain and input of {record.site} are as they should be, and yet its mean derivative is {slope} of its peak"
+        evidence = f"gain and input of {spoken(record.site)} are as they should be, and yet its mean derivative is {slope} of its peak"
     else:
         return grown(scene, feeders[0] if feeders else None, record, 1.0)
     return [Term("activation_choice", 1.0, evidence, advice.rectify(flat if record in flat else [record], scene))]
@@ -77,8 +77,8 @@ def _beyond_range(record: Record, scene: Scene) -> Term:
     return Term(
         "activation_choice",
         1.0,
-        f"{record.site} gives {record.a_mean or 0.0:.3g} +- {record.a_std or 0.0:.3g}, at the end of the range of {record.activation}, and is asked "
-        f"for more: its gradient dL/da is {record.grad_a_rms or 0.0:.3g}, and was {start.grad_a_rms or 0.0:.3g} at the first observation",
+        f"{spoken(record.site)} gives {record.a_mean or 0.0:.3g} +- {record.a_std or 0.0:.3g}, at the end of the range of {record.activation}, and "
+        f"is asked for more: its gradient dL/da is {record.grad_a_rms or 0.0:.3g}, and was {start.grad_a_rms or 0.0:.3g} at the first observation",
         advice.linear_output(record),
     )
 
@@ -96,7 +96,7 @@ def of_attention(alert: Alert, scene: Scene) -> list[Term]:
     large = [(record, weight) for weight in feeders if (scene.first_gain(weight.name) or weight.gain or 0.0) > LARGE]
     then = f" (at the first observation by {was:.3g})" if was is not None else ""
     evidence = (
-        f"the logits of {record.site} vary by {record.logit_std:.3g} within a row{then}; beyond sqrt(2 ln T), with ln T = "
+        f"the logits of {spoken(record.site)} vary by {record.logit_std:.3g} within a row{then}; beyond sqrt(2 ln T), with ln T = "
         f"{record.log_keys or 0.0:.3g}, one key takes all"
     )
     terms = [Term("softmax_logits", 1.0, evidence, advice.smaller_logits(record, large, scene, jump.ratio if jump else 0.0, rate))]

@@ -13,6 +13,8 @@ from torchsat.rules import came_trained
 
 EARLY = 3
 """So many first observations tell how a run began."""
+HOT = 0.1
+"""A step that changes a layer by this share of itself or more is too large."""
 _LATEST = 32
 """So many of the latest observations are kept in short. A rule has less patience than that, so the beginning of what it tells is among them."""
 
@@ -67,8 +69,8 @@ class Scene:
 
     @property
     def trained(self) -> bool:
-        """Whether the network came with trained weights."""
-        return came_trained(self.first)
+        """Whether the network came with trained weights: they are uneven, or they are aligned with what they are given."""
+        return came_trained(self.first) or _is_aligned(self.at_first)
 
     @property
     def started(self) -> bool:
@@ -128,8 +130,38 @@ class Scene:
         return max(found, key=lambda jump: jump.ratio, default=None)
 
     def stuck_at_first(self, site: str) -> float | None:
-        """The share of stuck units at the earliest of the first observations that knows it; None if none does."""
-        return next((moment.stuck[site] for moment in self.moments[:EARLY] if site in moment.stuck), None)
+        """The share of stuck units at the earliest of the first observations that knows it; None if none does. What a step that was too large has
+        done is not of the start."""
+        for moment in self.moments[:EARLY]:
+            if site in moment.stuck:
+                return moment.stuck[site]
+            if max(moment.updates.values(), default=0.0) >= HOT:
+                return None
+        return None
+
+
+def _is_aligned(first: Scene) -> bool:
+    """Whether most hidden layers made more of their input at the first observation than weights do that know nothing of it.
+
+    Weights that are drawn make z of an rms of gain x input rms, to within a tenth in layers of 32 units and more, whatever their distribution.
+    Training turns them towards their input, long before it makes a weight of a small layer uneven. The biases that torch draws are allowed for. Where
+    z is larger by more than `_MOST_ALIGNED`, or is shifted as a whole, a factor in the code or a bias has made it so. The sum of a recurrent layer
+    has two inputs, of which one is not known, so nothing is concluded from it.
+    """
+    known = []
+    for record, weight in first.layers():
+        if record.kind in ("recurrent", "softmax") or (record.units or 0) < _WIDE or not (weight.gain and weight.input_rms and record.z_rms):
+            continue
+        drawn = (weight.gain * weight.input_rms) ** 2
+        is_shifted = abs(record.z_mean or 0.0) > (record.z_std or 0.0)
+        above = record.z_rms**2 - 2 / (3 * weight.fan_in)
+        known.append(not is_shifted and _ALIGNED**2 * drawn < above and record.z_rms**2 < _MOST_ALIGNED**2 * drawn)
+    return len(known) >= 2 and 2 * sum(known) > len(known)
+
+
+_WIDE = 32
+_ALIGNED = 1.25
+_MOST_ALIGNED = 3.0
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dataclasses import replace
 from torchsat.causes import advice
 from torchsat.causes.growth import GROWN, grown
 from torchsat.causes.scene import Scene, Term
-from torchsat.expressions import gain_for
+from torchsat.expressions import gain_for, owner, spoken
 from torchsat.percent import percent
 from torchsat.record import Record, Weight
 
@@ -58,7 +58,7 @@ def of_z(site: str, scene: Scene, met: frozenset[str] = frozenset()) -> list[Ter
     for source in flowing:
         terms += of_z(source.site, scene, met | {site})
     if not flowing and rms > GROWN:
-        evidence = f"the input of {weight.name}, which the model itself makes, has an rms of {rms:.3g} where 1 is expected"
+        evidence = f"the input of {spoken(weight.name)}, which the model itself makes, has an rms of {rms:.3g} where 1 is expected"
         terms.append(Term("inputs_unscaled", math.log(rms), evidence, advice.shrink_inside(weight)))
     return terms
 
@@ -76,19 +76,16 @@ def of_inputs(weight: Weight, scene: Scene) -> list[Term]:
         terms.append(uncentred(weight, centred, offset, scene))
     if total - max(offset, 0.0) > 0:
         share = f", of whose mean square {percent(centred)} varies between samples" if centred < 0.99 else ""
-        evidence = f"the input of {weight.name} has an rms of {rms:.3g}{share}; it should vary by about 1"
+        evidence = f"the input of {spoken(weight.name)} has an rms of {rms:.3g}{share}; it should vary by about 1"
         terms.append(Term("inputs_unscaled", total - max(offset, 0.0), evidence, advice.standardise(weight, scene)))
     return terms
 
 
 def uncentred(weight: Weight, centred: float, size: float, scene: Scene) -> Term:
     """An offset that all samples of the model's own input share."""
-    return Term(
-        "inputs_uncentred",
-        size,
-        f"{percent(1 - centred)} of the mean square of the input of {weight.name} is an offset that all samples share (rms {weight.input_rms:.3g})",
-        advice.standardise(weight, scene),
-    )
+    what = f"{percent(1 - centred)} of the mean square of the input of {spoken(weight.name)}"
+    evidence = f"{what} is an offset that all samples share (rms {weight.input_rms:.3g})"
+    return Term("inputs_uncentred", size, evidence, advice.standardise(weight, scene))
 
 
 def _of_gain(record: Record, weight: Weight, scene: Scene) -> list[Term]:
@@ -114,7 +111,7 @@ def drawn_too_large(scene: Scene, worst: list[tuple[Record, Weight]], size: floa
     known, wanted = scene.first_gain(weight.name) or weight.gain or 0.0, gain_for(record.activation)
     more = f", and {len(worst) - 1} more layers are too large" if len(worst) > 1 else ""
     verb = "had at first" if scene.started else "has"
-    evidence = f"{weight.name} {verb} a gain of {known:.3g} (rms(W) sqrt(fan_in)) where {record.activation} wants {wanted:.3g}{more}"
+    evidence = f"{spoken(weight.name)} {verb} a gain of {known:.3g} (rms(W) sqrt(fan_in)) where {record.activation} wants {wanted:.3g}{more}"
     if scene.trained:
         return Term("weight_growth", size, f"{evidence}; the weights came trained", advice.AS_TRAINED)
     named = {each.name for _, each in worst}
@@ -156,17 +153,29 @@ def _of_alignment(record: Record, weight: Weight, scene: Scene) -> list[Term]:
 def _of_bias(record: Record, weight: Weight, alignment: float, scene: Scene) -> Term:
     """A z that was larger at the first observation than weights and input make it: a bias, or a factor in the code."""
     start = scene.start(record.site) or record
-    evidence = (
-        f"z of {record.site} had an rms of {start.z_rms:.3g} (mean {start.z_mean or 0.0:.3g}) at the first observation, more than {weight.name} "
-        "makes of its input: a bias, or a factor in the code"
-    )
+    name, size, what = spoken(weight.name), math.log(alignment), _at_first(start)
     if scene.trained:
-        return Term("weight_growth", math.log(alignment), f"{evidence}; the weights came trained", advice.AS_TRAINED)
+        return Term("weight_growth", size, f"{what}, more than {name} makes of its input; the weights came trained", advice.AS_TRAINED)
+    evidence = f"{what}, more than {name} makes of its input: a bias, or a factor in the code"
+    if not is_shifted(start) or weight.parameter:
+        place = owner(weight.name)
+        return Term(
+            "init_too_large", size, evidence, f"make the bias of {place} smaller, and look for a factor or a norm between it and {record.activation}"
+        )
     biased = [
         each for site, each in scene.at_first.layers() if (found := _alignment(site, each)) is not None and found > GROWN and each.whole is None
     ] or [weight]
     more = f", and look for a factor between it and {record.activation}"
     return Term("init_too_large", math.log(alignment), evidence, advice.zero_biases(biased, more))
+
+
+def _at_first(start: Record) -> str:
+    return f"z of {spoken(start.site)} had an rms of {start.z_rms:.3g} (mean {start.z_mean or 0.0:.3g}) at the first observation"
+
+
+def is_shifted(record: Record) -> bool:
+    """Whether z of nearly all units lies on one side. An offset of the inputs moves z of some units up and of others down, so this is a bias."""
+    return abs(record.z_mean or 0.0) > (record.z_std or 0.0)
 
 
 def _flows(source: Record, rms: float) -> bool:
@@ -187,11 +196,10 @@ def _of_unseen_input(record: Record, weight: Weight, scene: Scene) -> list[Term]
         return []
     terms = []
     made, coming = start.z_rms / known, implied_input(record, scene.at_first)
-    if coming is None and made > GROWN and not scene.trained:
-        evidence = (
-            f"z of {record.site} had an rms of {start.z_rms:.3g} at the first observation, from a gain of {known:.3g}: the input, which is not seen, "
-            "is large"
-        )
+    if made > GROWN * (coming or 1.0) and is_shifted(start):
+        terms.append(_of_bias(record, weight, made, scene))
+    elif coming is None and made > GROWN and not scene.trained:
+        evidence = f"{_at_first(start)}, from a gain of {known:.3g}: the input, which is not seen, is large"
         terms.append(Term("inputs_unscaled", math.log(made), evidence, advice.standardise(weight, scene)))
     grow = (record.z_rms or 0.0) / start.z_rms / max((weight.gain or known) / known, 1.0)
     if scene.started and grow > GROWN:
@@ -229,7 +237,9 @@ def _unseen_at_first(start: Record, rms: float, scene: Scene) -> list[Term]:
     drawn."""
     first = scene.at_first
     feeders = first.feeders(start.site)
-    unseen = f"what lies between {feeders[0].name} and {start.site}" if feeders else f"the weights that make z of {start.site}"
+    unseen = (
+        f"what lies between {spoken(feeders[0].name)} and {spoken(start.site)}" if feeders else f"the weights that make z of {spoken(start.site)}"
+    )
     size = math.log(rms)
     what = (
         f"{unseen} {'is' if feeders else 'are'} not seen; z had an rms of {start.z_rms:.3g} (mean {start.z_mean or 0.0:.3g}) at the first observation"
@@ -243,5 +253,5 @@ def _unseen_at_first(start: Record, rms: float, scene: Scene) -> list[Term]:
     drawn = bool(gains) and sorted(gains)[len(gains) // 2] > GROWN
     data = f"standardise the inputs, if they are not; or {draw}"
     terms = [Term("init_too_large", size, what, draw), Term("inputs_unscaled", size, what, data)]
-    weights = (0.8, 0.2) if drawn else (0.4, 0.6)
+    weights = (0.8, 0.2) if drawn or is_shifted(start) else (0.4, 0.6)
     return [replace(term, size=term.size * weigh) for term, weigh in zip(terms, weights, strict=True)]
