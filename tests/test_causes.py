@@ -1,6 +1,7 @@
 """The causes of trainings whose fault is built in, with their figures read back from the snapshots, and with the code of their remedies executed."""
 
 import math
+import random
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.conftest import record
 from tests.test_diagnosis import alert, snapshot, weight
-from torchsat import Alert, Cause, Snapshot
+from torchsat import Alert, Cause, Snapshot, Weight
 from torchsat.causes import Moment, Scene, explain, remember
 from torchsat.expressions import GAIN, spoken
 from torchsat.percent import percent
@@ -280,6 +281,65 @@ def test_a_cause_comes_out_at_any_kind_of_site(rule: str, place: dict[str, objec
         (cause,) = explain(alert(rule=rule, since=35), Scene(now, first, now, moments=moments))
         assert cause.name == "weight_growth"
         assert figures([first, now], cause.evidence) == []
+
+
+def drawn(kind: type, names: dict[str, object], numbers: random.Random) -> object:
+    """A record or a layer in which each number is one of a few, very large ones and None among them."""
+    values = {field.name: names.get(field.name) for field in fields(kind)}
+    for field in fields(kind):
+        if "float" in str(field.type) and field.name not in names:
+            values[field.name] = numbers.choice((None, 0.0, 1e-8, 0.3, 1.0, 7.0, 300.0, 1e30, math.inf if kind is Weight else 1e300))
+    return kind(**values)
+
+
+@pytest.mark.parametrize("rule", ["saturated", "stuck_units", "vanishing_gradient", "exploding_gradient", "frozen_weights", "nonfinite", "mine"])
+def test_no_numbers_make_an_explanation_fail(rule: str) -> None:
+    numbers = random.Random(0)
+    whole = {
+        "n": 100,
+        "elements": 100,
+        "nonfinite": 0,
+        "grad_n": 0,
+        "grad_nonfinite": 0,
+        "histogram": None,
+        "heads": None,
+        "units": 64,
+        "last": False,
+    }
+    for _ in range(300):
+        made = []
+        for step in (0, 7):
+            records = [
+                drawn(
+                    torchsat.Record,
+                    {
+                        "site": site,
+                        "after": after,
+                        "kind": numbers.choice(("module", "call", "recurrent", "softmax")),
+                        **whole,
+                        "activation": numbers.choice(("tanh", "relu", "sigmoid", "selu")),
+                        "tails": numbers.choice(("both", "low", "unknown")),
+                        "output": numbers.random() < 0.2,
+                        "gate": numbers.random() < 0.2,
+                        "peak": numbers.choice((None, 0.25, 1.0)),
+                    },
+                    numbers,
+                )
+                for site, after in (("a", ()), ("b", ("a",)), ("c/relu", ("b", "gone")))
+            ]
+            facts = {"fan_in": 64, "n": 100, "input_n": 100, "parameter": False}
+            weights = [
+                drawn(Weight, {"name": name, "feeds": (feeds,), "data": name == "0", **facts}, numbers)
+                for name, feeds in (("0", "a"), ("1", "b"), ("x", "c/relu"))
+            ]
+            made.append(snapshot(*records, *weights[: numbers.randint(0, 3)], step=step))
+        first, now = made
+        moments = remember(remember((), first), now)
+        for since in (0, 5):
+            told = explain(alert(numbers.choice("abc"), rule, since=since), Scene(now, first, first, moments=moments))
+            assert all("None" not in cause.evidence + cause.remedy and ("nan" not in cause.evidence or rule == "nonfinite") for cause in told)
+            for cause in told:
+                compile(cause.code, "code", "exec")
 
 
 def test_few_numbers_are_kept_of_the_observations_between() -> None:

@@ -5,7 +5,6 @@ import itertools
 import logging
 import math
 import random
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path

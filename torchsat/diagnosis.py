@@ -1,7 +1,7 @@
 """The diagnosis: of alerts at many places, one per origin is told; standard library only.
 
 If one layer saturates, the layers behind it often do too, and the gradient vanishes. The judge raises an alert at each of these places. Only the
-alert that explains the others is passed on, with its causes (causes.py) and with the other places in `Alert.also`.
+alert that explains the others is passed on, with its causes (causes/) and with the other places in `Alert.also`.
 """
 
 from __future__ import annotations

@@ -33,9 +33,22 @@ def of_size(alert: Alert, scene: Scene) -> list[Term]:
     if record.output and _is_asked_beyond_range(record, scene):
         return [_beyond_range(record, scene)]
     terms = of_z(alert.site, scene)
+    terms += _of_what_has_grown(record, sum(term.size for term in terms if term.cause == "weight_growth"), scene)
     if terms or scene.trained:
         return terms
     return _of_drift(record, scene)
+
+
+def _of_what_has_grown(record: Record, known: float, scene: Scene) -> list[Term]:
+    """The rest of the growth of z at a site that was open at the first observation: gain and alignment may each have grown too little to be told.
+
+    `known`: how much of it is told already.
+    """
+    start, feeders = scene.start(record.site), scene.feeders(record.site)
+    if not scene.started or start is None or not (start.z_rms and record.z_rms) or (start.saturated or 0.0) > 0.5 * (record.saturated or 0.0):
+        return []
+    size = math.log(record.z_rms / start.z_rms) - known
+    return grown(scene, feeders[0] if feeders else None, record, size) if size > math.log(GROWN) / 2 else []
 
 
 def _of_drift(record: Record, scene: Scene) -> list[Term]:

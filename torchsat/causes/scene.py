@@ -152,10 +152,10 @@ def _is_aligned(first: Scene) -> bool:
     for record, weight in first.layers():
         if record.kind in ("recurrent", "softmax") or (record.units or 0) < _WIDE or not (weight.gain and weight.input_rms and record.z_rms):
             continue
-        drawn = (weight.gain * weight.input_rms) ** 2
+        drawn = weight.gain * weight.input_rms
         is_shifted = abs(record.z_mean or 0.0) > (record.z_std or 0.0)
-        above = record.z_rms**2 - 2 / (3 * weight.fan_in)
-        known.append(not is_shifted and _ALIGNED**2 * drawn < above and record.z_rms**2 < _MOST_ALIGNED**2 * drawn)
+        bias = math.sqrt(2 / (3 * weight.fan_in))
+        known.append(not is_shifted and math.hypot(_ALIGNED * drawn, bias) < record.z_rms < _MOST_ALIGNED * drawn)
     return len(known) >= 2 and 2 * sum(known) > len(known)
 
 
