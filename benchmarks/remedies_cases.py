@@ -102,15 +102,16 @@ class Attending(nn.Module):
         return self.head(self.attention(tokens, tokens, tokens)[0].mean(1))  # type: ignore[no-any-return]
 
 
-def convolutions(gain: float = 1.0, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+def convolutions(gain: float) -> nn.Sequential:
+    """Six convolutions with tanh. `gain`: how many times too large their weights are."""
     layers: list[nn.Module] = [nn.Unflatten(1, (1, 8, 8))]
-    for before, after in ((1, 16), (16, 32), (32, 32)):
-        layer = nn.Conv2d(before, after, 3, padding=1)
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    for before in (1, 16, 16, 16, 16, 16):
+        layer = nn.Conv2d(before, 16, 3, padding=1)
+        nn.init.xavier_normal_(layer.weight)
         with torch.no_grad():
             layer.weight *= gain
-        layers += [layer, activation()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 64, 10))
+        layers += [layer, nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(16 * 64, 10))
 
 
 def thousands() -> tuple[Tensor, Tensor]:
@@ -148,13 +149,19 @@ CASES: tuple[Case, ...] = (
     Case("tanh, weights from N(0, 1), raw pixels", ("init_too_large", "inputs_unscaled"), lambda: task(stack(nn.Tanh, gain=8.0), digits(raw=True))),
     Case("sigmoid, weights from N(0, 1)", ("init_too_large",), lambda: task(stack(nn.Sigmoid, gain=20.0), digits())),
     Case("relu, weights 10 times too large", ("init_too_large",), lambda: task(stack(nn.ReLU, 6, gain=14.0), digits(), rate=0.01)),
-    Case("convolutions with tanh, weights 20 times too large", ("init_too_large",), lambda: task(convolutions(20.0, nn.Tanh), digits())),
+    Case("convolutions with tanh, weights 20 times too large", ("init_too_large",), lambda: task(convolutions(20.0), digits())),
     Case("lstm, weights 20 times too large", ("init_too_large",), lambda: task(Rows(nn.LSTM, 20.0), digits(), adam, 3e-3)),
+    Case("tanh, weights 4 times too large", ("init_too_large",), lambda: task(stack(nn.Tanh, gain=4.0), digits())),
     Case("tanh, biases of 8", ("init_too_large",), lambda: task(stack(nn.Tanh, bias=8.0), digits())),
     Case("relu, biases of -10", ("dead_units",), lambda: task(stack(nn.ReLU, bias=-10.0), digits())),
     Case("tanh, Adam at a rate of 0.3", ("weight_growth",), lambda: task(stack(nn.Tanh), digits(), adam, 0.3)),
     Case("relu, Adam at a rate of 1", ("weight_growth",), lambda: task(stack(nn.ReLU), digits(), adam, 1.0)),
     Case("relu, SGD at a rate of 2", ("weight_growth",), lambda: task(stack(nn.ReLU), digits(), rate=2.0)),
+    Case("tanh, Adam at a rate of 0.05", ("weight_growth",), lambda: task(stack(nn.Tanh), digits(), adam, 0.05)),
+    Case("relu, Adam at a rate of 0.1", ("weight_growth",), lambda: task(stack(nn.ReLU), digits(), adam, 0.1)),
+    Case("relu, Adam at a rate of 0.3", ("weight_growth",), lambda: task(stack(nn.ReLU), digits(), adam, 0.3)),
+    Case("tanh, SGD at a rate of 3", ("weight_growth",), lambda: task(stack(nn.Tanh), digits(), rate=3.0)),
+    Case("attention, Adam at a rate of 0.3", ("softmax_logits", "weight_growth"), lambda: task(Attending(1.0), digits(), adam, 0.3)),
     Case("tanh, SGD at a rate of 10", ("weight_growth",), lambda: task(stack(nn.Tanh), digits(), rate=10.0)),
     Case("tanh, momentum of 0.99 at a rate of 1", ("weight_growth",), lambda: task(stack(nn.Tanh), digits(), rate=1.0, momentum=0.99)),
     Case("lstm, Adam at a rate of 0.3", ("weight_growth",), lambda: task(Rows(nn.LSTM), digits(), adam, 0.3)),
@@ -167,5 +174,6 @@ CASES: tuple[Case, ...] = (
     Case("inf and nan in the inputs", ("numeric_range",), lambda: task(stack(nn.Tanh), broken())),
     Case("attention, logits too large", ("softmax_logits",), lambda: task(Attending(30.0), digits(), adam, 3e-3)),
     Case("tanh, weight decay of 30", ("weight_decay",), lambda: task(stack(nn.Tanh, 6), digits(), adam, 3e-3, weight_decay=30.0)),
+    Case("relu, SGD with weight decay of 0.3", ("weight_decay",), lambda: task(stack(nn.ReLU, 6), digits(), sgd, 0.05, weight_decay=0.3)),
     Case("relu, SGD with weight decay of 1", ("weight_decay",), lambda: task(stack(nn.ReLU, 6), digits(), sgd, 0.05, weight_decay=1.0)),
 )

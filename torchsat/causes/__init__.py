@@ -67,12 +67,13 @@ def _without_consequences(terms: list[Term]) -> list[Term]:
     """Blame growth for at most half of what the start is blamed for: where a network was wrong from the start, its weights grow because of that. A
     lower learning rate alone would then not make it sound."""
     initial = sum(term.size for term in terms if term.cause in _INITIAL)
-    grown = sum(term.size for term in terms if term.cause == "weight_growth")
+    follows = [term for term in terms if term.cause == "weight_growth" and not term.is_own]
+    grown = sum(term.size for term in follows)
     if initial < 1 or not grown:
         return terms
     least = min(1.0, initial / 2 / grown)
     told = advice.first_the_others()
-    return [replace(term, size=term.size * least, remedy=told) if term.cause == "weight_growth" else term for term in terms]
+    return [replace(term, size=term.size * least, remedy=told) if term in follows else term for term in terms]
 
 
 def _of_saturated(alert: Alert, scene: Scene) -> list[Term]:

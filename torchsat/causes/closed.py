@@ -35,9 +35,12 @@ def of_closed(alert: Alert, scene: Scene) -> list[Term]:
         terms = of_z(alert.site, scene)
         if terms:
             return terms
-    if shut_at_first(record, scene):
-        return _from_the_start(record, scene)
-    return _in_training(record, scene) or [_dead(record, scene, "")]
+    return why_shut(record, scene) or [_dead(record, scene, "")]
+
+
+def why_shut(record: Record, scene: Scene) -> list[Term]:
+    """What has shut the units of a site with one plateau; nothing where that is not known."""
+    return _from_the_start(record, scene) if shut_at_first(record, scene) else _in_training(record, scene)
 
 
 def shut_at_first(record: Record, scene: Scene) -> bool:

@@ -11,7 +11,7 @@ import statistics
 from dataclasses import replace
 
 from torchsat.causes import advice
-from torchsat.causes.closed import of_data, of_offset, open_again, varying
+from torchsat.causes.closed import of_data, of_offset, open_again, varying, why_shut
 from torchsat.causes.growth import GROWN, grown, jumped, shrunk
 from torchsat.causes.scene import Scene, Term
 from torchsat.causes.size import LARGE, drawn_too_large, implied_gain, of_inputs, of_z
@@ -30,10 +30,21 @@ def of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
     terms = [*_of_flat(hidden, scene), *_of_small(hidden, scene), *shrunk(scene, [weight for _, weight in scene.layers()])]
     closed = [record for record in hidden if record.tails in ("low", "high") and (record.saturated or 0.0) > 0.7]
     if closed:
-        terms += of_offset(closed[0].site, scene) or [_of_shut(closed, hidden, scene)]
+        known = {term.cause for term in terms}
+        worst = max(closed, key=lambda record: record.saturated or 0.0)
+        found = why_shut(worst, scene) if scene.started else of_offset(closed[0].site, scene)
+        terms += [term for term in found if term.cause not in known] or [_of_shut(closed, hidden, scene)]
+    elif scene.started:
+        terms += _of_steps(terms, scene)
     if not terms:
         terms += [term for record in hidden for term in of_z(record.site, scene)]
     return terms
+
+
+def _of_steps(others: list[Term], scene: Scene) -> list[Term]:
+    """A gradient that did not vanish at the first observation, and steps that were too large. What was there from the start did no harm then."""
+    size = max(1.0, 2 * sum(term.size for term in others))
+    return [replace(term, is_own=True) for term in jumped(scene, [weight.name for weight in scene.now.weights], size)]
 
 
 def _of_flat(hidden: list[Record], scene: Scene) -> list[Term]:

@@ -25,7 +25,8 @@ class Moment:
 
     step: int
     updates: Mapping[str, float]
-    """`Weight.update_ratio` of each layer that has one."""
+    """By how much of itself the step changed each layer, without what weight decay did: `Weight.learned_ratio`, or `update_ratio` where that is
+    None."""
     stuck: Mapping[str, float]
     """`Record.stuck` of each site that has one."""
 
@@ -36,7 +37,8 @@ class Moment:
 
 def remember(moments: Sequence[Moment], snapshot: Snapshot) -> tuple[Moment, ...]:
     """The moments with that of a new snapshot: the first and the latest ones of a run."""
-    updates = {weight.name: weight.update_ratio for weight in snapshot.weights if weight.update_ratio is not None}
+    changes = {weight.name: weight.update_ratio if weight.learned_ratio is None else weight.learned_ratio for weight in snapshot.weights}
+    updates = {name: ratio for name, ratio in changes.items() if ratio is not None}
     stuck = {record.site: record.stuck for record in snapshot.records if record.stuck is not None}
     now = (*moments, Moment(snapshot.step, updates, stuck))
     return now if len(now) <= EARLY + _LATEST else (*now[:EARLY], *now[-_LATEST:])
@@ -49,7 +51,7 @@ class Jump:
     weight: str
     step: int
     ratio: float
-    """`Weight.update_ratio` at this step."""
+    """`Moment.updates` at this step."""
     before: Moment | None
     """The observation before it; None where it is the first one that is known."""
 
@@ -173,6 +175,8 @@ class Term:
     size: float
     evidence: str
     remedy: str
+    is_own: bool = False
+    """Whether it is told as it is although something was wrong from the start. Growth is otherwise taken for a consequence of that."""
 
 
 def upstream_of(site: str, records: Iterable[Record]) -> set[str]:
