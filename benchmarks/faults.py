@@ -107,7 +107,8 @@ def evaluate(runs: Sequence[Run]) -> None:
     for title, snapshots_of in (("every=10", lambda each: each.often), ("the defaults", lambda each: each.seldom)):
         _print_table(title, sound, snapshots_of)
     faulty, healthy = ([each for each in sound if each.faulty is which] for which in (True, False))
-    print(f"\nother rules             recall  healthy runs with an alert ({len(runs) - len(sound)} runs were not what they are said to be and are left out)")
+    print(f"\n{len(runs) - len(sound)} runs were not what they are said to be and are left out")
+    print("\nother rules             recall  healthy runs with an alert")
     for name in OTHERS:
         recall, false = (sum(name in each.others for each in group) / max(1, len(group)) for group in (faulty, healthy))
         print(f"{name:22} {recall:7.3f} {false:7.3f}")

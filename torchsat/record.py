@@ -139,6 +139,12 @@ class Record(SiteFacts):
     """sqrt(mean (dL/da)^2), without the factor of a GradScaler."""
     grad_z_rms: float | None
     """sqrt(mean (dL/dz)^2), without the factor of a GradScaler."""
+    blocked: float | None = None
+    """How much of the demand the plateaus take: of the sum of |dL/da| over elements, the part at elements in a tail. None where no gradient was seen,
+    where all of them are 0, or where it is not known which elements are in a tail."""
+    trapped: float | None = None
+    """The part of that sum at elements in a tail that the gradient asks to leave it: dL/da > 0 in the high tail, where descent wants a lower
+    activation, and < 0 in the low one. `blocked` - `trapped` is the part that pushes on into the tail: its elements are where the loss wants them."""
     entropy: float | None = None
     """Mean of `Head.entropy` over the rows of all heads; None where this is no softmax."""
     jacobian: float | None = None

@@ -215,12 +215,12 @@ def _rows(sites: Sequence[SitePart | None], device: torch.device) -> Tensor:
 
 
 def _unscale(rows: Tensor, parts: Parts) -> None:
-    """Divide the squares of gradients, in place, by the square of what the loss was multiplied with and averaged over."""
+    """Divide the sums of gradients, and of their squares, in place by that power of what the loss was multiplied with and averaged over."""
     divisor = torch.full((), parts.averages, dtype=rows.dtype, device=rows.device)
     if parts.scale is not None:
         divisor *= parts.scale.detach().reshape(()).to(rows.device, rows.dtype)
-    for name in LOSS_SCALED:
-        rows[:, COLUMN[name]] /= divisor * divisor
+    for name, power in LOSS_SCALED.items():
+        rows[:, COLUMN[name]] /= divisor**power
 
 
 def _unit_pieces(sites: Sequence[SitePart | None], layout: Layout, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
