@@ -19,11 +19,11 @@ EDGE = {"tanh": math.atanh(math.sqrt(0.95)), "sigmoid": math.log((1 + math.sqrt(
 """Where the tails begin: f' is 5 % of its peak there."""
 
 
-def demand(z: Tensor, grad: Tensor, low: float, high: float = math.inf) -> tuple[float, float]:
-    """Blocked and trapped by their definition."""
+def demand(z: Tensor, grad: Tensor, low: float, high: float = math.inf) -> tuple[float, float, float]:
+    """Blocked, trapped and leaving by their definition."""
     sizes, is_low, is_high = grad.abs(), z <= low, z >= high
     leaves = (is_low & (grad < 0)) | (is_high & (grad > 0))
-    return ((sizes * (is_low | is_high)).sum() / sizes.sum()).item(), ((sizes * leaves).sum() / sizes.sum()).item()
+    return ((sizes * (is_low | is_high)).sum() / sizes.sum()).item(), ((sizes * leaves).sum() / sizes.sum()).item(), leaves.double().mean().item()
 
 
 class Calls(nn.Module):
@@ -81,9 +81,9 @@ def test_a_record_says_how_much_of_the_demand_is_blocked_and_trapped(way: str, s
         z.append(model.z), grads.append(grad)
     optimizer.step()
     record = known(known(monitor.latest)[site])
-    blocked, trapped = demand(torch.stack(z), torch.stack(grads), low, high)
+    blocked, trapped, leaving = demand(torch.stack(z), torch.stack(grads), low, high)
     assert 0.1 < trapped < blocked < 0.95
-    assert (record.blocked, record.trapped) == pytest.approx((blocked, trapped), rel=1e-12)
+    assert (record.blocked, record.trapped, record.leaving) == pytest.approx((blocked, trapped, leaving), rel=1e-12)
 
 
 def test_of_several_parts_of_a_loss_the_demand_of_their_sum_is_not_asked() -> None:
@@ -91,7 +91,7 @@ def test_of_several_parts_of_a_loss_the_demand_of_their_sum_is_not_asked() -> No
     forward, backward = sides_of(torch.tensor([-3.0, 3.0, 0.0]), (-2.0, 2.0)), torch.tensor([-1.0, 1.0, 2.0])
     row = observe_gradient(backward, None, 3, None, forward)
     row = observe_gradient(-backward, None, 3, row, forward)
-    assert row[DEMAND].tolist() == [8.0, 4.0, 2.0]
+    assert row[DEMAND].tolist() == [8.0, 2.0, 4.0, 2.0]
 
 
 def test_a_gate_of_a_glu_has_the_demand_of_its_own_output() -> None:
@@ -109,7 +109,7 @@ def test_a_gate_of_a_glu_has_the_demand_of_its_own_output() -> None:
     value, z = model[0](x).detach().chunk(2, 1)
     gate = torch.sigmoid(z).requires_grad_()
     model[2](value * gate).square().sum().backward()
-    assert (record.blocked, record.trapped) == pytest.approx(demand(z, known(gate.grad), -EDGE["sigmoid"], EDGE["sigmoid"]), rel=1e-5)
+    assert (record.blocked, record.trapped, record.leaving) == pytest.approx(demand(z, known(gate.grad), -EDGE["sigmoid"], EDGE["sigmoid"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu", "gelu", "elu", "softsign", "hardtanh", "log_sigmoid", "relu6"])
@@ -156,7 +156,7 @@ def test_what_a_plateau_costs(name: str, f: Callable[[Tensor], Tensor], peak: fl
     a = f(z)
     slope = torch.autograd.grad(a.sum(), z)[0]
     a = a.detach()
-    blocked, trapped = demand(z, g, -EDGE[name], EDGE[name])
+    blocked, trapped, _ = demand(z, g, -EDGE[name], EDGE[name])
     assert 0.2 < trapped < blocked < 0.8
     # If every z may move by eta, the loss falls at first order by eta sum f' |g|, and where f' is everywhere at its peak by eta peak sum |g|.
     left = (slope * g.abs()).sum() / (peak * g.abs().sum())

@@ -75,6 +75,7 @@ ROW: tuple[Column, ...] = (
     Column("grad_z_read", "How many elements these are.", measured=Direction.BACKWARD, weighed=False),
     Column("grad_z_sq", "Sum of (dL/dz)^2.", measured=Direction.BACKWARD, loss_scaled=2),
     Column("demand", "Sum of |dL/da| over the elements of which it is known on which side of its plateaus z lies.", *_DEMAND),
+    Column("leaving", "Elements in a tail whose dL/da asks them to leave it; see `trapped`.", measured=Direction.BACKWARD),
     Column("blocked", "The part of `demand` that falls to elements on a plateau.", *_DEMAND),
     Column(
         "trapped",

@@ -145,6 +145,9 @@ class Record(SiteFacts):
     trapped: float | None = None
     """The part of that sum at elements in a tail that the gradient asks to leave it: dL/da > 0 in the high tail, where descent wants a lower
     activation, and < 0 in the low one. `blocked` - `trapped` is the part that pushes on into the tail: its elements are where the loss wants them."""
+    leaving: float | None = None
+    """Share of elements in a tail that the gradient asks to leave. Each counts as one, however large its gradient is: a cross-entropy has so
+    large a gradient at the few wrong elements of a sure classifier that `trapped` is theirs alone."""
     entropy: float | None = None
     """Mean of `Head.entropy` over the rows of all heads; None where this is no softmax."""
     jacobian: float | None = None

@@ -404,8 +404,8 @@ def _observe_demand(grad_a: Tensor, grad_z: Tensor | None, sides: Sides, element
         given = [grad.index_select(0, chosen) for grad in given]
     finite = torch.isfinite(torch.stack(given)).all(0)
     side, grad = sides.values, torch.where(finite, given[0], torch.zeros((), dtype=grad_a.dtype, device=grad_a.device)).to(row.dtype)
-    sizes = grad.abs()
-    sums = torch.stack([sizes.sum(), sizes.dot((side != 0).to(row.dtype)), sizes.dot((side * grad > 0).to(row.dtype))])
+    sizes, leaves = grad.abs(), (side * grad > 0).to(row.dtype)
+    sums = torch.stack([sizes.sum(), leaves.sum(), sizes.dot((side != 0).to(row.dtype)), sizes.dot(leaves)])
     row[DEMAND] += sums.to(row.device) * (elements / max(1, count))
 
 

@@ -242,7 +242,7 @@ void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count
 {
     double weight = count ? elements / (double)count : 1;
     double a[BLOCK] = { 0 }, z[BLOCK] = { 0 };
-    double n = 0, a2 = 0, z2 = 0, demand = 0, blocked = 0, trapped = 0;
+    double n = 0, a2 = 0, z2 = 0, demand = 0, leaving = 0, blocked = 0, trapped = 0;
     for (int64_t first = 0; first < count; first += BLOCK) {
         int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
         if (grad_a->data) load(grad_a, first, m, a);
@@ -257,15 +257,17 @@ void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count
             a[i] = u;
         }
         if (!sides) continue;
-#pragma omp simd reduction(+ : demand, blocked, trapped)
+#pragma omp simd reduction(+ : demand, leaving, blocked, trapped)
         for (int i = 0; i < m; i++) {
             double size = fabs(a[i]), side = sides[first + i];
             demand += size;
             blocked += side != 0 ? size : 0;
+            leaving += side * a[i] > 0 ? 1 : 0;
             trapped += side * a[i] > 0 ? size : 0;
         }
     }
     row[DEMAND] += weight * demand;
+    row[LEAVING] += weight * leaving;
     row[BLOCKED] += weight * blocked;
     row[TRAPPED] += weight * trapped;
     row[GRAD_A_N] += grad_a->data ? weight * n : 0;

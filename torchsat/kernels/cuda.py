@@ -78,6 +78,7 @@ _GRAD_Z_READ = tl.constexpr(BACKWARD.index("grad_z_read"))
 _GRAD_Z_SQ = tl.constexpr(BACKWARD.index("grad_z_sq"))
 _GRAD_NONFINITE = tl.constexpr(BACKWARD.index("grad_nonfinite"))
 _DEMAND = tl.constexpr(BACKWARD.index("demand"))
+_LEAVING = tl.constexpr(BACKWARD.index("leaving"))
 _BLOCKED = tl.constexpr(BACKWARD.index("blocked"))
 _TRAPPED = tl.constexpr(BACKWARD.index("trapped"))
 
@@ -340,7 +341,9 @@ def _write_demand(row, a_ptr, z_ptr, side_ptr, mine, count, a_step, z_step, draw
     weight = count.to(tl.float64) / drawn.to(tl.float64)
     tl.store(row + _DEMAND, weight * _total(size))
     tl.store(row + _BLOCKED, weight * _total(tl.where(side != 0, size, 0.0)))
-    tl.store(row + _TRAPPED, weight * _total(tl.where(((side > 0) & (a > 0)) | ((side < 0) & (a < 0)), size, 0.0)))
+    leaves = ok & (((side > 0) & (a > 0)) | ((side < 0) & (a < 0)))
+    tl.store(row + _LEAVING, weight * _count(leaves))
+    tl.store(row + _TRAPPED, weight * _total(tl.where(leaves, size, 0.0)))
 
 
 @triton.jit(do_not_specialize=["count", "drawn", "seed"])
@@ -389,6 +392,7 @@ def _gradient(
     tl.store(row + _GRAD_Z_SQ, _square(tl.where(ok, z, 0.0)))
     tl.store(row + _GRAD_NONFINITE, _count(inside) - n)
     tl.store(row + _DEMAND, 0.0)
+    tl.store(row + _LEAVING, 0.0)
     tl.store(row + _BLOCKED, 0.0)
     tl.store(row + _TRAPPED, 0.0)
     if has_sides:
