@@ -47,7 +47,7 @@ def is_held_out(name: str) -> bool:
 def verdicts(snapshots: Iterable[torchsat.Snapshot]) -> list[torchsat.Alert]:
     """The alerts that a monitor with the default rules raises in a run."""
     judge, diagnosis = Judge(), Diagnosis()
-    told = [diagnosis.judge(judge.judge(snapshot), judge.firing, snapshot) for snapshot in snapshots]
+    told = [diagnosis.judge(judge.judge(snapshot), judge.firing, snapshot, judge.pending) for snapshot in snapshots]
     return [alert for alerts in told for alert in alerts if alert.firing]
 
 
@@ -107,7 +107,9 @@ def evaluate(runs: Sequence[Run]) -> None:
     for title, snapshots_of in (("every=10", lambda each: each.often), ("the defaults", lambda each: each.seldom)):
         _print_table(title, sound, snapshots_of)
     faulty, healthy = ([each for each in sound if each.faulty is which] for which in (True, False))
-    print(f"\nother rules             recall  healthy runs with an alert ({len(runs) - len(sound)} runs were not what they are said to be and are left out)")
+    print(
+        f"\nother rules             recall  healthy runs with an alert ({len(runs) - len(sound)} runs were not what they are said to be and are left out)"
+    )
     for name in OTHERS:
         recall, false = (sum(name in each.others for each in group) / max(1, len(group)) for group in (faulty, healthy))
         print(f"{name:22} {recall:7.3f} {false:7.3f}")
