@@ -126,7 +126,7 @@ def _of_rule(alerts: Sequence[Alert], census: Census) -> str:
     if len(alerts) == 1:
         return f"{worst.message}, since step {worst.since}"
     detail = worst.message.partition(": ")[2] or worst.message
-    return f"{_count(alerts, census)}, {_since(alerts)}, worst {worst.site}{census.activation(worst.site)}: {detail}"
+    return f"{_count(alerts, census)}{_since(alerts)}, worst {worst.site}{census.activation(worst.site)}: {detail}"
 
 
 def _briefly(alerts: Sequence[Alert], census: Census) -> str:
@@ -145,7 +145,7 @@ def _count(alerts: Sequence[Alert], census: Census) -> str:
 def _since(alerts: Sequence[Alert]) -> str:
     steps = [alert.since for alert in alerts]
     first, last = min(steps), max(steps)
-    return f"since step {first}" if first == last else f"the first since step {first}, the last since step {last}"
+    return f" since step {first}" if first == last else f", the first since step {first}, the last since step {last}"
 
 
 def _beginning(origin: Alert, members: Sequence[Alert], recovered: bool, census: Census) -> str:

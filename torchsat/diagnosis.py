@@ -113,7 +113,7 @@ class Diagnosis:
 
         grouped = (place for group in self._groups for place in group.places)
         paths = Paths(scene.now, [*(alert.site for alert in (*alerts, *pending)), *grouped])
-        Placement(self._groups, pending, paths, self._began, leading).place(alerts)
+        Placement(self._groups, pending, scene.first.step, paths, self._began, leading).place(alerts)
 
     def _began(self, alert: Alert) -> int:
         """The number of the observation at which the condition of an alert began."""

@@ -185,8 +185,11 @@ def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snap
         state.since = snapshot.step
     before = state.alert
     reached = next((level for level in _LEVELS if state.streak[level] >= worst.rule.patience), before.severity if before is not None else None)
+    if before is None and reached is not None and state.streak["critical"]:
+        # What gets worse as it lasts is told as critical at once, and not as a warning first.
+        reached = "critical"
     severity = reached or ("critical" if worst.rule.warning is None else "warning")
-    # A critical value that has not lasted long enough is a warning for now, and is told with the limit of that level where there is one.
+    # A critical value that has not lasted long enough is told with the limit of a warning, where there is one.
     limit = worst.rule.limit(severity, item)
     if limit is None or not worst.rule.beyond(worst.value, limit):
         limit = worst.limit

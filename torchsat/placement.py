@@ -10,6 +10,10 @@ from torchsat.groups import NEAR, RANK, Extent, Group, GroupState, comparable, o
 from torchsat.paths import Paths
 from torchsat.record import Alert
 
+_NEAREST_CAUSE = "softmax_logits"
+"""The cause of each attention that collapses. It says nothing of what has made the logits large. In training that is taken to be the same that spoils
+other places at the same time."""
+
 
 class Placement:
     """Puts the new alerts of one observation into groups.
@@ -17,6 +21,7 @@ class Placement:
     Args:
         groups: those that there are. Those that begin are appended.
         pending: the conditions that hold, but not long enough for an alert.
+        start: the step of the first observation.
         paths: between the places of the new alerts, of those that are pending, and of the groups.
         began: the number of the observation at which the condition of an alert began.
         leading: the name of the leading cause of an alert; None if nothing explains it. It is asked only where it decides.
@@ -26,12 +31,14 @@ class Placement:
         self,
         groups: list[Group],
         pending: Sequence[Alert],
+        start: int,
         paths: Paths,
         began: Callable[[Alert], int],
         leading: Callable[[Alert], str | None],
     ) -> None:
         self._groups = groups
         self._pending = pending
+        self._start = start
         self._paths = paths
         self._began = began
         self._leading = leading
@@ -59,9 +66,15 @@ class Placement:
         return extent
 
     def _home(self, alert: Alert, began: int) -> Group | None:
-        """Of the groups whose alert fires and that this alert belongs to, the one that began at nearly the same time."""
+        """Of the groups whose alert fires and that this alert belongs to, one on the same path, and of these the one that began at nearly the same
+        time."""
         found = [group for group in self._groups if group.state is not GroupState.ENDED and self._belongs(alert, began, group)]
-        return min(found, key=lambda group: (key_of(alert) not in group.began, group.distance(began)), default=None)
+        key = key_of(alert)
+
+        def nearness(group: Group) -> tuple[bool, bool, int]:
+            return key not in group.began, not self._extents[key_of(group.told)].related(key, self._paths), group.distance(began)
+
+        return min(found, key=nearness, default=None)
 
     def _belongs(self, alert: Alert, began: int, group: Group) -> bool:
         key, told = key_of(alert), key_of(group.told)
@@ -75,7 +88,9 @@ class Placement:
         if on_one_path == at_one_time:
             return on_one_path
         mine, other = self._cause(alert), self._cause(group.origin)
-        return mine == other and (mine is not None or alert.rule == told[1])
+        if mine is None or other is None:
+            return mine is other and alert.rule == told[1]
+        return mine == other or (_NEAREST_CAUSE in (mine, other) and min(alert.since, group.origin.since) > self._start)
 
     def _cause(self, alert: Alert) -> str | None:
         key = key_of(alert)
