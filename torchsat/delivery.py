@@ -190,7 +190,8 @@ class Delivery:
             return None
         weights = tuple(to_weight(row) for row in numbers.layers)
         snapshot = Snapshot(flight.step, flight.time, tuple(records), weights, overhead=overhead)
-        return replace(snapshot, alerts=self._diagnosis.judge(self._judge.judge(snapshot), self._judge.firing, snapshot))
+        events = self._judge.judge(snapshot)
+        return replace(snapshot, alerts=self._diagnosis.judge(events, self._judge.firing, snapshot, self._judge.pending))
 
     def _announce(self, snapshot: Snapshot) -> None:
         """Log one line after the first observation, which says what is watched and what is not."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torchsat.alerts import Firing, Key
+from torchsat.alerts import ADJECTIVE, Firing, Key
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Severity, Snapshot, Weight
 from torchsat.rules import RULES, Rule
@@ -33,6 +33,8 @@ class _State:
     """While an alert fires: how many observations in a row were on the safe side, or did not have the place at all."""
     alert: Alert | None = None
     """The alert that fires, with its latest value."""
+    pending: Alert | None = None
+    """The alert that would fire if the rule had no patience; None if no value is beyond a limit, or if the patience is over."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,30 @@ class Judge:
             group.append(rule)
         self._states: dict[Key, _State] = {}
         self._observations = 0
+        self._step: int | None = None
+        """The step of the last observation."""
 
     @property
     def firing(self) -> tuple[Alert, ...]:
         """The alerts that fire now, each with its latest value, in the order of `alerts.urgency`."""
         return tuple(Firing(state.alert for state in self._states.values() if state.alert is not None))
 
+    @property
+    def pending(self) -> tuple[Alert, ...]:
+        """The conditions that held at the last observation, but not yet long enough for an alert."""
+        return tuple(state.pending for state in self._states.values() if state.pending is not None and state.pending.step == self._step)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the judge remembers, in plain types."""
+        """Everything that the judge remembers, in plain types. What is pending is judged anew at the next observation."""
         states = [
-            {**vars(state), "streak": dict(state.streak), "place": place, "rule": rule, "alert": state.alert and state.alert.as_dict()}
+            {
+                "place": place,
+                "rule": rule,
+                "streak": dict(state.streak),
+                "since": state.since,
+                "calm": state.calm,
+                "alert": state.alert and state.alert.as_dict(),
+            }
             for (place, rule), state in self._states.items()
         ]
         return {"observations": self._observations, "states": states}
@@ -108,6 +124,7 @@ class Judge:
         """The alerts that are raised, get worse or clear at this observation."""
         events: list[Alert] = []
         self._observations += 1
+        self._step = snapshot.step
         records: dict[str, Record | Weight] = {record.site: record for record in snapshot.records}
         weights: dict[str, Record | Weight] = {weight.name: weight for weight in snapshot.weights}
         for name, rules in list(self._groups.items()):
@@ -147,6 +164,7 @@ class Judge:
         if not values:
             return None
         state = self._states.setdefault(key, _State({"warning": 0, "critical": 0}))
+        state.pending = None
         critical = _first_beyond(values, "critical", item)
         worst = critical or _first_beyond(values, "warning", item)
         state.streak["critical"] = state.streak["critical"] + 1 if critical else 0
@@ -165,10 +183,13 @@ def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snap
     state.calm = 0
     if state.since is None:
         state.since = snapshot.step
-    severity = next((level for level in _LEVELS if state.streak[level] >= worst.rule.patience), None)
-    if severity is None:
-        return None
-    # A critical value that has not lasted long enough is a warning for now, and is told with the limit of that level where there is one.
+    before = state.alert
+    reached = next((level for level in _LEVELS if state.streak[level] >= worst.rule.patience), before.severity if before is not None else None)
+    if before is None and reached is not None and state.streak["critical"]:
+        # What gets worse as it lasts is told as critical at once, and not as a warning first.
+        reached = "critical"
+    severity = reached or ("critical" if worst.rule.warning is None else "warning")
+    # A critical value that has not lasted long enough is told with the limit of a warning, where there is one.
     limit = worst.rule.limit(severity, item)
     if limit is None or not worst.rule.beyond(worst.value, limit):
         limit = worst.limit
@@ -177,7 +198,9 @@ def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snap
     # A rule of the user's may return characters that no file and no terminal takes, such as half of a surrogate pair.
     message = str(worst.rule.says(item, worst.value, limit)).encode(errors="replace").decode() + where
     alert = Alert(place, name, severity, worst.value, limit, state.since, snapshot.step, True, message, rank=rank)
-    before = state.alert
+    if reached is None:
+        state.pending = alert
+        return None
     if before is not None and (before.severity == severity or before.severity == "critical"):
         state.alert = replace(alert, severity=before.severity)
         return None
@@ -202,7 +225,7 @@ def _calm(
         return None
     state.alert, state.since, state.calm = None, None, 0
     told = next((reading for reading in lowest if reading.limit == alert.threshold), lowest[0])
-    message = f"{alert.site}: no longer {_ADJECTIVE.get(alert.rule, alert.rule)}"
+    message = f"{alert.site}: no longer {ADJECTIVE.get(alert.rule, alert.rule)}"
     return replace(alert, value=told.value, step=snapshot.step, firing=False, message=message)
 
 
@@ -227,15 +250,3 @@ def _worst_rank(rule: str, item: Record | Weight) -> tuple[int | None, str]:
     if isinstance(item, Record) and rule == "saturated" and item.worst is not None and item.worst - (item.saturated or 0.0) >= STANDS_OUT:
         return item.worst_rank, f"; worst on rank {item.worst_rank}: {percent(item.worst)} on a plateau"
     return None, ""
-
-
-_ADJECTIVE = {
-    "saturated": "saturated",
-    "stuck_units": "full of stuck units",
-    "vanishing_gradient": "short of gradient",
-    "exploding_gradient": "flooded with gradient",
-    "frozen_weights": "frozen",
-    "attention_collapse": "collapsed",
-    "nonfinite": "non-finite",
-}
-"""What a place no longer is when the alert of a rule clears. A rule of the user's is named by its name."""

@@ -157,8 +157,7 @@ def alert_table(events: Sequence[Alert]) -> str:
     """
     lines = ["what | why | try", "--- | --- | ---"]
     for alert in reversed(events):
-        state = f"**{alert.severity}**, since step {alert.since}" if alert.firing else "cleared"
-        what = f"step {alert.step}: {state}: {alert.message}" + (f" ({len(alert.also)} more after it)" if alert.firing and alert.also else "")
+        what = f"step {alert.step}: {f'**{alert.severity}**' if alert.firing else 'cleared'}: {alert.message}"
         why = "; ".join(f"{cause.name} {percent(cause.share)}: {cause.evidence}" for cause in alert.causes)
         cells = (what, why, alert.causes[0].remedy if alert.causes else "")
         lines.append(" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells))
