@@ -31,9 +31,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torchsat.expressions import attribute, gain_for, initialiser, owner, place_of
+from torchsat.flow import on_signal_path
 from torchsat.percent import percent
 from torchsat.record import Alert, Cause, Record, Snapshot, Weight
-from torchsat.rules import came_trained, on_signal_path
+from torchsat.start import came_trained
 
 UNBOUNDED = ("relu", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "softplus", "hardswish")
 """Activations whose output grows with their input, so that too large a signal passes on to the next layer."""

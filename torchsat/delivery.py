@@ -118,7 +118,7 @@ class Delivery:
             if alert.firing:
                 told[alert.site, alert.rule] = alert
         if history:
-            self._judge.resume(list(told.values()), len(history))
+            self._judge.resume(list(told.values()), len(history), history[0])
             self._diagnosis.resume(told.values(), history[0], history[-1])
         return step
 

@@ -15,6 +15,7 @@ from torchsat.alerts import ADJECTIVE, Firing, Key
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Severity, Snapshot, Weight
 from torchsat.rules import RULES, Rule
+from torchsat.start import Start, came_trained
 
 STANDS_OUT = 0.1
 """An alert names the rank that is worst only if the saturated share on that rank alone exceeds the share over all ranks by this much."""
@@ -78,6 +79,8 @@ class Judge:
         self._observations = 0
         self._step: int | None = None
         """The step of the last observation."""
+        self._starts: dict[str, Start] = {}
+        """What each place was like at the first observation that had it."""
 
     @property
     def firing(self) -> tuple[Alert, ...]:
@@ -102,7 +105,12 @@ class Judge:
             }
             for (place, rule), state in self._states.items()
         ]
-        return {"observations": self._observations, "states": states}
+        items = [start.item for start in self._starts.values()]
+        starts = Snapshot(
+            0, 0.0, tuple(item for item in items if isinstance(item, Record)), tuple(item for item in items if isinstance(item, Weight))
+        )
+        facts = {place: (start.step, start.trained) for place, start in self._starts.items()}
+        return {"observations": self._observations, "states": states, "starts": starts.as_dict(), "since": facts}
 
     def load_state_dict(self, kept: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
@@ -111,10 +119,14 @@ class Judge:
             alert = values["alert"] and Alert.from_dict(values["alert"])
             states[values["place"], values["rule"]] = _State(dict(values["streak"]), values["since"], values["calm"], alert)
         self._observations, self._states = kept["observations"], states
+        starts, facts = Snapshot.from_dict(kept["starts"]), kept["since"]
+        self._starts = {place: Start(item, *facts[place]) for place, item in _places(starts).items()}
 
-    def resume(self, firing: Sequence[Alert], observations: int) -> None:
-        """Continue a run whose first `observations` observations ended with these alerts firing."""
+    def resume(self, firing: Sequence[Alert], observations: int, first: Snapshot | None = None) -> None:
+        """Continue a run whose first `observations` observations ended with these alerts firing. `first`: the first of them."""
         self._observations = observations
+        if first is not None:
+            self._note_starts(first)
         for alert in firing:
             patience = _patience(self._groups.get(alert.rule, ()))
             streak: dict[Severity, int] = {"warning": patience, "critical": patience if alert.severity == "critical" else 0}
@@ -125,6 +137,7 @@ class Judge:
         events: list[Alert] = []
         self._observations += 1
         self._step = snapshot.step
+        self._note_starts(snapshot)
         records: dict[str, Record | Weight] = {record.site: record for record in snapshot.records}
         weights: dict[str, Record | Weight] = {weight.name: weight for weight in snapshot.weights}
         for name, rules in list(self._groups.items()):
@@ -141,6 +154,14 @@ class Judge:
                     raise
                 self._fault(f"rule {name}", error)
         return tuple(events)
+
+    def _note_starts(self, snapshot: Snapshot) -> None:
+        """Note the places that were not there before."""
+        trained = next((start.trained for start in self._starts.values()), None)
+        for place, item in _places(snapshot).items():
+            if place not in self._starts:
+                trained = came_trained(snapshot) if trained is None else trained
+                self._starts[place] = Start(item, snapshot.step, trained)
 
     def _clear_missing(self, name: str, rules: Sequence[Rule], places: Container[str], snapshot: Snapshot) -> list[Alert]:
         """Clear the alerts of one rule at places that have been missing from as many observations as the rule has patience."""
@@ -160,7 +181,9 @@ class Judge:
         fires = known is not None and known.alert is not None
         judged = [rule for rule in rules if rule.first is None or fires or self._observations <= rule.first]
         # A rule of the user's may return a scalar of NumPy or torch.
-        values = [(rule, float(value)) for rule in judged if (value := rule.value(item, snapshot)) is not None]
+        start = self._starts[key[0]]
+        given = [(rule, rule.value(item, snapshot, start) if rule.compares else rule.value(item, snapshot)) for rule in judged]
+        values = [(rule, float(value)) for rule, value in given if value is not None]
         if not values:
             return None
         state = self._states.setdefault(key, _State({"warning": 0, "critical": 0}))
@@ -176,6 +199,11 @@ class Judge:
             return _calm(state, state.alert, values, rules, item, snapshot)
         state.since = None
         return None
+
+
+def _places(snapshot: Snapshot) -> dict[str, Record | Weight]:
+    """The records and the weights of a snapshot by the names of their places."""
+    return {**{record.site: record for record in snapshot.records}, **{weight.name: weight for weight in snapshot.weights}}
 
 
 def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snapshot: Snapshot) -> Alert | None:

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MarginChartContent, MultilineChartContent
 
+from torchsat.flow import gradient_over_depth
 from torchsat.percent import percent
 from torchsat.record import Alert, Snapshot
-from torchsat.rules import gradient_over_depth
 
 NETWORK = {
     "saturated_p10": "Share of elements on a plateau at the hidden site below which a tenth of the hidden sites lie.",
