@@ -167,7 +167,7 @@ ARROWS = {
     "process": {"compile_settings", "internals"},
     "observer": {
         *("compile_settings", "compiling", "delivery", "faults", "internals", "observe.observation", "observe.passes", "options", "parts"),
-        *("internals_distributed", "schedule", "sites", "structure", "transport.parallel", "transport.route"),
+        *("internals_distributed", "schedule", "sites", "structure", "transport.meeting", "transport.parallel", "transport.route"),
     },
     "loop": {
         *("compiling", "internals", "observe.hooks", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps"),
