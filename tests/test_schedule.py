@@ -397,6 +397,37 @@ def test_a_real_training_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixtu
     assert steps[-1].overhead == pytest.approx(4.125 * (len(known) - 2) / (known[-2] - 4 + 4.125 * (len(known) - 2)))
 
 
+def test_the_user_hears_of_the_budget_at_the_last_step_before_one_is_left_out(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+
+    class Clock(schedule.Clock):
+        def seconds(self) -> float:
+            return now[0]
+
+    monkeypatch.setattr(schedule, "CLOCK", Clock())
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    steps: list[int] = []
+
+    def slow(snapshot: torchsat.Snapshot) -> None:
+        steps.append(snapshot.step)
+        now[0] += 0.5
+
+    torchsat.watch(model, every=1, sinks=[slow])
+    for _ in range(10):
+        optimizer.zero_grad()
+        now[0] += 0.125
+        model(torch.randn(8, 4)).sum().backward()
+        optimizer.step()
+    assert steps == [0, 1, 2, 3, 4, 8]
+    (said,) = [record.message for record in caplog.records if "budget" in record.message]
+    assert said.startswith(
+        "torchsat: step 4: observing has taken 2 s so far; its budget is 2 s and 2 % of the training time. An observation costs 500 ms, "
+    )
+
+
 @pytest.mark.parametrize("budget", [0, -0.1, 1.5, "2 %", True])
 def test_a_budget_that_is_none(budget: object) -> None:
     with pytest.raises(ValueError, match=r"budget is .*; allowed are numbers above 0 up to 1 \(a share of training time"):

@@ -117,7 +117,7 @@ class Monitor:
     @property
     def overhead(self) -> float | None:
         """The measured share of training time that the last observations took, from step `every` on; None before it is known. It may lie above the
-        budget as long as the allowance of 2 s lasts."""
+        budget as long as the allowance of 2 s lasts. With `every=1` on a GPU it is the time of our own code on the host."""
         return self._loop.observer.schedule.overhead
 
     @property

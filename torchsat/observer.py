@@ -242,7 +242,7 @@ class Observer:
 
     def _send(self, observation: Observation, parts: Parts, step: int) -> int:
         averaged = parts.averaged(averages(self._model(), observation.unspread, self._wrapper_ranks, self._stages.values()))
-        wish = self.schedule.wish(step, meeting.LAG)
+        wish = self.schedule.wish(step, meeting.LAG) if self.route.together else Wish(step, self.schedule.every)
         flight = self.route.send(
             step, averaged, earliest=wish.earliest, interval=wish.interval, before=lambda: self.drain(step), history=self.delivery.history
         )

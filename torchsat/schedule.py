@@ -351,13 +351,15 @@ class Schedule:
     def _take(self, step: int, wish: Wish) -> str | None:
         """Act upon a wish. Returns what follows from it for the user; None where that is not new, or changes little, or step `every` is not near."""
         self.earliest, self.interval = wish
-        coming = self.every * max(step // self.every + 1, math.ceil(self.earliest / self.every))
-        is_kept = coming == self.every * (step // self.every + 1) and self.interval == self.every
-        if 2 * step < self.every or (is_kept if self._said is None else self._said / 2 < self.interval < 2 * self._said):
+        after = self.every * (step // self.every + 1)
+        coming = max(after, self.every * math.ceil(self.earliest / self.every))
+        is_new = coming > after if self._said is None else not self._said / 2 < self.interval < 2 * self._said
+        if not is_new or 2 * step < self.every:
             return None
-        self._said = None if is_kept else self.interval
-        if is_kept:
+        if coming == after and self.interval == self.every:
+            self._said = None
             return f"From here on every={self.every} is kept again."
+        self._said = self.interval
         return (
             f"Beside the powers of two, the next step to be observed is about {coming}, and then about one in {self.interval}; "
             f"budget=None keeps every={self.every}."
