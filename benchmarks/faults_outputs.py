@@ -42,7 +42,7 @@ class Signed(nn.Module):
         self.hidden, self.out, self.squash = nn.Linear(4, 16), nn.Linear(16, 1), squash
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.out(torch.tanh(self.hidden(x)))
+        a: Tensor = self.out(torch.tanh(self.hidden(x)))
         return a.sigmoid() if self.squash == "sigmoid" else a.tanh()
 
 
@@ -62,8 +62,8 @@ class Rectified(nn.Module):
         self.first, self.second, self.out, self.rectified = nn.Linear(inputs, width), nn.Linear(width, width), nn.Linear(width, 1), rectified
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.out(F.relu(self.second(F.relu(self.first(x)))))
-        return F.relu(a) if self.rectified else a  # type: ignore[no-any-return]
+        a: Tensor = self.out(F.relu(self.second(F.relu(self.first(x)))))
+        return F.relu(a) if self.rectified else a
 
 
 def relu_standardised_targets(faulty: bool, seed: int) -> Training:
