@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import faults_adversaries
 import faults_agents
 import faults_depth
 import faults_outputs
@@ -36,7 +37,7 @@ from torchsat.diagnosis import Diagnosis
 from torchsat.judge import Judge
 
 SCENARIOS: tuple[Scenario, ...] = (
-    *(*faults_outputs.SCENARIOS, *faults_probabilities.SCENARIOS, *faults_agents.SCENARIOS),
+    *(*faults_outputs.SCENARIOS, *faults_probabilities.SCENARIOS, *faults_agents.SCENARIOS, *faults_adversaries.SCENARIOS),
     *faults_depth.SCENARIOS,
     *faults_rates.SCENARIOS,
     *faults_sequences.SCENARIOS,
