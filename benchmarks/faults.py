@@ -21,8 +21,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import faults_adversaries
+import faults_agents
 import faults_depth
 import faults_outputs
+import faults_probabilities
 import faults_rates
 import faults_sequences
 import torch
@@ -33,7 +36,12 @@ import torchsat
 from torchsat.diagnosis import Diagnosis
 from torchsat.judge import Judge
 
-SCENARIOS: tuple[Scenario, ...] = (*faults_outputs.SCENARIOS, *faults_depth.SCENARIOS, *faults_rates.SCENARIOS, *faults_sequences.SCENARIOS)
+SCENARIOS: tuple[Scenario, ...] = (
+    *(*faults_outputs.SCENARIOS, *faults_probabilities.SCENARIOS, *faults_agents.SCENARIOS, *faults_adversaries.SCENARIOS),
+    *faults_depth.SCENARIOS,
+    *faults_rates.SCENARIOS,
+    *faults_sequences.SCENARIOS,
+)
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 SEEDS = (0, 1)
 HEALTHY = "healthy"
