@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import faults_depth
+import faults_inputs
 import faults_outputs
 import faults_rates
 import faults_sequences
@@ -33,7 +34,10 @@ import torchsat
 from torchsat.diagnosis import Diagnosis
 from torchsat.judge import Judge
 
-SCENARIOS: tuple[Scenario, ...] = (*faults_outputs.SCENARIOS, *faults_depth.SCENARIOS, *faults_rates.SCENARIOS, *faults_sequences.SCENARIOS)
+SCENARIOS: tuple[Scenario, ...] = (
+    *(*faults_outputs.SCENARIOS, *faults_depth.SCENARIOS, *faults_inputs.SCENARIOS, *faults_rates.SCENARIOS),
+    *faults_sequences.SCENARIOS,
+)
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 SEEDS = (0, 1)
 HEALTHY = "healthy"
