@@ -26,6 +26,7 @@ import faults_inputs
 import faults_outputs
 import faults_rates
 import faults_sequences
+import faults_sound
 import torch
 from faults_runs import Run, Scenario, run
 from other_rules import OTHERS
@@ -36,7 +37,7 @@ from torchsat.judge import Judge
 
 SCENARIOS: tuple[Scenario, ...] = (
     *(*faults_outputs.SCENARIOS, *faults_depth.SCENARIOS, *faults_inputs.SCENARIOS, *faults_rates.SCENARIOS),
-    *faults_sequences.SCENARIOS,
+    *(*faults_sequences.SCENARIOS, *faults_sound.SCENARIOS),
 )
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 SEEDS = (0, 1)

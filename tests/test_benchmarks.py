@@ -36,7 +36,7 @@ WITHOUT_ARGUMENTS = ("dashboard", "healthy")
 WITHOUT_MAIN = (
     *("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "identity_models", "other_rules", "workloads"),
     *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),
-    *("faults_depth", "faults_inputs", "faults_rates", "faults_trainings"),
+    *("faults_depth", "faults_inputs", "faults_rates", "faults_sound", "faults_trainings"),
 )
 
 Load = Callable[[str, str], ModuleType]
