@@ -301,7 +301,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("schedule_jump", "rate", "https://github.com/keras-team/keras/issues/3425", schedule_jump, 0.93, _GROWTH, 0.05),
     Scenario("accumulated", "rate", "https://discuss.pytorch.org/t/pytorch-gradient-accumulation/55955", accumulated, 0.9, _GROWTH, 0.05),
     Scenario("summed", "rate", "https://github.com/jax-ml/jax/pull/3113", summed, 0.93, _DEAD, 0.1),
-    Scenario("slow_drift", "rate", "https://ai.stackexchange.com/questions/11487", slow_drift, 0.85, _GROWTH, 0.06),
+    Scenario("slow_drift", "rate", "https://ai.stackexchange.com/questions/11487", slow_drift, 0.85, _GROWTH, 0.04),
     Scenario("cyclic", "rate", "L. Smith, Cyclical Learning Rates for Training Neural Networks, 2017", cyclic, 0.9, _GROWTH, 0.1),
     Scenario("single_rows", "dead units", "http://lamda.nju.edu.cn/weixs/project/CNNTricks/CNNTricks.html", single_rows, 0.85, _DEAD, 0.1),
     Scenario("bottleneck_conv", "dead units", "https://github.com/guevara/read-it-later/issues/5625", bottleneck_conv, 0.9, _DEAD, 0.2),
