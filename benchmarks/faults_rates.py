@@ -225,22 +225,6 @@ def decay_adam(faulty: bool, seed: int) -> Training:
     return fit(model, digits(), adam(model, 2e-3, 0.3 if faulty else 0.0), 400, seed, batch=32)
 
 
-def lasso(faulty: bool, seed: int) -> Training:
-    """An L1 penalty of 0.03 on all weights outweighs the loss: the weights go to zero, and the first layers with them."""
-    torch.manual_seed(seed)
-    model = mlp((13, 40, 40, 3), nn.Tanh)
-    share = 0.03 if faulty else 1e-5
-    return fit(
-        model,
-        wine().standardized(),
-        sgd(model, 0.05, 0.9),
-        500,
-        seed,
-        batch=32,
-        penalty=lambda: share * torch.stack([weight.abs().sum() for weight in model.parameters()]).sum(),
-    )
-
-
 def stack_and_init(faulty: bool, seed: int) -> Training:
     """Two faults: a stack of four sigmoid layers whose weights are also drawn with a deviation of 2; fixed with tanh and Xavier's."""
     torch.manual_seed(seed)
@@ -269,15 +253,6 @@ def shut_by_width(faulty: bool, seed: int) -> Training:
     width = 2 if faulty else 16
     model = draw(mlp((2, *10 * (width,), 2), nn.ReLU), kaiming)
     return fit(model, moons(), adam(model, 2e-3), 700, seed, batch=32)
-
-
-def two_hot_groups(faulty: bool, seed: int) -> Training:
-    """A group of parameters, the first layer's, has a rate that is 200 times the other's by a slip in the options."""
-    torch.manual_seed(seed)
-    model = mlp((64, 64, 64, 10), nn.Tanh)
-    first, rest = list(model[0].parameters()), [weight for layer in list(model)[1:] for weight in layer.parameters()]
-    optimizer = torch.optim.Adam([{"params": first, "lr": 0.4 if faulty else 2e-3}, {"params": rest, "lr": 2e-3}])
-    return fit(model, digits().standardized(), optimizer, 500, seed, batch=32)
 
 
 _GROWTH, _DEAD, _DECAY = ("weight_growth",), ("weight_growth", "dead_units"), ("weight_decay",)
@@ -322,7 +297,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("decay_tanh", "weight decay", "https://forums.fast.ai/t/why-apply-weight-decay/8557", decay_tanh, 0.93, _DECAY, 0.15),
     Scenario("decay_adamw", "weight decay", "Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019", decay_adamw, 0.83, _DECAY, 0.2),
     Scenario("decay_adam", "weight decay", "https://datascience.stackexchange.com/questions/10547", decay_adam, 0.93, _DECAY, 0.2),
-    Scenario("lasso", "weight decay", "https://getneuralnet.com/neural-network-weight-decay/", lasso, 0.93, _DECAY, 0.2),
     Scenario(
         "stack_and_init", "several", "https://ai.stackexchange.com/questions/16557", stack_and_init, 0.9, ("activation_choice", "init_too_large"), 0.1
     ),
@@ -338,5 +312,4 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "wild_and_hot", "several", "https://forums.fast.ai/t/why-apply-weight-decay/8557/7", wild_and_hot, 0.82, ("init_too_large", *_DEAD), 0.1
     ),
-    Scenario("two_hot_groups", "rate", "https://docs.pytorch.org/docs/stable/optim.html", two_hot_groups, 0.93, _GROWTH, 0.1),
 )

@@ -149,13 +149,6 @@ def norm_before_tanh(_: bool, seed: int) -> Training:
     return fit(model, digits(), sgd(model, 0.5), 500, seed)
 
 
-def kaiming_sixteen(_: bool, seed: int) -> Training:
-    """Sixteen rectifier layers with Kaiming's weights, whose signal keeps its size; half of all elements are zero."""
-    torch.manual_seed(seed)
-    model = draw(mlp((64, *16 * (96,), 10), nn.ReLU), kaiming)
-    return fit(model, digits().standardized(), sgd(model, 0.01, 0.9), 400, seed, batch=32)
-
-
 def hard_tanh(_: bool, seed: int) -> Training:
     """Three hard tanh layers: a third of the elements lie exactly on a plateau in the end, and the network is sure."""
     torch.manual_seed(seed)
@@ -314,7 +307,6 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("noisy_labels", "healthy", "Rolnick et al., Deep Learning is Robust to Massive Label Noise, 2017", noisy_labels, 0.8),
     Scenario("decay_that_helps", "healthy", "Krogh and Hertz, A Simple Weight Decay Can Improve Generalization, 1991", decay_that_helps, 0.93),
     Scenario("norm_before_tanh", "healthy", "Ioffe and Szegedy, Batch Normalization, 2015", norm_before_tanh, 0.92),
-    Scenario("kaiming_sixteen", "healthy", "He et al., Delving Deep into Rectifiers, 2015", kaiming_sixteen, 0.88),
     Scenario("hard_tanh", "healthy", "R. Collobert, Large Scale Machine Learning, 2004", hard_tanh, 0.94),
     Scenario("binarised", "healthy", "Hubara et al., Binarized Neural Networks, 2016", binarised, 0.9),
     Scenario("overfitted", "healthy", "A. Karpathy, A Recipe for Training Neural Networks, 2019", overfitted, 0.99),
