@@ -37,6 +37,7 @@ WITHOUT_MAIN = (
     *("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "identity_models", "other_rules", "workloads"),
     *("faults_adversaries", "faults_agents", "faults_outputs", "faults_probabilities", "faults_runs", "faults_supervised"),
     *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),
+    *("faults_depth", "faults_inputs", "faults_rates", "faults_sound", "faults_trainings"),
 )
 
 Load = Callable[[str, str], ModuleType]
