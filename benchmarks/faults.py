@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import faults_attention
 import faults_depth
+import faults_finetuning
 import faults_outputs
 import faults_rates
 import faults_sequences
@@ -33,7 +35,14 @@ import torchsat
 from torchsat.diagnosis import Diagnosis
 from torchsat.judge import Judge
 
-SCENARIOS: tuple[Scenario, ...] = (*faults_outputs.SCENARIOS, *faults_depth.SCENARIOS, *faults_rates.SCENARIOS, *faults_sequences.SCENARIOS)
+SCENARIOS: tuple[Scenario, ...] = (
+    *faults_outputs.SCENARIOS,
+    *faults_depth.SCENARIOS,
+    *faults_rates.SCENARIOS,
+    *faults_sequences.SCENARIOS,
+    *faults_attention.SCENARIOS,
+    *faults_finetuning.SCENARIOS,
+)
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 SEEDS = (0, 1)
 HEALTHY = "healthy"
@@ -107,7 +116,9 @@ def evaluate(runs: Sequence[Run]) -> None:
     for title, snapshots_of in (("every=10", lambda each: each.often), ("the defaults", lambda each: each.seldom)):
         _print_table(title, sound, snapshots_of)
     faulty, healthy = ([each for each in sound if each.faulty is which] for which in (True, False))
-    print(f"\nother rules             recall  healthy runs with an alert ({len(runs) - len(sound)} runs were not what they are said to be and are left out)")
+    print(
+        f"\nother rules             recall  healthy runs with an alert ({len(runs) - len(sound)} runs were not what they are said to be and are left out)"
+    )
     for name in OTHERS:
         recall, false = (sum(name in each.others for each in group) / max(1, len(group)) for group in (faulty, healthy))
         print(f"{name:22} {recall:7.3f} {false:7.3f}")

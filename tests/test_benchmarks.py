@@ -36,6 +36,7 @@ WITHOUT_ARGUMENTS = ("dashboard", "healthy")
 WITHOUT_MAIN = (
     *("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "identity_models", "other_rules", "workloads"),
     *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),
+    *("faults_attention", "faults_finetuning", "faults_sequences", "faults_tasks"),
 )
 
 Load = Callable[[str, str], ModuleType]
