@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -35,6 +36,11 @@ def accuracy(out: Tensor, y: Tensor) -> float:
 def explained(out: Tensor, y: Tensor) -> float:
     """The share of the targets' variance that is explained."""
     return 1 - ((out - y).square().mean() / y.var()).item()
+
+
+def likelihood(out: Tensor, y: Tensor) -> float:
+    """The mean log-likelihood of the right classes, in nats."""
+    return -cross_entropy(out, y).item()
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,13 @@ def rows_of_digits(scale: float = 1 / 16, mean: float = 0.0) -> Task:
     """The class of a digit, from its 8 rows of 8 pixels."""
     x, y = digits()
     return Task(drawn((x - mean) * scale, y))
+
+
+def some_digits(low: bool, scale: float = 1 / 16, mean: float = 0.0) -> Task:
+    """The class of a digit among 0 to 4 (`low`) or 5 to 9, from an image of [1, 8, 8]."""
+    x, y = digits()
+    rows = y < 5 if low else y >= 5
+    return Task(drawn((x[rows, None] - mean) * scale, y[rows] % 5))
 
 
 def adding(length: int) -> Task:
@@ -192,21 +205,22 @@ def repeated(length: int, symbols: int = 16) -> Task:
     return Task(batch, cross_entropy, score)
 
 
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789\n .,:;='\"()[]{}_-+*/#<>!%@\\|&^~$?"
+
+
 @cache
-def _text() -> tuple[Tensor, int]:
-    text = inspect.getsource(textwrap).lower()
-    names = {character: number for number, character in enumerate(sorted(set(text)))}
-    return torch.tensor([names[character] for character in text]), len(names)
+def _text(module: ModuleType) -> Tensor:
+    return torch.tensor([CHARACTERS.index(character) for character in inspect.getsource(module).lower() if character in CHARACTERS])
 
 
 def vocabulary() -> int:
-    """How many different characters the text has."""
-    return _text()[1]
+    """How many different characters a text can have."""
+    return len(CHARACTERS)
 
 
-def characters(length: int, last: bool = False) -> Task:
-    """The next character of the source of Python's textwrap, after each character or only after the last one."""
-    text, _ = _text()
+def characters(length: int, last: bool = False, module: ModuleType = textwrap) -> Task:
+    """The next character of the source of a module of Python, after each character or only after the last one."""
+    text = _text(module)
 
     def batch(size: int) -> Batch:
         starts = torch.randint(len(text) - length, (size, 1)) + torch.arange(length + 1)
