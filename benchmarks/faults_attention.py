@@ -76,10 +76,8 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.words(x)
-        key, query = self.key(h), self.query
-        if self.cosine:
-            key, query = F.normalize(key, dim=-1), F.normalize(query, dim=-1)
-        weights = F.softmax(key @ query * self.scale, dim=-1)
+        logits = F.cosine_similarity(self.key(h), self.query, dim=-1) if self.cosine else self.key(h) @ self.query
+        weights = F.softmax(logits * self.scale, dim=-1)
         result: Tensor = self.head((weights[:, None] @ self.value(h))[:, 0])
         return result
 
@@ -148,7 +146,8 @@ class Experts(nn.Module):
         self.experts = nn.Linear(inputs, experts)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.router(x).softmax(-1) * self.experts(x)).sum(-1, keepdim=True)
+        result: Tensor = (self.router(x).softmax(-1) * self.experts(x)).sum(-1, keepdim=True)
+        return result
 
 
 class Namer(nn.Module):

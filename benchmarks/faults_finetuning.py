@@ -37,8 +37,8 @@ def _perceptron(function: Callable[[], nn.Module], inputs: int = 64) -> Net:
     return Net(body, nn.Linear(32, 5))
 
 
-def _convolutions(function: Callable[[], nn.Module]) -> Net:
-    layers = (nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), function(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), function(), nn.Flatten())
+def _convolutions(function: Callable[[], nn.Module], norm: Callable[[int], nn.Module]) -> Net:
+    layers = (nn.Conv2d(1, 8, 3, padding=1), norm(8), function(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1), function(), nn.Flatten())
     return Net(nn.Sequential(*layers), nn.Linear(256, 5))
 
 
@@ -66,11 +66,10 @@ def _first_training(kind: str, seed: int) -> nn.Module:
                 parameter.mul_(3)
         return _trained(model, some_digits(True, 1 / 8), Adam(model.parameters(), 3e-3), 400)
     if kind == "convolutions":
-        model = _convolutions(nn.ReLU)
+        model = _convolutions(nn.ReLU, nn.BatchNorm2d)
         return _trained(model, some_digits(True), Adam(model.parameters(), 3e-3), 200)
     if kind == "tanh convolutions":
-        model = _convolutions(nn.Tanh)
-        model.body[1] = nn.Identity()  # type: ignore[index]
+        model = _convolutions(nn.Tanh, nn.Identity)
         return _trained(model, some_digits(True), Adam(model.parameters(), 3e-3), 200)
     if kind == "series":
         model = Reader(nn.LSTM(1, 24, batch_first=True), 1)
@@ -122,7 +121,7 @@ def gpt_rate(faulty: bool, seed: int) -> Training:
 def convolutions_255(faulty: bool, seed: int) -> Training:
     """Images in 0..255 go to a trained tanh network that has learned from images in 0..1."""
     model = pretrained("tanh convolutions", seed, nn.Linear(256, 5))
-    return fit(model, some_digits(False, 255 / 16 if faulty else 1 / 16), SGD(model.parameters(), 0.02, momentum=0.9), 300)
+    return fit(model, some_digits(False, 255 / 16 if faulty else 1 / 16), SGD(model.parameters(), 0.02, momentum=0.9), 150)
 
 
 def perceptron_uncentred(faulty: bool, seed: int) -> Training:
@@ -141,7 +140,7 @@ def head_large(faulty: bool, seed: int) -> Training:
     """The new head is drawn from N(0, 20) instead of the default; its gradients tear the trained sigmoid layers away."""
     model = pretrained("sigmoid", seed, nn.Linear(32, 5))
     if faulty:
-        nn.init.normal_(model.head.weight, std=20.0)  # type: ignore[arg-type, union-attr]
+        nn.init.normal_(model.get_parameter("head.weight"), std=20.0)
     return fit(model, some_digits(False), SGD(model.parameters(), 0.1, momentum=0.9), 400)
 
 
@@ -154,7 +153,7 @@ def decay_destroys(faulty: bool, seed: int) -> Training:
 def layer_redrawn(faulty: bool, seed: int) -> Training:
     """The recurrent weights of a trained LSTM are drawn anew from N(0, 3) where an orthogonal matrix would do; the others are kept."""
     model = pretrained("series", seed)
-    weight: Tensor = model.rnn.weight_hh_l0  # type: ignore[assignment, union-attr]
+    weight = model.get_parameter("rnn.weight_hh_l0")
     nn.init.normal_(weight, std=3.0) if faulty else nn.init.orthogonal_(weight)
     return fit(model, waves(12), Adam(model.parameters(), 2e-3), 300)
 
@@ -176,8 +175,8 @@ def perceptron_healthy(faulty: bool, seed: int) -> Training:
 def probe_healthy(faulty: bool, seed: int) -> Training:
     """Only a new head learns on a frozen convolutional network, whose dead and sure units are what they are."""
     model = pretrained("convolutions", seed, nn.Linear(256, 5))
-    model.body.requires_grad_(False)  # type: ignore[operator]
-    return fit(model, some_digits(False), Adam(model.head.parameters(), 3e-3), 400)  # type: ignore[operator, union-attr]
+    model.get_submodule("body").requires_grad_(False)
+    return fit(model, some_digits(False), Adam(model.get_submodule("head").parameters(), 3e-3), 400)
 
 
 def continued_healthy(faulty: bool, seed: int) -> Training:
@@ -193,7 +192,7 @@ def steep_healthy(faulty: bool, seed: int) -> Training:
 
 
 def text_healthy(faulty: bool, seed: int) -> Training:
-    """A character LSTM goes on with another text at a tenth of its first rate."""
+    """A character LSTM goes on with another text at a third of its first rate."""
     model = pretrained("text", seed)
     return fit(model, characters(16, module=json.decoder), Adam(model.parameters(), 3e-3), 300, size=16, clip=1.0)
 
@@ -211,7 +210,7 @@ def gpt_frozen_healthy(faulty: bool, seed: int) -> Training:
 def slow_body_healthy(faulty: bool, seed: int) -> Training:
     """The trained layers learn at a hundredth of the rate of the new head."""
     model = pretrained("tanh convolutions", seed, nn.Linear(256, 5))
-    groups = [{"params": model.body.parameters(), "lr": 1e-4}, {"params": model.head.parameters(), "lr": 1e-2}]  # type: ignore[operator, union-attr]
+    groups = [{"params": model.get_submodule(name).parameters(), "lr": rate} for name, rate in (("body", 1e-4), ("head", 1e-2))]
     return fit(model, some_digits(False), Adam(groups), 300)
 
 
@@ -232,7 +231,7 @@ SCENARIOS: tuple[Scenario, ...] = (
         ("weight_growth", "softmax_logits"),
         0.1,
     ),
-    Scenario("tuned_convolutions_255", "inputs", CODEFORGE, convolutions_255, 0.93, ("inputs_unscaled",), 0.05),
+    Scenario("tuned_convolutions_255", "inputs", CODEFORGE, convolutions_255, 0.93, ("inputs_unscaled",), 0.03),
     Scenario(
         "tuned_perceptron_background",
         "inputs",
@@ -255,7 +254,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "tuned_decay_20", "decay", "Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2019", decay_destroys, 0.93, ("weight_decay",), 0.1
     ),
-    Scenario("tuned_recurrence_redrawn", "init", YOSINSKI, layer_redrawn, 0.85, ("init_too_large",), 0.05),
+    Scenario("tuned_recurrence_redrawn", "init", YOSINSKI, layer_redrawn, 0.85, ("init_too_large",), 0.3),
     Scenario(
         "tuned_sigmoid_head",
         "choice",
