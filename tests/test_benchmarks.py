@@ -38,6 +38,7 @@ WITHOUT_MAIN = (
     *("faults_adversaries", "faults_agents", "faults_outputs", "faults_probabilities", "faults_runs", "faults_supervised"),
     *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),
     *("faults_depth", "faults_inputs", "faults_rates", "faults_sound", "faults_trainings"),
+    *("faults_attention", "faults_finetuning", "faults_sequences", "faults_tasks"),
 )
 
 Load = Callable[[str, str], ModuleType]
