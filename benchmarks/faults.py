@@ -21,12 +21,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import faults_adversaries
+import faults_agents
 import faults_attention
 import faults_depth
 import faults_finetuning
+import faults_inputs
 import faults_outputs
+import faults_probabilities
 import faults_rates
 import faults_sequences
+import faults_sound
 import torch
 from faults_runs import Run, Scenario, run
 from other_rules import OTHERS
@@ -36,12 +41,17 @@ from torchsat.diagnosis import Diagnosis
 from torchsat.judge import Judge
 
 SCENARIOS: tuple[Scenario, ...] = (
-    *faults_outputs.SCENARIOS,
+    *faults_adversaries.SCENARIOS,
+    *faults_agents.SCENARIOS,
+    *faults_attention.SCENARIOS,
     *faults_depth.SCENARIOS,
+    *faults_finetuning.SCENARIOS,
+    *faults_inputs.SCENARIOS,
+    *faults_outputs.SCENARIOS,
+    *faults_probabilities.SCENARIOS,
     *faults_rates.SCENARIOS,
     *faults_sequences.SCENARIOS,
-    *faults_attention.SCENARIOS,
-    *faults_finetuning.SCENARIOS,
+    *faults_sound.SCENARIOS,
 )
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 SEEDS = (0, 1)
@@ -116,9 +126,8 @@ def evaluate(runs: Sequence[Run]) -> None:
     for title, snapshots_of in (("every=10", lambda each: each.often), ("the defaults", lambda each: each.seldom)):
         _print_table(title, sound, snapshots_of)
     faulty, healthy = ([each for each in sound if each.faulty is which] for which in (True, False))
-    print(
-        f"\nother rules             recall  healthy runs with an alert ({len(runs) - len(sound)} runs were not what they are said to be and are left out)"
-    )
+    print(f"\n{len(runs) - len(sound)} runs were not what they are said to be and are left out")
+    print("\nother rules             recall  healthy runs with an alert")
     for name in OTHERS:
         recall, false = (sum(name in each.others for each in group) / max(1, len(group)) for group in (faulty, healthy))
         print(f"{name:22} {recall:7.3f} {false:7.3f}")
