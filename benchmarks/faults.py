@@ -21,10 +21,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import faults_adversaries
+import faults_agents
+import faults_attention
 import faults_depth
+import faults_finetuning
+import faults_inputs
 import faults_outputs
+import faults_probabilities
 import faults_rates
 import faults_sequences
+import faults_sound
 import torch
 from faults_runs import Run, Scenario, run
 from other_rules import OTHERS
@@ -33,7 +40,19 @@ import torchsat
 from torchsat.diagnosis import Diagnosis
 from torchsat.judge import Judge
 
-SCENARIOS: tuple[Scenario, ...] = (*faults_outputs.SCENARIOS, *faults_depth.SCENARIOS, *faults_rates.SCENARIOS, *faults_sequences.SCENARIOS)
+SCENARIOS: tuple[Scenario, ...] = (
+    *faults_adversaries.SCENARIOS,
+    *faults_agents.SCENARIOS,
+    *faults_attention.SCENARIOS,
+    *faults_depth.SCENARIOS,
+    *faults_finetuning.SCENARIOS,
+    *faults_inputs.SCENARIOS,
+    *faults_outputs.SCENARIOS,
+    *faults_probabilities.SCENARIOS,
+    *faults_rates.SCENARIOS,
+    *faults_sequences.SCENARIOS,
+    *faults_sound.SCENARIOS,
+)
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 SEEDS = (0, 1)
 HEALTHY = "healthy"

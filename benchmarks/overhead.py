@@ -73,7 +73,7 @@ def measure(work: Workload, mode: str, device: torch.device, pairs: int) -> tupl
         other = compare(bare, watched, pairs)
     watched = make()
     with torchsat.watch(watched.model, compiled=inside) as monitor:  # type: ignore[arg-type]
-        after(watched, monitor, 75)
+        after(watched, monitor, 1075)
         whole = compare(bare, watched, max(pairs, 100), warm=0)
     noise = compare(bare, make(), pairs)
     return (

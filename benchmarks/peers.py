@@ -163,7 +163,7 @@ EXPLORER = "activations, norms of their gradients, parameters, their gradients: 
 COVARIANCE = "Linear, Conv2d, LSTM: covariance of the output"
 LOOP = "`add_histogram()` in forward hooks and after the step: outputs of activation modules and LSTMs, parameters' gradients: histogram"
 DEFAULT = (
-    Way("torchsat", f"`watch(model, folder)`: {SATURATION}; one step in 50", partial(with_torchsat, start=75)),
+    Way("torchsat", f"`watch(model, folder)`: {SATURATION}; one step in 50", partial(with_torchsat, start=1075)),
     Way("wandb", "`watch(model)`: parameters' gradients: histogram; no activations; one step in 1000", with_wandb),
     Way("fastai", "`ActivationStats()`: outputs of modules with parameters: mean, std, share ≤ 0.05; no gradients; every step", with_fastai),
     Way("torchexplorer", f'`watch(model, backend="standalone")`: {EXPLORER}; one step in 500', with_torchexplorer),

@@ -44,8 +44,7 @@ def train(log_dir: str | None, sane: bool = False, steps: int = 1000) -> tuple[f
         pixels = (pixels - pixels[:1500].mean(0)) / (pixels[:1500].std(0) + 1e-3)
 
     model = network(sane)
-    # budget=None: the same steps are observed on every machine, as what is printed here stands in the README.
-    monitor = torchsat.watch(model, log_dir, budget=None)
+    monitor = torchsat.watch(model, log_dir)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for _ in range(steps):
         batch = torch.randint(1500, (64,))

@@ -43,7 +43,7 @@ def train(cell: str, log_dir: str | None, steps: int) -> tuple[CharacterModel, T
     data = torch.tensor([index[character] for character in TEXT])
     training, held_out = data[:-20_000], data[-20_000:]
     model, snapshots = CharacterModel(cell), list[torchsat.Snapshot]()
-    with torchsat.watch(model, log_dir, budget=None, sinks=[snapshots.append]) as monitor:
+    with torchsat.watch(model, log_dir, sinks=[snapshots.append]) as monitor:
         optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
         for step in range(steps):
             starts = torch.randint(len(training) - 65, (32, 1))

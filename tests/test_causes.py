@@ -5,7 +5,7 @@ import random
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.conftest import record
 from tests.test_diagnosis import alert, snapshot, weight
-from torchsat import Alert, Cause, Snapshot, Weight
+from torchsat import Alert, Snapshot, Weight
 from torchsat.causes import Moment, Scene, explain, remember
 from torchsat.expressions import GAIN, spoken
 from torchsat.percent import percent
@@ -241,27 +241,14 @@ def test_weights_that_were_right_at_first_and_grew_a_little_are_no_growth() -> N
     assert "weight_growth" not in {cause.name for cause in told}
 
 
-def test_what_was_told_from_an_earlier_observation_stays() -> None:
-    now = snapshot(record(z_rms=9.0), weight(gain=9.0), step=100)
-    first = snapshot(record(), weight(gain=1.0))
-    scene = Scene(now, first, now)
-    before = (Cause("inputs_unscaled", 1.0, "the input has an rms of 30", "scale it"),)
-    assert explain(alert(since=90), scene, before) == before
-    (fresh,) = explain(alert(since=90), scene)
-    assert explain(alert(since=90), scene, (replace(fresh, evidence="older figures"),)) == (fresh,)
-
-
 OUTPUT = {"activation": "sigmoid", "output": True, "peak": 0.25, "high": 0.99, "saturated": 0.99, "low": 0.0}
 
 
 def test_an_output_that_is_asked_for_more_than_it_can_give() -> None:
     """The elements on the plateau are asked to go on (trapped is 0), and the gradient does not fall."""
 
-    class Asked(torchsat.Record):
-        blocked, trapped = 0.97, 0.0
-
-    start, end = record(**OUTPUT, grad_a_rms=0.52), record(**OUTPUT, z_rms=9.0, z_mean=9.0, a_mean=1.0, a_std=0.0, grad_a_rms=0.5)
-    asked = Asked(**{field.name: getattr(end, field.name) for field in fields(torchsat.Record) if field.name not in ("blocked", "trapped")})
+    start = record(**OUTPUT, grad_a_rms=0.52)
+    asked = record(**OUTPUT, z_rms=9.0, z_mean=9.0, a_mean=1.0, a_std=0.0, grad_a_rms=0.5, blocked=0.97, trapped=0.0)
     first, now = snapshot(start, weight()), snapshot(asked, weight(gain=3.0), step=200)
     (cause,) = explain(alert(since=150), Scene(now, first, now, moments=remember(remember((), first), now)))
     assert cause.name == "activation_choice"

@@ -157,30 +157,39 @@ def test_upstream() -> None:
 def test_alerts_of_one_origin_are_one_alert() -> None:
     raw = [alert("b"), alert("c", "stuck_units"), alert("a", "vanishing_gradient", severity="warning"), alert("other")]
     diagnosis = Diagnosis()
-    told = diagnosis.judge(raw, raw, snapshot(*CHAIN, step=2))
-    assert {(each.site, each.rule): each.also for each in told} == {("b", "saturated"): ("c", "a"), ("other", "saturated"): ()}
+    # Of `other` alone the weights are too large.
+    told = diagnosis.judge(raw, raw, snapshot(*CHAIN, weight(feeds="other", gain=8.0), step=2))
+    assert {(each.site, each.rule): each.also for each in told} == {("b", "saturated"): ("a", "c"), ("other", "saturated"): ()}
     assert diagnosis.firing == told
     # If nothing is new, nothing is told again.
     assert diagnosis.judge([], raw, snapshot(*CHAIN, step=3)) == ()
 
 
-def test_what_remains_when_the_origin_is_over_is_told_then() -> None:
+def test_the_origin_stays_while_others_suffer() -> None:
     raw = [alert("a"), alert("b")]
     diagnosis = Diagnosis()
     assert [each.site for each in diagnosis.judge(raw, raw, snapshot(*CHAIN, step=2))] == ["a"]
     over = alert("a", firing=False, message="a: no longer saturated")
-    told = diagnosis.judge([over], raw[1:], snapshot(*CHAIN, step=9))
-    assert [(each.site, each.firing) for each in told] == [("a", False), ("b", True)]
+    assert diagnosis.judge([over], raw[1:], snapshot(*CHAIN, step=9)) == ()
+    (still,) = diagnosis.firing
+    assert (still.site, still.also, still.worst) == ("a", ("b",), "b")
+    assert still.message == "b is bad, since step 0. It began at a (tanh) at step 0, which has recovered"
+    gone = alert("b", firing=False, message="b: no longer saturated")
+    told = diagnosis.judge([gone], [], snapshot(*CHAIN, step=12))
+    assert [(each.site, each.firing, each.message) for each in told] == [
+        ("a", False, "a: no longer saturated; 1 other place no longer suffers either")
+    ]
+    assert diagnosis.firing == ()
 
 
-def test_an_alert_that_turns_out_to_have_an_origin_is_closed() -> None:
+def test_an_alert_that_turns_out_to_have_an_explanation_is_told_on() -> None:
     diagnosis = Diagnosis()
     first = [alert("a", "vanishing_gradient", severity="warning")]
     assert len(diagnosis.judge(first, first, snapshot(*CHAIN, step=2))) == 1
     told = diagnosis.judge([alert("c")], [*first, alert("c")], snapshot(*CHAIN, step=4))
-    assert [(each.site, each.rule, each.firing) for each in told] == [("a", "vanishing_gradient", False), ("c", "saturated", True)]
-    assert told[0].message == "a: told with c from here on"
-    assert diagnosis.firing == (told[1],)
+    # It has become critical. Its origin has not changed.
+    assert [(each.site, each.rule, each.severity, each.firing, each.also) for each in told] == [("a", "vanishing_gradient", "critical", True, ("c",))]
+    assert diagnosis.firing == told
 
 
 def test_of_two_alerts_of_one_place_the_one_that_was_told_stays() -> None:
@@ -202,8 +211,9 @@ def test_an_alert_is_never_told_with_itself() -> None:
             diagnosis.judge([old], [old], snapshot(*CHAIN, step=2))
             for event in diagnosis.judge([new], [new, old], snapshot(*CHAIN, step=4)):
                 assert "a: told with a" not in event.message
-                assert event.firing or event.message == f"a: {before} is told with {after} from here on"
-                assert verdict(event).count("a is bad") <= 1
+                assert event.firing or event.message == f"a: told as {after} from here on"
+                assert verdict(event).count(f"a is {before}") <= 1
+                assert verdict(event).count(f"a is {after}") <= 1
 
 
 def test_an_alert_that_worsens_is_told_again() -> None:
@@ -223,10 +233,12 @@ def test_a_users_rule_is_its_own_origin() -> None:
 def test_the_line_in_the_log() -> None:
     now = snapshot(*(replace(each, z_rms=8.0) for each in CHAIN), weight(feeds="a", gain=8.0))
     (told,) = Diagnosis().judge([alert("a")], [alert("a"), alert("b")], now)
-    assert verdict(told) == (
-        "a is bad, since step 0, and 1 more after it. Why: init_too_large 100 %. Try: draw the weights anew as their activation needs them:\n"
-        "    nn.init.xavier_normal_(model.fc.weight)"
-    )
+    assert verdict(told).splitlines() == [
+        "2 of 4 tanh layers are saturated since step 0, worst a (tanh): a is bad. It began at a (tanh)",
+        "    Why: init_too_large 100.0 %: fc has a gain of 8 (rms(W) sqrt(fan_in)) where tanh wants 1",
+        "    Try: draw the weights anew as their activation needs them:",
+        "        nn.init.xavier_normal_(model.fc.weight)",
+    ]
 
 
 def stack(activation: Callable[[], nn.Module], depth: int = 3, gain: float = 1.0, width: int = 64) -> nn.Sequential:
@@ -423,6 +435,6 @@ def test_a_network_that_is_loaded_and_a_new_one_are_told_apart() -> None:
                 if learned:
                     block.fc.weight *= torch.linspace(0.1, 2, 64)  # type: ignore[operator,union-attr]
                 block.fc.weight *= 6  # type: ignore[operator,union-attr]
-        (told,) = verdicts(model, lambda: torch.randn(64, 64))
-        advice.append((told.rule, told.causes[0].name, "nn.init" in told.causes[0].remedy))
-    assert advice == [("saturated", "init_too_large", True), ("saturated", "weight_growth", False)]
+        advice.append([(told.rule, told.causes[0].name, "nn.init" in told.causes[0].remedy) for told in verdicts(model, lambda: torch.randn(64, 64))])
+    # What is saturated at the start is told of the new one only.
+    assert advice == [[("saturated", "init_too_large", True)], []]

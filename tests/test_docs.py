@@ -211,7 +211,7 @@ def test_the_example_of_many_processes_records_what_one_process_does(kind: str) 
     given = [] if kind == "ddp" else [f"--{kind.replace('_', '-')}"]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "examples" / "ddp.py"), *given]
     done = subprocess.run([*command, "--steps", "25"], capture_output=True, text=True, timeout=120, check=True)
-    assert f"{kind}, 2 processes: 7 observations, " in done.stdout
+    assert f"{kind}, 2 processes: 8 observations, " in done.stdout
     (wrong, largest) = re.findall(r"counts that differ: (\d+); largest relative difference of the others: (\S+)", done.stdout)[0]
     assert wrong == "0"
     assert float(largest) < 1e-10

@@ -317,7 +317,7 @@ def test_unobserved_steps_run_none_of_our_code_on_the_model() -> None:
     torchsat.watch(model, every=5, errors="raise")
     seen[0] = bool(traces_of(model))
     train(model, 14, each=lambda step: seen.__setitem__(step + 1, bool(traces_of(model))))
-    assert [step for step, hooked in seen.items() if hooked] == [0, 1, 2, 4, 5, 10]
+    assert [step for step, hooked in seen.items() if hooked] == [0, 1, 2, 4, 5, 8, 10]
 
 
 def test_a_model_may_hold_its_monitor() -> None:

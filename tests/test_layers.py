@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 import torchsat
 from tests.models import linear_at, mlp
 from tests.truth import known
-from torchsat.rules import came_trained
+from torchsat.start import came_trained
 from torchsat.weights import Layer, elements, fan_in, unevenness
 
 

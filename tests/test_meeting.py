@@ -258,12 +258,12 @@ def test_two_models_of_a_kind_are_two_meetings() -> None:
 def test_ranks_read_what_the_packing_merges(pair: list[Member]) -> None:
     halves = [batch(slice(0, 10), averages=2.0), batch(slice(10, None), averages=2.0)]
     expected = together(*halves)
-    for numbers in read(pair, observe(pair, 3, halves, interval=50)):
+    for numbers in read(pair, observe(pair, 3, halves, earliest=77, interval=50)):
         assert [each.numbers for each in numbers.sites] == [each.numbers for each in expected.sites]
         assert [each.units for each in numbers.sites] == [each.units for each in expected.sites]
         assert [each.heads for each in numbers.sites] == [each.heads for each in expected.sites]
         assert [each.numbers for each in numbers.layers] == [each.numbers for each in expected.layers]
-        assert numbers.ends == replace(expected.ends, interval=50)
+        assert numbers.ends == replace(expected.ends, earliest=77, interval=50)
     assert list(pair[0].ranks.layout.sites) == ["act", "soft"]
 
 
@@ -290,12 +290,12 @@ def test_a_site_that_is_new_on_one_rank_is_agreed_upon_later(pair: list[Member])
     seen = []
     read(pair, observe(pair, 0, [old, old]))
     for step in range(1, 2 + 2 * LAG):
-        numbers = read(pair, observe(pair, step, [old, grown], interval=2 if step > 2 else 100))
-        seen.append(([row.facts.site for row in numbers[0].sites], pair[0].ranks.interval, pair[1].ranks.interval))
+        numbers = read(pair, observe(pair, step, [old, grown], earliest=step + 5, interval=2 if step > 2 else 100))
+        seen.append(([row.facts.site for row in numbers[0].sites], pair[0].ranks.agreed, pair[1].ranks.agreed))
     names = ["act", "soft"]
-    # The change is told at step 1 and known to be read by all at step 1 + LAG; so is the interval of step 0, of 1 and 2, and that of 3.
+    # The change is told at step 1 and known to be read by all at step 1 + LAG; so is what was wished at step 0, at 1 and 2, and at 3.
     assert [sites for sites, _, _ in seen] == [names] * LAG + [[*names, "new"]] * (LAG + 1)
-    assert [interval for _, interval, _ in seen] == [0] * (LAG - 1) + [1, 100, 100] + [2] * (LAG - 1)
+    assert [agreed for _, agreed, _ in seen] == [None] * (LAG - 1) + [(0, 1), (6, 100), (7, 100)] + [(8 + late, 2) for late in range(LAG - 1)]
     assert all(one == other for _, one, other in seen)
 
 

@@ -401,8 +401,8 @@ def test_the_worst_rank_is_named_as_people_know_it() -> None:
 
 
 def test_ranks_tell_each_other_step_interval_and_change() -> None:
-    found = together(Parts(), Parts(), Parts(), ends=[Ends(4, 4, 50), Ends(6, 6, 200, changed=True), Ends(5, 5, 100)])
-    assert found.ends == Ends(4, 6, 200, changed=True)
+    found = together(Parts(), Parts(), Parts(), ends=[Ends(4, 4, 50, earliest=9), Ends(6, 6, 200, changed=True), Ends(5, 5, 100)])
+    assert found.ends == Ends(4, 6, 200, changed=True, earliest=9)
     assert together(Parts(), Parts()).ends == Ends(3, 3, 1, changed=False)
 
 
@@ -461,7 +461,7 @@ def test_the_formula_of_the_docs_is_what_is_sent() -> None:
     (formula,) = re.findall(r"^    8 bytes x \((.*)\)$", text, re.MULTILINE)
     sizes = {"sites": 3, "units": 60, "heads": 4, "layers": 2, "features": 40}
     assert 8 * eval(formula.replace("x", "*"), sizes) == layout.bytes
-    assert (len(SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (72, 5, 2, 9, 4, 5)
+    assert (len(SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (72, 5, 2, 9, 4, 6)
 
 
 def samples(count: int, saturated: int = 0, units: int = 4) -> Tensor:

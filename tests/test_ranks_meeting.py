@@ -14,6 +14,7 @@ from tests.models import linear_at
 from tests.processes import BATCH, SIZE, STEPS, Run, batches, logged, mlp, part, rank, train, watched
 from tests.training import loop_of
 from torchsat.record import Snapshot
+from torchsat.schedule import Wish
 from torchsat.transport import meeting
 
 
@@ -210,19 +211,23 @@ def agreed_interval() -> Any:
     model = mlp()
     wrapped = DistributedDataParallel(model)
     monitor, kept = watched(wrapped, every=2, budget=0.5)
-    # As if observing were slow on rank 3.
+    # As if observing were slow on rank 3, which can pay for an observation 8 steps after each.
     plan = loop_of(monitor).observer.schedule
-    plan._stretch = lambda: setattr(plan, "wanted", 8 if rank() == 3 else 2)  # type: ignore[method-assign]
-    train(wrapped, wrapped.parameters(), steps=30)
+    plan.wish = lambda step, lag=0: Wish(step + 8, 8) if rank() == 3 else Wish(step, 2)  # type: ignore[method-assign]
+    train(wrapped, wrapped.parameters(), steps=34)
     monitor.close()
     return [each.step for each in kept], messages
 
 
-def test_the_interval_is_that_of_the_slowest_rank(run: Run) -> None:
+def test_the_steps_are_those_that_the_slowest_rank_can_pay_for(run: Run) -> None:
     (steps, messages), *others = run(agreed_interval)
-    assert steps == [0, 1, 2, 4, 6, 8, 16, 24]
-    assert sum("One in 8 steps is observed" in message for message in messages) == 1
-    assert not any("is observed" in message for _, other in others for message in other)
+    # What is wished at step 0 is acted upon at step 4.
+    assert steps == [0, 1, 2, 4, 8, 12, 16, 20, 24, 28, 32]
+    assert [message for message in messages if "to be observed" in message] == [
+        "torchsat: step 4: the budget for observing is 2 s and 50 % of the training time, on the rank where observing costs most. Beside the powers "
+        "of two, the next step to be observed is about 8, and then about one in 8; budget=None keeps every=2."
+    ]
+    assert not any("to be observed" in message for _, other in others for message in other)
 
 
 def resumed(folder: str) -> Any:

@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> Path:
 def test_the_worst_site_stands_first_and_outputs_last(tmp_path: Path) -> None:
     table = rows(text(run(tmp_path)), "Sites, worst first")
     assert [cells[0] for cells in table] == ["bad", "good", "zz.out"]
-    assert table[0][1:] == ["tanh", "100.0", "%", "100.0", "%", "0.0", "%", "0.000", "25", "%", "0.68", "7.00e-04", "▁▃▅██"]
+    assert table[0][1:] == ["tanh", "100.0", "%", "100.0", "%", "0.0", "%", "-", "-", "0.000", "25", "%", "0.68", "7.00e-04", "▁▃▅██"]
     assert table[2][1:3] == ["tanh", "(output)"]
 
 
@@ -115,8 +115,8 @@ def test_markdown_holds_the_same_cells(tmp_path: Path) -> None:
     lines = out.getvalue().splitlines()
     assert lines[0] == f"## {tmp_path}: 5 observations, steps 0 to 40, 3 sites, 2 alerts (1 firing at the end)".replace("_", "\\_")
     table = lines[lines.index("### Sites, worst first, at the last step") + 2 :][:5]
-    assert table[1] == "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | :-- |"
-    assert table[2] == "| bad | tanh | 100.0 % | 100.0 % | 0.0 % | 0.000 | 25 % | 0.68 | 7.00e-04 | ▁▃▅██ |"
+    assert table[1] == "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: | :-- |"
+    assert table[2] == "| bad | tanh | 100.0 % | 100.0 % | 0.0 % | - | - | 0.000 | 25 % | 0.68 | 7.00e-04 | ▁▃▅██ |"
     assert table[0].count(" | ") == table[2].count(" | ")
 
 

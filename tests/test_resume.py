@@ -73,7 +73,7 @@ def test_a_state_goes_through_a_checkpoint(tmp_path: Path) -> None:
     monitor.close()
 
     # The first step of a session is observed whatever its number.
-    assert [each.step for each in second] == [20, 25, 30, 35]
+    assert [each.step for each in second] == [20, 25, 30, 32, 35]
     assert [each.step for each in first + second] == [each.step for each in expected]
     for one, other in zip(first + second, expected, strict=True):
         assert (one.records[0].saturated, one.weights) == (other.records[0].saturated, other.weights)
@@ -98,7 +98,7 @@ def test_a_state_keeps_streaks_that_have_not_fired_yet() -> None:
 
 def test_another_dict_is_answered() -> None:
     monitor, _, _ = watched(saturated())
-    with pytest.raises(ValueError, match=r"the state lacks diagnosis, interval, judge, stuck, turn; allowed is what monitor.state_dict\(\) gave"):
+    with pytest.raises(ValueError, match=r"the state lacks diagnosis, judge, stuck, turn; allowed is what monitor.state_dict\(\) gave"):
         monitor.load_state_dict({"step": 3})
     with pytest.raises(ValueError, match=r"the state cannot be understood \(KeyError: 'states'\)"):
         monitor.load_state_dict({**monitor.state_dict(), "judge": {}})
@@ -134,13 +134,13 @@ def test_a_run_goes_on_from_its_directory(start: Any, tmp_path: Path, caplog: py
     first = 20 if start == 20 else 21
     train(model, optimizer, first, 40)
     monitor.close()
-    assert [each.step for each in kept] == sorted({first, 25, 30, 35})
+    assert [each.step for each in kept] == sorted({first, 25, 30, 32, 35})
     assert told == []
     assert not [message for message in caplog.messages if "saturated" in message]
     (alert,) = monitor.alerts
     assert (alert.since, alert.causes[0].name) == (0, fired.causes[0].name)
     steps = [each.step for each in torchsat.read(run)]
-    assert steps == sorted({0, 1, 2, 4, 5, 10, 15, 20, first, 25, 30, 35})
+    assert steps == sorted({0, 1, 2, 4, 5, 8, 10, 15, 16, 20, first, 25, 30, 32, 35})
     accumulator = EventAccumulator(str(run / "torchsat"))
     accumulator.Reload()
     assert [event.step for event in accumulator.Scalars("torchsat/saturated_max")] == steps
@@ -200,7 +200,7 @@ def test_a_resumed_run_reads_the_elements_that_an_uninterrupted_one_does() -> No
             monitor.close()
             monitor, more, _ = watched(model, sample=100)
             monitor.load_state_dict(state)
-            assert monitor.state_dict()["turn"] == state["turn"] == 7
+            assert monitor.state_dict()["turn"] == state["turn"] == 9
             train(model, optimizer, 20, 40)
             kept = kept + more
         else:
@@ -211,34 +211,78 @@ def test_a_resumed_run_reads_the_elements_that_an_uninterrupted_one_does() -> No
     assert records(interrupted=True) == records(interrupted=False)
 
 
-def test_a_resumed_run_knows_what_it_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The observation that `load_state_dict` abandons leaves no window behind for which the budget waits."""
-    now = [0.0]
+class Sessions:
+    """Trainings on a clock of the test's own, on which a step takes 1 s and an observation a little more."""
 
-    class Clock(schedule.Clock):
-        def seconds(self) -> float:
-            return now[0]
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        sessions = self
 
-    monkeypatch.setattr(schedule, "CLOCK", Clock())
-    model = saturated()
-    optimizer = adam(model)
-    kept: list[Snapshot] = []
+        class Clock(schedule.Clock):
+            def seconds(self) -> float:
+                return sessions.now
 
-    def slow(snapshot: Snapshot) -> None:
-        kept.append(snapshot)
-        now[0] += 1.0
+        monkeypatch.setattr(schedule, "CLOCK", Clock())
+        self.model = saturated()
+        self.optimizer = adam(self.model)
+        self.observed: list[int] = []
 
-    first = torchsat.watch(model, every=5, budget=0.1)
-    state = {**first.state_dict(), "step": 100}
-    first.close()
-    monitor = torchsat.watch(model, every=5, budget=0.1, sinks=[slow])
+    def watch(self) -> torchsat.Monitor:
+        return torchsat.watch(self.model, every=5, budget=0.1, sinks=[self.slow])
+
+    def slow(self, snapshot: Snapshot) -> None:
+        self.observed.append(snapshot.step)
+        self.now += 1.0625
+
+    def train(self, first: int, last: int) -> None:
+        for x in batches(first, last):
+            self.optimizer.zero_grad()
+            self.model(x).square().mean().backward()
+            self.optimizer.step()
+            self.now += 1.0
+
+
+def test_a_resumed_run_keeps_what_it_has_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is observed as if nothing had happened, but for the first step of the second session, which does not count."""
+    whole = Sessions(monkeypatch)
+    whole.watch()
+    whole.train(0, 100)
+    assert [step for step in whole.observed if step & (step - 1)] == [50, 60, 80, 90, 95]
+
+    halves = Sessions(monkeypatch)
+    monitor = halves.watch()
+    halves.train(0, 51)
+    state = monitor.state_dict()
+    assert state["observing"] == {"spent": 7 * 1.0625, "trained": 50.0, "cost": 1.0625, "step": 1.0}
+    monitor.close()
+    monitor = halves.watch()
     monitor.load_state_dict(state)
-    for x in batches(100, 121):
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
-        now[0] += 1.0
-    # An observation takes a step's time. At 10 % that asks for one in 9 steps, hence 10 = 5 x 2, which is known after the second one.
-    # Windows of 5, 6 and 11 steps, the sink included, in each of which observing took one.
-    assert monitor.overhead == pytest.approx(3 / 22)
-    assert [each.step for each in kept] == [100, 105, 110, 120]
+    halves.train(51, 100)
+    assert halves.observed == sorted([*whole.observed, 51])
+
+
+def test_a_run_that_goes_back_has_spent_what_it_has_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that returns to the state of step 3 again and again gains no new allowance by it."""
+    sessions = Sessions(monkeypatch)
+    monitor = sessions.watch()
+    sessions.train(0, 3)
+    state = monitor.state_dict()
+    spent = 0.0
+    for _ in range(5):
+        sessions.train(3, 9)
+        assert monitor.state_dict()["observing"]["spent"] > spent
+        spent = monitor.state_dict()["observing"]["spent"]
+        monitor.load_state_dict(state)
+    assert sessions.observed == [0, 1, 2, 4, 8, *[3, 4, 8] * 4]
+
+
+def test_the_state_of_an_earlier_version_begins_with_nothing_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions = Sessions(monkeypatch)
+    monitor = sessions.watch()
+    state = {**monitor.state_dict(), "step": 100, "interval": 500}
+    del state["observing"]
+    monitor.load_state_dict(state)
+    sessions.train(100, 121)
+    assert sessions.observed == [100, 105, 110, 115, 120]
+    # Windows of 4, 5, 5 and 5 steps, the sink not counted.
+    assert monitor.overhead == pytest.approx(4 * 1.0625 / (19 + 4 * 1.0625))

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from tests.conftest import record
-from torchsat import RULES, Alert, Record, Rule, Snapshot, Weight
+from torchsat import RULES, Alert, Record, Rule, Snapshot, Weight, harm
+from torchsat.flow import gradient_over_depth
 from torchsat.judge import Judge
 from torchsat.percent import percent
-from torchsat.rules import gradient_over_depth
 
 
 def feed(judge: Judge, series: Iterable[object], every: int = 10) -> list[tuple[Alert, ...]]:
@@ -128,9 +128,22 @@ def test_a_closed_rectifier_fires() -> None:
     assert alert.message == "act (relu) is closed: 99.5 % of its inputs lie on its plateau (limit 99.0 %)"
 
 
+def rectifier(stuck: float | None, units: int | None, samples: int = 1024) -> Record:
+    return record(activation="relu", tails="low", low=0.6, saturated=0.6, normal_low=0.5, stuck=stuck, units=units, stuck_n=samples)
+
+
 def test_stuck_units_fire_at_once_since_their_window_is_the_patience() -> None:
-    (alert,) = fired([record(activation="relu", tails="low", low=0.6, saturated=0.6, normal_low=0.5, stuck=0.35, units=64, stuck_n=1024)])
-    assert alert.message == ("act (relu): 35 % of its 64 units are dead, saturated in at least 99 % of 1024 samples (limit 30 % of the units)")
+    (alert,) = fired([rectifier(0.35, 64)])
+    assert alert.message == ("act (relu): 35 % of its 64 units are dead, saturated in at least 99 % of 1024 samples (limit 34 % of the units)")
+
+
+def test_the_limit_of_stuck_units_is_a_bound_for_so_many_units() -> None:
+    """A quarter, and 1.645 standard errors of that share; no number of samples, since a unit counts as stuck when its own are enough."""
+    for units, limit in ((4, 0.606), (8, 0.502), (64, 0.339), (512, 0.2815), (10_000, 0.2571)):
+        assert harm.stuck_limit(rectifier(0.5, units)) == pytest.approx(limit, abs=5e-4)
+        assert fired([rectifier(limit - 0.002, units)]) == []
+        assert [alert.rule for alert in fired([rectifier(limit + 0.002, units, samples=64)])] == ["stuck_units"]
+    assert fired([rectifier(None, 64)]) == fired([rectifier(0.9, None)]) == []
 
 
 def network(*gradients: float | None, outputs: int = 0) -> tuple[Record, ...]:
@@ -271,7 +284,7 @@ def test_shares_are_never_rounded_to_all_or_nothing() -> None:
     ]
 
 
-def test_a_recurrent_layer_is_judged_only_before_it_has_learned() -> None:
+def test_a_recurrent_layer_has_stricter_limits_before_it_has_learned() -> None:
     def lstm(step: int, *shares: float) -> Snapshot:
         gates = zip(("input", "forget", "output"), shares, strict=True)
         cell = record("rnn.l0/cell", kind="recurrent", gate=True, saturated=0.9, relative_derivative=0.05)
@@ -287,7 +300,10 @@ def test_a_recurrent_layer_is_judged_only_before_it_has_learned() -> None:
         "rnn.l0 is saturated before it has learned anything: at least 40 % of the inputs of each of its gates lie on a plateau"
     )
     assert [event.firing for step in range(6, 9) for event in untrained.judge(lstm(step, 0.0, 0.0, 0.0))] == [False]
-    assert all(learned.judge(lstm(step, *([0.0, 0.0, 0.0] if step < 2 else [0.9, 0.9, 0.9]))) == () for step in range(9))
+    assert all(learned.judge(lstm(step, *([0.0, 0.0, 0.0] if step < 2 else [0.5, 0.5, 0.5]))) == () for step in range(9))
+    events = [learned.judge(lstm(step, 0.9, 0.88, 0.95)) for step in range(9, 12)]
+    assert [len(each) for each in events] == [0, 0, 1]
+    assert events[2][0].message == "rnn.l0 is saturated: at least 88 % of the inputs of each of its gates lie on a plateau (limit 85 %)"
     # A layer with one open gate is not saturated.
     assert all(Judge().judge(lstm(step, 0.9, 0.1, 0.9)) == () for step in range(4))
 

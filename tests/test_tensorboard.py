@@ -107,7 +107,7 @@ def test_tensorboards_own_reader_sees_the_scalars_and_the_text(tmp_path: Path) -
     text = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors("torchsat/alerts/text_summary")]
     assert text[-1].splitlines()[2:] == [
         "step 5: cleared: b.act is saturated | init_too_large 50 %: gain 8 | Xavier",
-        "step 4: **critical**, since step 1: b.act is saturated | init_too_large 50 %: gain 8 | Xavier",
+        "step 4: **critical**: b.act is saturated | init_too_large 50 %: gain 8 | Xavier",
     ]
     packed = next(tag for tag in tags["tensors"] if tag.startswith("torchsat/records."))
     assert json.loads(reader.SummaryMetadata(packed).plugin_data.content)["kind"] == "records"

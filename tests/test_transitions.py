@@ -120,7 +120,7 @@ def test_an_observation_that_hears_a_graph_is_made_in_the_graph() -> None:
 
 def test_a_step_without_a_pass_is_made_up_for_three_times() -> None:
     _, observer, step = watched(Block())
-    observer.schedule.interval = observer.schedule.wanted = observer.schedule.every = 100
+    observer.schedule.every = 100
     reasons = []
     for _ in range(3):
         step(None)

@@ -154,8 +154,8 @@ def test_the_check_before_training_passes_right_kernels_and_no_others(kernels: M
     assert disagreement(kernels, DEVICE) is None
     right = kernels.observe_gradient
 
-    def wrong(grad_a: Tensor, grad_z: Tensor, count: int, elements: int, row: Tensor) -> None:
-        right(grad_a, grad_z, count - 1000, elements, row)
+    def wrong(grad_a: Tensor, grad_z: Tensor, count: int, elements: int, row: Tensor, *sides: Tensor | int) -> None:
+        right(grad_a, grad_z, count - 1000, elements, row, *sides)
 
     monkeypatch.setattr(kernels, "observe_gradient", wrong)
     assert str(disagreement(kernels, DEVICE)).startswith("grad_a_read is 18998")

@@ -145,11 +145,14 @@ class Bound:
         """
         given = {**self.plain, **learned}
         slope = self.derivative(z, **given, **({"a": a} if self.activation.from_output else {})).abs()
+        peak = self.activation.peak if self.constants is None else self.constants.peak
+        return slope, peak(**{**self.plain, **self.learned}) if callable(peak) else peak, self.edges(learned)
+
+    def edges(self, learned: Mapping[str, Tensor]) -> Edges:
+        """The edges of the tails. `learned` are the learned parameters, as in `evaluate`."""
         if self.constants is not None:
-            return slope, self.constants.peak, (self.constants.low, self.constants.high)
-        peak = self.activation.peak
-        edges = self.activation.tails(self.epsilon, **given) if self.activation.tails else (None, None)
-        return slope, peak(**{**self.plain, **self.learned}) if callable(peak) else peak, edges
+            return self.constants.low, self.constants.high
+        return self.activation.tails(self.epsilon, **self.plain, **learned) if self.activation.tails else (None, None)
 
 
 def bind(activation: Activation, module: nn.Module, epsilon: float) -> Bound:

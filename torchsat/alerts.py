@@ -10,10 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torchsat.record import Alert, Snapshot
+from torchsat.percent import percent
+from torchsat.record import CODE_INDENT, Alert, Snapshot
 
 Key = tuple[str, str]
 """The place and the rule of an alert. No two alerts that fire at the same time have the same key."""
+
+ADJECTIVE = {
+    "saturated": "saturated",
+    "stuck_units": "full of stuck units",
+    "vanishing_gradient": "short of gradient",
+    "exploding_gradient": "flooded with gradient",
+    "frozen_weights": "frozen",
+    "attention_collapse": "collapsed",
+    "nonfinite": "non-finite",
+}
+"""What a place is where a rule fires, and no longer is when the alert clears. A rule of the user's is named by its name."""
 
 
 def key_of(alert: Alert) -> Key:
@@ -104,12 +116,10 @@ def episodes_of(snapshots: Sequence[Snapshot]) -> list[Episode]:
 
 
 def verdict(alert: Alert) -> str:
-    """An alert as one line of the log: what is wrong, since when, how many other places suffer, the causes, and the remedy of the first cause."""
-    if not alert.firing:
+    """An alert as a paragraph of the log. What is wrong, the causes, and the remedy of the first cause have a line each, so that the remedy can be
+    copied."""
+    if not alert.firing or not alert.causes:
         return alert.message
-    text = f"{alert.message}, since step {alert.since}"
-    if alert.also:
-        text += f", and {len(alert.also)} more after it"
-    if alert.causes:
-        text += ". Why: " + ", ".join(f"{cause.name} {100 * cause.share:.0f} %" for cause in alert.causes) + f". Try: {alert.causes[0].remedy}"
-    return text
+    why = ", ".join(f"{cause.name} {percent(cause.share)}" for cause in alert.causes)
+    remedy = alert.causes[0].remedy.replace("\n", f"\n{CODE_INDENT}")
+    return f"{alert.message}\n    Why: {why}: {alert.causes[0].evidence}\n    Try: {remedy}"

@@ -44,12 +44,13 @@ class Column:
     """What the column is the sum of, or the largest value of."""
     merge: Merge = Merge.SUM
     measured: Direction = Direction.FORWARD
-    loss_scaled: bool = False
-    """Whether it holds squared gradients, which carry the square of a GradScaler's factor."""
+    loss_scaled: int = 0
+    """The power of a GradScaler's factor that it carries: 1 if it holds gradients, 2 if it holds their squares."""
     weighed: bool = True
     """Whether an element enters with the weight of its call. A column that takes the largest is never weighed."""
 
 
+_DEMAND = (Merge.SUM, Direction.BACKWARD, 1)
 ROW: tuple[Column, ...] = (
     Column("n", "The weights of the elements that were read and at which z, a and |f'| are finite; they alone enter the sums."),
     Column("elements", "Elements that passed through the site, read or not.", weighed=False),
@@ -69,10 +70,18 @@ ROW: tuple[Column, ...] = (
     Column("gate_right", "Elements whose activation is above 0.9; of a sigmoid only."),
     Column("grad_a_n", "The weights of the elements at which dL/da was read.", measured=Direction.BACKWARD),
     Column("grad_a_read", "How many elements these are.", measured=Direction.BACKWARD, weighed=False),
-    Column("grad_a_sq", "Sum of (dL/da)^2.", measured=Direction.BACKWARD, loss_scaled=True),
+    Column("grad_a_sq", "Sum of (dL/da)^2.", measured=Direction.BACKWARD, loss_scaled=2),
     Column("grad_z_n", "The weights of the elements at which dL/dz was read.", measured=Direction.BACKWARD),
     Column("grad_z_read", "How many elements these are.", measured=Direction.BACKWARD, weighed=False),
-    Column("grad_z_sq", "Sum of (dL/dz)^2.", measured=Direction.BACKWARD, loss_scaled=True),
+    Column("grad_z_sq", "Sum of (dL/dz)^2.", measured=Direction.BACKWARD, loss_scaled=2),
+    Column("demand", "Sum of |dL/da| over the elements of which it is known on which side of its plateaus z lies.", *_DEMAND),
+    Column("leaving", "Elements in a tail whose dL/da asks them to leave it; see `trapped`.", measured=Direction.BACKWARD),
+    Column("blocked", "The part of `demand` that falls to elements on a plateau.", *_DEMAND),
+    Column(
+        "trapped",
+        "The part of `blocked` in which descent asks the element to leave its plateau: dL/da > 0 on the high one, < 0 on the low one.",
+        *_DEMAND,
+    ),
     Column("grad_nonfinite", "Elements left out because a gradient is inf or nan.", measured=Direction.BACKWARD, weighed=False),
     *(Column(f"bin{k}", f"Elements in bin {k} of the histogram of |f'| / peak.") for k in range(HISTOGRAM_BINS)),
     Column("peak", "sup|f'|; minus infinity where there is none.", Merge.MAX),
@@ -93,7 +102,8 @@ BINS = tuple(column.name for column in ROW if column.name.startswith("bin"))
 """The bins of the histogram, from the smallest |f'| / peak to the largest. They are neighbours in ROW."""
 UNWEIGHED = tuple(column.name for column in ROW if column.merge is Merge.SUM and not column.weighed)
 """The sum columns that an element enters as 1, whatever its call."""
-LOSS_SCALED = tuple(column.name for column in ROW if column.loss_scaled)
+LOSS_SCALED = {column.name: column.loss_scaled for column in ROW if column.loss_scaled}
+"""The columns that carry a power of a GradScaler's factor, and which."""
 
 HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "rows_read", "logit_max")
 """The rows of the block [7, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows, each with the

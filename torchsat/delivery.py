@@ -118,7 +118,7 @@ class Delivery:
             if alert.firing:
                 told[alert.site, alert.rule] = alert
         if history:
-            self._judge.resume(list(told.values()), len(history))
+            self._judge.resume(list(told.values()), len(history), history[0])
             self._diagnosis.resume(told.values(), history[0], history[-1])
         return step
 
@@ -190,7 +190,8 @@ class Delivery:
             return None
         weights = tuple(to_weight(row) for row in numbers.layers)
         snapshot = Snapshot(flight.step, flight.time, tuple(records), weights, overhead=overhead)
-        return replace(snapshot, alerts=self._diagnosis.judge(self._judge.judge(snapshot), self._judge.firing, snapshot))
+        events = self._judge.judge(snapshot)
+        return replace(snapshot, alerts=self._diagnosis.judge(events, self._judge.firing, snapshot, self._judge.pending))
 
     def _announce(self, snapshot: Snapshot) -> None:
         """Log one line after the first observation, which says what is watched and what is not."""

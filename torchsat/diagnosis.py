@@ -1,147 +1,192 @@
-"""The diagnosis: of alerts at many places, one per origin is told; standard library only.
+"""The diagnosis: one alert for each fault, told once; standard library only.
 
-If one layer saturates, the layers behind it often do too, and the gradient vanishes. The judge raises an alert at each of these places. Only the
-alert that explains the others is passed on, with its causes (causes/) and with the other places in `Alert.also`.
+The judge raises an alert at each place that is beyond a limit. Those that come from one fault are a group (groups.py), and one alert is told for it:
+how bad the damage is (damage.py), where it began, why (causes/), and what to do.
+
+- The origin is chosen once, when the alert is told, and by when and where the conditions began, not by whose patience ran out first: an alert that is
+  still pending counts, if it began no later than the one that fires. What joins later changes the damage of the alert and never its origin. There is
+  one exception: inf and nan end a training whatever was wrong before, so they are always told, and take over the alerts that were told before.
+- An alert is told once when it is raised, once if it becomes critical, and once when no place suffers any more.
+- An alert that fires again soon after it has cleared goes on with its origin and causes. Each time that an alert fires again, it takes twice as long
+  to clear. So what comes and goes is told a number of times that grows with the logarithm of the number of observations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import bisect
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torchsat.alerts import Firing, Key
-from torchsat.causes import Moment, Scene, explain, remember, upstream_of
+from torchsat.alerts import Firing, Key, key_of
+from torchsat.causes import Moment, Scene, explain, remember
+from torchsat.damage import Census, describe, headline, worst_of
+from torchsat.groups import RANK, Group, GroupState
+from torchsat.paths import Paths
+from torchsat.placement import Placement
 from torchsat.record import Alert, Snapshot
 
-_RANK: Mapping[str, int] = {
-    "nonfinite": 0,
-    "saturated": 1,
-    "stuck_units": 1,
-    "attention_collapse": 1,
-    "exploding_gradient": 2,
-    "vanishing_gradient": 2,
-    "frozen_weights": 3,
-}
-"""What explains what: a rule of a lower rank explains those of a higher one, wherever they fire. A rule of the user's has no rank: it neither
-explains another nor is explained by one."""
-_SPREADING = (0, 1)
-"""Within these ranks, an alert also explains those at sites that lie behind it in the order of data flow."""
+_SOON = 20
+"""An alert that fires again within this many observations of its end is the same alert."""
+_HOLD = 3
+"""An alert that fires for the second time fires on for so many observations after its last place has recovered, for the third time for three times as
+many, and so on, by one less than each further power of two."""
+_REMEMBERED = 64
+"""How many of the newest observations are remembered by their steps. A condition that began earlier began long ago."""
 
 
 class Diagnosis:
-    """Groups the alerts of single places by their origin, and tells one alert per origin, with its causes."""
+    """Groups the alerts of single places by the fault that they come from, and tells one alert per fault, with its causes."""
 
     def __init__(self) -> None:
         self._first: Snapshot | None = None
         self._before: Snapshot | None = None
         self._moments: tuple[Moment, ...] = ()
         """What is kept of the observations so far, for `Scene.moments`."""
-        self._raw: dict[Key, Alert] = {}
-        """The alerts of the judge that fire now."""
-        self._told = Firing()
-        """The alerts that have been told and fire still: one per origin."""
+        self._groups: list[Group] = []
+        """Those whose alert fires, and those whose alert has cleared within the last `_SOON` observations."""
+        self._raised: dict[Key, int] = {}
+        """For each alert of a single place, how often an alert was told and cleared of which it was a member."""
+        self._count = 0
+        """The number of observations so far."""
+        self._steps: deque[int] = deque(maxlen=_REMEMBERED)
+        """The steps of the newest observations."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the diagnosis remembers, in plain types."""
         first, before = (None if each is None else each.as_dict() for each in (self._first, self._before))
-        moments = [moment.as_dict() for moment in self._moments]
-        return {"first": first, "before": before, "moments": moments, "told": [events[-1].as_dict() for events in self._told.raised.values()]}
+        return {
+            "first": first,
+            "before": before,
+            "moments": [moment.as_dict() for moment in self._moments],
+            "groups": [group.as_dict() for group in self._groups],
+            "raised": [[*key, times] for key, times in self._raised.items()],
+            "count": self._count,
+            "steps": list(self._steps),
+        }
 
     def load_state_dict(self, kept: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         first, before = (None if kept[each] is None else Snapshot.from_dict(kept[each]) for each in ("first", "before"))
-        self.resume([Alert.from_dict(alert) for alert in kept["told"]], first, before)
-        self._moments = tuple(Moment(**moment) for moment in kept.get("moments", ()))
+        moments = tuple(Moment(**moment) for moment in kept.get("moments", ()))
+        groups = [Group.from_dict(values) for values in kept["groups"]]
+        raised = {(place, rule): times for place, rule, times in kept["raised"]}
+        count, steps = kept["count"], deque(kept["steps"], maxlen=_REMEMBERED)
+        self._first, self._before, self._moments = first, before, moments
+        self._groups, self._raised, self._count, self._steps = groups, raised, count, steps
 
     def resume(self, told: Iterable[Alert], first: Snapshot | None, before: Snapshot | None) -> None:
         """Continue a run that ended with these alerts told. `first` and `before`: see `Scene`."""
         self._first, self._before = first, before
-        self._told = Firing(told)
+        self._groups = [Group(each, each, GroupState.FIRING, {key_of(each): each}, {}, {each.site, *each.also}) for each in told]
 
     @property
     def firing(self) -> tuple[Alert, ...]:
         """The alerts that have been told and fire still, in the order of `alerts.urgency`."""
-        return tuple(self._told)
+        return tuple(Firing(group.told for group in self._groups if group.state is GroupState.FIRING))
 
-    def judge(self, events: Sequence[Alert], firing: Sequence[Alert], snapshot: Snapshot) -> tuple[Alert, ...]:
-        """The events to be told: origins that are new, worse, or over.
+    def judge(self, events: Sequence[Alert], firing: Sequence[Alert], snapshot: Snapshot, pending: Sequence[Alert] = ()) -> tuple[Alert, ...]:
+        """The events to be told: faults that are new, worse, or over.
 
         Args:
             events: what the judge raised, made worse or cleared at this observation.
             firing: what fires now at single places, by the judge.
+            pending: the conditions that hold now, but not long enough for the judge.
         """
         self._first = self._first or snapshot
+        self._moments = remember(self._moments, snapshot)
         finite = not any(record.nonfinite or record.grad_nonfinite for record in snapshot.records)
         if finite or self._before is None:
             self._before = snapshot
-        self._raw = {(alert.site, alert.rule): alert for alert in firing}
-        self._moments = remember(self._moments, snapshot)
+        self._count += 1
+        self._steps.append(snapshot.step)
+        self._groups = [group for group in self._groups if group.state is GroupState.FIRING or self._count - group.ended <= _SOON]
+        raw = {key_of(alert): alert for alert in firing}
+        over = {key_of(event): event for event in events if not event.firing}
+        for group in self._groups:
+            group.take_up({key: raw.pop(key) for key in group.members if key in raw}, over.get(key_of(group.told)))
         scene = Scene(snapshot, self._first, self._before, moments=self._moments)
-        groups = self._grouped(snapshot)
-        return (*self._cleared(events), *self._no_longer_origins(groups, snapshot), *self._raised(groups, scene))
+        if raw:
+            self._place(list(raw.values()), pending, scene)
+        return (*self._taken_over(snapshot), *self._cleared(snapshot), *self._told(scene))
 
-    def _cleared(self, events: Sequence[Alert]) -> list[Alert]:
-        """Those of the judge's events that clear an alert which was told."""
-        return [event for event in events if not event.firing and self._told.apply(event)]
+    def _place(self, alerts: Sequence[Alert], pending: Sequence[Alert], scene: Scene) -> None:
+        """Put alerts that are in no group into one."""
 
-    def _no_longer_origins(self, groups: Mapping[Key, Sequence[Key]], snapshot: Snapshot) -> list[Alert]:
-        """Clear the alerts that were told as an origin and still fire, but have turned out to follow from another one."""
+        def leading(alert: Alert) -> str | None:
+            return next((cause.name for cause in explain(alert, scene)), None)
+
+        grouped = (place for group in self._groups for place in group.places)
+        paths = Paths(scene.now, [*(alert.site for alert in (*alerts, *pending)), *grouped])
+        Placement(self._groups, pending, scene.first.step, paths, self._began, leading).place(alerts)
+
+    def _began(self, alert: Alert) -> int:
+        """The number of the observation at which the condition of an alert began."""
+        return self._count - (len(self._steps) - bisect.bisect_left(self._steps, alert.since))
+
+    def _taken_over(self, snapshot: Snapshot) -> list[Alert]:
+        """Clear what was told before something became inf or nan. Its places are those of the new alert from here on."""
         said = []
-        for key, events in list(self._told.raised.items()):
-            if key in groups or key not in self._raw:
+        for origin in [group for group in self._groups if group.state is GroupState.NEW and group.origin.rule == "nonfinite"]:
+            for group in [each for each in self._groups if each.state is GroupState.FIRING and RANK.get(each.origin.rule, 0) > RANK["nonfinite"]]:
+                for key, alert in group.members.items():
+                    origin.join(alert, group.began.get(key, 0))
+                self._groups.remove(group)
+                where = f"with {origin.origin.site}" if origin.origin.site != group.origin.site else f"as {origin.origin.rule}"
+                said.append(replace(group.told, step=snapshot.step, firing=False, message=f"{group.told.site}: told {where} from here on"))
+        return said
+
+    def _cleared(self, snapshot: Snapshot) -> list[Alert]:
+        """Clear the alerts of which no place suffers any more."""
+        said = []
+        for group in self._groups:
+            keys = {key_of(group.told), *group.began}
+            if group.state is not GroupState.FIRING or group.members:
                 continue
-            origin = next(origin for origin, members in groups.items() if key in members)
-            told = f"told with {origin[0]}" if origin[0] != key[0] else f"{key[1]} is told with {origin[1]}"
-            over = replace(events[-1], step=snapshot.step, firing=False, message=f"{key[0]}: {told} from here on")
-            self._told.apply(over)
-            said.append(over)
+            times = max(self._raised.get(key, 0) for key in keys)
+            if group.quiet <= _HOLD * (2**times - 1):
+                continue
+            self._raised.update(dict.fromkeys(keys, times + 1))
+            last = group.over or replace(group.origin, message=f"{group.told.site}: no longer beyond the limit of {group.told.rule}")
+            others = len(group.places - {group.told.site})
+            rest = f"; {others} other place{'s' if others > 1 else ''} no longer suffer{'' if others > 1 else 's'} either" if others else ""
+            group.told = replace(group.told, value=last.value, step=snapshot.step, firing=False, message=last.message + rest)
+            group.state, group.ended = GroupState.ENDED, self._count
+            said.append(group.told)
         return said
 
-    def _raised(self, groups: Mapping[Key, Sequence[Key]], scene: Scene) -> list[Alert]:
-        """Tell the origins that are new or have become critical, with their causes; bring the others up to date."""
-        said = []
-        for key, members in groups.items():
-            alert, old = self._raw[key], self._told.get(key)
-            critical = any(self._raw[member].severity == "critical" for member in (key, *members))
-            also = tuple(dict.fromkeys(place for place, _ in members if place != alert.site))
-            alert = replace(alert, severity="critical" if critical else alert.severity, also=also, causes=old.causes if old else ())
-            if old is None or (old.severity != "critical" and critical):
-                alert = replace(alert, causes=explain(alert, scene, alert.causes))
-                self._told.apply(alert)
-                said.append(alert)
-            else:
-                self._told.update(alert)
+    def _told(self, scene: Scene) -> list[Alert]:
+        """Tell the alerts that are new or have become critical; bring the others up to date."""
+        said, census = [], Census(scene.now)
+        for group in self._groups:
+            if group.state is GroupState.ENDED or not group.members:
+                continue
+            new, was_critical = group.state is GroupState.NEW, group.state is GroupState.FIRING and group.told.severity == "critical"
+            group.told = _composed(group, was_critical, scene.now.step, census)
+            if new and not group.told.causes:
+                group.told = replace(group.told, causes=explain(group.told, scene))
+            group.state = GroupState.FIRING
+            if new or (group.told.severity == "critical" and not was_critical):
+                said.append(group.told)
         return said
 
-    def _grouped(self, snapshot: Snapshot) -> dict[Key, list[Key]]:
-        """Every origin among the alerts that fire now, with the alerts that follow from it. Both are in the order of data flow."""
-        position = {record.site: at for at, record in enumerate(snapshot.records)}
-        sites = {key: [site for site in sites_of(key[0], snapshot) if site in position] for key in self._raw}
-        before = {site: upstream_of(site, snapshot.records) for key in self._raw for site in sites[key]}
 
-        def order(key: Key) -> tuple[int, int, bool]:
-            # Of two alerts of one place, the one that has been told stays the origin: it would be no news that the other one fires there too.
-            return _RANK.get(key[1], 3), min((position[site] for site in sites[key]), default=len(position)), self._told.get(key) is None
-
-        def follows(key: Key, origin: Key) -> bool:
-            rank, lower = _RANK.get(key[1]), _RANK.get(origin[1])
-            if rank is None or lower is None:
-                return False
-            behind = any(site == mine or site in before[mine] for site in sites[origin] for mine in sites[key])
-            return lower < rank or (lower == rank and rank in _SPREADING and behind)
-
-        groups: dict[Key, list[Key]] = {}
-        for key in sorted(self._raw, key=order):
-            origin = next((origin for origin in groups if follows(key, origin)), None)
-            if origin is None:
-                groups[key] = []
-            else:
-                groups[origin].append(key)
-        return groups
-
-
-def sites_of(place: str, snapshot: Snapshot) -> Sequence[str]:
-    """The sites of an alert's place: the place itself if it is a site, the sites that it feeds if it is a layer."""
-    weight = next((weight for weight in snapshot.weights if weight.name == place), None)
-    return weight.feeds if weight is not None else (place,)
+def _composed(group: Group, was_critical: bool, step: int, census: Census) -> Alert:
+    """The alert of a group as it is now, with the causes that it was told with."""
+    members = list(group.members.values())
+    critical = was_critical or any(alert.severity == "critical" for alert in members)
+    also = tuple(dict.fromkeys(alert.site for alert in members if alert.site != group.origin.site))
+    message = describe(group.origin, members, group.over is not None, census)
+    if group.earlier is not None:
+        message += f". It was told before, from step {group.earlier[0]} to {group.earlier[1]}"
+    return replace(
+        group.origin,
+        severity="critical" if critical else "warning",
+        since=group.told.since if group.state is GroupState.FIRING else group.origin.since,
+        step=step,
+        message=message,
+        causes=group.told.causes,
+        also=also,
+        worst=worst_of(headline(members)).site if also else None,
+    )

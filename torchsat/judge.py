@@ -11,10 +11,11 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torchsat.alerts import Firing, Key
+from torchsat.alerts import ADJECTIVE, Firing, Key
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Severity, Snapshot, Weight
 from torchsat.rules import RULES, Rule
+from torchsat.start import Start, came_trained
 
 STANDS_OUT = 0.1
 """An alert names the rank that is worst only if the saturated share on that rank alone exceeds the share over all ranks by this much."""
@@ -33,6 +34,8 @@ class _State:
     """While an alert fires: how many observations in a row were on the safe side, or did not have the place at all."""
     alert: Alert | None = None
     """The alert that fires, with its latest value."""
+    pending: Alert | None = None
+    """The alert that would fire if the rule had no patience; None if no value is beyond a limit, or if the patience is over."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +77,40 @@ class Judge:
             group.append(rule)
         self._states: dict[Key, _State] = {}
         self._observations = 0
+        self._step: int | None = None
+        """The step of the last observation."""
+        self._starts: dict[str, Start] = {}
+        """What each place was like at the first observation that had it."""
 
     @property
     def firing(self) -> tuple[Alert, ...]:
         """The alerts that fire now, each with its latest value, in the order of `alerts.urgency`."""
         return tuple(Firing(state.alert for state in self._states.values() if state.alert is not None))
 
+    @property
+    def pending(self) -> tuple[Alert, ...]:
+        """The conditions that held at the last observation, but not yet long enough for an alert."""
+        return tuple(state.pending for state in self._states.values() if state.pending is not None and state.pending.step == self._step)
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the judge remembers, in plain types."""
+        """Everything that the judge remembers, in plain types. What is pending is judged anew at the next observation."""
         states = [
-            {**vars(state), "streak": dict(state.streak), "place": place, "rule": rule, "alert": state.alert and state.alert.as_dict()}
+            {
+                "place": place,
+                "rule": rule,
+                "streak": dict(state.streak),
+                "since": state.since,
+                "calm": state.calm,
+                "alert": state.alert and state.alert.as_dict(),
+            }
             for (place, rule), state in self._states.items()
         ]
-        return {"observations": self._observations, "states": states}
+        items = [start.item for start in self._starts.values()]
+        starts = Snapshot(
+            0, 0.0, tuple(item for item in items if isinstance(item, Record)), tuple(item for item in items if isinstance(item, Weight))
+        )
+        facts = {place: (start.step, start.trained) for place, start in self._starts.items()}
+        return {"observations": self._observations, "states": states, "starts": starts.as_dict(), "since": facts}
 
     def load_state_dict(self, kept: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
@@ -95,10 +119,14 @@ class Judge:
             alert = values["alert"] and Alert.from_dict(values["alert"])
             states[values["place"], values["rule"]] = _State(dict(values["streak"]), values["since"], values["calm"], alert)
         self._observations, self._states = kept["observations"], states
+        starts, facts = Snapshot.from_dict(kept["starts"]), kept["since"]
+        self._starts = {place: Start(item, *facts[place]) for place, item in _places(starts).items()}
 
-    def resume(self, firing: Sequence[Alert], observations: int) -> None:
-        """Continue a run whose first `observations` observations ended with these alerts firing."""
+    def resume(self, firing: Sequence[Alert], observations: int, first: Snapshot | None = None) -> None:
+        """Continue a run whose first `observations` observations ended with these alerts firing. `first`: the first of them."""
         self._observations = observations
+        if first is not None:
+            self._note_starts(first)
         for alert in firing:
             patience = _patience(self._groups.get(alert.rule, ()))
             streak: dict[Severity, int] = {"warning": patience, "critical": patience if alert.severity == "critical" else 0}
@@ -108,6 +136,8 @@ class Judge:
         """The alerts that are raised, get worse or clear at this observation."""
         events: list[Alert] = []
         self._observations += 1
+        self._step = snapshot.step
+        self._note_starts(snapshot)
         records: dict[str, Record | Weight] = {record.site: record for record in snapshot.records}
         weights: dict[str, Record | Weight] = {weight.name: weight for weight in snapshot.weights}
         for name, rules in list(self._groups.items()):
@@ -124,6 +154,14 @@ class Judge:
                     raise
                 self._fault(f"rule {name}", error)
         return tuple(events)
+
+    def _note_starts(self, snapshot: Snapshot) -> None:
+        """Note the places that were not there before."""
+        trained = next((start.trained for start in self._starts.values()), None)
+        for place, item in _places(snapshot).items():
+            if place not in self._starts:
+                trained = came_trained(snapshot) if trained is None else trained
+                self._starts[place] = Start(item, snapshot.step, trained)
 
     def _clear_missing(self, name: str, rules: Sequence[Rule], places: Container[str], snapshot: Snapshot) -> list[Alert]:
         """Clear the alerts of one rule at places that have been missing from as many observations as the rule has patience."""
@@ -143,10 +181,13 @@ class Judge:
         fires = known is not None and known.alert is not None
         judged = [rule for rule in rules if rule.first is None or fires or self._observations <= rule.first]
         # A rule of the user's may return a scalar of NumPy or torch.
-        values = [(rule, float(value)) for rule in judged if (value := rule.value(item, snapshot)) is not None]
+        start = self._starts[key[0]]
+        given = [(rule, rule.value(item, snapshot, start) if rule.compares else rule.value(item, snapshot)) for rule in judged]
+        values = [(rule, float(value)) for rule, value in given if value is not None]
         if not values:
             return None
         state = self._states.setdefault(key, _State({"warning": 0, "critical": 0}))
+        state.pending = None
         critical = _first_beyond(values, "critical", item)
         worst = critical or _first_beyond(values, "warning", item)
         state.streak["critical"] = state.streak["critical"] + 1 if critical else 0
@@ -160,15 +201,23 @@ class Judge:
         return None
 
 
+def _places(snapshot: Snapshot) -> dict[str, Record | Weight]:
+    """The records and the weights of a snapshot by the names of their places."""
+    return {**{record.site: record for record in snapshot.records}, **{weight.name: weight for weight in snapshot.weights}}
+
+
 def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snapshot: Snapshot) -> Alert | None:
     """A value is beyond a limit: raise the alert, or make it worse, once the patience is over. Otherwise keep its value up to date."""
     state.calm = 0
     if state.since is None:
         state.since = snapshot.step
-    severity = next((level for level in _LEVELS if state.streak[level] >= worst.rule.patience), None)
-    if severity is None:
-        return None
-    # A critical value that has not lasted long enough is a warning for now, and is told with the limit of that level where there is one.
+    before = state.alert
+    reached = next((level for level in _LEVELS if state.streak[level] >= worst.rule.patience), before.severity if before is not None else None)
+    if before is None and reached is not None and state.streak["critical"]:
+        # What gets worse as it lasts is told as critical at once, and not as a warning first.
+        reached = "critical"
+    severity = reached or ("critical" if worst.rule.warning is None else "warning")
+    # A critical value that has not lasted long enough is told with the limit of a warning, where there is one.
     limit = worst.rule.limit(severity, item)
     if limit is None or not worst.rule.beyond(worst.value, limit):
         limit = worst.limit
@@ -177,7 +226,9 @@ def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snap
     # A rule of the user's may return characters that no file and no terminal takes, such as half of a surrogate pair.
     message = str(worst.rule.says(item, worst.value, limit)).encode(errors="replace").decode() + where
     alert = Alert(place, name, severity, worst.value, limit, state.since, snapshot.step, True, message, rank=rank)
-    before = state.alert
+    if reached is None:
+        state.pending = alert
+        return None
     if before is not None and (before.severity == severity or before.severity == "critical"):
         state.alert = replace(alert, severity=before.severity)
         return None
@@ -202,7 +253,7 @@ def _calm(
         return None
     state.alert, state.since, state.calm = None, None, 0
     told = next((reading for reading in lowest if reading.limit == alert.threshold), lowest[0])
-    message = f"{alert.site}: no longer {_ADJECTIVE.get(alert.rule, alert.rule)}"
+    message = f"{alert.site}: no longer {ADJECTIVE.get(alert.rule, alert.rule)}"
     return replace(alert, value=told.value, step=snapshot.step, firing=False, message=message)
 
 
@@ -227,15 +278,3 @@ def _worst_rank(rule: str, item: Record | Weight) -> tuple[int | None, str]:
     if isinstance(item, Record) and rule == "saturated" and item.worst is not None and item.worst - (item.saturated or 0.0) >= STANDS_OUT:
         return item.worst_rank, f"; worst on rank {item.worst_rank}: {percent(item.worst)} on a plateau"
     return None, ""
-
-
-_ADJECTIVE = {
-    "saturated": "saturated",
-    "stuck_units": "full of stuck units",
-    "vanishing_gradient": "short of gradient",
-    "exploding_gradient": "flooded with gradient",
-    "frozen_weights": "frozen",
-    "attention_collapse": "collapsed",
-    "nonfinite": "non-finite",
-}
-"""What a place no longer is when the alert of a rule clears. A rule of the user's is named by its name."""

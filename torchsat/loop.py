@@ -29,7 +29,7 @@ from torchsat.observe.passes import PassEvent
 from torchsat.observer import Observer
 from torchsat.options import Options
 from torchsat.patience import Patience
-from torchsat.schedule import Clock
+from torchsat.schedule import Account, Clock
 from torchsat.steps import Entry, Steps, has_closure
 from torchsat.transport import meeting
 
@@ -100,11 +100,11 @@ class Loop:
             self.close()
             raise
 
-    def resume(self, step: int, turn: int, interval: int) -> None:
-        """Continue with the step, turn and interval of a saved session."""
+    def resume(self, step: int, turn: int, account: Account) -> None:
+        """Continue with the step, turn and account of a saved session."""
         self.step = step
         if not self.is_closed:
-            self.observer.resume(step, turn, interval)
+            self.observer.resume(step, turn, account)
 
     def end_step(self) -> None:
         """End a step by hand. From then on the steps of optimizers are ignored."""

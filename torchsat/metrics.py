@@ -62,6 +62,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "attenuation", "Attenuation", "||dL/dz|| / ||dL/da||: what this activation alone does to the gradient.", "number", "log", 1e-3, 1.0, "low"
     ),
+    Metric("blocked", "Blocked demand", "Of the sum of |dL/da|, the part at elements on a plateau: what the gradient asks for and cannot get."),
+    Metric("trapped", "Trapped demand", "The part of that sum that asks elements to leave their plateau. A sure layer is saturated and has none."),
     Metric("grad_z_rms", "Gradient", "Root mean square of dL/dz.", "number", "log", None, None, None, "amount"),
     Metric("update_ratio", "Update ratio", "||change of W|| / ||W|| per step.", "number", "log", 1e-6, 1.0, "low", "balance", "weights"),
     Metric("gain", "Weight gain", "rms(W) sqrt(fan_in): 1 under Xavier, 1.41 under He.", "number", "log", 0.05, 20.0, None, "balance", "weights"),

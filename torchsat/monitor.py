@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from torchsat import internals, schedule
 from torchsat.loop import Loop
 from torchsat.options import Directory, Options, WatchOptions, options_of
 from torchsat.record import Alert, Coverage, Snapshot
-from torchsat.schedule import Clock
+from torchsat.schedule import Account, Clock
 from torchsat.statistics import trust_kernels
 from torchsat.structure import Stages, stages_of, unwrap
 
@@ -36,9 +37,10 @@ def watch(
             torch.distributed.pipelining, or a list of those that this rank runs.
         log_dir: TensorBoard's directory of this run. torchsat writes the sub-run `<log_dir>/torchsat`. None: nothing is written.
         writer: instead of `log_dir`, a torch.utils.tensorboard.SummaryWriter to write through.
-        every: observe step 0, the powers of two below this, and its multiples. 50 by default.
-        budget: the share of training time that observing may take from step `every` on. If it would take more, fewer steps are observed, and a log
-            line says so. None: any share. 0.02 by default.
+        every: observe step 0, the powers of two, and the multiples of this. 50 by default.
+        budget: the share of training time that observing may take beyond an allowance of 2 s. As long as all observations together have taken less,
+            exactly the steps are observed that `every` names; from then on as many of its multiples as the budget pays for, and a log line says so.
+            Powers of two are always observed. None: any share. 0.02 by default.
         epsilon: an element is saturated where |f'| stays below this share of its peak. 0.05 by default.
         sample: the most elements that are read per call of a site (a place where an activation is computed), spread evenly over the tensor; None:
             all. "auto", the default: 65536, or all where a kernel on the GPU reads all of them as quickly.
@@ -114,7 +116,8 @@ class Monitor:
 
     @property
     def overhead(self) -> float | None:
-        """The measured share of training time that observing took lately, from step `every` on; None before it is known."""
+        """The measured share of training time that the last observations took, from step `every` on; None before it is known. It may lie above the
+        budget as long as the allowance of 2 s lasts. With `every=1` on a GPU it is the time of our own code on the host."""
         return self._loop.observer.schedule.overhead
 
     @property
@@ -131,10 +134,12 @@ class Monitor:
             self._loop.end_step()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint should hold, in plain types: the number of steps taken, and what rules and diagnosis remember of earlier observations."""
+        """What a checkpoint should hold, in plain types: the number of steps taken, what observing has cost, and what rules and diagnosis remember of
+        earlier observations."""
         loop, observer = self._loop, self._loop.observer
         observer.drain(loop.step)
-        return {"step": loop.step, "interval": observer.schedule.interval, "turn": observer.turn, **observer.delivery.history()}
+        observing = asdict(observer.schedule.account(loop.step - 1))
+        return {"step": loop.step, "turn": observer.turn, "observing": observing, **observer.delivery.history()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where another monitor was when its `state_dict` was taken. Call this before training continues.
@@ -142,17 +147,19 @@ class Monitor:
         Raises:
             ValueError: `state` does not come from `state_dict`.
         """
-        missing = {"step", "interval", "turn", "stuck", "judge", "diagnosis"} - set(state)
+        missing = {"step", "turn", "stuck", "judge", "diagnosis"} - set(state)
         if missing:
             raise ValueError(f"the state lacks {', '.join(sorted(missing))}; allowed is what monitor.state_dict() gave")
         try:
-            step, turn, interval = (int(state[name]) for name in ("step", "turn", "interval"))
+            step, turn = int(state["step"]), int(state["turn"])
+            # A state of an earlier version does not say what observing has cost.
+            account = Account(**{name: float(value) for name, value in state.get("observing", {}).items()})
             self._loop.observer.delivery.take_up(state)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"the state cannot be understood ({type(error).__name__}: {error}); allowed is what monitor.state_dict() gave"
             ) from error
-        self._loop.resume(step, turn, interval)
+        self._loop.resume(step, turn, account)
 
     def flush(self) -> None:
         """Wait for every observation in flight, and for the sinks."""

@@ -38,9 +38,10 @@ from torchsat.observe.observation import Execution, Observation, Retry
 from torchsat.observe.passes import OnPass, PassEvent
 from torchsat.options import Options
 from torchsat.parts import Parts
-from torchsat.schedule import Clock, Schedule
+from torchsat.schedule import Account, Clock, Schedule, Wish
 from torchsat.sites import Sites
 from torchsat.structure import FLATTENED
+from torchsat.transport import meeting
 from torchsat.transport.parallel import averages
 from torchsat.transport.route import Route
 
@@ -93,11 +94,11 @@ class Observer:
             self.compilation.use_graph(model)
         self.open(step)
 
-    def resume(self, step: int, turn: int, interval: int) -> None:
+    def resume(self, step: int, turn: int, account: Account) -> None:
         """Continue with the numbers of a saved session. The next step is observed, like the first step of every session."""
         self.abandon(Retry.RESUMED)
         self.turn = turn
-        self.schedule.resume(interval)
+        self.schedule.resume(account)
         self.schedule.first = step
         self.open(step)
 
@@ -233,15 +234,18 @@ class Observer:
         history = self.route.take_history()
         if history is not None:
             self.delivery.take_up(history)
-        if self.route.interval:
-            changed = self.schedule.agree(self.route.interval)
+        if self.route.agreed is not None:
+            changed = self.schedule.agree(step, Wish(*self.route.agreed))
             if changed is not None and self.route.speaks:
                 log.warning("torchsat: step %d: %s", step, changed)
         return step
 
     def _send(self, observation: Observation, parts: Parts, step: int) -> int:
         averaged = parts.averaged(averages(self._model(), observation.unspread, self._wrapper_ranks, self._stages.values()))
-        flight = self.route.send(step, averaged, interval=self.schedule.wanted, before=lambda: self.drain(step), history=self.delivery.history)
+        wish = self.schedule.wish(step, meeting.LAG) if self.route.together else Wish(step, self.schedule.every)
+        flight = self.route.send(
+            step, averaged, earliest=wish.earliest, interval=wish.interval, before=lambda: self.drain(step), history=self.delivery.history
+        )
         self.delivery.add(flight)
         return step if flight is None else flight.step
 

@@ -142,6 +142,15 @@ class Record(SiteFacts):
     """sqrt(mean (dL/da)^2), without the factor of a GradScaler."""
     grad_z_rms: float | None
     """sqrt(mean (dL/dz)^2), without the factor of a GradScaler."""
+    blocked: float | None = None
+    """How much of the demand the plateaus take: of the sum of |dL/da| over elements, the part at elements in a tail. None where no gradient was seen,
+    where all of them are 0, or where it is not known which elements are in a tail."""
+    trapped: float | None = None
+    """The part of that sum at elements in a tail that the gradient asks to leave it: dL/da > 0 in the high tail, where descent wants a lower
+    activation, and < 0 in the low one. `blocked` - `trapped` is the part that pushes on into the tail: its elements are where the loss wants them."""
+    leaving: float | None = None
+    """Share of elements in a tail that the gradient asks to leave. Each counts as one, however large its gradient is: a cross-entropy has so
+    large a gradient at the few wrong elements of a sure classifier that `trapped` is theirs alone."""
     entropy: float | None = None
     """Mean of `Head.entropy` over the rows of all heads; None where this is no softmax."""
     jacobian: float | None = None
@@ -257,7 +266,8 @@ class Cause:
 class Alert:
     """A rule that fired or cleared at a site.
 
-    Where several sites suffer from the same origin there is one alert, at the first of them; `also` names the others.
+    Where several sites suffer from one fault there is one alert. `site` is where the fault began, and stays the same as long as the alert fires.
+    `also` names the other sites, and `worst` the one that suffers most.
     """
 
     site: str
@@ -265,22 +275,25 @@ class Alert:
     """The name of the rule."""
     severity: Severity
     value: float
-    """The measured number that the rule compares."""
+    """The number measured at `site` that the rule compares. If the site has recovered while others still suffer, the last one beyond the limit."""
     threshold: float
     """The limit of the rule."""
     since: int
     """The step at which the condition began."""
     step: int
-    """The step of the observation that gave `value`."""
+    """The step of the newest observation in which the alert was judged; of an event, the step at which it was told."""
     firing: bool
     """True where the rule has fired, False where the alert is over."""
     message: str
+    """What is wrong, how many places suffer and since when, which is the worst, and where it began."""
     causes: tuple[Cause, ...] = ()
     """The explanations, the likeliest first."""
     also: tuple[str, ...] = ()
     """Other sites and layers that suffer from the same origin, in the order in which data flows through the model."""
     rank: int | None = None
     """Where several ranks observe together: the one where the site is worst, if one stands out."""
+    worst: str | None = None
+    """The site or layer that suffers most, of `site` and `also`; None where nothing but `site` suffers."""
 
     def as_dict(self) -> dict[str, Any]:
         """The alert as nested dicts and tuples of plain values."""

@@ -112,6 +112,9 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         attenuation=grad_z / grad_a if grad_z is not None and grad_a else None,
         grad_a_rms=grad_a,
         grad_z_rms=grad_z,
+        blocked=at.part("blocked", "demand") if has_tails else None,
+        trapped=at.part("trapped", "demand") if has_tails else None,
+        leaving=at.part("leaving", "grad_a_n") if has_tails and at["demand"] else None,
         entropy=of_heads.mean("entropy"),
         jacobian=of_heads.mean("jacobian"),
         logit_std=None if (variance := of_heads.mean("logit_variance")) is None else math.sqrt(variance),
@@ -176,6 +179,10 @@ class _Columns(dict[str, float]):
         """The root of a mean of squares over elements whose weights add up to n, divided by the scale that these elements carry."""
         square = _finite(self[name] / n) if n else None
         return None if square is None else math.sqrt(square) / scale
+
+    def part(self, name: str, of: str) -> float | None:
+        """One sum as a part of another one."""
+        return _finite(self[name] / self[of]) if self[of] else None
 
     def largest(self, name: str) -> float | None:
         return self[name] if math.isfinite(self[name]) else None

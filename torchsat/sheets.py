@@ -211,12 +211,12 @@ def _latest(snapshots: Sequence[Snapshot], softmaxes: bool, trend: str) -> list[
 
 def _site_sheet(snapshots: Sequence[Snapshot], bars: str) -> Sheet:
     found = sorted(_latest(snapshots, False, "saturated"), key=lambda pair: badness(pair[0]), reverse=True)
-    columns = ("saturated", "low", "high", "E|f'|/peak", "stuck units", "attenuation", "rms dL/dz", "saturated over time")
+    columns = ("saturated", "low", "high", "blocked", "trapped", "E|f'|/peak", "stuck units", "attenuation", "rms dL/dz", "saturated over time")
     rows = [
         (
             record.site,
             record.activation + (" (output)" if record.output else " (gate)" if record.gate else ""),
-            *(percent_or_dash(value) for value in (record.saturated, record.low, record.high)),
+            *(percent_or_dash(value) for value in (record.saturated, record.low, record.high, record.blocked, record.trapped)),
             number_or_dash(record.relative_derivative, "{:.3f}"),
             percent_or_dash(record.stuck),
             number_or_dash(record.attenuation, "{:.3g}"),

@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -26,7 +27,7 @@ from torchsat.activations import Bound, Edges
 from torchsat.columns import BACKWARD, BINS, BLOCK, COLUMN, FEATURES, MAXES, SUMS, UNWEIGHED
 from torchsat.kernels import cpu, engine, gpu
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, LOGISTIC, Formula, formula
-from torchsat.sampling import Sample, Units
+from torchsat.sampling import Sample, Units, places
 
 _PART = 65536
 """Elements that a norm in float64 copies at a time."""
@@ -36,6 +37,10 @@ _STRATA, _PER_STRATUM = 128, 16
 """The most strata of z, and how many elements each has at least, where a derivative is known only at some elements."""
 _HISTOGRAM = slice(COLUMN[BINS[0]], COLUMN[BINS[-1]] + 1)
 _GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
+DEMAND = slice(COLUMN["demand"], COLUMN["trapped"] + 1)
+"""The columns of the demand in a row."""
+SIDES = 65536
+"""Of a larger call on a GPU, the sides of so many elements are kept until the backward."""
 _UNWEIGHED = frozenset((*UNWEIGHED, *MAXES))
 
 
@@ -240,9 +245,9 @@ def disagreement(kernels: Any, device: torch.device) -> str | None:
             kernels.observe(
                 there, there, slope.to(device) if given is None else given, 1.0, (-2.0, 2.0), 3 * len(z), True, None, row, units.place, block
             )
-            kernels.observe_gradient(there, there, len(z), 3 * len(z), row)
+            kernels.observe_gradient(there, there, len(z), 3 * len(z), row, kernels.sides(there, (-2.0, 2.0), len(z) // 2, 3), 3)
             expected, counts = _observe(here, here, slope, 1.0, (-2.0, 2.0), 3 * len(z), True, units)
-            merge_(expected, observe_gradient(here, here, 3 * len(z)))
+            merge_(expected, observe_gradient(here, here, 3 * len(z), None, Sides(_sides(here, (-2.0, 2.0), len(z) // 2, 3), 3)))
             assert counts is not None
             if not torch.equal(kernels.extremes(there, there).cpu(), _extremes(here, here)):
                 return "the extremes are wrong"
@@ -311,7 +316,50 @@ def _bin(relative: Tensor) -> Tensor:
     return (relative.float().contiguous().view(torch.int32).bitwise_right_shift(22) - FIRST_BIN).clamp(0, len(BINS) - 1)
 
 
-def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, elements: int | None = None, row: Tensor | None = None) -> Tensor:
+@dataclass(frozen=True)
+class Sides:
+    """On which side of its function's plateaus each element of a call lies. It is kept from the forward pass until the backward."""
+
+    values: Tensor
+    """1 in the high tail, -1 in the low one, otherwise 0, as int8. If there are fewer than elements that were read, they are those of the elements
+    that `sampling.places` draws from these with the seed."""
+    seed: int = 0
+
+
+def sides_of(z: Tensor, edges: Edges, seed: int = 0) -> Sides | None:
+    """The sides of the elements z that were read; None where the function has no tail.
+
+    On a GPU, where a kernel may read whole tensors, the sides of 65536 of the elements are kept, since a byte for each would be memory that the
+    user's model needs.
+
+    Args:
+        seed: draws these elements.
+    """
+    low, high = edges
+    if low is None and high is None:
+        return None
+    constant = not isinstance(low, Tensor) and not isinstance(high, Tensor)
+    kernels = engine(z) if constant else None
+    count = len(z) if z.is_cpu or not constant else min(len(z), SIDES)
+    found = _sides(z, edges, count, seed) if kernels is None else kernels.sides(z, edges, count, seed)
+    return Sides(found, seed)
+
+
+def _sides(z: Tensor, edges: Edges, count: int, seed: int) -> Tensor:
+    """The sides of `count` elements in plain torch."""
+    low, high = edges
+    z = z if count == len(z) else z.index_select(0, places(len(z), count, seed, z.device))
+    found = torch.zeros(z.shape, dtype=torch.int8, device=z.device)
+    if high is not None:
+        found += z >= high
+    if low is not None:
+        found -= (z <= low).to(torch.int8)
+    return found
+
+
+def observe_gradient(
+    grad_a: Tensor | None, grad_z: Tensor | None, elements: int | None = None, row: Tensor | None = None, sides: Sides | None = None
+) -> Tensor:
     """The row of one backward call, merged in place into the one given.
 
     Args:
@@ -319,14 +367,18 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, elements: int
             if every gradient given is finite there.
         elements: how many elements the call has, read or not; None: as many as were read.
         row: what to merge into. None: a new row.
+        sides: the sides of the elements, for the demand, `blocked` and `trapped`. None: they are not known.
     """
     given = [grad for grad in (grad_a, grad_z) if grad is not None]
     row = empty_row(given[0].device) if row is None else row
     read = given[0].shape[0]
     elements = read if elements is None else elements
     kernels = engine(grad_a, grad_z)
+    if sides is not None and grad_a is not None and (kernels is None or (kernels is cpu and len(sides.values) < read)):
+        _observe_demand(grad_a, grad_z, sides, elements, row)
+        sides = None
     if kernels is not None:
-        kernels.observe_gradient(grad_a, grad_z, read, elements, row)
+        kernels.observe_gradient(grad_a, grad_z, read, elements, row, *(() if sides is None else (sides.values, sides.seed)))
         return row
     dtype = row.dtype
     finite = torch.isfinite(given[0])
@@ -342,6 +394,19 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, elements: int
     values = _weighed(values, elements / max(1, read), dtype)
     row[_GRADIENT] += torch.stack([values.get(name, nothing) for name in BACKWARD]).to(row.device)
     return row
+
+
+def _observe_demand(grad_a: Tensor, grad_z: Tensor | None, sides: Sides, elements: int, row: Tensor) -> None:
+    """Add `demand`, `blocked` and `trapped` of one backward call to a row, in plain torch."""
+    count, given = len(sides.values), [grad for grad in (grad_a, grad_z) if grad is not None]
+    if count < len(grad_a):
+        chosen = places(len(grad_a), count, sides.seed, grad_a.device)
+        given = [grad.index_select(0, chosen) for grad in given]
+    finite = torch.isfinite(torch.stack(given)).all(0)
+    side, grad = sides.values, torch.where(finite, given[0], torch.zeros((), dtype=grad_a.dtype, device=grad_a.device)).to(row.dtype)
+    sizes, leaves = grad.abs(), (side * grad > 0).to(row.dtype)
+    sums = torch.stack([sizes.sum(), leaves.sum(), sizes.dot((side != 0).to(row.dtype)), sizes.dot(leaves)])
+    row[DEMAND] += sums.to(row.device) * (elements / max(1, count))
 
 
 def observe_quotient(z: Tensor, a: Tensor, grad_a: Tensor, grad_z: Tensor, elements: int, row: Tensor) -> None:

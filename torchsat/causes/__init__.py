@@ -15,7 +15,7 @@ what the network knows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torchsat.causes import advice
@@ -35,18 +35,8 @@ _INITIAL = ("inputs_uncentred", "inputs_unscaled", "init_too_large", "init_too_s
 """Causes that were there before training began."""
 
 
-def explain(alert: Alert, scene: Scene, told: Sequence[Cause] = ()) -> tuple[Cause, ...]:
-    """The causes of an alert, the largest first, with shares that add up to 1. Empty if nothing that was measured explains it.
-
-    Args:
-        told: the causes that were told of this alert before. They stay, unless the same one leads again, with newer figures: what was told from an
-            earlier observation was nearer to the origin.
-    """
-    found = _explained(alert, scene)
-    return found if not told or (found and found[0].name == told[0].name) else tuple(told)
-
-
-def _explained(alert: Alert, scene: Scene) -> tuple[Cause, ...]:
+def explain(alert: Alert, scene: Scene) -> tuple[Cause, ...]:
+    """The causes of an alert, the largest first, with shares that add up to 1. Empty if nothing that was measured explains it."""
     if alert.since <= scene.first.step:
         # The condition was there from the start, so the change of the weights since then is not its cause.
         at_first = scene.at_first

@@ -16,9 +16,9 @@ from torchsat.causes.growth import GROWN, grown, jumped, shrunk
 from torchsat.causes.scene import Scene, Term
 from torchsat.causes.size import LARGE, drawn_too_large, implied_gain, of_inputs, of_z
 from torchsat.expressions import gain_for, spoken
+from torchsat.flow import on_signal_path
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Weight
-from torchsat.rules import on_signal_path
 
 _SMALL = 0.75
 """A gain is said to be too small below this share of what suits the activation."""

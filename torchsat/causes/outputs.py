@@ -64,7 +64,7 @@ def _of_drift(record: Record, scene: Scene) -> list[Term]:
     mean, std = abs(record.z_mean or 0.0), record.z_std or 0.0
     flat = advice.flat(scene)
     if mean > std:
-        where = f"{record.z_mean:.3g} +- {record.z_std:.2g}"
+        where = f"{record.z_mean:.3g} +- {std:.2g}"
         evidence = f"z of {spoken(record.site)} has drifted to {where}: behind outputs that are not centred it acts as a bias"
     elif record.a_mean is not None and not any(weight.data for weight in feeders):
         slope = percent(record.relative_derivative or 0.0)
@@ -77,7 +77,7 @@ def _of_drift(record: Record, scene: Scene) -> list[Term]:
 def _is_asked_beyond_range(record: Record, scene: Scene) -> bool:
     """Whether the elements of an output that lie on a plateau are asked for more than the function can give, and go on being asked."""
     start = scene.start(record.site)
-    blocked, trapped = getattr(record, "blocked", None), getattr(record, "trapped", None)
+    blocked, trapped = record.blocked, record.trapped
     if not scene.started or start is None or not start.grad_a_rms or record.grad_a_rms is None:
         return False
     if blocked is None or trapped is None or blocked < 0.5 or trapped > _CONTENT * blocked:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torchsat.record import Record, Snapshot, Weight
-from torchsat.rules import came_trained
+from torchsat.start import came_trained
 
 EARLY = 3
 """So many first observations tell how a run began."""

@@ -224,12 +224,25 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
     row[ELEMENTS] += elements;
 }
 
-/* Merge one backward call into a row. The data of a vector are NULL where that gradient is not known. `count` of its `elements` were read. */
-void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count, double elements, double *row)
+/* Write for each element whether it lies in the high tail (1), in the low one (-1), or in neither (0). An edge is NaN where there is no tail. */
+void torchsat_sides(const vector *z_in, int64_t count, double low, double high, int8_t *out)
+{
+    double z[BLOCK];
+    for (int64_t first = 0; first < count; first += BLOCK) {
+        int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
+        load(z_in, first, m, z);
+#pragma omp simd
+        for (int i = 0; i < m; i++) out[first + i] = (int8_t)((z[i] >= high) - (z[i] <= low));
+    }
+}
+
+/* Merge one backward call into a row. The data of a vector are NULL where that gradient is not known. `count` of its `elements` were read. sides: what
+   torchsat_sides wrote for these elements; NULL where that is not known. */
+void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count, double elements, const int8_t *sides, double *row)
 {
     double weight = count ? elements / (double)count : 1;
     double a[BLOCK] = { 0 }, z[BLOCK] = { 0 };
-    double n = 0, a2 = 0, z2 = 0;
+    double n = 0, a2 = 0, z2 = 0, demand = 0, leaving = 0, blocked = 0, trapped = 0;
     for (int64_t first = 0; first < count; first += BLOCK) {
         int m = count - first < BLOCK ? (int)(count - first) : BLOCK;
         if (grad_a->data) load(grad_a, first, m, a);
@@ -241,8 +254,22 @@ void torchsat_gradient(const vector *grad_a, const vector *grad_z, int64_t count
             n += good;
             a2 += u * u;
             z2 += v * v;
+            a[i] = u;
+        }
+        if (!sides) continue;
+#pragma omp simd reduction(+ : demand, leaving, blocked, trapped)
+        for (int i = 0; i < m; i++) {
+            double size = fabs(a[i]), side = sides[first + i];
+            demand += size;
+            blocked += side != 0 ? size : 0;
+            leaving += side * a[i] > 0 ? 1 : 0;
+            trapped += side * a[i] > 0 ? size : 0;
         }
     }
+    row[DEMAND] += weight * demand;
+    row[LEAVING] += weight * leaving;
+    row[BLOCKED] += weight * blocked;
+    row[TRAPPED] += weight * trapped;
     row[GRAD_A_N] += grad_a->data ? weight * n : 0;
     row[GRAD_A_READ] += grad_a->data ? n : 0;
     row[GRAD_A_SQ] += weight * a2;

@@ -193,9 +193,22 @@ def _strides(tensor: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
-def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, elements: int, row: Tensor) -> None:
-    """Merge a backward call of so many elements into a row. `count` is the length of the gradients, of which one may be missing."""
-    _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, elements, row.data_ptr())
+def sides(z: Tensor, edges: tuple[float | None, float | None], count: int, seed: int) -> Tensor:
+    """statistics.Sides.values of a vector. On the CPU every element has its side: `count` is the length, and nothing is drawn."""
+    assert count == z.shape[0]
+    out = torch.empty(z.shape[0], dtype=torch.int8)
+    low, high = (float("nan") if edge is None else edge for edge in edges)
+    _loaded().torchsat_sides(_vector(z), z.shape[0], low, high, out.data_ptr())
+    return out
+
+
+def observe_gradient(
+    grad_a: Tensor | None, grad_z: Tensor | None, count: int, elements: int, row: Tensor, sides: Tensor | None = None, seed: int = 0
+) -> None:
+    """Merge a backward call of so many elements into a row. `count` is the length of the gradients, of which one may be missing, and of the sides.
+    The seed is not needed: every element has its side."""
+    given = None if sides is None or grad_a is None else sides.data_ptr()
+    _loaded().torchsat_gradient(_vector(grad_a), _vector(grad_z), count, elements, given, row.data_ptr())
 
 
 def add_features(x: Tensor, place: Place, table: Tensor | None, sums: Tensor) -> None:
@@ -303,7 +316,8 @@ def _load(path: Path) -> ctypes.CDLL:
         "torchsat_softmax_extremes": [*[pointer] * 7, integer, pointer, pointer],
         "torchsat_places": [*[integer] * 5, pointer],
         "torchsat_softmax": [pointer, pointer, pointer, pointer, pointer, number, pointer, pointer],
-        "torchsat_gradient": [pointer, pointer, integer, number, pointer],
+        "torchsat_sides": [pointer, integer, number, number, pointer],
+        "torchsat_gradient": [pointer, pointer, integer, number, pointer, pointer],
         "torchsat_features": [pointer, integer, pointer, pointer],
         "torchsat_squares": [pointer, pointer, integer, pointer],
     }

@@ -77,6 +77,10 @@ _GRAD_Z_N = tl.constexpr(BACKWARD.index("grad_z_n"))
 _GRAD_Z_READ = tl.constexpr(BACKWARD.index("grad_z_read"))
 _GRAD_Z_SQ = tl.constexpr(BACKWARD.index("grad_z_sq"))
 _GRAD_NONFINITE = tl.constexpr(BACKWARD.index("grad_nonfinite"))
+_DEMAND = tl.constexpr(BACKWARD.index("demand"))
+_LEAVING = tl.constexpr(BACKWARD.index("leaving"))
+_BLOCKED = tl.constexpr(BACKWARD.index("blocked"))
+_TRAPPED = tl.constexpr(BACKWARD.index("trapped"))
 
 # The rows of a unit block.
 _SAMPLES = tl.constexpr(BLOCK.index("samples"))
@@ -308,9 +312,57 @@ def _extremes(z_ptr, a_ptr, out_ptr, count, block: tl.constexpr):
     tl.store(row + 4, tl.max(tl.where(ok, -a, float("-inf")), axis=0))
 
 
-@triton.jit(do_not_specialize=["count"])
-def _gradient(a_ptr, z_ptr, out_ptr, count, a_step, z_step, has_a: tl.constexpr, has_z: tl.constexpr, block: tl.constexpr):
-    """The short row of one block of a backward call, at out_ptr."""
+@triton.jit(do_not_specialize=["count", "drawn", "seed"])
+def _sides(z_ptr, out_ptr, count, z_step, drawn, seed, low, high, block: tl.constexpr):
+    """The sides of `drawn` of `count` elements, at out_ptr."""
+    mine = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    inside = mine < drawn
+    at = mine
+    if drawn < count:
+        at = _place(mine, count, drawn, seed)
+    z = _load(z_ptr, at * z_step, inside, False)
+    tl.store(out_ptr + mine, (z >= high).to(tl.int8) - (z <= low).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _write_demand(row, a_ptr, z_ptr, side_ptr, mine, count, a_step, z_step, drawn, seed, has_z: tl.constexpr):
+    """The demand of those of `drawn` elements with a side that are number `mine`, and the blocked and trapped parts of it. They get the weight
+    count / drawn, since the row is of `count` elements."""
+    inside = mine < drawn
+    at = mine
+    if drawn < count:
+        at = _place(mine, count, drawn, seed)
+    a = _load(a_ptr, at * a_step, inside, False)
+    ok = inside & (a * 0 == 0)
+    if has_z:
+        ok = ok & (_load(z_ptr, at * z_step, inside, False) * 0 == 0)
+    side = tl.load(side_ptr + mine, mask=inside, other=0)
+    size = tl.where(ok, tl.abs(a), 0.0)
+    weight = count.to(tl.float64) / drawn.to(tl.float64)
+    tl.store(row + _DEMAND, weight * _total(size))
+    tl.store(row + _BLOCKED, weight * _total(tl.where(side != 0, size, 0.0)))
+    leaves = ok & (((side > 0) & (a > 0)) | ((side < 0) & (a < 0)))
+    tl.store(row + _LEAVING, weight * _count(leaves))
+    tl.store(row + _TRAPPED, weight * _total(tl.where(leaves, size, 0.0)))
+
+
+@triton.jit(do_not_specialize=["count", "drawn", "seed"])
+def _gradient(
+    a_ptr,
+    z_ptr,
+    side_ptr,
+    out_ptr,
+    count,
+    a_step,
+    z_step,
+    drawn,
+    seed,
+    has_a: tl.constexpr,
+    has_z: tl.constexpr,
+    has_sides: tl.constexpr,
+    block: tl.constexpr,
+):
+    """The short row of one block of a backward call, at out_ptr. The first programs also sum up the demand of the elements with a side."""
     program = tl.program_id(0).to(tl.int64)
     at = program * block + tl.arange(0, block)
     inside = at < count
@@ -339,6 +391,13 @@ def _gradient(a_ptr, z_ptr, out_ptr, count, a_step, z_step, has_a: tl.constexpr,
         tl.store(row + _GRAD_Z_READ, 0.0)
     tl.store(row + _GRAD_Z_SQ, _square(tl.where(ok, z, 0.0)))
     tl.store(row + _GRAD_NONFINITE, _count(inside) - n)
+    tl.store(row + _DEMAND, 0.0)
+    tl.store(row + _LEAVING, 0.0)
+    tl.store(row + _BLOCKED, 0.0)
+    tl.store(row + _TRAPPED, 0.0)
+    if has_sides:
+        if program * block < drawn:
+            _write_demand(row, a_ptr, z_ptr, side_ptr, at, count, a_step, z_step, drawn, seed, has_z)
 
 
 def observe(
@@ -414,8 +473,25 @@ def extremes(z: Tensor, a: Tensor | None) -> Tensor:
     return torch.cat([out[:, :1].sum(0), out[:, 1:].amax(0)])
 
 
-def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, elements: int, row: Tensor) -> None:
-    """Merge a backward call of so many elements into a row. `count` is the length of the gradients, of which one may be missing."""
+def sides(z: Tensor, edges: tuple[float | None, float | None], count: int, seed: int) -> Tensor:
+    """statistics.Sides.values of `count` elements of a vector, which are drawn with a seed unless they are all."""
+    out = torch.empty(count, dtype=torch.int8, device=z.device)
+    low, high = edges
+    if count:
+        with torch.cuda.device_of(z):
+            _sides[(triton.cdiv(count, _BLOCK),)](
+                *(z, out, z.shape[0], z.stride(0), count, seed, -math.inf if low is None else low, math.inf if high is None else high),
+                block=_BLOCK,
+                num_warps=_WARPS,
+            )
+    return out
+
+
+def observe_gradient(
+    grad_a: Tensor | None, grad_z: Tensor | None, count: int, elements: int, row: Tensor, sides: Tensor | None = None, seed: int = 0
+) -> None:
+    """Merge a backward call of so many elements into a row. `count` is the length of the gradients, of which one may be missing. `sides` and `seed`
+    are statistics.Sides."""
     if not count:
         return
     programs = triton.cdiv(count, _BLOCK)
@@ -423,9 +499,10 @@ def observe_gradient(grad_a: Tensor | None, grad_z: Tensor | None, count: int, e
     a, z = (row if each is None else each for each in (grad_a, grad_z))
     with torch.cuda.device_of(row):
         _gradient[(programs,)](
-            *(a, z, out, count, a.stride(0), z.stride(0)),
+            *(a, z, row if sides is None else sides, out, count, a.stride(0), z.stride(0), 0 if sides is None else sides.shape[0], seed),
             has_a=grad_a is not None,
             has_z=grad_z is not None,
+            has_sides=sides is not None and grad_a is not None,
             block=_BLOCK,
             num_warps=_WARPS,
             enable_fp_fusion=True,

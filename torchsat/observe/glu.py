@@ -49,7 +49,7 @@ def _end(observation: Observation, site: Site, call: Call, value: Tensor, axis: 
             exact[3:] = torch.where(tops.isfinite(), torch.stack([tops[0].sigmoid(), -(-tops[1]).sigmoid()]), tops)
         meter.count(site, sample, call.taken, torch.sigmoid(upcast(call.taken)), axis, exact=exact)
     if a.grad_fn is not None:
-        add, hear = meter.gradient_adder(site, sample), observation.passes.ear()
+        add, hear = meter.gradient_adder(site, sample, call.taken), observation.passes.ear()
 
         def read(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
             hear(grad_a, grad_z)

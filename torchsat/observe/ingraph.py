@@ -30,7 +30,7 @@ from torchsat.attributes import stored_or
 from torchsat.observe import saving
 from torchsat.observe.hooks import Inert
 from torchsat.sampling import Sample
-from torchsat.statistics import extremes, observe_gradient
+from torchsat.statistics import DEMAND, Sides, extremes, merge_, observe_gradient
 from torchsat.structure import Found, NamedModule
 from torchsat.weights import why_unmeasured
 
@@ -210,6 +210,30 @@ class GraphHooks:
         return torch.tensor(number, device="cpu")
 
 
+class _Calls:
+    """The calls of a site from its first one in a forward pass until their gradients have come.
+
+    A gradient does not say which call it belongs to. Autograd runs what is ready in the reverse order of the forward pass, so the gradients of the
+    calls come in their reverse order, if every call gets one. Whether that is so is known when the last one has come; the demand is added then.
+    """
+
+    def __init__(self) -> None:
+        self.sides: list[Sides | None] = []
+        """The sides of the elements of each call."""
+        self.has_gradient = False
+        """Whether the gradient of one of them has come."""
+        self._demand: Tensor | None = None
+
+    def add(self, grad_a: Tensor, elements: int, row: Tensor | None) -> Tensor:
+        """Merge the next gradient into a row, and return it."""
+        self.has_gradient = True
+        found = observe_gradient(grad_a, None, elements, None, self.sides.pop() if self.sides else None)
+        demand = found[DEMAND].clone()
+        self._demand = demand if self._demand is None else self._demand + demand
+        found[DEMAND] = 0 if self.sides else self._demand
+        return found if row is None else merge_(row, found)
+
+
 class GraphReceiver:
     """Measures the tensors that the compiled graph hands over during one observation."""
 
@@ -217,6 +241,8 @@ class GraphReceiver:
         self._observation = observation
         self._samples: dict[str, Sample] = {}
         """The elements that were read in the last call of each site. Its gradients are read at the same elements."""
+        self._calls: dict[str, _Calls] = {}
+        """The calls of each site whose gradient has not come yet."""
 
     def heard_site(self, name: str, z: Tensor, a: Tensor | None) -> None:
         """Called by the graph at a site, with z, and with a unless the activation overwrites z."""
@@ -250,18 +276,26 @@ class GraphReceiver:
             # What is computed again is no exact extreme of a. An infinite one stands for one that is unknown.
             exact[3:] = math.inf
         self._samples[name] = sample
+        calls = self._calls.get(name)
+        if calls is None or calls.has_gradient:
+            calls = self._calls[name] = _Calls()
+        calls.sides.append(observation.meter.sides(site, sample, taken))
         # The place of a site in the model cannot be seen from inside a graph.
         observation.heard_graph()
         observation.meter.ran(site, [])
         observation.meter.count(site, sample, taken, made, exact=exact)
 
     def _add_gradient(self, name: str, grad: Tensor, of_output: bool) -> None:
-        sample = self._samples.get(name)
+        sample, calls = self._samples.get(name), self._calls.get(name)
         if sample is None or sample.shape != tuple(grad.shape):
-            sample = self._observation.meter.sample_of(grad, name)
+            calls, sample = None, self._observation.meter.sample_of(grad, name)
         taken, always = sample.take(grad), self._observation.passes.always
         row = always.place(always.rows, name, grad.device)
-        always.put(always.rows, name, observe_gradient(taken if of_output else None, None if of_output else taken, sample.elements, row))
+        if of_output and calls is not None:
+            row = calls.add(taken, sample.elements, row)
+        else:
+            row = observe_gradient(taken if of_output else None, None if of_output else taken, sample.elements, row)
+        always.put(always.rows, name, row)
 
 
 def attach(observation: Observation, found: Found) -> None:

@@ -36,7 +36,7 @@ from torchsat.sampling import Sample, Units, seed_of
 from torchsat.sharding import is_pending, part_of, placement
 from torchsat.sites import Site, Sites
 from torchsat.softmax import observe_softmax
-from torchsat.statistics import extremes, known_slope, observe, observe_gradient, observe_quotient, take, upcast
+from torchsat.statistics import Sides, extremes, known_slope, observe, observe_gradient, observe_quotient, sides_of, take, upcast
 from torchsat.tensors import why_unread
 
 
@@ -161,7 +161,7 @@ class Meter:
         """Put hooks on the graph that read the gradients of a call in the backward, and note the node that computed its output."""
         if a.requires_grad and a.grad_fn is not None:
             self._lineage.made(site, maker(a)[0])
-            missing = self.tap(site.name, call, a, self.gradient_adder(site, call.sample))
+            missing = self.tap(site.name, call, a, self.gradient_adder(site, call.sample, call.taken))
             if missing is not None:
                 self._note(site.name, missing)
 
@@ -261,15 +261,27 @@ class Meter:
         current.add(current.rows, site.name, row)
         current.add(current.heads, site.name, heads)
 
-    def gradient_adder(self, site: Site, sample: Sample | SoftmaxRows) -> Callable[[Tensor | None, Tensor | None], None]:
-        """A function to be called in the backward with dL/da and dL/dz at the elements of a sample. It adds them to the pass that runs now."""
-        current, elements = self._passes.current, sample.elements
+    def sides(self, site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Sides | None:
+        """On which side of the plateaus the elements z of a call lie that are read; None where the site has no plateaus."""
+        bound = site.bound
+        if not isinstance(sample, Sample) or not bound.tails_known:
+            return None
+        learned = {name: sample.spread(value.to(z.device)) for name, value in bound.learned.items()}
+        return sides_of(z, bound.edges(learned), sample.seed)
+
+    def gradient_adder(self, site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Callable[[Tensor | None, Tensor | None], None]:
+        """A function to be called in the backward with dL/da and dL/dz at the elements of a sample. It adds them to the pass that runs now.
+
+        Args:
+            z: the elements of z that are read. Only on which side they lie is kept.
+        """
+        current, elements, sides = self._passes.current, sample.elements, self.sides(site, sample, z)
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
             given = [grad for grad in (grad_a, grad_z) if grad is not None]
             if given and given[0].numel():
                 row = current.place(current.rows, site.name, given[0].device)
-                current.put(current.rows, site.name, observe_gradient(grad_a, grad_z, elements, row))
+                current.put(current.rows, site.name, observe_gradient(grad_a, grad_z, elements, row, sides))
 
         return self._guard(site.name, add)
 

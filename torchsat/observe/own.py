@@ -185,7 +185,10 @@ class _Heard:
         self._sample = call.sample
         self._numbers = (call.taken, a)
         self._look = look
-        self._adders = [observation.meter.gradient_adder(candidate.site, call.sample), observation.meter.quotient_adder(candidate.site, call, a)]
+        self._adders = [
+            observation.meter.gradient_adder(candidate.site, call.sample, call.taken),
+            observation.meter.quotient_adder(candidate.site, call, a),
+        ]
 
     def __call__(self, grad_a: Tensor | None, grad_z: Tensor | None) -> None:
         sites = self._observation.sites

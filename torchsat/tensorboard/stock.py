@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MarginChartContent, MultilineChartContent
 
+from torchsat.flow import gradient_over_depth
 from torchsat.percent import percent
 from torchsat.record import Alert, Snapshot
-from torchsat.rules import gradient_over_depth
 
 NETWORK = {
     "saturated_p10": "Share of elements on a plateau at the hidden site below which a tenth of the hidden sites lie.",
@@ -164,8 +164,7 @@ def alert_table(events: Sequence[Alert]) -> str:
     """
     lines = ["what | why | try", "--- | --- | ---"]
     for alert in reversed(events):
-        state = f"**{alert.severity}**, since step {alert.since}" if alert.firing else "cleared"
-        what = f"step {alert.step}: {state}: {alert.message}" + (f" ({len(alert.also)} more after it)" if alert.firing and alert.also else "")
+        what = f"step {alert.step}: {f'**{alert.severity}**' if alert.firing else 'cleared'}: {alert.message}"
         why = "; ".join(f"{cause.name} {percent(cause.share)}: {cause.evidence}" for cause in alert.causes)
         cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in (what, why, alert.causes[0].advice if alert.causes else "")]
         if alert.causes and alert.causes[0].code:

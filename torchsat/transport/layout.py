@@ -21,7 +21,7 @@ LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "learne
 """Sum columns of a layer. change_n, grad_n and learned_n are 0 where no rank knows the number before it."""
 LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated", "unevenness")
 """Max columns of a layer. Those of weight_sq are filled where every rank holds the whole weight: they tell whether all hold the same one."""
-ENDS = ("step", "step_negated", "interval", "changed", "skipped")
+ENDS = ("step", "step_negated", "interval", "changed", "earliest", "skipped")
 """Max columns of an observation of several ranks as a whole. The largest negated step is the lowest step of a rank."""
 ENDS_ALONE = ("skipped", "scale")
 """Max columns of an observation of one process as a whole. It sends the GradScaler's factor along; ranks divide by it before they send."""

@@ -50,6 +50,8 @@ class Ends:
     """The longest interval between observations that a rank wants."""
     changed: bool = False
     """Whether some rank has other sites or layers than it told the others."""
+    earliest: int = 0
+    """The latest of the steps before which a rank cannot pay for a further observation (schedule.py)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
 
     Args:
         device: where the vectors are made. What lies on another device is copied there.
-        ends: what this process tells the others: its own step, interval and changes.
+        ends: what this process tells the others: its own step, interval, changes and earliest step.
         rank: the rank of this process in the group that shares the layout.
         everywhere: its rank in the whole job, which is the one that users are shown.
     """
@@ -93,7 +95,7 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
     rows = _rows(sites, device)
     skipped = _number(parts.skipped, 0.0, device)
     if layout.shared:
-        told = [ends.last_step, -ends.first_step, ends.interval, ends.changed]
+        told = [ends.last_step, -ends.first_step, ends.interval, ends.changed, ends.earliest]
         tables = _shared(rows, layers, layout, parts, told, device, rank, everywhere)
     else:
         maxes = [rows[:, len(SUMS) :], _rates_on(device, layers)]
@@ -174,8 +176,9 @@ def unpack(vectors: Vectors, layout: Layout, windows: UnitWindows) -> Numbers:
         skipped, factor = maxes[places.ends].tolist()
         return Numbers(sites, _layers_alone(sums, maxes, layout), factor if factor > 0 else 1.0, skipped > 0)
     layers, differing = _layers_together(sums, maxes, layout)
-    last_step, negated, interval, changed, skipped = maxes[places.ends].tolist()
-    return Numbers(sites, layers, 1.0, skipped > 0, differing, Ends(round(-negated), round(last_step), round(interval), changed > 0))
+    last_step, negated, interval, changed, earliest, skipped = maxes[places.ends].tolist()
+    ends = Ends(round(-negated), round(last_step), round(interval), changed > 0, round(earliest))
+    return Numbers(sites, layers, 1.0, skipped > 0, differing, ends)
 
 
 _NOBODY = (-math.inf,) * len(WORST)
@@ -215,12 +218,12 @@ def _rows(sites: Sequence[SitePart | None], device: torch.device) -> Tensor:
 
 
 def _unscale(rows: Tensor, parts: Parts) -> None:
-    """Divide the squares of gradients, in place, by the square of what the loss was multiplied with and averaged over."""
+    """Divide the sums of gradients, and of their squares, in place by that power of what the loss was multiplied with and averaged over."""
     divisor = torch.full((), parts.averages, dtype=rows.dtype, device=rows.device)
     if parts.scale is not None:
         divisor *= parts.scale.detach().reshape(()).to(rows.device, rows.dtype)
-    for name in LOSS_SCALED:
-        rows[:, COLUMN[name]] /= divisor * divisor
+    for name, power in LOSS_SCALED.items():
+        rows[:, COLUMN[name]] /= divisor**power
 
 
 def _unit_pieces(sites: Sequence[SitePart | None], layout: Layout, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

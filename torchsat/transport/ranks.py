@@ -45,8 +45,8 @@ class Ranks:
         """The layout that all ranks have agreed upon; empty before that."""
         self.history: dict[str, Any] | None = None
         """What the rank with the highest step number remembers of an earlier session, for the other ranks; None once it has been used."""
-        self.interval = 0
-        """The interval between observations that the ranks have agreed upon; 0: none yet."""
+        self.agreed: tuple[int, int] | None = None
+        """The step before which some rank cannot pay for a further observation, and the longest interval that a rank wishes; None: not known yet."""
         self._group = group
         self._give_up = give_up
         self._collectives: Collectives | None = None
@@ -110,6 +110,7 @@ class Ranks:
         step: int,
         parts: Parts,
         *,
+        earliest: int = 0,
         interval: int = 1,
         before: Callable[[], None] = lambda: None,
         history: Callable[[], dict[str, Any]] = dict,
@@ -117,7 +118,8 @@ class Ranks:
         """Send this rank's numbers to the others. Every rank calls this at the end of the same observed steps, even if it measured nothing.
 
         Args:
-            interval: the interval between observations that this rank wants.
+            earliest: the step before which this rank cannot pay for the observation after the next one.
+            interval: the interval between observations that this rank wishes.
             before: called to read the flights that are LAG steps old.
             history: returns what this rank remembers of an earlier session, in plain types.
 
@@ -132,7 +134,7 @@ class Ranks:
         collectives = self._collectives
         if collectives is None:
             return None
-        ends = Ends(step, step, interval, facts != self._said)
+        ends = Ends(step, step, interval, facts != self._said, earliest)
         vectors = pack(parts, self.layout, collectives.device, ends, rank=self.rank, everywhere=self.everywhere)
         own = Vectors(*(vector.clone() for vector in vectors))
         # These numbers are used if the others are lost. A rank that observes by itself has no worst rank.
@@ -162,7 +164,7 @@ class Ranks:
         before()
         # Numbers that `flush` has read early are acted upon only when they are LAG steps old, as on the other ranks.
         due = [self._told.pop(at) for at in sorted(self._told) if at + LAG <= step]
-        self.interval = due[-1].interval if due else self.interval
+        self.agreed = (due[-1].earliest, due[-1].interval) if due else self.agreed
         # `before` may have found that the others are lost.
         if self.together and any(ends.changed for ends in due):
             self._agree(self._collectives, facts, step)

@@ -67,9 +67,9 @@ class Route:
         return job_rank()
 
     @property
-    def interval(self) -> int:
-        """The interval between observations that the ranks have agreed upon; 0: none."""
-        return self._ranks.interval if self._ranks is not None and self._ranks.together else 0
+    def agreed(self) -> tuple[int, int] | None:
+        """The step before which no further observation can be paid for on all ranks, and the interval that they have agreed upon; None: none yet."""
+        return self._ranks.agreed if self._ranks is not None and self._ranks.together else None
 
     @property
     def kinds(self) -> Mapping[str, Kind]:
@@ -96,18 +96,28 @@ class Route:
         if why_apart is not None:
             self._say_lost(why_apart)
 
-    def send(self, step: int, parts: Parts, *, interval: int, before: Callable[[], None], history: Callable[[], dict[str, Any]]) -> Flight | None:
+    def send(
+        self,
+        step: int,
+        parts: Parts,
+        *,
+        earliest: int,
+        interval: int,
+        before: Callable[[], None],
+        history: Callable[[], dict[str, Any]],
+    ) -> Flight | None:
         """Send what was measured to the host; where other ranks wait for it, even if it is nothing. Returns None where nothing was sent.
 
         Args:
-            interval: the interval between observations that this rank wants.
+            earliest: the step before which this rank cannot pay for the observation after the next one.
+            interval: the interval between observations that this rank wishes.
             before: called to read the flights that are old enough.
             history: returns what this rank remembers of an earlier session.
         """
         if self._ranks is None or not self._ranks.together:
             return self.local.send(step, parts)
         try:
-            return self._ranks.send(step, parts, interval=interval, before=before, history=history)
+            return self._ranks.send(step, parts, earliest=earliest, interval=interval, before=before, history=history)
         except Exception as error:
             if self._raises:
                 raise

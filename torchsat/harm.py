@@ -1,0 +1,204 @@
+"""Which saturation harms: the numbers of a record that the rules on plateaus judge, and their limits; standard library only.
+
+Healthy networks saturate too. A classifier at convergence is sure, and half of the elements of a tanh layer may then lie on a plateau. How many there
+are cannot tell this from a fault; what the gradient asks of them can. So two kinds of evidence are used:
+
+- *From the start* (the first observations) nothing is learned yet. Weights of an initialisation put few elements on a plateau, so the share tells.
+- *In training* saturation is judged by what it takes. `blocked` is the part of the gradient's demand sum |dL/da| that falls to elements on a plateau,
+  and `trapped` the part of it that asks them to leave. At an output, where a cross-entropy makes the demand of a few wrong elements huge, each
+  element counts once (`leaving`).
+
+A layer of few units has shares that swing, so its limits are higher: by multiples of 1 / sqrt(units), as the standard error of a share falls.
+
+Where torch hides the gradient (nn.LSTM, nn.GRU, nn.RNN), shares are all that is known, and the limits are what healthy networks do not reach.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torchsat.record import Record, Snapshot, normal_saturated
+from torchsat.start import Start, came_trained
+
+
+def closes_both_ways(record: Record) -> bool:
+    """Whether the function has two plateaus that N(0, 1) inputs mostly stay off. A ReLU6 or Hardtanh(0, k) has two, but works as a rectifier."""
+    return record.tails == "both" and max(record.normal_low or 0.0, record.normal_high or 0.0) < 0.25
+
+
+def normal(record: Record) -> float:
+    """The saturated share that N(0, 1) inputs give."""
+    return normal_saturated(record.normal_low, record.normal_high)
+
+
+def is_hidden(record: Record) -> bool:
+    """Whether it is a hidden layer whose function has two plateaus; not a gate, nor what makes an output."""
+    return closes_both_ways(record) and not (record.output or record.gate)
+
+
+def _is_linear_in_pieces(record: Record) -> bool:
+    return normal(record) + (record.normal_derivative or 0.0) > 0.995
+
+
+def share_at_start(record: Record, snapshot: Snapshot) -> float | None:
+    """`saturated`, but not of piecewise linear functions: there it is 1 - E|f'| / peak, and healthy trained layers reach two thirds."""
+    return record.saturated if is_hidden(record) and not _is_linear_in_pieces(record) and not came_trained(snapshot) else None
+
+
+def share_limit(record: Record) -> float:
+    """30 points more than N(0, 1) inputs give."""
+    return normal(record) + 0.3
+
+
+def share_limit_critical(record: Record) -> float:
+    """45 points more than N(0, 1) inputs give, and no less than half."""
+    return max(0.5, normal(record) + 0.45)
+
+
+def slope_at_start(record: Record, snapshot: Snapshot) -> float | None:
+    """E|f'| / peak."""
+    return record.relative_derivative if is_hidden(record) and not came_trained(snapshot) else None
+
+
+def slope_limit(record: Record) -> float:
+    """A quarter, and 45 % of what N(0, 1) inputs give."""
+    return min(0.25, 0.45 * (record.normal_derivative or 1.0))
+
+
+def slope_limit_critical(record: Record) -> float:
+    """0.15, and 30 % of what N(0, 1) inputs give."""
+    return min(0.15, 0.3 * (record.normal_derivative or 1.0))
+
+
+def _is_news(record: Record, start: Start) -> bool:
+    """Whether a layer saturates more than the trained weights made it when the run began. A network that was not trained has no such excuse."""
+    before = start.item.saturated if isinstance(start.item, Record) else None
+    return not start.trained or before is None or (record.saturated or 0.0) >= before + 0.15
+
+
+def share_unseen(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """`share_at_start` in training, where no gradient is seen."""
+    if not is_hidden(record) or _is_linear_in_pieces(record) or record.blocked is not None:
+        return None
+    return record.saturated if _is_news(record, start) else 0.0
+
+
+def slope_unseen(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """`slope_at_start` in training, where no gradient is seen."""
+    if not is_hidden(record) or record.attenuation is not None:
+        return None
+    return record.relative_derivative if _is_news(record, start) else 1.0
+
+
+def blocked(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """`blocked` of a hidden layer that saturates; 0 where that was so when trained weights were loaded."""
+    if not is_hidden(record) or record.blocked is None:
+        return None
+    saturates = (record.saturated or 0.0) >= normal(record) + 0.15
+    return record.blocked if saturates and _is_news(record, start) else 0.0
+
+
+def trapped(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """`trapped` of a hidden layer that saturates."""
+    if blocked(record, snapshot, start) is None:
+        return None
+    return record.trapped if blocked(record, snapshot, start) else 0.0
+
+
+def _per_units(record: Record) -> float:
+    """1 / sqrt(units)."""
+    return 1 / math.sqrt(max(1, record.units or 64))
+
+
+def blocked_limit(record: Record) -> float:
+    """Healthy layers of 64 units stay below 0.2, those of 4 units below 0.9."""
+    return min(0.97, normal(record) + 0.35 + 1.1 * _per_units(record))
+
+
+def blocked_limit_critical(record: Record) -> float:
+    """Halfway from the limit of a warning to all."""
+    return (1 + blocked_limit(record)) / 2
+
+
+def trapped_limit(record: Record) -> float:
+    """Healthy layers of 64 units stay below 0.06, those of 4 units at about 0.3."""
+    return min(0.9, 0.5 * normal(record) + 0.15 + 0.5 * _per_units(record))
+
+
+def trapped_limit_critical(record: Record) -> float:
+    """Twice the limit of a warning."""
+    return 2 * trapped_limit(record)
+
+
+def slope(record: Record, snapshot: Snapshot) -> float | None:
+    """The larger one of E|f'| / peak and of what the activation passes of the gradient, over the peak. Both are low where the outputs of a layer have
+    drifted, though no element lies on a plateau. None where no gradient is seen."""
+    if not is_hidden(record) or record.relative_derivative is None or record.attenuation is None or not record.peak:
+        return None
+    return max(record.relative_derivative, record.attenuation / record.peak)
+
+
+def leaving_output(record: Record, snapshot: Snapshot) -> float | None:
+    """`leaving` of what makes an output of the model."""
+    return record.leaving if record.output and closes_both_ways(record) else None
+
+
+def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """By how much rms dL/da has fallen since the first observation, at an output that lies on a plateau as a whole: the part that is left. A sure
+    classifier falls to a half or less, as the loss does; targets beyond the range of the function are asked for as much as ever."""
+    first = start.item.grad_a_rms if isinstance(start.item, Record) else None
+    if not (record.output and closes_both_ways(record)) or not first or record.grad_a_rms is None or record.blocked is None:
+        return None
+    return record.grad_a_rms / first if (record.saturated or 0.0) >= 0.9 and record.blocked >= 0.9 else 0.0
+
+
+def _gates_of(record: Record, snapshot: Snapshot) -> list[Record]:
+    """The sigmoid gates of the recurrent layer that a record belongs to, if it is the first of them: a layer has one alert."""
+    if record.kind != "recurrent" or record.activation != "sigmoid":
+        return []
+    layer = record.site.rpartition("/")[0]
+    gates = [each for each in snapshot.records if each.activation == "sigmoid" and each.site.rpartition("/")[0] == layer]
+    return gates if gates[0] is record else []
+
+
+def gates_at_start(record: Record, snapshot: Snapshot) -> float | None:
+    """`saturated` of the least saturated sigmoid gate of a recurrent layer."""
+    saturated = [each.saturated for each in _gates_of(record, snapshot) if each.saturated is not None]
+    return min(saturated) if saturated and not came_trained(snapshot) else None
+
+
+def gates(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """The same in training. A recurrent layer remembers by saturating, but not all of its gates at once."""
+    saturated = [each.saturated for each in _gates_of(record, snapshot) if each.saturated is not None]
+    if not saturated:
+        return None
+    return min(saturated) if _is_news(record, start) else 0.0
+
+
+def hidden_state(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """`saturated` of the hidden state of an nn.RNN, of which no gradient is seen."""
+    if record.kind != "recurrent" or record.gate or not closes_both_ways(record):
+        return None
+    return record.saturated if _is_news(record, start) else 0.0
+
+
+def closed(record: Record, snapshot: Snapshot) -> float | None:
+    """`saturated` of a function with one plateau. A rectifier is sparse by design, and only closed as a whole it is faulty."""
+    return record.saturated if record.tails in ("low", "high") and not record.output else None
+
+
+def stuck(record: Record, snapshot: Snapshot) -> float | None:
+    """`stuck`. How many samples that takes is decided where it is measured (transport/windows.py)."""
+    if record.output or record.gate or not record.units:
+        return None
+    return record.stuck
+
+
+def stuck_limit(record: Record) -> float:
+    """A quarter of the units, and by the 95 % bound of a share of so many units more."""
+    return 0.25 + 1.645 * math.sqrt(0.25 * 0.75) * _per_units(record)
+
+
+def stuck_limit_critical(record: Record) -> float:
+    """Half of the units, with the same bound."""
+    return min(0.999, 0.45 + 1.645 * math.sqrt(0.25) * _per_units(record))
