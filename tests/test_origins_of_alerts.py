@@ -80,7 +80,7 @@ def test_the_damage_is_said_first_then_where_it_began() -> None:
         "(40 % low, 40 % high; limit 50 %, N(0, 1) inputs give 2.9 %). It began at h2 (tanh)"
     )
     assert verdict(alert).splitlines()[1:] == [
-        f"    Why: {alert.causes[0].name} 100.0 %: {alert.causes[0].evidence}",
+        f"    Why: {alert.causes[0].name}: {alert.causes[0].evidence}",
         f"    Try: {alert.causes[0].remedy}",
     ]
 
