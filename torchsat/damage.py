@@ -96,9 +96,9 @@ def worst_of(members: Sequence[Alert]) -> Alert:
     return max(members, key=badness)
 
 
-def headline(members: Sequence[Alert]) -> list[Alert]:
-    """The alerts of that rule which explains the others."""
-    first = min((alert.rule for alert in members), key=lambda rule: RANK.get(rule, len(RANK)))
+def headline(origin: Alert, members: Sequence[Alert]) -> list[Alert]:
+    """The alerts of that rule which explains the others; of several, that of the origin."""
+    first = min((alert.rule for alert in members), key=lambda rule: (RANK.get(rule, len(RANK)), rule != origin.rule))
     return [alert for alert in members if alert.rule == first]
 
 
@@ -107,11 +107,11 @@ def describe(origin: Alert, members: Sequence[Alert], recovered: bool, census: C
 
     Args:
         origin: where it began.
-        members: the alerts of single places that fire now, in the order of data flow. At least one.
+        members: what is beyond a limit at single places now, in the order of data flow. At least one.
         recovered: whether the alert of the origin has cleared.
         census: of the newest observation.
     """
-    first = headline(members)
+    first = headline(origin, members)
     said = [_of_rule(first, census)]
     rest = {alert.rule: None for alert in sorted(members, key=lambda alert: RANK.get(alert.rule, len(RANK))) if alert.rule != first[0].rule}
     said += [_briefly([alert for alert in members if alert.rule == rule], census) for rule in rest]
