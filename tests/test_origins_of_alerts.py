@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.conftest import record
 from tests.test_diagnosis import stack, weight
-from torchsat import Alert, Record, Rule, Snapshot, diagnosis
+from torchsat import Alert, Record, Rule, Snapshot, causes, diagnosis
 from torchsat.alerts import Firing, episodes, verdict
 from torchsat.diagnosis import Diagnosis
 from torchsat.groups import NEAR
@@ -300,7 +300,7 @@ def test_many_alerts_at_many_sites_cost_one_turn_over_the_sites(monkeypatch: pyt
             walked.append(given)
             super().__init__(*given)
 
-    genuine = diagnosis.explain
+    genuine = causes.explain
     monkeypatch.setattr(diagnosis, "explain", explain)
     monkeypatch.setattr(diagnosis, "Paths", Counted)
     first = chain(0, *(0.6 if at % 100 == 50 else FINE for at in range(2000)))

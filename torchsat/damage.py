@@ -89,9 +89,9 @@ def worst_of(members: Sequence[Alert]) -> Alert:
     """The alert that is furthest beyond its limit, of those of one rule. `saturated` is judged by a share that is large, or by a derivative that is
     small; 1 minus the second is comparable with the first."""
 
-    def badness(alert: Alert) -> tuple[bool, float, float]:
+    def badness(alert: Alert) -> tuple[float, float]:
         small_is_bad = alert.value <= alert.threshold
-        return alert.severity == "critical", 1 - alert.value if small_is_bad else alert.value, -alert.value if small_is_bad else alert.value
+        return 1 - alert.value if small_is_bad else alert.value, -alert.value if small_is_bad else alert.value
 
     return max(members, key=badness)
 
