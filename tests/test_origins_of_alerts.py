@@ -85,6 +85,20 @@ def test_the_damage_is_said_first_then_where_it_began() -> None:
     ]
 
 
+def test_the_worst_place_is_the_most_saturated_whichever_number_a_rule_compares() -> None:
+    """A drifted layer without an element in a tail, one with most in the tails, and one in between."""
+    drifted = replace(closed("h0", 0.0), relative_derivative=0.08)
+    tails = closed("h1", 0.8, "h0")
+    teller = Teller()
+    teller.feed(Snapshot(step, 0.0, (drifted, tails, closed("h2", 0.5, "h1"))) for step in range(3))
+    assert (teller.told[0].site, teller.told[0].worst) == ("h0", "h1")
+    assert "worst h1 (tanh): 80 % of its inputs lie on a plateau" in teller.told[0].message
+    other = replace(closed("h1", 0.0, "h0"), relative_derivative=0.05)
+    teller = Teller()
+    teller.feed(Snapshot(step, 0.0, (drifted, other)) for step in range(3))
+    assert teller.told[0].worst == "h1"
+
+
 def test_an_alert_of_one_place_says_what_the_rule_says_and_since_when() -> None:
     teller = Teller()
     teller.feed(chain(step, FINE, 0.4) for step in (0, 1, 2))

@@ -49,9 +49,13 @@ class Census:
         count[_LAYERS] = sum(weight.whole is None for weight in self._snapshot.weights)
         return count
 
+    def record(self, place: str) -> Record | None:
+        """What was measured at a site; None for a layer, and for a site that did not run."""
+        return self._records.get(place)
+
     def activation(self, place: str) -> str:
         """The activation of a site in brackets; empty for a layer."""
-        record = self._records.get(place)
+        record = self.record(place)
         return f" ({record.activation})" if record is not None else ""
 
     def share(self, places: Sequence[str]) -> str:
@@ -85,15 +89,21 @@ def _unit(record: Record) -> str:
     return record.site.rpartition("/")[0] if record.kind == "recurrent" else record.site
 
 
-def worst_of(members: Sequence[Alert]) -> Alert:
-    """The alert that is furthest beyond its limit, of those of one rule. `saturated` is judged by a share that is large, or by a derivative that is
-    small; 1 minus the second is comparable with the first."""
+def worst_of(alerts: Sequence[Alert], census: Census) -> Alert:
+    """The alert of the place that suffers most, of those of one rule.
+
+    The rows of `saturated` compare numbers of different kinds, so places are compared by what they have in common: the share on a plateau, and the
+    derivative where that is equal. A recurrent layer has no such number of its own.
+    """
 
     def badness(alert: Alert) -> tuple[float, float]:
+        record = census.record(alert.site)
+        if alert.rule == "saturated" and record is not None and record.kind != "recurrent" and record.saturated is not None:
+            return record.saturated, -(record.relative_derivative or 0.0)
         small_is_bad = alert.value <= alert.threshold
         return 1 - alert.value if small_is_bad else alert.value, -alert.value if small_is_bad else alert.value
 
-    return max(members, key=badness)
+    return max(alerts, key=badness)
 
 
 def headline(origin: Alert, members: Sequence[Alert]) -> list[Alert]:
@@ -122,7 +132,7 @@ def describe(origin: Alert, members: Sequence[Alert], recovered: bool, census: C
 
 def _of_rule(alerts: Sequence[Alert], census: Census) -> str:
     """The alerts of one rule: how many places, since when, and the worst of them."""
-    worst = worst_of(alerts)
+    worst = worst_of(alerts, census)
     if len(alerts) == 1:
         return f"{worst.message}, since step {worst.since}"
     detail = worst.message.partition(": ")[2] or worst.message

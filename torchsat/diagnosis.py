@@ -187,5 +187,5 @@ def _composed(group: Group, was_critical: bool, step: int, census: Census) -> Al
         message=message,
         causes=group.told.causes,
         also=also,
-        worst=worst_of(headline(group.origin, members)).site if also else None,
+        worst=worst_of(headline(group.origin, members), census).site if also else None,
     )
