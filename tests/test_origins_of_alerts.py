@@ -245,6 +245,7 @@ def test_inf_and_nan_are_always_told_and_take_over_what_was_told_before() -> Non
         ("h1", "saturated", False, "h1: told with h0 from here on"),
         ("h0", "nonfinite", True, "3 of 3 tanh layers are non-finite since step 5"),
     ]
+    assert told[1].message.endswith("Also 2 of 3 tanh layers are saturated. It began at h0 (tanh)")
     assert teller.feed(replace(broken, step=step) for step in range(6, 20)) == []
     assert [each.rule for each in teller.diagnosis.firing] == ["nonfinite"]
 

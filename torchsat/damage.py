@@ -126,7 +126,7 @@ def describe(origin: Alert, members: Sequence[Alert], recovered: bool, census: C
     rest = {alert.rule: None for alert in sorted(members, key=lambda alert: RANK.get(alert.rule, len(RANK))) if alert.rule != first[0].rule}
     said += [_briefly([alert for alert in members if alert.rule == rule], census) for rule in rest]
     if len(first) > 1 or first[0].site != origin.site:
-        said.append(_beginning(origin, members, recovered, census))
+        said.append(_beginning(origin, first, recovered, census))
     return ". ".join(said)
 
 
@@ -158,11 +158,11 @@ def _since(alerts: Sequence[Alert]) -> str:
     return f" since step {first}" if first == last else f", the first since step {first}, the last since step {last}"
 
 
-def _beginning(origin: Alert, members: Sequence[Alert], recovered: bool, census: Census) -> str:
-    """Where it began."""
+def _beginning(origin: Alert, first: Sequence[Alert], recovered: bool, census: Census) -> str:
+    """Where it began. `first`: the alerts of the headline."""
     place = f"{origin.site}{census.activation(origin.site)}"
     if recovered:
         return f"It began at {place} at step {origin.since}, which has recovered"
-    if any(alert.since < origin.since for alert in members):
+    if any(alert.since < origin.since for alert in first):
         return f"The first of them in the order of data flow is {place}"
     return f"It began at {place}"
