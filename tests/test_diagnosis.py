@@ -235,7 +235,7 @@ def test_the_line_in_the_log() -> None:
     (told,) = Diagnosis().judge([alert("a")], [alert("a"), alert("b")], now)
     assert verdict(told).splitlines() == [
         "2 of 4 tanh layers are saturated since step 0, worst a (tanh): a is bad. It began at a (tanh)",
-        "    Why: init_too_large 100.0 %: fc has a gain of 8 (rms(W) sqrt(fan_in)) where tanh wants 1",
+        "    Why: init_too_large: fc has a gain of 8 (rms(W) sqrt(fan_in)) where tanh wants 1",
         "    Try: draw the weights anew as their activation needs them:",
         "        nn.init.xavier_normal_(model.fc.weight)",
     ]

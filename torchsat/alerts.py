@@ -120,6 +120,7 @@ def verdict(alert: Alert) -> str:
     copied."""
     if not alert.firing or not alert.causes:
         return alert.message
-    why = ", ".join(f"{cause.name} {percent(cause.share)}" for cause in alert.causes)
+    several = len(alert.causes) > 1
+    why = ", ".join(f"{cause.name} {percent(cause.share)}" if several else cause.name for cause in alert.causes)
     remedy = alert.causes[0].remedy.replace("\n", f"\n{CODE_INDENT}")
     return f"{alert.message}\n    Why: {why}: {alert.causes[0].evidence}\n    Try: {remedy}"

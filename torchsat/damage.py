@@ -49,9 +49,13 @@ class Census:
         count[_LAYERS] = sum(weight.whole is None for weight in self._snapshot.weights)
         return count
 
+    def record(self, place: str) -> Record | None:
+        """What was measured at a site; None for a layer, and for a site that did not run."""
+        return self._records.get(place)
+
     def activation(self, place: str) -> str:
         """The activation of a site in brackets; empty for a layer."""
-        record = self._records.get(place)
+        record = self.record(place)
         return f" ({record.activation})" if record is not None else ""
 
     def share(self, places: Sequence[str]) -> str:
@@ -85,20 +89,26 @@ def _unit(record: Record) -> str:
     return record.site.rpartition("/")[0] if record.kind == "recurrent" else record.site
 
 
-def worst_of(members: Sequence[Alert]) -> Alert:
-    """The alert that is furthest beyond its limit, of those of one rule. `saturated` is judged by a share that is large, or by a derivative that is
-    small; 1 minus the second is comparable with the first."""
+def worst_of(alerts: Sequence[Alert], census: Census) -> Alert:
+    """The alert of the place that suffers most, of those of one rule.
 
-    def badness(alert: Alert) -> tuple[bool, float, float]:
+    The rows of `saturated` compare numbers of different kinds, so places are compared by what they have in common: the share on a plateau, and the
+    derivative where that is equal. A recurrent layer has no such number of its own.
+    """
+
+    def badness(alert: Alert) -> tuple[float, float]:
+        record = census.record(alert.site)
+        if alert.rule == "saturated" and record is not None and record.kind != "recurrent" and record.saturated is not None:
+            return record.saturated, -(record.relative_derivative or 0.0)
         small_is_bad = alert.value <= alert.threshold
-        return alert.severity == "critical", 1 - alert.value if small_is_bad else alert.value, -alert.value if small_is_bad else alert.value
+        return 1 - alert.value if small_is_bad else alert.value, -alert.value if small_is_bad else alert.value
 
-    return max(members, key=badness)
+    return max(alerts, key=badness)
 
 
-def headline(members: Sequence[Alert]) -> list[Alert]:
-    """The alerts of that rule which explains the others."""
-    first = min((alert.rule for alert in members), key=lambda rule: RANK.get(rule, len(RANK)))
+def headline(origin: Alert, members: Sequence[Alert]) -> list[Alert]:
+    """The alerts of that rule which explains the others; of several, that of the origin."""
+    first = min((alert.rule for alert in members), key=lambda rule: (RANK.get(rule, len(RANK)), rule != origin.rule))
     return [alert for alert in members if alert.rule == first]
 
 
@@ -107,22 +117,22 @@ def describe(origin: Alert, members: Sequence[Alert], recovered: bool, census: C
 
     Args:
         origin: where it began.
-        members: the alerts of single places that fire now, in the order of data flow. At least one.
+        members: what is beyond a limit at single places now, in the order of data flow. At least one.
         recovered: whether the alert of the origin has cleared.
         census: of the newest observation.
     """
-    first = headline(members)
+    first = headline(origin, members)
     said = [_of_rule(first, census)]
     rest = {alert.rule: None for alert in sorted(members, key=lambda alert: RANK.get(alert.rule, len(RANK))) if alert.rule != first[0].rule}
     said += [_briefly([alert for alert in members if alert.rule == rule], census) for rule in rest]
     if len(first) > 1 or first[0].site != origin.site:
-        said.append(_beginning(origin, members, recovered, census))
+        said.append(_beginning(origin, first, recovered, census))
     return ". ".join(said)
 
 
 def _of_rule(alerts: Sequence[Alert], census: Census) -> str:
     """The alerts of one rule: how many places, since when, and the worst of them."""
-    worst = worst_of(alerts)
+    worst = worst_of(alerts, census)
     if len(alerts) == 1:
         return f"{worst.message}, since step {worst.since}"
     detail = worst.message.partition(": ")[2] or worst.message
@@ -148,11 +158,11 @@ def _since(alerts: Sequence[Alert]) -> str:
     return f" since step {first}" if first == last else f", the first since step {first}, the last since step {last}"
 
 
-def _beginning(origin: Alert, members: Sequence[Alert], recovered: bool, census: Census) -> str:
-    """Where it began."""
+def _beginning(origin: Alert, first: Sequence[Alert], recovered: bool, census: Census) -> str:
+    """Where it began. `first`: the alerts of the headline."""
     place = f"{origin.site}{census.activation(origin.site)}"
     if recovered:
         return f"It began at {place} at step {origin.since}, which has recovered"
-    if any(alert.since < origin.since for alert in members):
+    if any(alert.since < origin.since for alert in first):
         return f"The first of them in the order of data flow is {place}"
     return f"It began at {place}"

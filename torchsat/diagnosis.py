@@ -22,7 +22,7 @@ from typing import Any
 from torchsat.alerts import Firing, Key, key_of
 from torchsat.causes import Moment, Scene, explain, remember
 from torchsat.damage import Census, describe, headline, worst_of
-from torchsat.groups import RANK, Group, GroupState
+from torchsat.groups import NEAR, RANK, Group, GroupState
 from torchsat.paths import Paths
 from torchsat.placement import Placement
 from torchsat.record import Alert, Snapshot
@@ -34,6 +34,9 @@ _HOLD = 3
 many, and so on, by one less than each further power of two."""
 _REMEMBERED = 64
 """How many of the newest observations are remembered by their steps. A condition that began earlier began long ago."""
+
+_LONG_AGO = -NEAR - 1
+"""The number of an observation of an earlier session."""
 
 
 class Diagnosis:
@@ -79,7 +82,9 @@ class Diagnosis:
     def resume(self, told: Iterable[Alert], first: Snapshot | None, before: Snapshot | None) -> None:
         """Continue a run that ended with these alerts told. `first` and `before`: see `Scene`."""
         self._first, self._before = first, before
-        self._groups = [Group(each, each, GroupState.FIRING, {key_of(each): each}, {}, {each.site, *each.also}) for each in told]
+        self._groups = [
+            Group(each, each, GroupState.FIRING, {key_of(each): each}, {key_of(each): _LONG_AGO}, {each.site, *each.also}) for each in told
+        ]
 
     @property
     def firing(self) -> tuple[Alert, ...]:
@@ -105,7 +110,7 @@ class Diagnosis:
         raw = {key_of(alert): alert for alert in firing}
         over = {key_of(event): event for event in events if not event.firing}
         for group in self._groups:
-            group.take_up({key: raw.pop(key) for key in group.members if key in raw}, over.get(key_of(group.told)))
+            group.take_up({key: raw.pop(key) for key in group.members if key in raw and key in group.began}, over.get(key_of(group.told)))
         scene = Scene(snapshot, self._first, self._before, moments=self._moments)
         if raw:
             self._place(list(raw.values()), pending, scene)
@@ -174,8 +179,8 @@ class Diagnosis:
 
 def _composed(group: Group, was_critical: bool, step: int, census: Census) -> Alert:
     """The alert of a group as it is now, with the causes that it was told with."""
+    critical = was_critical or any(alert.severity == "critical" for key, alert in group.members.items() if key in group.began)
     members = list(group.members.values())
-    critical = was_critical or any(alert.severity == "critical" for alert in members)
     also = tuple(dict.fromkeys(alert.site for alert in members if alert.site != group.origin.site))
     message = describe(group.origin, members, group.over is not None, census)
     if group.earlier is not None:
@@ -188,5 +193,5 @@ def _composed(group: Group, was_critical: bool, step: int, census: Census) -> Al
         message=message,
         causes=group.told.causes,
         also=also,
-        worst=worst_of(headline(members)).site if also else None,
+        worst=worst_of(headline(group.origin, members), census).site if also else None,
     )

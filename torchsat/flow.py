@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torchsat.record import Record, Snapshot, Weight
-from torchsat.start import Start
+from torchsat.start import LONG, Start
 
 
 def on_signal_path(record: Record) -> bool:
@@ -152,7 +152,7 @@ def shallow(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     if way is None:
         return None
     first = start.item.z_std if isinstance(start.item, Record) else None
-    if start.trained or not first or record.z_std is None or snapshot.step < start.step + _LONG:
+    if start.trained or not first or record.z_std is None or snapshot.step < start.step + LONG:
         return 1.0
     steps = [_step_into(site, snapshot) for site in (record.site, way.end)]
     if way.layers < 2 or way.per_layer > _LITTLE or abs(record.z_std / first - 1) > _SAME or not all(steps):
@@ -160,8 +160,6 @@ def shallow(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     return max(way.ratio, (steps[0] or 0.0) / (steps[1] or 1.0))
 
 
-_LONG = 100
-"""Steps after which a first layer that learns has changed."""
 _LITTLE = 0.35
 """A layer that passes on less of the gradient loses it. A sigmoid passes on 0.25 times the gain of its weights, a tanh by torch's default 0.58."""
 _SAME = 0.1

@@ -100,9 +100,10 @@ class Group:
     """The alert that is told, in its latest state. Its site and its rule are those of the origin."""
     state: GroupState = GroupState.NEW
     members: dict[Key, Alert] = field(default_factory=dict)
-    """The alerts of the judge that fire now, in the order of data flow."""
+    """The alerts of the judge that fire now, in the order of data flow. At the observation at which the group begins, also the conditions that belong
+    to it and hold, but not long enough for an alert of their own. Those are not in `began`."""
     began: dict[Key, int] = field(default_factory=dict)
-    """For each alert that has ever been a member, the number of the observation at which its condition began."""
+    """For each alert that has ever fired as a member, the number of the observation at which its condition began."""
     places: set[str] = field(default_factory=set)
     """All places that have ever suffered."""
     over: Alert | None = None

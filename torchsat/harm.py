@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 
 from torchsat.record import Record, Snapshot, normal_saturated
-from torchsat.start import Start, came_trained
+from torchsat.start import LONG, Start, came_trained
 
 
 def closes_both_ways(record: Record) -> bool:
@@ -70,39 +70,45 @@ def slope_limit_critical(record: Record) -> float:
     return min(0.15, 0.3 * (record.normal_derivative or 1.0))
 
 
-def _is_news(record: Record, start: Start) -> bool:
-    """Whether a layer saturates more than the trained weights made it when the run began. A network that was not trained has no such excuse."""
+def _news(value: float | None, record: Record, start: Start) -> float | None:
+    """The value, or 0 where a layer saturates no more than the trained weights made it when the run began. Where nearly all is beyond it, as when the
+    inputs have another scale than those that the network was trained on, it counts all the same."""
     before = start.item.saturated if isinstance(start.item, Record) else None
-    return not start.trained or before is None or (record.saturated or 0.0) >= before + 0.15
+    if value is None or not start.trained or before is None or (record.saturated or 0.0) >= before + 0.15:
+        return value
+    return value if value >= _NEARLY_ALL else 0.0
+
+
+_NEARLY_ALL = 0.9
 
 
 def share_unseen(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """`share_at_start` in training, where no gradient is seen."""
     if not is_hidden(record) or _is_linear_in_pieces(record) or record.blocked is not None:
         return None
-    return record.saturated if _is_news(record, start) else 0.0
+    return _news(record.saturated, record, start)
 
 
 def slope_unseen(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """`slope_at_start` in training, where no gradient is seen."""
     if not is_hidden(record) or record.attenuation is not None:
         return None
-    return record.relative_derivative if _is_news(record, start) else 1.0
+    return record.relative_derivative if _news(record.saturated, record, start) or not record.saturated else 1.0
 
 
 def blocked(record: Record, snapshot: Snapshot, start: Start) -> float | None:
-    """`blocked` of a hidden layer that saturates; 0 where that was so when trained weights were loaded."""
-    if not is_hidden(record) or record.blocked is None:
+    """`blocked` of a hidden layer that saturates; 0 where nearly all of it pushes on into the plateau, as in a layer that is meant to make codes of
+    +-1."""
+    if not is_hidden(record) or record.blocked is None or record.trapped is None:
         return None
     saturates = (record.saturated or 0.0) >= normal(record) + 0.15
-    return record.blocked if saturates and _is_news(record, start) else 0.0
+    return _news(record.blocked, record, start) if saturates and record.trapped >= 0.25 * record.blocked else 0.0
 
 
 def trapped(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """`trapped` of a hidden layer that saturates."""
-    if blocked(record, snapshot, start) is None:
-        return None
-    return record.trapped if blocked(record, snapshot, start) else 0.0
+    found = blocked(record, snapshot, start)
+    return None if found is None else record.trapped if found else 0.0
 
 
 def _per_units(record: Record) -> float:
@@ -132,9 +138,11 @@ def trapped_limit_critical(record: Record) -> float:
 
 def slope(record: Record, snapshot: Snapshot) -> float | None:
     """The larger one of E|f'| / peak and of what the activation passes of the gradient, over the peak. Both are low where the outputs of a layer have
-    drifted, though no element lies on a plateau. None where no gradient is seen."""
+    drifted, though few elements lie on a plateau; where many do, `blocked` and `trapped` tell. None where no gradient is seen."""
     if not is_hidden(record) or record.relative_derivative is None or record.attenuation is None or not record.peak:
         return None
+    if (record.saturated or 0.0) >= share_limit(record):
+        return 1.0
     return max(record.relative_derivative, record.attenuation / record.peak)
 
 
@@ -144,12 +152,20 @@ def leaving_output(record: Record, snapshot: Snapshot) -> float | None:
 
 
 def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | None:
-    """By how much rms dL/da has fallen since the first observation, at an output that lies on a plateau as a whole: the part that is left. A sure
-    classifier falls to a half or less, as the loss does; targets beyond the range of the function are asked for as much as ever."""
+    """What is left of rms dL/da since the first observation, at an output that is asked to go on where it cannot. That of a sure classifier falls
+    to a half or less; targets beyond the range of the function are asked for as much as ever.
+
+    That an output cannot go on is said of one all of which lies on one of its two plateaus, and of a rectifier whose zeros get most of the demand.
+    Where both plateaus are in use, as by masks or by the actions +-1, the output does what it is asked, whatever the size of its gradient.
+    """
     first = start.item.grad_a_rms if isinstance(start.item, Record) else None
-    if not (record.output and closes_both_ways(record)) or not first or record.grad_a_rms is None or record.blocked is None:
+    if not record.output or not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
         return None
-    return record.grad_a_rms / first if (record.saturated or 0.0) >= 0.9 and record.blocked >= 0.9 else 0.0
+    if closes_both_ways(record):
+        at_end = max(record.low or 0.0, record.high or 0.0) >= 0.95 and record.blocked >= 0.9
+    else:
+        at_end = record.blocked >= 0.5
+    return record.grad_a_rms / first if at_end and snapshot.step >= start.step + LONG else 0.0
 
 
 def _gates_of(record: Record, snapshot: Snapshot) -> list[Record]:
@@ -172,14 +188,14 @@ def gates(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     saturated = [each.saturated for each in _gates_of(record, snapshot) if each.saturated is not None]
     if not saturated:
         return None
-    return min(saturated) if _is_news(record, start) else 0.0
+    return _news(min(saturated), record, start)
 
 
 def hidden_state(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """`saturated` of the hidden state of an nn.RNN, of which no gradient is seen."""
     if record.kind != "recurrent" or record.gate or not closes_both_ways(record):
         return None
-    return record.saturated if _is_news(record, start) else 0.0
+    return _news(record.saturated, record, start)
 
 
 def closed(record: Record, snapshot: Snapshot) -> float | None:
@@ -188,17 +204,18 @@ def closed(record: Record, snapshot: Snapshot) -> float | None:
 
 
 def stuck(record: Record, snapshot: Snapshot) -> float | None:
-    """`stuck`. How many samples that takes is decided where it is measured (transport/windows.py)."""
-    if record.output or record.gate or not record.units:
+    """`stuck`, where most of the demand falls to elements on a plateau. How many samples a unit takes is decided where it is measured
+    (transport/windows.py). Healthy rectifiers have up to a half of their units dead, but then the others carry the demand."""
+    if record.output or record.gate or not record.units or record.stuck is None:
         return None
-    return record.stuck
+    return record.stuck if record.blocked is None or record.blocked >= 0.6 else 0.0
 
 
 def stuck_limit(record: Record) -> float:
-    """A quarter of the units, and by the 95 % bound of a share of so many units more."""
-    return 0.25 + 1.645 * math.sqrt(0.25 * 0.75) * _per_units(record)
+    """40 % of the units, and by the 95 % bound of a share of so many units more."""
+    return 0.4 + 1.645 * math.sqrt(0.4 * 0.6) * _per_units(record)
 
 
 def stuck_limit_critical(record: Record) -> float:
-    """Half of the units, with the same bound."""
-    return min(0.999, 0.45 + 1.645 * math.sqrt(0.25) * _per_units(record))
+    """Halfway from the limit of a warning to all."""
+    return (1 + stuck_limit(record)) / 2

@@ -56,8 +56,18 @@ class Placement:
             group = self._home(alert, began) or self._again(alert) or self._begin(alert)
             group.join(alert, began)
             self._extents[key_of(group.told)].add(key_of(alert), self._paths)
+        self._add_pending()
         for group in self._groups:
             group.members = dict(sorted(group.members.items(), key=lambda item: self._paths.position(item[0][0])))
+
+    def _add_pending(self) -> None:
+        """Add to the groups that are new what suffers already, but not long enough for an alert: it is damage that is told once, now."""
+        new = [group for group in self._groups if group.state is GroupState.NEW]
+        for alert in sorted(self._pending, key=lambda each: order(each, self._paths)) if new else ():
+            began = self._began(alert)
+            group = next((group for group in new if self._belongs(alert, began, group, ask=False)), None)
+            if group is not None:
+                group.members[key_of(alert)] = alert
 
     def _extent(self, *keys: Key) -> Extent:
         extent = Extent()
@@ -76,7 +86,8 @@ class Placement:
 
         return min(found, key=nearness, default=None)
 
-    def _belongs(self, alert: Alert, began: int, group: Group) -> bool:
+    def _belongs(self, alert: Alert, began: int, group: Group, *, ask: bool = True) -> bool:
+        """Whether an alert comes from the fault of a group. `ask`: whether causes may decide, which takes long to find."""
         key, told = key_of(alert), key_of(group.told)
         # What is not finite ends a training whatever was wrong before, so it has an alert of its own.
         if not comparable(alert.rule, told[1]) or (alert.rule == "nonfinite" and RANK[told[1]] > RANK[alert.rule]):
@@ -85,8 +96,8 @@ class Placement:
         if alert.site in group.places or extent.explains(key, self._paths):
             return True
         on_one_path, at_one_time = extent.related(key, self._paths), group.distance(began) <= NEAR
-        if on_one_path == at_one_time:
-            return on_one_path
+        if on_one_path == at_one_time or not ask:
+            return on_one_path and at_one_time
         mine, other = self._cause(alert), self._cause(group.origin)
         if mine is None or other is None:
             return mine is other and alert.rule == told[1]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torchsat.record import Record, Snapshot, Weight
 
+LONG = 100
+"""Steps after which what learns has changed."""
 UNEVEN = 6.0
 """A weight whose unevenness is larger is taken for trained. Draws of torch.nn.init of 512 elements and more stay below 5."""
 

@@ -47,9 +47,15 @@ export function alertArticles({ alerts, site, print }) {
       );
     });
     const origin = alert.places.includes(site) ? null : element("p", { textContent: `It began at ${alert.site}; this site suffers from the same.` });
-    const also = alert.also.length ? element("p", { textContent: `Also: ${alert.also.join(", ")}` }) : null;
+    const also = alert.also.length ? element("p", { textContent: `Also: ${listed(alert.also)}` }) : null;
     return element("article", { className: `alert ${alert.severity}` }, head, origin, element("p", { textContent: alert.message }), causes.length ? element("ol", {}, ...causes) : null, also);
   });
+}
+
+// The first names of a list, and how many more there are.
+function listed(names) {
+  const most = 12;
+  return names.slice(0, most).join(", ") + (names.length > most ? ` and ${names.length - most} more` : "");
 }
 
 // How an alert ended. `word` stands before the number of the step.
