@@ -21,7 +21,7 @@ from torchsat.record import Alert, Record, Weight
 _SHUT = 0.9
 """Where it is not known which units are shut, a site is taken for shut when this share of its elements is."""
 _MANY = 0.3
-"""So many units that were shut at the first observations are a fault of their own, whatever has closed since."""
+"""So many units that an offset shuts at once are a fault of their own, whatever has closed since."""
 _FAR = 3.0
 """Inputs of which what varies has this size are too large for any learning rate that suits inputs of size 1."""
 
@@ -48,10 +48,10 @@ def shut_at_first(record: Record, scene: Scene) -> bool:
     stuck, start = scene.stuck_at_first(record.site), scene.start(record.site)
     if start is None:
         return False
-    if stuck is not None and record.stuck:
-        return stuck >= min(_MANY, 0.5 * record.stuck)
-    if stuck is None and _shut_by_offset(scene) >= _MANY:
+    if _shut_by_offset(scene) >= _MANY:
         return True
+    if stuck is not None and record.stuck:
+        return stuck >= 0.6 * record.stuck
     return (start.saturated or 0.0) >= _SHUT
 
 
@@ -73,7 +73,8 @@ def _from_the_start(record: Record, scene: Scene) -> list[Term]:
     if not terms or bias:
         terms.append(_dead(start, scene, " at the first observation"))
     largest = max(term.size for term in terms)
-    return terms + [replace(term, size=min(term.size, 0.5 * largest)) for term in _growth(record, scene)]
+    since = [*_growth(record, scene), *shrunk(scene, [pair[1] for pair in scene.layers()])]
+    return terms + [replace(term, size=min(term.size, 0.5 * largest)) for term in since]
 
 
 def _in_training(record: Record, scene: Scene) -> list[Term]:
@@ -131,7 +132,7 @@ def of_offset(site: str, scene: Scene) -> list[Term]:
             continue
         centred = max(centred, 1e-6)
         moved = (scene.first_gain(weight.name) or weight.gain or math.inf) * weight.input_rms * math.sqrt(1 - centred)
-        means = [abs(fed.z_mean or 0.0) for name in weight.feeds if (fed := scene.start(name)) is not None and name in before]
+        means = [abs(fed.z_mean or 0.0) for name in {site, *weight.feeds} & before if (fed := scene.start(name)) is not None]
         bias = max(means, default=0.0)
         terms.append(uncentred(weight, centred, -math.log(centred) * min(1.0, moved / bias if bias else 1.0), scene))
     return terms

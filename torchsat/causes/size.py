@@ -132,8 +132,8 @@ def _first_alignment(record: Record, weight: Weight, scene: Scene) -> float | No
 
 
 def _is_rescaled(record: Record, weight: Weight, scene: Scene) -> bool:
-    """Whether something between a layer and a site has made z much smaller than the layer and its input would. Only where z was large nevertheless, or
-    has grown since, is that of interest."""
+    """Whether something between a layer and a site has made z much smaller than the layer and its input would. Only where z was large nevertheless,
+    or has grown since, is that of interest."""
     start, known = scene.start(record.site), _first_alignment(record, weight, scene)
     if start is None or known is None or known >= _RESCALED:
         return False
