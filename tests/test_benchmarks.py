@@ -35,6 +35,7 @@ WITHOUT_ARGUMENTS = ("dashboard", "healthy")
 """The scripts that read no command line."""
 WITHOUT_MAIN = (
     *("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "identity_models", "other_rules", "workloads"),
+    "remedies_cases",
     *("faults_adversaries", "faults_agents", "faults_outputs", "faults_probabilities", "faults_runs", "faults_supervised"),
     *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),
     *("faults_depth", "faults_inputs", "faults_rates", "faults_sound", "faults_trainings"),
@@ -192,7 +193,7 @@ def test_published(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     made = load("benchmarks", "published_networks")
 
     def task(folder: Path) -> Any:
-        assert (folder / "causes.py").exists()
+        assert (folder / "rules.py").exists()
         model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 10))
         batch = torch.randn(4, 8)
         return made.Task(model, "it was made here", lambda step: batch, lambda model, given: model(given).square().mean(), made.adamw(model, 1e-3))
@@ -218,6 +219,34 @@ def test_ranks(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     arguments(monkeypatch, "--ranks", "5", "--sites", "4")
     script.main()
     assert "5 ranks x 4 sites, simulated: 0 of 8 counts differ" in capsys.readouterr().out
+
+
+REMEDIES = (
+    *("tanh, inputs shifted by 20", "relu, raw pixels from 0 to 255", "tanh, a feature in thousands", "sigmoid, weights from N(0, 1)"),
+    *("relu, biases of -10", "tanh, Adam at a rate of 0.3", "12 sigmoids", "relu, weights of 0.01", "inf and nan in the inputs"),
+    *("attention, logits too large", "relu, SGD with weight decay of 1"),
+)
+
+
+@pytest.mark.parametrize("name", REMEDIES)
+def test_remedies(name: str, load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One training for each cause, at its full length: the code of each remedy is pasted, and none makes it worse."""
+    script = load("benchmarks", "remedies")
+    arguments(monkeypatch, "--seeds", "0")
+    script.main([case for case in script.CASES if case.name == name])
+    printed = capsys.readouterr().out
+    assert f"| {name} | " in printed
+    assert "1 better, 0 equal, 0 worse" in printed or "2 better, 0 equal, 0 worse" in printed
+
+
+def test_every_training_of_remedies_starts(load: Load) -> None:
+    script = load("benchmarks", "remedies")
+    assert {cause for case in script.CASES for cause in case.causes} == {
+        *("inputs_uncentred", "inputs_unscaled", "init_too_large", "init_too_small", "weight_growth", "weight_decay", "activation_choice"),
+        *("dead_units", "numeric_range", "softmax_logits"),
+    }
+    for case in script.CASES:
+        script.train(case, 0, 2)
 
 
 def test_scale(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

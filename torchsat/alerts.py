@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torchsat.percent import percent
-from torchsat.record import Alert, Snapshot
+from torchsat.record import CODE_INDENT, Alert, Snapshot
 
 Key = tuple[str, str]
 """The place and the rule of an alert. No two alerts that fire at the same time have the same key."""
@@ -123,4 +123,5 @@ def verdict(alert: Alert) -> str:
         return alert.message
     several = len(alert.causes) > 1
     why = ", ".join(f"{cause.name} {percent(cause.share)}" if several else cause.name for cause in alert.causes)
-    return f"{alert.message}\n    Why: {why}: {alert.causes[0].evidence}\n    Try: {alert.causes[0].remedy}"
+    remedy = alert.causes[0].remedy.replace("\n", f"\n{CODE_INDENT}")
+    return f"{alert.message}\n    Why: {why}: {alert.causes[0].evidence}\n    Try: {remedy}"

@@ -1,7 +1,7 @@
 """The diagnosis: one alert for each fault, told once; standard library only.
 
 The judge raises an alert at each place that is beyond a limit. Those that come from one fault are a group (groups.py), and one alert is told for it:
-how bad the damage is (damage.py), where it began, why (causes.py), and what to do.
+how bad the damage is (damage.py), where it began, why (causes/), and what to do.
 
 - The origin is chosen once, when the alert is told, and by when and where the conditions began, not by whose patience ran out first: an alert that is
   still pending counts, if it began no later than the one that fires. What joins later changes the damage of the alert and never its origin. There is
@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any
 
 from torchsat.alerts import Firing, Key, key_of
-from torchsat.causes import Scene, explain
+from torchsat.causes import Moment, Scene, explain, remember
 from torchsat.damage import Census, describe, headline, worst_of
 from torchsat.groups import NEAR, RANK, Group, GroupState
 from torchsat.paths import Paths
@@ -45,6 +45,8 @@ class Diagnosis:
     def __init__(self) -> None:
         self._first: Snapshot | None = None
         self._before: Snapshot | None = None
+        self._moments: tuple[Moment, ...] = ()
+        """What is kept of the observations so far, for `Scene.moments`."""
         self._groups: list[Group] = []
         """Those whose alert fires, and those whose alert has cleared within the last `_SOON` observations."""
         self._raised: dict[Key, int] = {}
@@ -60,6 +62,7 @@ class Diagnosis:
         return {
             "first": first,
             "before": before,
+            "moments": [moment.as_dict() for moment in self._moments],
             "groups": [group.as_dict() for group in self._groups],
             "raised": [[*key, times] for key, times in self._raised.items()],
             "count": self._count,
@@ -69,10 +72,12 @@ class Diagnosis:
     def load_state_dict(self, kept: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         first, before = (None if kept[each] is None else Snapshot.from_dict(kept[each]) for each in ("first", "before"))
+        moments = tuple(Moment(**moment) for moment in kept.get("moments", ()))
         groups = [Group.from_dict(values) for values in kept["groups"]]
         raised = {(place, rule): times for place, rule, times in kept["raised"]}
         count, steps = kept["count"], deque(kept["steps"], maxlen=_REMEMBERED)
-        self._first, self._before, self._groups, self._raised, self._count, self._steps = first, before, groups, raised, count, steps
+        self._first, self._before, self._moments = first, before, moments
+        self._groups, self._raised, self._count, self._steps = groups, raised, count, steps
 
     def resume(self, told: Iterable[Alert], first: Snapshot | None, before: Snapshot | None) -> None:
         """Continue a run that ended with these alerts told. `first` and `before`: see `Scene`."""
@@ -95,6 +100,7 @@ class Diagnosis:
             pending: the conditions that hold now, but not long enough for the judge.
         """
         self._first = self._first or snapshot
+        self._moments = remember(self._moments, snapshot)
         finite = not any(record.nonfinite or record.grad_nonfinite for record in snapshot.records)
         if finite or self._before is None:
             self._before = snapshot
@@ -105,7 +111,7 @@ class Diagnosis:
         over = {key_of(event): event for event in events if not event.firing}
         for group in self._groups:
             group.take_up({key: raw.pop(key) for key in group.members if key in raw and key in group.began}, over.get(key_of(group.told)))
-        scene = Scene(snapshot, self._first, self._before)
+        scene = Scene(snapshot, self._first, self._before, moments=self._moments)
         if raw:
             self._place(list(raw.values()), pending, scene)
         return (*self._taken_over(snapshot), *self._cleared(snapshot), *self._told(scene))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torchsat.record import Record
 
@@ -19,9 +19,19 @@ GAIN: Mapping[str, float] = {
 """For each activation the gain rms(W) sqrt(fan_in) that keeps the signal at its size from layer to layer. It is 1 for those that are not listed."""
 
 
+_WIDTH = 76
+"""Code is at most so wide, so that with its indentation it fits a terminal of 80 columns."""
+
+
 def attribute(name: str) -> str:
     """The Python expression of a module, from its name in the model: `blocks.0.fc` becomes `model.blocks[0].fc`."""
     return "model" + "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in name.split(".") if part)
+
+
+def spoken(name: str) -> str:
+    """The name of a site or a layer in a sentence. One that is only a number, as in an `nn.Sequential`, is told as the expression that it has
+    there."""
+    return attribute(name) if name[:1].isdigit() and "/" not in name else name
 
 
 def gain_for(activation: str) -> float:
@@ -36,22 +46,34 @@ def owner(weight: str) -> str:
     return attribute(head if _is_matrix(last) else name)
 
 
-def initialiser(activation: str, weight: str, parameter: bool = False) -> str:
-    """The line of code that initialises a weight as its activation needs it.
+def matrix(weight: str, parameter: bool = False) -> str:
+    """The Python expression of the tensor of a weight.
 
     Args:
         weight: the name of the layer, or of a part of it.
         parameter: whether that is the name of the parameter itself, and not of a module with a `weight`.
     """
     name, _, rows = weight.partition("/")
-    last = name.rpartition(".")[2]
-    target = attribute(name) if parameter or _is_matrix(last) else f"{attribute(name)}.weight"
-    target += _rows(rows)
-    if last.startswith("weight_hh"):
-        return f"nn.init.orthogonal_({target})"
+    is_itself = parameter or _is_matrix(name.rpartition(".")[2])
+    return (attribute(name) if is_itself else f"{attribute(name)}.weight") + _rows(rows)
+
+
+def initialiser(activation: str, weight: str) -> str:
+    """The call that draws a weight as its activation needs it, up to the tensor: `nn.init.xavier_normal_({})`, in which `{}` stands for the
+    tensor."""
+    if weight.partition("/")[0].rpartition(".")[2].startswith("weight_hh"):
+        return "nn.init.orthogonal_({})"
     if activation in GAIN:
-        return f'nn.init.kaiming_normal_({target}, nonlinearity="relu")'
-    return f'nn.init.kaiming_normal_({target}, nonlinearity="linear")' if activation == "selu" else f"nn.init.xavier_normal_({target})"
+        return 'nn.init.kaiming_normal_({}, nonlinearity="relu")'
+    return 'nn.init.kaiming_normal_({}, nonlinearity="linear")' if activation == "selu" else "nn.init.xavier_normal_({})"
+
+
+def several(expressions: Sequence[str]) -> str:
+    """A tuple of expressions, on one line or on one line for each."""
+    line = f"({', '.join(expressions)}{',' if len(expressions) == 1 else ''})"
+    if len(line) <= _WIDTH - len("for weight in :"):
+        return line
+    return "(\n" + "".join(f"    {expression},\n" for expression in expressions) + ")"
 
 
 GATES: Mapping[str, tuple[int, int]] = {

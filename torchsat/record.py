@@ -18,6 +18,9 @@ Severity = Literal["warning", "critical"]
 Tails = Literal["both", "low", "high", "none", "unknown"]
 Kind = Literal["module", "call", "recurrent", "softmax"]
 
+CODE_INDENT = "    "
+"""What stands before each line of code in `Cause.remedy`."""
+
 OCTAVES = 24
 """The histogram of the relative derivative |f'| / peak reaches from 2^-24 to 1, in this many octaves."""
 
@@ -244,7 +247,19 @@ class Cause:
     evidence: str
     """The figures that speak for it."""
     remedy: str
-    """What to try against it."""
+    """What to try against it: a sentence, and behind it, where there is any, the lines of `code`, indented."""
+
+    @property
+    def advice(self) -> str:
+        """The sentence of the remedy, without the code."""
+        return " ".join(line for line in self.remedy.splitlines() if not line.startswith(CODE_INDENT))
+
+    @property
+    def code(self) -> str:
+        """The lines of the remedy that can be pasted into the user's code, after `model` and `optimizer` are made, with the inputs of the training
+        set as `x`. Empty where the remedy is a sentence only."""
+        lines = [line.removeprefix(CODE_INDENT) for line in self.remedy.splitlines() if line.startswith(CODE_INDENT)]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Both forms are printed from the same `Sheet`s, so that their cells agree. Only t
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -17,9 +18,10 @@ from rich.text import Text
 
 from torchsat.alerts import Episode, episodes_of
 from torchsat.percent import percent
-from torchsat.record import Alert, Record, Snapshot
+from torchsat.record import CODE_INDENT, Alert, Record, Snapshot
 from torchsat.tensorboard import SUBRUN
 from torchsat.tensorboard.reader import Run
+from torchsat.tensorboard.stock import code_in_cell
 
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = " .:-=+*#"
@@ -124,8 +126,14 @@ def _markdown(sheet: Sheet) -> str:
 
 
 def _escaped(text: str) -> str:
-    """The text with every character escaped that Markdown would take for markup."""
-    return re.sub(r"([\\|<>*_`\[\]])", r"\\\1", text.replace("\n", " "))
+    """The text with every character escaped that Markdown would take for markup, and with code that stands on lines of its own kept as it is."""
+    found = []
+    for is_code, lines in itertools.groupby(text.split("\n"), lambda line: line.startswith(CODE_INDENT)):
+        if is_code:
+            found.append(code_in_cell("\n".join(line.removeprefix(CODE_INDENT) for line in lines)))
+        else:
+            found.append(re.sub(r"([\\|<>*_`\[\]])", r"\\\1", " ".join(lines)))
+    return "".join(found)
 
 
 def _alert_table(found: list[Episode], end: int) -> Table:
@@ -140,8 +148,14 @@ def _alert_table(found: list[Episode], end: int) -> Table:
 
 def _alert_sheet(found: list[Episode], end: int) -> Sheet:
     """The alerts for Markdown."""
-    rows = [(each.alert.severity, each.alert.rule, str(each.alert.since), _until(each, end), ". ".join(_lines(each.alert))) for each in found]
+    rows = [(each.alert.severity, each.alert.rule, str(each.alert.since), _until(each, end), _in_a_cell(each.alert)) for each in found]
     return Sheet("Alerts", ("", "rule", "from step", "to step", "what"), rows, left=5)
+
+
+def _in_a_cell(alert: Alert) -> str:
+    """The lines of an alert as sentences in a row, with code on lines of its own."""
+    text = ". ".join(line.strip() for line in _lines(alert))
+    return "\n".join(re.sub(r"^( {4}.*)\. (why: )", r"\1\n\2", line) for line in text.split("\n"))
 
 
 def _until(episode: Episode, end: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 
 from torchsat.record import Record, Snapshot, Weight
@@ -10,6 +11,9 @@ LONG = 100
 """Steps after which what learns has changed."""
 UNEVEN = 6.0
 """A weight whose unevenness is larger is taken for trained. Draws of torch.nn.init of 512 elements and more stay below 5."""
+
+_TOO_LARGE_A_STEP = 0.05
+"""A step that changes the median layer by more of itself makes weights uneven that have learned nothing."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,11 @@ class Start:
 def came_trained(first: Snapshot) -> bool:
     """Whether the network had trained weights when the run began: whether a third of its layers are more uneven than an initialiser makes them.
 
-    Layers that are drawn anew before a fine-tuning, such as a head, and those that training has hardly moved are in the minority.
+    Layers that are drawn anew before a fine-tuning, such as a head, and those that training has hardly moved are in the minority. A few steps that
+    are far too large make any weight uneven, so behind such steps nothing is concluded.
     """
+    steps = [weight.update_ratio for weight in first.weights if weight.update_ratio is not None]
+    if first.step > 0 and steps and statistics.median(steps) > _TOO_LARGE_A_STEP:
+        return False
     known = [weight.unevenness for weight in first.weights if weight.unevenness is not None]
     return 3 * sum(unevenness > UNEVEN for unevenness in known) > len(known)

@@ -150,6 +150,13 @@ def layout(tags: Sequence[tuple[Group, Sequence[str]]], worst_tags: Sequence[str
     return encoded
 
 
+def code_in_cell(code: str) -> str:
+    """Code as HTML for a cell of a Markdown table, with nothing in it that Markdown would take for a mark of its own."""
+    for mark in "&<>|*_[`":
+        code = code.replace(mark, f"&#{ord(mark)};" if mark != "&" else "&amp;")
+    return f"<pre>{code.replace(chr(10), '<br>')}</pre>"
+
+
 def alert_table(events: Sequence[Alert]) -> str:
     """The events so far as a Markdown table, the newest first.
 
@@ -159,6 +166,8 @@ def alert_table(events: Sequence[Alert]) -> str:
     for alert in reversed(events):
         what = f"step {alert.step}: {f'**{alert.severity}**' if alert.firing else 'cleared'}: {alert.message}"
         why = "; ".join(f"{cause.name} {percent(cause.share)}: {cause.evidence}" for cause in alert.causes)
-        cells = (what, why, alert.causes[0].remedy if alert.causes else "")
-        lines.append(" | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells))
+        cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in (what, why, alert.causes[0].advice if alert.causes else "")]
+        if alert.causes and alert.causes[0].code:
+            cells[-1] += code_in_cell(alert.causes[0].code)
+        lines.append(" | ".join(cells))
     return "\n".join(lines)

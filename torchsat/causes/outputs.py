@@ -1,0 +1,118 @@
+"""Why a site with two plateaus is saturated, whatever it is for: a hidden layer, an output of the model, a gate, a softmax; standard library only.
+
+An output saturates because it is asked to, or because a step threw it there. What its gradient says tells the two apart: where the elements on the
+plateau are asked to go on in the same direction (`Record.trapped` is near 0) though they are at the end of the function's range, what is asked for
+lies beyond that range, and no weights can give it. Where they are asked to come back, they were thrown.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torchsat.causes import advice
+from torchsat.causes.growth import GROWN, grown
+from torchsat.causes.scene import HOT, Scene, Term
+from torchsat.causes.size import LARGE, of_z
+from torchsat.expressions import spoken
+from torchsat.percent import percent
+from torchsat.record import Alert, Record
+
+_CONTENT = 0.1
+"""Below this share of trapped demand an output is not held back from leaving its plateau."""
+_INSISTS = 0.3
+"""The gradient at an output is said not to have fallen when it is still this many times what it was at the first observation."""
+
+
+def of_size(alert: Alert, scene: Scene) -> list[Term]:
+    """A site with two plateaus is saturated: its z is too large, or its mean has drifted."""
+    record = scene.record(alert.site)
+    if record is None:
+        return []
+    if record.kind == "softmax":
+        return of_attention(alert, scene)
+    if record.output and _is_asked_beyond_range(record, scene):
+        return [_beyond_range(record, scene)]
+    terms = of_z(alert.site, scene)
+    terms += _of_what_has_grown(record, sum(term.size for term in terms if term.cause == "weight_growth"), scene)
+    if terms or scene.trained:
+        return terms
+    return _of_drift(record, scene)
+
+
+def _of_what_has_grown(record: Record, known: float, scene: Scene) -> list[Term]:
+    """The rest of the growth of z at a site that was open at the first observation: gain and alignment may each have grown too little to be told.
+
+    `known`: how much of it is told already.
+    """
+    start, feeders = scene.start(record.site), scene.feeders(record.site)
+    if not scene.started or start is None or not (start.z_rms and record.z_rms) or (start.saturated or 0.0) > 0.5 * (record.saturated or 0.0):
+        return []
+    size = math.log(record.z_rms / start.z_rms) - known
+    return grown(scene, feeders[0] if feeders else None, record, size) if size > math.log(GROWN) / 2 else []
+
+
+def _of_drift(record: Record, scene: Scene) -> list[Term]:
+    """A site of whose saturation neither gain nor input nor alignment is the cause."""
+    feeders = scene.feeders(record.site)
+    jump = scene.jump([weight.name for weight in feeders or scene.now.weights])
+    if scene.started and ((jump is not None and jump.ratio >= HOT) or record.output or record.gate or record.kind == "recurrent"):
+        terms = grown(scene, feeders[0] if feeders else None, record, 1.0)
+        if terms:
+            return terms
+    if record.output or record.gate or record.kind == "recurrent":
+        return []
+    mean, std = abs(record.z_mean or 0.0), record.z_std or 0.0
+    flat = advice.flat(scene)
+    if mean > std:
+        where = f"{record.z_mean:.3g} +- {std:.2g}"
+        evidence = f"z of {spoken(record.site)} has drifted to {where}: behind outputs that are not centred it acts as a bias"
+    elif record.a_mean is not None and not any(weight.data for weight in feeders):
+        slope = percent(record.relative_derivative or 0.0)
+        evidence = f"gain and input of {spoken(record.site)} are as they should be, and yet its mean derivative is {slope} of its peak"
+    else:
+        return grown(scene, feeders[0] if feeders else None, record, 1.0)
+    return [Term("activation_choice", 1.0, evidence, advice.rectify(flat if record in flat else [record], scene))]
+
+
+def _is_asked_beyond_range(record: Record, scene: Scene) -> bool:
+    """Whether the elements of an output that lie on a plateau are asked for more than the function can give, and go on being asked."""
+    start = scene.start(record.site)
+    blocked, trapped = record.blocked, record.trapped
+    if not scene.started or start is None or not start.grad_a_rms or record.grad_a_rms is None:
+        return False
+    if blocked is None or trapped is None or blocked < 0.5 or trapped > _CONTENT * blocked:
+        return False
+    return record.grad_a_rms > _INSISTS * start.grad_a_rms
+
+
+def _beyond_range(record: Record, scene: Scene) -> Term:
+    start = scene.start(record.site) or record
+    return Term(
+        "activation_choice",
+        1.0,
+        f"{spoken(record.site)} gives {record.a_mean or 0.0:.3g} +- {record.a_std or 0.0:.3g}, at the end of the range of {record.activation}, and "
+        f"is asked for more: its gradient dL/da is {record.grad_a_rms or 0.0:.3g}, and was {start.grad_a_rms or 0.0:.3g} at the first observation",
+        advice.linear_output(record),
+    )
+
+
+def of_attention(alert: Alert, scene: Scene) -> list[Term]:
+    """Logits that vary so much within a row that one key takes all of the weight."""
+    record = scene.record(alert.site)
+    if record is None or record.logit_std is None:
+        return []
+    start = scene.start(record.site)
+    was = start.logit_std if start is not None and scene.started else None
+    feeders = [weight for weight in scene.feeders(record.site) if weight.gain]
+    jump = scene.jump([weight.name for weight in feeders or scene.now.weights])
+    rate = next((weight.learning_rate for weight in scene.now.weights if jump is not None and weight.name == jump.weight), None)
+    large = [(record, weight) for weight in feeders if (scene.first_gain(weight.name) or weight.gain or 0.0) > LARGE]
+    then = f" (at the first observation by {was:.3g})" if was is not None else ""
+    evidence = (
+        f"the logits of {spoken(record.site)} vary by {record.logit_std:.3g} within a row{then}; beyond sqrt(2 ln T), with ln T = "
+        f"{record.log_keys or 0.0:.3g}, one key takes all"
+    )
+    terms = [Term("softmax_logits", 1.0, evidence, advice.smaller_logits(record, large, scene, jump.ratio if jump else 0.0, rate))]
+    if was and record.logit_std > GROWN * was:
+        terms += grown(scene, feeders[0] if feeders else None, None, min(0.9, math.log(record.logit_std / was)))
+    return terms
