@@ -76,7 +76,8 @@ def features(x: Tensor, weight: float = 1.0) -> Tensor:
 def heads(logits: Tensor) -> Tensor:
     """HEADS of logits [rows, heads], of which only some are filled."""
     count = torch.full((logits.shape[1],), float(len(logits)))
-    return torch.stack([count, logits.sum(0), logits.square().sum(0), count, count, count, logits.amax(0)]).double()
+    first, second = logits.sum(0), logits.square().sum(0)
+    return torch.stack([count, first, second, *[count] * 3, *[torch.zeros_like(count)] * 5, logits.amax(0)]).double()
 
 
 WEIGHT = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
