@@ -165,8 +165,8 @@ def observe_demand(rows: Probabilities, grad: Tensor, epsilon: float) -> Tensor:
     """The block of heads of one backward call through a softmax; the module's docstring says what the numbers are.
 
     A row counts if it sees two keys or more, and if the logits and the gradients of the keys that it sees are finite. `row_demand` is the sum of the
-    demands, `row_blocked` that of the one-hot rows, `row_trapped` the sum of their gaps. `rows_leaving` counts the one-hot rows whose gap is more than
-    half of their demand.
+    demands, `row_blocked` that of the one-hot rows, `row_trapped` the sum of their gaps. `rows_leaving` counts the one-hot rows of which the gap is
+    more than half of the demand.
 
     Args:
         grad: dL/dp at these rows, of the same shape; that of a key which is not visible is not read.

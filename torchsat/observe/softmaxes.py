@@ -2,8 +2,8 @@
 
 dL/dp of a softmax is read at its autograd node. Of a call of attention the graph tells what has run:
 
-- A plain softmax (`nn.MultiheadAttention` with `need_weights`, or the fallback of `F.scaled_dot_product_attention`, as for dropout on a CPU): its node
-  is given dL/dp, whatever is done to p after it, such as dropout.
+- A plain softmax (`nn.MultiheadAttention` with `need_weights`, or what `F.scaled_dot_product_attention` falls back to, as for dropout on a CPU): its
+  node is given dL/dp, whatever is done to p after it, such as dropout.
 - One fused kernel: its node is given dL/dO, and dL/dp = dL/dO V^T (attention_gradient.py). If the kernel drops elements of p, dL/dp also has the mask
   of these as a factor, which nobody knows outside of the kernel: then the demand is not known, and that is said.
 """
@@ -120,8 +120,8 @@ def _tap(observation: Observation, site: Site, attention: Attention, rows: Queri
 
 
 def _node_of_weights(answer: Tensor, began: int) -> Node | None:
-    """Of the nodes that a call of attention made from this number on, the one of its softmax or of its fused kernel. None where there is not exactly one,
-    or where no gradient goes on from it to queries and keys."""
+    """Of the nodes that a call of attention made from this number on, the one of its softmax or of its fused kernel. None where there is not exactly
+    one, or where no gradient goes on from it to queries and keys."""
 
     def is_before(node: Node) -> bool:
         return internals.node_number(node) < began
