@@ -332,6 +332,24 @@ def test_dropout_inside_a_fused_kernel_is_said(monkeypatch: pytest.MonkeyPatch) 
     assert dict(monitor.coverage.unseen)["softmax"].startswith("blocked and trapped are not seen")
 
 
+def test_large_values_are_not_kept_where_the_graph_does_not_keep_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchsat.observe.softmaxes._MOST_KEPT", 2 * 9 * 16 * 8 - 1)
+
+    class Checkpointed(Attending):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, x = Checkpointed(F.scaled_dot_product_attention).double(), torch.randn(2, 9, 16).double()
+    monitor = torchsat.watch(model, budget=None, sinks=(), errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert known(monitor.latest)["softmax"].blocked is None
+    assert "does not keep its values" in dict(monitor.coverage.unseen)["softmax"]
+    assert step(pair()[0], x).blocked is not None
+
+
 def test_where_no_gradient_goes_to_the_logits_nothing_is_said() -> None:
     fused, plain = pair()
     for model in (fused, plain):

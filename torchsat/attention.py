@@ -81,6 +81,11 @@ class Queries:
             return Queries(shape, chosen, slice(0, queries))
         return Queries(shape, chosen, places(queries, positions, seed + 1, device, samples).long().view(samples, positions))
 
+    @property
+    def has_all_samples(self) -> bool:
+        """Whether some rows of every sample are read."""
+        return isinstance(self.batch, slice) or len(self.batch) == self.shape[0]
+
     def of_samples(self, tensor: Tensor) -> Tensor:
         """These samples of a tensor [batch or 1, ...]."""
         if isinstance(self.batch, slice):

@@ -23,7 +23,7 @@ class KeptValues:
     """
 
     def __init__(self, values: Values, rows: Queries) -> None:
-        is_whole = isinstance(rows.batch, slice) or len(rows.batch) == rows.shape[0]
+        is_whole = rows.has_all_samples
         self._arrange, self._project = values.arrange, values.project
         detached = values.source.detach()
         self._held: Tensor | None = detached if is_whole else rows.of_samples(values.arrange(detached))

@@ -38,8 +38,8 @@ def softmax_extremes(z: Tensor, visible: Tensor, a: Tensor | None, broken: Tenso
         broken: [batch, heads, queries, 1], whether what an attention returned for this query is inf or nan: where a query sees no key, torch returns
             0 or nan. None: a says that.
     """
-    # Of one key that stands for all, each is visible. NaN goes through to the extremes of its row.
-    masked = visible.numel() > 1 or z.shape[-1] == 1
+    # NaN goes through to the extremes of its row.
+    masked = not _sees_all(z, visible)
     if cpu.reads(z, a):
         return cpu.softmax_extremes(z, visible.expand(z.shape) if masked else None, a, None if broken is None else broken.expand(*z.shape[:3], 1))
     dtype = accumulator(z.device)
@@ -157,8 +157,14 @@ class Probabilities:
     @staticmethod
     def of(logits: Tensor, visible: Tensor, elements: int) -> Probabilities:
         """The rows with these logits; the arguments are those of `observe_softmax`."""
-        z = torch.where(torch.isfinite(logits), logits, math.nan)
-        return Probabilities(torch.softmax(z.masked_fill(~visible, -math.inf), -1), visible, elements)
+        # The difference is 0, and nan where a logit is inf or nan.
+        z = logits + (logits - logits)
+        return Probabilities(torch.softmax(z if _sees_all(z, visible) else z.masked_fill(~visible, -math.inf), -1), visible, elements)
+
+
+def _sees_all(z: Tensor, visible: Tensor) -> bool:
+    """Whether no key is hidden: one boolean stands for all keys."""
+    return visible.numel() == 1 and z.shape[-1] > 1
 
 
 def observe_demand(rows: Probabilities, grad: Tensor, epsilon: float) -> Tensor:
@@ -172,20 +178,24 @@ def observe_demand(rows: Probabilities, grad: Tensor, epsilon: float) -> Tensor:
         grad: dL/dp at these rows, of the same shape; that of a key which is not visible is not read.
         epsilon: the part of the largest trace below which a row is one-hot.
     """
-    dtype = accumulator(grad.device)
-    p, g, visible = rows.p.to(dtype), grad.to(dtype), rows.visible.expand(rows.p.shape)
-    keys = visible.sum(-1)
-    counts = ((torch.isfinite(p) & torch.isfinite(g)) | ~visible).all(-1) & (keys > 1)
-    seen, zero = visible & counts.unsqueeze(-1), torch.zeros((), dtype=dtype, device=grad.device)
-    low = torch.where(counts, torch.where(seen, g, math.inf).amin(-1), zero)
-    demand = torch.where(counts, torch.where(seen, g, -math.inf).amax(-1), zero) - low
-    p = torch.where(seen, p, zero)
+    dtype, p, g, visible = accumulator(grad.device), rows.p, grad.to(rows.p.dtype), rows.visible
+    if _sees_all(p, visible):
+        keys = torch.full((1, 1, 1), p.shape[-1], device=p.device)
+        low, high = g.amin(-1), g.amax(-1)
+        above = g - low.unsqueeze(-1)
+    else:
+        keys = visible.sum(-1)
+        low, high = torch.where(visible, g, math.inf).amin(-1), torch.where(visible, g, -math.inf).amax(-1)
+        above = torch.where(visible, g - low.unsqueeze(-1), 0.0)
     # A sum of what is not negative, since p.g and min g can be nearly equal.
-    gap = (p * torch.where(seen, g - low.unsqueeze(-1), zero)).sum(-1)
-    is_one_hot = counts & (1 - p.square().sum(-1) <= epsilon * (1 - 1 / keys.clamp(min=1).to(dtype)))
+    demand, gap, trace = high - low, (p * above).sum(-1), 1 - (p * p).sum(-1)
+    # Where one number of a row is inf or nan, one of these is too.
+    counts = torch.isfinite(demand) & torch.isfinite(trace) & (keys > 1)
+    zero = torch.zeros((), dtype=p.dtype, device=p.device)
+    is_one_hot = counts & (trace <= epsilon * (1 - 1 / keys.to(p.dtype)))
     of_rows = {
         "rows_heard": counts,
-        "row_demand": demand,
+        "row_demand": torch.where(counts, demand, zero),
         "row_blocked": torch.where(is_one_hot, demand, zero),
         "row_trapped": torch.where(is_one_hot, gap, zero),
         "rows_leaving": is_one_hot & (gap > demand / 2),

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
 _DROPPED = "blocked and trapped are not seen: its kernel drops elements of the probabilities, and which ones is not known"
+_NOT_KEPT = "blocked and trapped are not seen: the graph does not keep its values until the backward, and they are large"
+_MOST_KEPT = 2**23
+"""The most bytes of values that are kept where the graph keeps none, as under a checkpoint."""
 _SOFTMAX = ("Softmax", "SafeSoftmax")
 _FUSED = "ScaledDotProduct"
 """How the names of the nodes of fused attention begin."""
@@ -100,6 +103,9 @@ def _tap(observation: Observation, site: Site, attention: Attention, rows: Queri
     is_fused, shape = kind_of(node).startswith(_FUSED), attention.shape
     if is_fused and attention.dropout > 0:
         observation.note_if_wanted(site.name, _DROPPED)
+        return
+    if is_fused and rows.has_all_samples and attention.values.source.nbytes > _MOST_KEPT and internals.graph_keeps_less():
+        observation.note_if_wanted(site.name, _NOT_KEPT)
         return
     add = observation.meter.demand_adder(site, Probabilities.of(logits.z, logits.visible, logits.elements))
     ear, values = observation.passes.ear(), KeptValues(attention.values, rows) if is_fused else None
