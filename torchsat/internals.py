@@ -229,9 +229,9 @@ def version(tensor: Tensor) -> int:
 
 
 def graph_keeps_less() -> bool:
-    """Whether hooks decide now what a graph keeps of the tensors that it needs in the backward, as under a checkpoint or where they are moved to a host.
+    """Whether hooks decide now what a graph keeps of the tensors that its backward needs, as under a checkpoint or where they are moved to the host.
 
-    There is no public name that tells whether `torch.autograd.graph.saved_tensors_hooks` are in force. Before torch had this name, they are not known.
+    No public name tells whether `torch.autograd.graph.saved_tensors_hooks` are in force. A torch without this private name does not tell it at all.
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is not None and top(True) is not None
