@@ -160,7 +160,7 @@ def test_the_attention_module_of_torch(kind: str, need_weights: bool) -> None:
     weights = model.in_proj_weight.chunk(3) if model.in_proj_weight is not None else (model.q_proj_weight, model.k_proj_weight, model.v_proj_weight)
     q, k, v = (F.linear(each, weight, bias) for each, weight, bias in zip((x, key, value), weights, model.in_proj_bias.chunk(3), strict=True))
     if kind == "zeros and bias":
-        k, v = (torch.cat([each, last.expand(2, 1, 16), torch.zeros(2, 1, 16)], 1) for each, last in ((k, model.bias_k), (v, model.bias_v)))
+        k, v = (torch.cat([each, known(last).expand(2, 1, 16), torch.zeros(2, 1, 16)], 1) for each, last in ((k, model.bias_k), (v, model.bias_v)))
     q, k, v = (each.unflatten(-1, (4, 4)).transpose(1, 2) for each in (q, k, v))
     visible = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool) if padding is None else ~padding[:, None, None, :]
     p = (q @ k.transpose(-1, -2) / 2).masked_fill(~visible, -math.inf).softmax(-1)
@@ -252,8 +252,7 @@ def test_every_backward_through_a_graph_that_is_kept_counts(batch: int, sample: 
     x = torch.randn(batch, 9, 16, generator=torch.Generator().manual_seed(1)).double()
     fused, plain = (step(model, x, twice, sample=sample) for model in pair())
     same(fused, plain)
-    fused, _ = pair()
-    assert told(step(fused, x, sample=sample)) != pytest.approx(told(plain), rel=1e-3)
+    assert told(step(pair()[0], x, sample=sample)) != pytest.approx(told(plain), rel=1e-3)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

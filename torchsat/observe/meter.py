@@ -35,7 +35,7 @@ from torchsat.recognise import is_anonymous
 from torchsat.sampling import Sample, Units, seed_of
 from torchsat.sharding import is_pending, part_of, placement
 from torchsat.sites import Site, Sites
-from torchsat.softmax import Probabilities, observe_demand, observe_softmax
+from torchsat.softmax import observe_softmax
 from torchsat.statistics import Sides, extremes, known_slope, observe, observe_gradient, observe_quotient, sides_of, take, upcast
 from torchsat.tensors import why_unread
 
@@ -157,15 +157,11 @@ class Meter:
             self._lineage.ran(site, call.steps, call.z)
         self.tap_output(site, call, a)
 
-    def tap_output(self, site: Site, call: Call, a: Tensor, rows: Probabilities | None = None) -> None:
-        """Put hooks on the graph that read the gradients of a call in the backward, and note the node that computed its output.
-
-        Args:
-            rows: the rows of a softmax that are read.
-        """
+    def tap_output(self, site: Site, call: Call, a: Tensor) -> None:
+        """Put hooks on the graph that read the gradients of a call in the backward, and note the node that computed its output."""
         if a.requires_grad and a.grad_fn is not None:
             self._lineage.made(site, maker(a)[0])
-            missing = self.tap(site.name, call, a, self.gradient_adder(site, call.sample, call.taken, rows))
+            missing = self.tap(site.name, call, a, self.gradient_adder(site, call.sample, call.taken))
             if missing is not None:
                 self._note(site.name, missing)
 
@@ -273,38 +269,21 @@ class Meter:
         learned = {name: sample.spread(value.to(z.device)) for name, value in bound.learned.items()}
         return sides_of(z, bound.edges(learned), sample.seed)
 
-    def gradient_adder(
-        self, site: Site, sample: Sample | SoftmaxRows, z: Tensor, rows: Probabilities | None = None
-    ) -> Callable[[Tensor | None, Tensor | None], None]:
+    def gradient_adder(self, site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Callable[[Tensor | None, Tensor | None], None]:
         """A function to be called in the backward with dL/da and dL/dz at the elements of a sample. It adds them to the pass that runs now.
 
         Args:
             z: the elements of z that are read. Only on which side they lie is kept.
-            rows: the rows of a softmax that are read.
         """
         current, elements, sides = self._passes.current, sample.elements, self.sides(site, sample, z)
-        add_demand = None if rows is None else self.demand_adder(site, rows)
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
             given = [grad for grad in (grad_a, grad_z) if grad is not None]
             if given and given[0].numel():
                 row = current.place(current.rows, site.name, given[0].device)
                 current.put(current.rows, site.name, observe_gradient(grad_a, grad_z, elements, row, sides))
-                if add_demand is not None and rows is not None and grad_a is not None:
-                    add_demand(grad_a.view(rows.p.shape))
 
         return self._guard(site.name, add)
-
-    def demand_adder(self, site: Site, rows: Probabilities) -> Callable[[Tensor], None]:
-        """A function to be called in the backward with dL/dp at the rows of a softmax that are read. It adds them to the pass that runs now."""
-        current = self._passes.current
-
-        def add(grad: Tensor) -> None:
-            heads, there = observe_demand(rows, grad, self._options.epsilon), current.heads.get(site.name)
-            if there is None or there.shape == heads.shape:
-                current.add(current.heads, site.name, heads)
-
-        return add
 
     def quotient_adder(self, site: Site, call: Call, a: Tensor) -> Hear:
         """A function to be called in the backward with dL/da and dL/dz of a call of an anonymous function. It adds the derivative, which is their

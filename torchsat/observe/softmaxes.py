@@ -27,7 +27,7 @@ from torchsat.observe.nodes import kind_of
 from torchsat.replay import NotRebuiltError
 from torchsat.sharding import is_pending, part_of
 from torchsat.sites import Site
-from torchsat.softmax import Probabilities
+from torchsat.softmax import Probabilities, observe_demand
 from torchsat.tensors import plain
 
 if TYPE_CHECKING:
@@ -51,8 +51,20 @@ def end_softmax(observation: Observation, site: Site, call: Call, negated: bool,
     if call.counts:
         meter.ran(site, call.steps)
         meter.count_softmax(site, logits, rows.extremes(z, plain(a).detach()))
-    if a.grad_fn is not None:
-        meter.tap_output(site, call, a, Probabilities.of(logits.z, logits.visible, logits.elements))
+    if a.grad_fn is None:
+        return
+    add, taken = meter.gradient_adder(site, rows, call.taken), Probabilities.of(logits.z, logits.visible, logits.elements)
+    add_demand = _demand_adder(observation, site, taken)
+
+    def hear(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
+        add(grad_a, grad_z)
+        if grad_a is not None:
+            add_demand(grad_a.view(taken.p.shape))
+
+    observation.lineage.made(site, maker(a)[0])
+    missing = meter.tap(site.name, call, a, hear)
+    if missing is not None:
+        observation.note(site.name, missing)
 
 
 def end_attention(
@@ -107,7 +119,7 @@ def _tap(observation: Observation, site: Site, attention: Attention, rows: Queri
     if is_fused and rows.has_all_samples and attention.values.source.nbytes > _MOST_KEPT and internals.graph_keeps_less():
         observation.note_if_wanted(site.name, _NOT_KEPT)
         return
-    add = observation.meter.demand_adder(site, Probabilities.of(logits.z, logits.visible, logits.elements))
+    add = _demand_adder(observation, site, Probabilities.of(logits.z, logits.visible, logits.elements))
     ear, values = observation.passes.ear(), KeptValues(attention.values, rows) if is_fused else None
 
     def hear(grad: Tensor | None) -> None:
@@ -123,6 +135,18 @@ def _tap(observation: Observation, site: Site, attention: Attention, rows: Queri
 
     guarded = observation.guard(site.name, hear)
     node.register_prehook(lambda grads: guarded(grads[0]))
+
+
+def _demand_adder(observation: Observation, site: Site, rows: Probabilities) -> Callable[[Tensor], None]:
+    """A function to be called in the backward with dL/dp at the rows of a softmax that are read. It adds their demand to the pass that runs now."""
+    current, epsilon = observation.passes.current, observation.options.epsilon
+
+    def add(grad: Tensor) -> None:
+        heads, there = observe_demand(rows, grad, epsilon), current.heads.get(site.name)
+        if there is None or there.shape == heads.shape:
+            current.add(current.heads, site.name, heads)
+
+    return add
 
 
 def _node_of_weights(answer: Tensor, began: int) -> Node | None:
