@@ -1,6 +1,7 @@
 """Blocked and trapped at a softmax: how much of the gradient's demand falls to rows that look at one key, and how much of it asks for another key."""
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -458,3 +459,61 @@ def test_heads_are_written_and_read(tmp_path: Any) -> None:
     (snapshot,) = torchsat.read(tmp_path)
     assert snapshot["softmax"] == known(monitor.latest)["softmax"]
     assert known(known(snapshot["softmax"].heads)[2].trapped) > 0
+
+
+class OfParameters(nn.Module):
+    """A call of attention on parameters of these shapes, large enough that many rows are one-hot."""
+
+    def __init__(self, attend: Callable[..., Tensor], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend = attend
+        self.parts = nn.ParameterList([nn.Parameter(4 * torch.randn(*shape).double()) for shape in shapes])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(*self.parts)
+
+
+def weighted(output: Tensor) -> None:
+    """A backward with another gradient at each element."""
+    output.mul(torch.randn(output.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+
+
+SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "of other sequences": ((2, 3, 5, 4), (2, 3, 9, 4), (2, 3, 9, 6)),
+    "values that all samples share": ((2, 3, 5, 4), (2, 3, 9, 4), (1, 1, 9, 4)),
+    "keys that all samples share": ((2, 3, 5, 4), (1, 3, 9, 4), (2, 3, 9, 4)),
+    "three axes": ((2, 5, 4), (2, 9, 4), (2, 9, 4)),
+    "five axes": ((2, 2, 3, 5, 4), (2, 2, 3, 9, 4), (2, 2, 3, 9, 4)),
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("backend", ["default", "math"])
+def test_other_shapes_and_the_fallback_of_torch(shapes: str, backend: str) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attend(*parts: Tensor) -> Tensor:
+        if backend == "default":
+            return F.scaled_dot_product_attention(*parts)
+        with sdpa_kernel([SDPBackend.MATH]):
+            return F.scaled_dot_product_attention(*parts)
+
+    fused, plain = (step(OfParameters(each, *SHAPES[shapes]), torch.zeros(1), weighted) for each in (attend, softmax))
+    assert known(fused.trapped) > 0.1
+    # A softmax over five axes is one head; of the heads of the attention the sums are the same.
+    assert told(fused) == pytest.approx(told(plain), rel=1e-9)
+
+
+def test_the_monitor_holds_no_values_after_the_backward() -> None:
+    """The values are freed in the backward, as without a monitor, even where the user keeps the loss, and with it the nodes of the graph."""
+    model, _ = pair()
+    alive: list[weakref.ReferenceType[Tensor]] = []
+    model.v.register_forward_hook(lambda module, args, output: alive.append(weakref.ref(output)))
+    monitor = torchsat.watch(model, budget=None, sinks=(), errors="raise")
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    loss = model(torch.randn(2, 9, 16).double()).square().sum()
+    loss.backward()
+    assert alive[0]() is None
+    optimizer.step()
+    assert known(monitor.latest)["softmax"].blocked is not None
