@@ -436,6 +436,15 @@ def test_what_a_one_hot_row_passes_and_what_the_gap_is() -> None:
         assert torch.allclose(observe_demand(rows, g[None, None], 0.05), observe_demand(rows, g[None, None] + 5, 0.05))
 
 
+def test_keys_chosen_without_regard_to_the_gradient_are_trapped_by_half() -> None:
+    torch.manual_seed(0)
+    g, p = torch.randn(1, 1, 4000, 12, dtype=torch.float64), F.one_hot(torch.randint(12, (1, 1, 4000)), 12).double()
+    block = observe_demand(Probabilities(p, torch.ones(1, 1, 1, 1, dtype=torch.bool), p.numel()), g, 0.05)
+    demand, blocked, trapped = (block[HEADS.index(name), 0].item() for name in ("row_demand", "row_blocked", "row_trapped"))
+    assert blocked == demand
+    assert trapped / demand == pytest.approx(0.5, abs=0.02)
+
+
 def test_rows_that_cannot_be_judged_do_not_count() -> None:
     """One visible key, a gradient that is nan at a visible key, a logit that is infinite; a gradient at a key that nobody sees is not read."""
     logits = torch.tensor([[9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [math.inf, 0.0, 0.0], [9.0, 0.0, 0.0]], dtype=torch.float64)
@@ -493,11 +502,11 @@ SHAPES: dict[str, tuple[tuple[int, ...], ...]] = {
 def test_other_shapes_and_the_fallback_of_torch(shapes: str, backend: str) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def attend(*parts: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if backend == "default":
-            return F.scaled_dot_product_attention(*parts)
+            return F.scaled_dot_product_attention(q, k, v)
         with sdpa_kernel([SDPBackend.MATH]):
-            return F.scaled_dot_product_attention(*parts)
+            return F.scaled_dot_product_attention(q, k, v)
 
     fused, plain = (step(OfParameters(each, *SHAPES[shapes]), torch.zeros(1), weighted) for each in (attend, softmax))
     assert known(fused.trapped) > 0.1
