@@ -75,16 +75,20 @@ def attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor], added: Tensor 
         model.q.weight.mul_(4)
     bare, x = copy.deepcopy(model).double(), 2 * torch.randn(5, 11 if added is None else added.shape[-1], 8)
     run = twice(model, [x], [])
-    q, k, _ = bare.heads(x.double())
+    q, k, v = bare.heads(x.double())
     logits = (q @ k.repeat_interleave(4 // keys, 1).transpose(-1, -2) / math.sqrt(6)).detach()
     if added is not None:
         logits = logits + added.double()
     seen = torch.ones_like(logits, dtype=torch.bool) if visible is None else visible.expand(logits.shape)
-    yield from _softmax(run.snapshot["softmax"], logits, seen)
+    v = v.repeat_interleave(4 // keys, 1)
+    yield from _softmax(run.snapshot["softmax"], logits, seen, lambda p: bare.head((p @ v).transpose(1, 2).flatten(2)))
 
 
-def _softmax(record: Record, logits: Tensor, visible: Tensor) -> Iterator[Compared]:
-    figures, heads = truth.softmax(logits, visible)
+def _softmax(record: Record, logits: Tensor, visible: Tensor, rest: Callable[[Tensor], Tensor]) -> Iterator[Compared]:
+    """A softmax with these logits. `rest` computes the output of the model from its probabilities, and the loss is that of `plain`."""
+    weights = torch.where(visible, logits, -math.inf).softmax(-1).requires_grad_()
+    (grad,) = torch.autograd.grad(rest(weights).square().mean(), weights)
+    figures, heads = truth.softmax(logits, visible, grad)
     counted = visible & (visible.sum(-1, keepdim=True) > 1)
     z = logits[counted].numpy()
     p = torch.where(visible, logits, -math.inf).softmax(-1)[counted].numpy()
@@ -135,10 +139,15 @@ def multi_head(causal: bool) -> Iterator[Compared]:
     bare = copy.deepcopy(model).double()
     run = twice(model, [x], [])
     projected = F.linear(bare.first(x.double()), bare.attn.in_proj_weight, bare.attn.in_proj_bias).chunk(3, -1)
-    q, k = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in projected[:2])
+    q, k, v = (each.unflatten(-1, (2, 4)).transpose(1, 2) for each in projected)
     logits = (q @ k.transpose(-1, -2) / 2).detach()
     visible = torch.ones(9, 9, dtype=torch.bool).tril() if causal else torch.ones(9, 9, dtype=torch.bool)
-    yield from _softmax(run.snapshot["attn/softmax"], logits, visible.expand(logits.shape))
+
+    def rest(p: Tensor) -> Tensor:
+        out: Tensor = bare.head(bare.attn.out_proj((p @ v).transpose(1, 2).flatten(2)))
+        return out
+
+    yield from _softmax(run.snapshot["attn/softmax"], logits, visible.expand(logits.shape), rest)
 
 
 def _steps(kind: str, x: Tensor, weights: dict[str, Tensor], suffix: str) -> tuple[Tensor, dict[str, list[Tensor]]]:

@@ -223,19 +223,29 @@ def _histogram(relative: Array) -> tuple[Array, int]:
     return np.bincount(at, minlength=len(edges) - 1).astype(np.float64), unsure
 
 
-def softmax(logits: Tensor, visible: Tensor) -> tuple[dict[str, Figure], tuple[dict[str, Figure], ...]]:
+def _demand(rows: list[tuple[float, float, bool]]) -> dict[str, Figure]:
+    """`blocked`, `trapped` and `leaving` of rows, of which each has a demand, a gap, and is one-hot or not."""
+    whole = sum(demand for demand, _, _ in rows)
+    blocked, trapped = sum(demand for demand, _, one_hot in rows if one_hot), sum(gap for _, gap, one_hot in rows if one_hot)
+    leaving = sum(one_hot and gap > demand / 2 for demand, gap, one_hot in rows)
+    return {"blocked": Figure(blocked / whole, 1e-5), "trapped": Figure(trapped / whole, 1e-5), "leaving": Figure(leaving / len(rows), 1e-9)}
+
+
+def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Figure], tuple[dict[str, Figure], ...]]:
     """The numbers of a softmax, and those of each of its heads.
 
     Args:
         logits: [batch, heads, queries, keys] in float64, with all masks added.
         visible: booleans of the same shape, which keys a query sees. A row with fewer than two visible keys does not count.
+        grad: the gradient of the loss by the probabilities.
     """
-    heads = []
+    heads, demands = [], list[tuple[float, float, bool]]()
     rows: list[dict[str, list[float]]] = []
     for head in range(logits.shape[1]):
         kept: dict[str, list[float]] = {name: [] for name in ("entropy", "jacobian", "variance", "log_keys", "max")}
-        for z, seen in zip(logits[:, head].flatten(0, 1), visible[:, head].flatten(0, 1), strict=True):
-            values = z[seen].numpy()
+        asked = list[tuple[float, float, bool]]()
+        for z, seen, slope in zip(*(each[:, head].flatten(0, 1) for each in (logits, visible, grad)), strict=True):
+            values, g = z[seen].numpy(), slope[seen].numpy()
             if len(values) < 2:
                 continue
             p = np.exp(values - values.max())
@@ -246,7 +256,10 @@ def softmax(logits: Tensor, visible: Tensor) -> tuple[dict[str, Figure], tuple[d
             kept["variance"].append(float(values.var()))
             kept["log_keys"].append(math.log(len(values)))
             kept["max"].append(float(values.max()))
+            is_one_hot = 1 - float((p * p).sum()) <= 0.05 * (1 - 1 / len(p))
+            asked.append((float(g.max() - g.min()), float(p.dot(g) - g.min()), is_one_hot))
         rows.append(kept)
+        demands += asked
         heads.append(
             {
                 "rows": Figure(len(kept["entropy"])),
@@ -254,6 +267,7 @@ def softmax(logits: Tensor, visible: Tensor) -> tuple[dict[str, Figure], tuple[d
                 "jacobian": Figure(float(np.mean(kept["jacobian"])), 1e-5),
                 "logit_std": Figure(math.sqrt(float(np.mean(kept["variance"]))), 1e-4 * math.sqrt(float(np.mean(kept["variance"])))),
                 "logit_max": Figure(max(kept["max"]), 1e-4 * abs(max(kept["max"]))),
+                **_demand(asked),
             }
         )
 
@@ -266,6 +280,7 @@ def softmax(logits: Tensor, visible: Tensor) -> tuple[dict[str, Figure], tuple[d
         "logit_std": Figure(math.sqrt(overall("variance")), 1e-4 * math.sqrt(overall("variance"))),
         "log_keys": Figure(overall("log_keys"), 1e-6),
         "entropy_min": Figure(min(head["entropy"].value for head in heads), 1e-5),
+        **_demand(demands),
     }, tuple(heads)
 
 

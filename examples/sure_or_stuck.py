@@ -72,7 +72,9 @@ def main() -> None:
     for name, rate in RATES.items():
         right, runs[name], alerts = train(rate, options.steps)
         last = runs[name][-1][SITE]
-        print(f"{name}: {right:.1%} right; {last.saturated:.0%} on a plateau, blocked {last.blocked:.0%}, trapped {last.trapped:.0%}; {len(alerts)} alerts")
+        print(
+            f"{name}: {right:.1%} right; {last.saturated:.0%} on a plateau, blocked {last.blocked:.0%}, trapped {last.trapped:.0%}; {len(alerts)} alerts"
+        )
     if options.picture:
         draw(runs, options.picture)
         print(f"the picture is in {options.picture}")

@@ -22,6 +22,13 @@ from torchsat.internals import Accumulation
 PACKAGE = Path(torchsat.__file__).parent
 
 
+def test_what_decides_what_a_graph_keeps() -> None:
+    assert not internals.graph_keeps_less()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert internals.graph_keeps_less()
+    assert not internals.graph_keeps_less()
+
+
 def private_names(source: str) -> list[str]:
     """The private names of torch in a file, and the walks over the stack, each with its line.
 

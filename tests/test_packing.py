@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchsat.columns import COLUMN, MAXES, SUMS, UNITS
+from torchsat.columns import COLUMN, HEADS, HEADS_LOSS_SCALED, MAXES, SUMS, UNITS
 from torchsat.diagnosis import Diagnosis
 from torchsat.judge import Judge
 from torchsat.parts import LayerPart, Parts, SitePart, Span
@@ -76,7 +76,8 @@ def features(x: Tensor, weight: float = 1.0) -> Tensor:
 def heads(logits: Tensor) -> Tensor:
     """HEADS of logits [rows, heads], of which only some are filled."""
     count = torch.full((logits.shape[1],), float(len(logits)))
-    return torch.stack([count, logits.sum(0), logits.square().sum(0), count, count, count, logits.amax(0)]).double()
+    first, second = logits.sum(0), logits.square().sum(0)
+    return torch.stack([count, first, second, *[count] * 3, *[torch.zeros_like(count)] * 5, logits.amax(0)]).double()
 
 
 WEIGHT = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
@@ -234,14 +235,18 @@ def test_the_squared_mean_of_an_input_is_a_mean_over_pairs_of_distinct_samples()
 def test_ranks_divide_by_the_loss_scale_and_one_process_says_it() -> None:
     scale = torch.tensor(1024.0)
     plain = batch()
-    larger = known(plain.sites["act"].row).clone()
-    grown = {"act": replace(plain.sites["act"], row=larger)}
+    larger, heads = known(plain.sites["act"].row).clone(), known(plain.sites["soft"].heads).clone()
+    grown = {"act": replace(plain.sites["act"], row=larger), "soft": replace(plain.sites["soft"], heads=heads)}
     larger[COLUMN["grad_z_sq"]] *= (1024 * 3) ** 2
+    heads[[HEADS.index(name) for name in HEADS_LOSS_SCALED]] = 1024 * 3 * 7.0
     scaled = replace(plain, sites={**plain.sites, **grown}, scale=scale, averages=3.0)
     alone, merged = sent(scaled), together(scaled)
     assert alone.scale == 3 * 1024
     assert column(alone, "act", "grad_z_sq") == float(larger[COLUMN["grad_z_sq"]])
     assert merged.scale == 1.0
+    assert [alone.sites[1].heads[HEADS.index(name)] for name in HEADS_LOSS_SCALED] == [[1024 * 3 * 7.0] * 2] * 3
+    assert [merged.sites[1].heads[HEADS.index(name)] for name in HEADS_LOSS_SCALED] == [[7.0] * 2] * 3
+    assert heads[HEADS.index("row_demand"), 0] == 1024 * 3 * 7
     assert column(merged, "act", "grad_z_sq") == pytest.approx(column(sent(plain), "act", "grad_z_sq"), rel=1e-12)
     assert column(merged, "act", "z_sq") == column(sent(plain), "act", "z_sq")
 
@@ -461,7 +466,7 @@ def test_the_formula_of_the_docs_is_what_is_sent() -> None:
     (formula,) = re.findall(r"^    8 bytes x \((.*)\)$", text, re.MULTILINE)
     sizes = {"sites": 3, "units": 60, "heads": 4, "layers": 2, "features": 40}
     assert 8 * eval(formula.replace("x", "*"), sizes) == layout.bytes
-    assert (len(SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (72, 5, 2, 9, 4, 6)
+    assert (len(SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (76, 5, 2, 9, 4, 6)
 
 
 def samples(count: int, saturated: int = 0, units: int = 4) -> Tensor:

@@ -69,6 +69,7 @@ ARROWS = {
     "replay": {"attributes", "internals", "sampling", "sharding", "tensors"},
     "softmax": {"columns", "kernels.cpu", "statistics"},
     "attention": {"replay", "sampling", "softmax", "statistics"},
+    "attention_gradient": {"attention", "internals", "statistics"},
     "sharding": {"internals_distributed", "tensors"},
     "optimizers": {"statistics"},
     "weights": {"attributes", "columns", "internals", "optimizers", "sampling", "sharding", "statistics", "tensors"},
@@ -111,8 +112,12 @@ ARROWS = {
         *("observe.feeders", "observe.graph", "observe.meter", "observe.observation", "sampling", "sites", "statistics", "tensors"),
     },
     "observe.calls": {
-        *("activations", "attention", "faults", "internals", "observe.conditions", "observe.glu", "observe.graph", "observe.meter"),
-        *("observe.mode", "observe.nodes", "observe.observation", "observe.outside", "replay", "sites", "structure", "tensors"),
+        *("activations", "faults", "internals", "observe.conditions", "observe.glu", "observe.graph", "observe.meter"),
+        *("observe.mode", "observe.nodes", "observe.observation", "observe.outside", "observe.softmaxes", "sites", "structure", "tensors"),
+    },
+    "observe.softmaxes": {
+        *("attention", "attention_gradient", "internals", "observe.graph", "observe.meter", "observe.nodes", "observe.observation", "replay"),
+        *("sharding", "sites", "softmax", "tensors"),
     },
     "observe.recurrent": {
         *("expressions", "internals", "observe.graph", "observe.meter", "observe.observation", "replay", "sharding", "sites", "statistics"),

@@ -24,7 +24,8 @@ from torchsat.statistics import EXACT
 
 def attention_logits(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], limit: int | None, seed: int) -> Logits:
     """The logits of some rows of a call of attention; the arguments are those of `Attention.of` and `Queries.of`."""
-    return Attention.of(call, args, kwargs).logits(limit, seed)
+    attention = Attention.of(call, args, kwargs)
+    return attention.logits(attention.rows(limit, seed))
 
 
 KINDS = [nn.LSTM, nn.GRU, nn.RNN]
@@ -233,7 +234,7 @@ def reference(z: Tensor, visible: Tensor) -> tuple[list[float], list[float], lis
 
 def measured(logits: Logits) -> tuple[list[float], ...]:
     _, heads = observe_softmax(logits.z, logits.visible, logits.elements)
-    rows, entropy, jacobian, variance, _, _, largest = heads.tolist()
+    rows, entropy, jacobian, variance, *_, largest = heads.tolist()
     means = ([total / n for total, n in zip(each, rows, strict=True)] for each in (entropy, jacobian, variance))
     return (*means, largest)
 
@@ -483,8 +484,8 @@ def test_the_largest_logit_of_a_head_is_found_among_all_rows(piece: int, monkeyp
     masks: list[Tensor | None] = [None, torch.rand(3, 1, 40, 50) > 0.3, torch.zeros(40, 50).masked_fill(torch.rand(40, 50) > 0.5, -1e9)]
     for mask in masks:
         attention = Attention.of(F.scaled_dot_product_attention, (q, k, k, mask), {"enable_gqa": True})
-        assert isinstance(attention.logits(100, 0).elements, int)
-        whole = attention.logits(None, 0)
+        assert isinstance(attention.logits(attention.rows(100, 0)).elements, int)
+        whole = attention.logits(attention.rows(None, 0))
         row, heads = observe_softmax(*vars(whole).values())
         found, tops = attention.extremes(F.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True))
         assert torch.allclose(tops, heads[-1], rtol=1e-6)

@@ -140,6 +140,7 @@ def test_without_units_nothing_is_known_of_them(units: list[float] | None) -> No
 
 
 def softmax(**heads: list[float]) -> SiteRow:
+    heads = {**dict.fromkeys(HEADS, [0.0] * len(heads["rows"])), **heads}
     return row(replace(FACTS, activation="softmax", kind="softmax", tails="none"), heads=[heads[name] for name in HEADS], n=8.0, derivative=1.0)
 
 

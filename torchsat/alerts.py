@@ -22,6 +22,7 @@ ADJECTIVE = {
     "vanishing_gradient": "short of gradient",
     "exploding_gradient": "flooded with gradient",
     "frozen_weights": "frozen",
+    "shrunk_weights": "shrunk",
     "attention_collapse": "collapsed",
     "nonfinite": "non-finite",
 }

@@ -81,6 +81,11 @@ class Queries:
             return Queries(shape, chosen, slice(0, queries))
         return Queries(shape, chosen, places(queries, positions, seed + 1, device, samples).long().view(samples, positions))
 
+    @property
+    def has_all_samples(self) -> bool:
+        """Whether some rows of every sample are read."""
+        return isinstance(self.batch, slice) or len(self.batch) == self.shape[0]
+
     def of_samples(self, tensor: Tensor) -> Tensor:
         """These samples of a tensor [batch or 1, ...]."""
         if isinstance(self.batch, slice):
@@ -183,6 +188,20 @@ class SoftmaxRows:
 
 
 @dataclass(frozen=True)
+class Values:
+    """The values V of an attention, where O = p V is what its kernel returns for the probabilities p. Then dL/dp = dL/dO V^T."""
+
+    source: Tensor
+    """The argument of the call that they come from: the values themselves, or what is projected to them."""
+    weights: tuple[Tensor, ...]
+    """The weights of that projection."""
+    arrange: Callable[[Tensor], Tensor]
+    """A view of the source as [batch or 1, ...]."""
+    project: Callable[[Tensor], Tensor]
+    """The values of some samples, [samples, groups, keys, features], from these samples of that view."""
+
+
+@dataclass(frozen=True)
 class Attention:
     """A call of attention, from which the logits of any query rows can be computed."""
 
@@ -198,6 +217,9 @@ class Attention:
     is_causal: bool
     has_mask: bool
     """Whether there is a mask besides the causal one. Without it every query sees a key."""
+    values: Values
+    dropout: float
+    """The probability with which an element of p is dropped before it is multiplied by the values."""
 
     @staticmethod
     def of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attention:
@@ -208,11 +230,14 @@ class Attention:
         """
         if call is F.multi_head_attention_forward:
             return _multi_head(inspect.signature(call).bind(*args, **kwargs).arguments)
-        return _scaled_dot_product(*args, **kwargs)
+        return _scaled_dotproduct(*args, **kwargs)
 
-    def logits(self, limit: int | None, seed: int) -> Logits:
-        """The logits of some rows; `limit` and `seed` are those of `Queries.of`."""
-        rows = Queries.of(self.shape, limit, seed, self.device)
+    def rows(self, limit: int | None, seed: int) -> Queries:
+        """The rows that are read; `limit` and `seed` are those of `Queries.of`."""
+        return Queries.of(self.shape, limit, seed, self.device)
+
+    def logits(self, rows: Queries) -> Logits:
+        """The logits of these rows."""
         return self._logits(rows, self.query(rows), self.key(rows))
 
     def extremes(self, output: Any) -> tuple[Tensor, Tensor]:
@@ -241,7 +266,7 @@ class Attention:
     def _logits(self, rows: Queries, query: Tensor, key: Tensor) -> Logits:
         (samples, heads, positions, _), groups = query.shape, key.shape[1]
         # With grouped queries, head h reads the keys of group h // (heads per group).
-        z = _product(query.reshape(samples, groups, heads // groups, positions, -1), key.unsqueeze(2)).reshape(samples, heads, positions, -1)
+        z = product(query.reshape(samples, groups, heads // groups, positions, -1), key.unsqueeze(2)).reshape(samples, heads, positions, -1)
         return _masked(z, self.added(rows), rows.causal(z.device) if self.is_causal else None, math.prod(self.shape))
 
 
@@ -251,7 +276,7 @@ def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([exact[:, :1].sum(0), exact[:, 1:].amax(0)]), tops.amax(0)
 
 
-def _scaled_dot_product(
+def _scaled_dotproduct(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -284,22 +309,24 @@ def _scaled_dot_product(
         lambda rows: None if mask is None else rows.pick(mask),
         is_causal,
         mask is not None,
+        Values(value, (), _four, upcast),
+        dropout_p,
     )
 
 
 def _multi_head(given: dict[str, Any]) -> Attention:
     """A call of F.multi_head_attention_forward with these arguments, by name."""
-    query, key, heads = given["query"].detach(), given["key"].detach(), given["num_heads"]
+    query, heads, keys, values = given["query"].detach(), given["num_heads"], _Projection.of(given, 1), _Projection.of(given, 2)
     padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
     if query.ndim == 2:
-        query, key = query.unsqueeze(1), key.unsqueeze(1)
+        query = query.unsqueeze(1)
         padding = None if padding is None else padding.unsqueeze(0)
     length, batch, _ = query.shape
+    key = keys.arrange(keys.source(given).detach())
     # As in torch: only under these conditions does is_causal replace the mask that is given.
     hint = given.get("is_causal", False) and padding is None and not given.get("need_weights", True)
     added_keys = (given.get("bias_k") is not None) + bool(given.get("add_zero_attn"))
-    static = given.get("static_k")
-    size = (key.shape[0] if static is None else static.shape[1]) + added_keys
+    size = key.shape[-2] + added_keys
     full = None
     if mask is not None and not hint:
         mask = mask.detach()
@@ -317,7 +344,7 @@ def _multi_head(given: dict[str, Any]) -> Attention:
         return whole
 
     def projected_query(rows: Queries) -> Tensor:
-        q = _projected(given, rows.of_steps(query), 0)
+        q = F.linear(rows.of_steps(query), *_weight_and_bias(given, 0))
         q = upcast(q.reshape(*q.shape[:2], heads, -1).transpose(1, 2))
         scaled: Tensor = q * q.shape[-1] ** -0.5
         return scaled
@@ -326,45 +353,92 @@ def _multi_head(given: dict[str, Any]) -> Attention:
         (batch, heads, length, size),
         query.device,
         projected_query,
-        lambda rows: _multi_head_keys(given, key, batch, rows),
+        lambda rows: keys.project(rows.of_samples(key)),
         added,
         bool(hint),
         full is not None or padding is not None,
+        Values(values.source(given), values.tensors, values.arrange, _in_present_precision(values.project, query.device.type)),
+        given["dropout_p"] if given.get("training", True) else 0.0,
     )
 
 
-def _multi_head_keys(given: dict[str, Any], key: Tensor, batch: int, rows: Queries) -> Tensor:
-    """The keys of these samples by head, [samples, heads, keys, features].
+@dataclass(frozen=True)
+class _Projection:
+    """How F.multi_head_attention_forward computes the keys or the values of some samples from one of its arguments."""
 
-    Args:
-        given: the arguments of F.multi_head_attention_forward, by name.
-        key: [keys, batch, features].
-    """
-    heads, static = given["num_heads"], given.get("static_k")
-    if static is None:
-        projected = _projected(given, rows.of_samples(key.transpose(0, 1)), 1)
-        if given.get("bias_k") is not None:
-            projected = torch.cat([projected, given["bias_k"].detach().expand(len(projected), 1, -1)], 1)
-        k = projected.reshape(*projected.shape[:2], heads, -1).transpose(1, 2)
-    else:
-        k = rows.of_samples(static.detach().reshape(batch, heads, *static.shape[1:]))
-    if given.get("add_zero_attn"):
-        k = torch.cat([k, k.new_zeros(*k.shape[:2], 1, k.shape[3])], 2)
-    return upcast(k)
+    names: tuple[str, str]
+    """The names of that argument, and of the one that takes its place as what is projected already."""
+    heads: int
+    weight: Tensor | None
+    """None where the argument is projected already."""
+    bias: Tensor | None
+    last: Tensor | None
+    """What is added to all samples as one key more."""
+    adds_zero: bool
+    """Whether zeros are added as one key more."""
+
+    @staticmethod
+    def of(given: dict[str, Any], which: int) -> _Projection:
+        """The projection to keys (1) or values (2) of a call with these arguments, by name."""
+        names, letter = (("key", "static_k"), ("value", "static_v"))[which - 1], "qkv"[which]
+        weight, bias = (None, None) if given.get(names[1]) is not None else _weight_and_bias(given, which)
+        last = None if weight is None else given.get(f"bias_{letter}")
+        return _Projection(names, given["num_heads"], weight, bias, None if last is None else last.detach(), bool(given.get("add_zero_attn")))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The parameters that it uses."""
+        return tuple(each for each in (self.weight, self.bias, self.last) if each is not None)
+
+    def source(self, given: dict[str, Any]) -> Tensor:
+        """The argument that it projects."""
+        source: Tensor = given[self.names[self.weight is None]]
+        return source
+
+    def arrange(self, source: Tensor) -> Tensor:
+        """That argument as [samples, keys, features], or [samples, heads, keys, features] where it is projected already."""
+        if self.weight is None:
+            return source.reshape(-1, self.heads, *source.shape[1:])
+        return (source if source.ndim == 3 else source.unsqueeze(1)).transpose(0, 1)
+
+    def project(self, samples: Tensor) -> Tensor:
+        """The keys or values by head, [samples, heads, keys, features]."""
+        if self.weight is not None:
+            samples = F.linear(samples, self.weight, self.bias)
+            if self.last is not None:
+                samples = torch.cat([samples, self.last.expand(len(samples), 1, -1)], 1)
+            samples = samples.reshape(*samples.shape[:2], self.heads, -1).transpose(1, 2)
+        if self.adds_zero:
+            samples = torch.cat([samples, samples.new_zeros(*samples.shape[:2], 1, samples.shape[3])], 2)
+        return upcast(samples)
 
 
-def _projected(given: dict[str, Any], x: Tensor, which: int) -> Tensor:
-    """x after the projection to queries (0) or keys (1), in the precision that torch uses for it, so that the logits are those that the attention
-    saw."""
+def _weight_and_bias(given: dict[str, Any], which: int) -> tuple[Tensor, Tensor | None]:
+    """The weight and the bias of the projection to queries (0), keys (1) or values (2)."""
     if given.get("use_separate_proj_weight", False):
-        weight = (given["q_proj_weight"], given["k_proj_weight"])[which]
+        weight = (given["q_proj_weight"], given["k_proj_weight"], given["v_proj_weight"])[which]
     else:
         weight = given["in_proj_weight"].chunk(3)[which]
     bias = given["in_proj_bias"]
-    return F.linear(x, weight.detach(), None if bias is None else bias.detach().chunk(3)[which])
+    return weight.detach(), None if bias is None else bias.detach().chunk(3)[which]
 
 
-def _product(q: Tensor, k: Tensor) -> Tensor:
+def _in_present_precision(project: Callable[[Tensor], Tensor], kind: str) -> Callable[[Tensor], Tensor]:
+    """The function with the autocast of now, whatever it is when the function is called. A backward has none.
+
+    Args:
+        kind: of the device.
+    """
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def later(samples: Tensor) -> Tensor:
+        with torch.autocast(kind, dtype, enabled):
+            return project(samples)
+
+    return later
+
+
+def product(q: Tensor, k: Tensor) -> Tensor:
     """q k^T in the precision of q and k, not in the lower one that autocast would choose."""
     with torch.autocast(q.device.type, enabled=False):
         return torch.matmul(q, k.transpose(-1, -2))

@@ -105,9 +105,15 @@ UNWEIGHED = tuple(column.name for column in ROW if column.merge is Merge.SUM and
 LOSS_SCALED = {column.name: column.loss_scaled for column in ROW if column.loss_scaled}
 """The columns that carry a power of a GradScaler's factor, and which."""
 
-HEADS = ("rows", "entropy", "jacobian", "logit_variance", "log_keys", "rows_read", "logit_max")
-"""The rows of the block [7, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows, each with the
-weight of its call but for `rows_read`, which counts them."""
+HEADS = (
+    *("rows", "entropy", "jacobian", "logit_variance", "log_keys", "rows_read"),
+    *("rows_heard", "row_demand", "row_blocked", "row_trapped", "rows_leaving", "logit_max"),
+)
+"""The rows of the block [12, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows, each with the
+weight of its call but for `rows_read`, which counts them. `rows_heard` are the rows whose gradient was heard in the backward, which the four after it
+are of; softmax.observe_demand says what they are."""
+HEADS_LOSS_SCALED = ("row_demand", "row_blocked", "row_trapped")
+"""The rows of HEADS that carry a GradScaler's factor."""
 BLOCK = ("samples", "saturated", "samples_read")
 """The rows of the unit block [3, units]: for each channel or feature the weights of its samples, the weights of the saturated ones, and how many
 samples were read."""

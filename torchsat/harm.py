@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 
-from torchsat.record import Record, Snapshot, normal_saturated
+from torchsat.record import Record, Snapshot, Weight, normal_saturated
 from torchsat.start import LONG, Start, came_trained
 
 
@@ -84,14 +84,14 @@ _NEARLY_ALL = 0.9
 
 def share_unseen(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """`share_at_start` in training, where no gradient is seen."""
-    if not is_hidden(record) or _is_linear_in_pieces(record) or record.blocked is not None:
+    if not is_hidden(record) or record.kind == "recurrent" or _is_linear_in_pieces(record) or record.blocked is not None:
         return None
     return _news(record.saturated, record, start)
 
 
 def slope_unseen(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """`slope_at_start` in training, where no gradient is seen."""
-    if not is_hidden(record) or record.attenuation is not None:
+    if not is_hidden(record) or record.kind == "recurrent" or record.attenuation is not None:
         return None
     return record.relative_derivative if _news(record.saturated, record, start) or not record.saturated else 1.0
 
@@ -102,7 +102,12 @@ def blocked(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     if not is_hidden(record) or record.blocked is None or record.trapped is None:
         return None
     saturates = (record.saturated or 0.0) >= normal(record) + 0.15
-    return _news(record.blocked, record, start) if saturates and record.trapped >= 0.25 * record.blocked else 0.0
+    return _news(record.blocked, record, start) if saturates and not is_content(record) else 0.0
+
+
+def is_content(record: Record) -> bool:
+    """Whether three quarters and more of what is blocked pushes on into the plateau: most elements there are where the loss wants them."""
+    return (record.trapped or 0.0) < 0.25 * (record.blocked or 0.0)
 
 
 def trapped(record: Record, snapshot: Snapshot, start: Start) -> float | None:
@@ -141,7 +146,7 @@ def slope(record: Record, snapshot: Snapshot) -> float | None:
     drifted, though few elements lie on a plateau; where many do, `blocked` and `trapped` tell. None where no gradient is seen."""
     if not is_hidden(record) or record.relative_derivative is None or record.attenuation is None or not record.peak:
         return None
-    if (record.saturated or 0.0) >= share_limit(record):
+    if (record.saturated or 0.0) >= share_limit(record) or is_content(record):
         return 1.0
     return max(record.relative_derivative, record.attenuation / record.peak)
 
@@ -161,11 +166,21 @@ def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | Non
     first = start.item.grad_a_rms if isinstance(start.item, Record) else None
     if not record.output or not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
         return None
-    if closes_both_ways(record):
-        at_end = max(record.low or 0.0, record.high or 0.0) >= 0.95 and record.blocked >= 0.9
-    else:
-        at_end = record.blocked >= 0.5
+    is_whole = max(record.low or 0.0, record.high or 0.0) >= 0.95 and record.blocked >= 0.9
+    at_end = is_whole if closes_both_ways(record) else record.blocked >= 0.5
     return record.grad_a_rms / first if at_end and snapshot.step >= start.step + LONG else 0.0
+
+
+def gate_with_gradient(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """`trapped` of a gate whose gradient is seen, where nearly all of its demand is blocked. A gate that is shut rightly is content."""
+    if not record.gate or record.kind == "recurrent" or not closes_both_ways(record) or record.blocked is None or record.trapped is None:
+        return None
+    return _news(record.trapped, record, start) if record.blocked >= 0.8 and not is_content(record) else 0.0
+
+
+def gate_limit(record: Record) -> float:
+    """10 points more than in a hidden layer."""
+    return trapped_limit(record) + 0.1
 
 
 def _gates_of(record: Record, snapshot: Snapshot) -> list[Record]:
@@ -181,6 +196,13 @@ def gates_at_start(record: Record, snapshot: Snapshot) -> float | None:
     """`saturated` of the least saturated sigmoid gate of a recurrent layer."""
     saturated = [each.saturated for each in _gates_of(record, snapshot) if each.saturated is not None]
     return min(saturated) if saturated and not came_trained(snapshot) else None
+
+
+def shut_at_start(record: Record, snapshot: Snapshot) -> float | None:
+    """`low` of the forget gate and of the output gate of an LSTM: shut, the one keeps nothing and the other one shows nothing. (Initialisations for
+    long sequences open the forget gate wide and shut the input gate. They are left alone.)"""
+    is_judged = record.kind == "recurrent" and record.site.rpartition("/")[2] in ("forget", "output") and record.activation == "sigmoid"
+    return record.low if is_judged and not came_trained(snapshot) else None
 
 
 def gates(record: Record, snapshot: Snapshot, start: Start) -> float | None:
@@ -212,10 +234,20 @@ def stuck(record: Record, snapshot: Snapshot) -> float | None:
 
 
 def stuck_limit(record: Record) -> float:
-    """40 % of the units, and by the 95 % bound of a share of so many units more."""
-    return 0.4 + 1.645 * math.sqrt(0.4 * 0.6) * _per_units(record)
+    """55 % of the units, and by the 95 % bound of a share of so many units more."""
+    return min(0.95, 0.55 + 1.645 * math.sqrt(0.55 * 0.45) * _per_units(record))
 
 
 def stuck_limit_critical(record: Record) -> float:
     """Halfway from the limit of a warning to all."""
     return (1 + stuck_limit(record)) / 2
+
+
+def shrunk(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:
+    """What is left of the gain that a layer began with, where weight decay is the reason: a step is far from what the gradient makes of it, since
+    decay takes away what is learned, or is all that there is."""
+    before = start.item.gain if isinstance(start.item, Weight) else None
+    if weight.whole is not None or not before or weight.gain is None or weight.learned_ratio is None or not weight.update_ratio:
+        return None
+    learned = weight.learned_ratio / weight.update_ratio
+    return weight.gain / before if not 0.67 <= learned <= 1.5 else 1.0

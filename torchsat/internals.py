@@ -228,6 +228,15 @@ def version(tensor: Tensor) -> int:
     return tensor._version
 
 
+def graph_keeps_less() -> bool:
+    """Whether hooks decide now what a graph keeps of the tensors that its backward needs, as under a checkpoint or where they are moved to the host.
+
+    No public name tells whether `torch.autograd.graph.saved_tensors_hooks` are in force. A torch without this private name does not tell it at all.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is not None and top(True) is not None
+
+
 def stored(tensor: Tensor) -> Tensor:
     """The elements that a tensor stores: of a sparse one those that may differ from zero. The public `values` demands that it is coalesced."""
     return tensor._values() if tensor.is_sparse else tensor

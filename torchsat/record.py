@@ -44,6 +44,12 @@ class Head:
     """Standard deviation of the logits within a row."""
     logit_max: float | None
     """The largest logit of all query rows, read or not, that see two keys or more."""
+    blocked: float | None = None
+    """`Record.blocked` of this head alone."""
+    trapped: float | None = None
+    """`Record.trapped` of this head alone."""
+    leaving: float | None = None
+    """`Record.leaving` of this head alone."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +150,7 @@ class Record(SiteFacts):
     """sqrt(mean (dL/dz)^2), without the factor of a GradScaler."""
     blocked: float | None = None
     """How much of the demand the plateaus take: of the sum of |dL/da| over elements, the part at elements in a tail. None where no gradient was seen,
-    where all of them are 0, or where it is not known which elements are in a tail."""
+    where all of them are 0, or where it is not known which elements are in a tail. At a softmax the sum is over rows: see softmax.py."""
     trapped: float | None = None
     """The part of that sum at elements in a tail that the gradient asks to leave it: dL/da > 0 in the high tail, where descent wants a lower
     activation, and < 0 in the low one. `blocked` - `trapped` is the part that pushes on into the tail: its elements are where the loss wants them."""

@@ -112,9 +112,9 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         attenuation=grad_z / grad_a if grad_z is not None and grad_a else None,
         grad_a_rms=grad_a,
         grad_z_rms=grad_z,
-        blocked=at.part("blocked", "demand") if has_tails else None,
-        trapped=at.part("trapped", "demand") if has_tails else None,
-        leaving=at.part("leaving", "grad_a_n") if has_tails and at["demand"] else None,
+        blocked=of_heads.part("row_blocked", "row_demand") if is_softmax else at.part("blocked", "demand") if has_tails else None,
+        trapped=of_heads.part("row_trapped", "row_demand") if is_softmax else at.part("trapped", "demand") if has_tails else None,
+        leaving=of_heads.leaving if is_softmax else at.part("leaving", "grad_a_n") if has_tails and at["demand"] else None,
         entropy=of_heads.mean("entropy"),
         jacobian=of_heads.mean("jacobian"),
         logit_std=None if (variance := of_heads.mean("logit_variance")) is None else math.sqrt(variance),
@@ -182,7 +182,7 @@ class _Columns(dict[str, float]):
 
     def part(self, name: str, of: str) -> float | None:
         """One sum as a part of another one."""
-        return _finite(self[name] / self[of]) if self[of] else None
+        return _part(self[name], self[of])
 
     def largest(self, name: str) -> float | None:
         return self[name] if math.isfinite(self[name]) else None
@@ -203,18 +203,37 @@ class _Heads:
         """The mean over the query rows of all heads."""
         return sum(self._block[name]) / self._rows if self._rows else None
 
+    def part(self, name: str, of: str) -> float | None:
+        """One sum over the query rows of all heads as a part of another one."""
+        return _part(sum(self._block[name]), sum(self._block[of]))
+
+    @property
+    def leaving(self) -> float | None:
+        """The share of the query rows that are asked to leave their plateau."""
+        return self.part("rows_leaving", "rows_heard") if sum(self._block["row_demand"]) else None
+
     def lowest(self, name: str) -> float | None:
         """The lowest mean that a single head has over its query rows."""
         return min((value / rows for value, rows in zip(self._block[name], self._block["rows"], strict=True) if rows), default=None)
 
     def each(self) -> tuple[Head, ...]:
-        return tuple(_head(*values) for values in zip(*self._block.values(), strict=True))
+        return tuple(_head(dict(zip(HEADS, values, strict=True))) for values in zip(*self._block.values(), strict=True))
 
 
-def _head(rows: float, entropy: float, jacobian: float, variance: float, log_keys: float, read: float, logit_max: float) -> Head:
+def _head(at: dict[str, float]) -> Head:
+    rows = at["rows"]
     if not rows:
         return Head(0, None, None, None, None)
-    return Head(round(read), entropy / rows, jacobian / rows, math.sqrt(variance / rows), logit_max)
+    return Head(
+        round(at["rows_read"]),
+        at["entropy"] / rows,
+        at["jacobian"] / rows,
+        math.sqrt(at["logit_variance"] / rows),
+        at["logit_max"],
+        _part(at["row_blocked"], at["row_demand"]),
+        _part(at["row_trapped"], at["row_demand"]),
+        _part(at["rows_leaving"], at["rows_heard"]) if at["row_demand"] else None,
+    )
 
 
 def _stuck_units(units: Sequence[float] | None) -> Stuck | None:
@@ -236,6 +255,11 @@ def _in_doubt(units: Sequence[float] | None) -> bool:
 def _finite(value: float) -> float | None:
     """The value, but None where the sum behind it is beyond float64, though the elements that it is of are finite."""
     return value if math.isfinite(value) else None
+
+
+def _part(value: float, whole: float) -> float | None:
+    """One sum as a part of another one; None where that is 0."""
+    return _finite(value / whole) if whole else None
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

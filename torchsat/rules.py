@@ -203,7 +203,29 @@ RULES: tuple[Rule, ...] = (
         ),
         compares=True,
     ),
+    Rule(
+        "saturated",
+        harm.gate_with_gradient,
+        harm.gate_limit,
+        None,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}), a gate, is stuck: {percent(r.blocked)} of the gradient's demand falls to its plateaus, and {percent(value)} "
+            f"asks to leave them (limit {percent(limit)})"
+        ),
+        compares=True,
+    ),
     Rule("saturated", harm.gates_at_start, 1 / 3, 0.6, _says_gates_at_start, first=_AT_START),
+    Rule(
+        "saturated",
+        harm.shut_at_start,
+        0.9,
+        None,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}), a gate, is shut before it has learned anything: {percent(value)} of its inputs lie on the low plateau "
+            f"(limit {percent(limit)})"
+        ),
+        first=_AT_START,
+    ),
     Rule(
         "saturated",
         harm.gates,
@@ -279,6 +301,19 @@ RULES: tuple[Rule, ...] = (
         ),
         below=True,
         over="weights",
+    ),
+    Rule(
+        "shrunk_weights",
+        harm.shrunk,
+        0.5,
+        0.1,
+        lambda w, value, limit: (
+            f"{w.name}, which feeds {', '.join(w.feeds)}, has shrunk to {percent(value)} of its first gain (limit {percent(limit)}): a step changes "
+            f"it by {w.update_ratio:.1e} of itself, and without weight decay by {w.learned_ratio:.1e}"
+        ),
+        below=True,
+        over="weights",
+        compares=True,
     ),
     Rule(
         "attention_collapse",

@@ -1,12 +1,24 @@
 """Computes the numbers of a softmax, such as the weights of an attention: the entropy and the Jacobian of its rows, and its largest logits.
 
 The rows are [batch, heads, queries, keys]. Where masks hide keys from a query, its row is the softmax over those that it sees. As in statistics.py,
-each function exists as a kernel and in plain torch, and nothing waits for the device.
+most functions exist as a kernel and in plain torch, and nothing waits for the device.
+
+A softmax has no plateau of single elements, but of rows. Let p be a row of probabilities over the T keys that are visible, and g = dL/dp.
+
+- The row is *one-hot*, which is its plateau, if the trace of its Jacobian, 1 - sum p^2, is at most epsilon of the largest, 1 - 1/T.
+- Its *demand* is max g - min g: what the loss would fall at first order if all of the weight went from the worst key to the best. A constant that is
+  added to g changes nothing, as it does not change dL/dz.
+- Its *gap* is p.g - min g, the part of this that is still to be had (the gap of Frank and Wolfe over the simplex): what the loss would fall at first
+  order if the weight, as it lies now, went to the best key. It is 0 where the row has chosen this key, however one-hot it is.
+
+What passes to the logits is dL/dz_i = p_i (g_i - p.g). Its size, the sum of |dL/dz|, is at most the trace times the demand. So a one-hot row passes
+at most epsilon of its demand, whatever it has chosen; the gap tells whether that is a loss.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,8 +38,8 @@ def softmax_extremes(z: Tensor, visible: Tensor, a: Tensor | None, broken: Tenso
         broken: [batch, heads, queries, 1], whether what an attention returned for this query is inf or nan: where a query sees no key, torch returns
             0 or nan. None: a says that.
     """
-    # Of one key that stands for all, each is visible. NaN goes through to the extremes of its row.
-    masked = visible.numel() > 1 or z.shape[-1] == 1
+    # NaN goes through to the extremes of its row.
+    masked = not _sees_all(z, visible)
     if cpu.reads(z, a):
         return cpu.softmax_extremes(z, visible.expand(z.shape) if masked else None, a, None if broken is None else broken.expand(*z.shape[:3], 1))
     dtype = accumulator(z.device)
@@ -53,7 +65,7 @@ def softmax_extremes(z: Tensor, visible: Tensor, a: Tensor | None, broken: Tenso
 
 
 def observe_softmax(logits: Tensor, visible: Tensor, elements: int, exact: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The row and the block of heads (columns.HEADS, [7, heads]) of one softmax.
+    """The row and the block of heads (columns.HEADS, [12, heads]) of one softmax.
 
     Args:
         logits: [batch, heads, queries, keys], with what masks add.
@@ -121,4 +133,72 @@ def _observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Te
         "a_max": torch.where(seen, p, nothing).amax(),
         "a_min_negated": torch.where(seen, -p, nothing).amax(),
     }
-    return row_of(values, weight, z.device), torch.stack([of_heads[name] for name in HEADS])
+    return row_of(values, weight, z.device), _block(of_heads)
+
+
+def _block(of_heads: dict[str, Tensor]) -> Tensor:
+    """The block of heads with these rows, by name; every other row is that of no query row."""
+    given = next(iter(of_heads.values()))
+    nothing = torch.zeros_like(given)
+    return torch.stack([of_heads.get(name, nothing - math.inf if name == HEADS[-1] else nothing) for name in HEADS])
+
+
+@dataclass(frozen=True)
+class Probabilities:
+    """The rows of a softmax that were read. They are kept from the forward pass until the backward."""
+
+    p: Tensor
+    """[batch, heads, queries, keys]; nan in a row with a visible logit that is inf or nan."""
+    visible: Tensor
+    """Booleans that broadcast to p: which keys a query sees."""
+    elements: int
+    """How many logits the whole softmax has, read or not."""
+
+    @staticmethod
+    def of(logits: Tensor, visible: Tensor, elements: int) -> Probabilities:
+        """The rows with these logits; the arguments are those of `observe_softmax`."""
+        # The difference is 0, and nan where a logit is inf or nan.
+        z = logits + (logits - logits)
+        return Probabilities(torch.softmax(z if _sees_all(z, visible) else z.masked_fill(~visible, -math.inf), -1), visible, elements)
+
+
+def _sees_all(z: Tensor, visible: Tensor) -> bool:
+    """Whether no key is hidden: one boolean stands for all keys."""
+    return visible.numel() == 1 and z.shape[-1] > 1
+
+
+def observe_demand(rows: Probabilities, grad: Tensor, epsilon: float) -> Tensor:
+    """The block of heads of one backward call through a softmax; the module's docstring says what the numbers are.
+
+    A row counts if it sees two keys or more, and if the logits and the gradients of the keys that it sees are finite. `row_demand` is the sum of the
+    demands, `row_blocked` that of the one-hot rows, `row_trapped` the sum of their gaps. `rows_leaving` counts the one-hot rows of which the gap is
+    more than half of the demand.
+
+    Args:
+        grad: dL/dp at these rows, of the same shape; that of a key which is not visible is not read.
+        epsilon: the part of the largest trace below which a row is one-hot.
+    """
+    dtype, p, g, visible = accumulator(grad.device), rows.p, grad.to(rows.p.dtype), rows.visible
+    if _sees_all(p, visible):
+        keys = torch.full((1, 1, 1), p.shape[-1], device=p.device)
+        low, high = g.amin(-1), g.amax(-1)
+        above = g - low.unsqueeze(-1)
+    else:
+        keys = visible.sum(-1)
+        low, high = torch.where(visible, g, math.inf).amin(-1), torch.where(visible, g, -math.inf).amax(-1)
+        above = torch.where(visible, g - low.unsqueeze(-1), 0.0)
+    # A sum of what is not negative, since p.g and min g can be nearly equal.
+    demand, gap, trace = high - low, (p * above).sum(-1), 1 - (p * p).sum(-1)
+    # Where one number of a row is inf or nan, one of these is too.
+    counts = torch.isfinite(demand) & torch.isfinite(trace) & (keys > 1)
+    zero = torch.zeros((), dtype=p.dtype, device=p.device)
+    is_one_hot = counts & (trace <= epsilon * (1 - 1 / keys.to(p.dtype)))
+    of_rows = {
+        "rows_heard": counts,
+        "row_demand": torch.where(counts, demand, zero),
+        "row_blocked": torch.where(is_one_hot, demand, zero),
+        "row_trapped": torch.where(is_one_hot, gap, zero),
+        "rows_leaving": is_one_hot & (gap > demand / 2),
+    }
+    weight = rows.elements / max(1, rows.p.numel())
+    return _block({name: each.to(dtype).sum((0, 2)) * weight for name, each in of_rows.items()})

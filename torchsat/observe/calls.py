@@ -30,16 +30,14 @@ from torch.nn.utils import parametrize
 
 from torchsat import internals
 from torchsat.activations import CLAMP, Activation, Bound, bind_call, calls_of
-from torchsat.attention import Attention, SoftmaxRows
 from torchsat.faults import MODEL
-from torchsat.observe import glu
+from torchsat.observe import glu, softmaxes
 from torchsat.observe.conditions import Conditions
-from torchsat.observe.graph import Survey, ends, has_weight, maker
+from torchsat.observe.graph import Survey, ends, has_weight
 from torchsat.observe.meter import Call, check_plain
 from torchsat.observe.mode import CallMode, Frame, Function
 from torchsat.observe.nodes import IN_TRANSFORM, is_size
 from torchsat.observe.outside import FUSED, Outside
-from torchsat.replay import NotRebuiltError
 from torchsat.sites import Site
 from torchsat.structure import Found
 from torchsat.tensors import plain
@@ -277,14 +275,16 @@ class Calls:
             return None
         # Neither an attention nor a softmax overwrites its input, so everything else can wait until the call has succeeded.
         if role is Role.ATTENTION:
-            return functools.partial(self._end_attention, site, function, args, kwargs) if counts else None
+            began = internals.next_node_number()
+            return functools.partial(softmaxes.end_attention, self._observation, site, function, args, kwargs, counts, began)
         given = rest[0] if rest else kwargs.get("dim")
         axis = (_implicit_axis(z.ndim) if given is None else int(given)) % max(1, z.ndim)
         if z.ndim == 4 and axis == 3 and site.is_attention is None and z.grad_fn is not None:
             # The logits of attention are a batched matrix product of queries and keys. Other tensors with four axes, such as images, are not.
             site.is_attention = any(node.name().startswith(_PRODUCTS) for node in Survey().upstream([z.grad_fn], has_weight, 64))
         rows = self._observation.meter.rows_of(z, axis, site.is_attention is not False, place)
-        return functools.partial(self._end_softmax, site, Call(z, rows, z, z.grad_fn, z.output_nr, counts), role is Role.SOFTMIN)
+        call = Call(z, rows, z, z.grad_fn, z.output_nr, counts)
+        return functools.partial(softmaxes.end_softmax, self._observation, site, call, role is Role.SOFTMIN)
 
     def _before_activation(
         self, place: str, row: Activation, module: nn.Module, z: Tensor, function: Function, rest: Sequence[Any], kwargs: dict[str, Any]
@@ -296,34 +296,6 @@ class Calls:
         in_place = function.__name__.endswith("_") or "out" in kwargs or kwargs.get("inplace", False) or any(value is True for value in rest)
         call = self._observation.meter.begin(site, z, module, bool(in_place))
         return None if call is None else functools.partial(self._observation.meter.end, site, call)
-
-    def _end_softmax(self, site: Site, call: Call, negated: bool, a: Tensor) -> None:
-        meter = self._observation.meter
-        if call.counts:
-            rows, z = call.sample, plain(call.z).detach()
-            assert isinstance(rows, SoftmaxRows)
-            z = -z if negated else z
-            meter.ran(site, call.steps)
-            meter.count_softmax(site, rows.logits(z), rows.extremes(z, plain(a).detach()))
-        meter.tap_output(site, call, a)
-
-    def _end_attention(self, site: Site, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        key = args[1] if len(args) > 1 else kwargs["key"]
-        if not key.numel():
-            return
-        given, query = (args, kwargs), args[0] if args else kwargs["query"]
-        steps = [maker(each) for each in (query, key) if each.grad_fn is not None]
-        try:
-            args, kwargs = internals.tree_map(lambda value: plain(value) if isinstance(value, Tensor) else value, (args, kwargs))
-            attention = Attention.of(function, args, kwargs)
-        except NotRebuiltError as reason:
-            self._observation.note_if_wanted(site.name, str(reason))
-            return
-        self._observation.meter.ran(site, steps)
-        if function is F.multi_head_attention_forward:
-            self._observation.layers.feeds_attention(site, *given)
-        meter, returned = self._observation.meter, internals.tree_map(lambda value: plain(value) if isinstance(value, Tensor) else value, output)
-        meter.count_softmax(site, attention.logits(self._observation.options.limit, meter.seed(site.name)), attention.extremes(returned))
 
 
 def attach(observation: Observation, found: Found) -> Callable[[], None] | None:

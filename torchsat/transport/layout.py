@@ -35,7 +35,7 @@ class SiteEntry:
     units: int | None = None
     """Columns of its unit block [3, units]; None where it has none."""
     heads: int | None = None
-    """Columns of its block of heads [7, heads]; None where it is no softmax."""
+    """Columns of its block of heads [12, heads]; None where it is no softmax."""
     stage: int | None = None
     """The number of the pipeline stage that it is in; None where there is no pipeline."""
     leaves: bool = False

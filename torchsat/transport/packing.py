@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchsat.columns import BLOCK, COLUMN, FEATURES, HEADS, INPUT, LOSS_SCALED, MAXES, SUMS, WEIGHT
+from torchsat.columns import BLOCK, COLUMN, FEATURES, HEADS, HEADS_LOSS_SCALED, INPUT, LOSS_SCALED, MAXES, SUMS, WEIGHT
 from torchsat.parts import LayerPart, Parts, SitePart
 from torchsat.rows import LayerRow, SiteRow
 from torchsat.statistics import accumulator, empty_row
 from torchsat.transport.layout import LAYER_MAXES, LAYER_SUMS, WORST, LayerEntry, Layout
 from torchsat.transport.windows import UnitWindows
 
+_SCALED_HEADS = slice(HEADS.index(HEADS_LOSS_SCALED[0]), HEADS.index(HEADS_LOSS_SCALED[-1]) + 1)
 _FINE = 2**20
 """Number of values that the code of a saturated share can have, and the most ranks. Both are coded together in the 53 bits of a float64."""
 
@@ -100,7 +101,7 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
     else:
         maxes = [rows[:, len(SUMS) :], _rates_on(device, layers)]
         tables = _Tables([rows[:, : len(SUMS)], _weights(layers, device)], maxes, _input_pieces(layers, layout, device))
-    blocks, heads, tops = _unit_pieces(sites, layout, device)
+    blocks, heads, tops = _unit_pieces(sites, parts, layout, device)
     last = [skipped] if layout.shared else [skipped, _number(parts.scale, -math.inf, device)]
     return Vectors(
         torch.cat([each.reshape(-1) for each in (*tables.sums, *blocks, *heads, *tables.inputs)]),
@@ -219,14 +220,22 @@ def _rows(sites: Sequence[SitePart | None], device: torch.device) -> Tensor:
 
 def _unscale(rows: Tensor, parts: Parts) -> None:
     """Divide the sums of gradients, and of their squares, in place by that power of what the loss was multiplied with and averaged over."""
-    divisor = torch.full((), parts.averages, dtype=rows.dtype, device=rows.device)
-    if parts.scale is not None:
-        divisor *= parts.scale.detach().reshape(()).to(rows.device, rows.dtype)
+    divisor = _divisor(parts, rows)
     for name, power in LOSS_SCALED.items():
         rows[:, COLUMN[name]] /= divisor**power
 
 
-def _unit_pieces(sites: Sequence[SitePart | None], layout: Layout, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def _divisor(parts: Parts, like: Tensor) -> Tensor:
+    """What the gradients were multiplied with and averaged over, in the type and on the device of another tensor."""
+    divisor = torch.full((), parts.averages, dtype=like.dtype, device=like.device)
+    if parts.scale is not None:
+        divisor *= parts.scale.detach().reshape(()).to(like.device, like.dtype)
+    return divisor
+
+
+def _unit_pieces(
+    sites: Sequence[SitePart | None], parts: Parts, layout: Layout, device: torch.device
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """The tables of sites whose sizes differ: unit blocks, blocks of heads without their last row, and those last rows."""
     blocks, heads, tops = [], [], []
     for part, entry in zip(sites, layout.sites.values(), strict=True):
@@ -236,6 +245,9 @@ def _unit_pieces(sites: Sequence[SitePart | None], layout: Layout, device: torch
         if entry.heads:
             given = None if part is None else part.heads
             added, largest = (None, None) if given is None else (given[:-1].to(device), given[-1:])
+            if added is not None and layout.shared:
+                added = added.clone()
+                added[_SCALED_HEADS] /= _divisor(parts, added)
             heads.append(_piece(added, (len(HEADS) - 1, entry.heads), first, 0.0, device))
             tops.append(_piece(largest, (1, entry.heads), first, -math.inf, device))
     return blocks, heads, tops
