@@ -279,7 +279,9 @@ def drawn(kind: type, names: dict[str, object], numbers: random.Random) -> objec
     return kind(**values)
 
 
-@pytest.mark.parametrize("rule", ["saturated", "stuck_units", "vanishing_gradient", "exploding_gradient", "frozen_weights", "nonfinite", "mine"])
+@pytest.mark.parametrize(
+    "rule", ["saturated", "stuck_units", "vanishing_gradient", "exploding_gradient", "frozen_weights", "shrunk_weights", "nonfinite", "mine"]
+)
 def test_no_numbers_make_an_explanation_fail(rule: str) -> None:
     numbers = random.Random(0)
     whole = {

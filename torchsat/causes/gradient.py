@@ -98,6 +98,11 @@ def _of_shut(closed: list[Record], hidden: list[Record], scene: Scene) -> Term:
     return Term("dead_units", 1.0, evidence, open_again(record, scene))
 
 
+def of_shrunk(alert: Alert, scene: Scene) -> list[Term]:
+    """Weights that have become small."""
+    return shrunk(scene, [weight for _, weight in scene.layers()])
+
+
 def of_exploding(alert: Alert, scene: Scene) -> list[Term]:
     """The gradient grows on its way back, by weights that are or have become too large, or by the size of the signal."""
     terms: list[Term] = []
