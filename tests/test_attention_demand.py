@@ -3,6 +3,7 @@
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 import torchsat
 from tests.truth import known
+from torchsat import harm
 from torchsat.attention import Attention
 from torchsat.attention_gradient import KeptValues
 from torchsat.columns import HEADS
-from torchsat.record import Head, Record
+from torchsat.record import Head, Record, Snapshot
 from torchsat.softmax import Probabilities, observe_demand
+from torchsat.start import Start
 
 CAUSAL = torch.ones(9, 9, dtype=torch.bool).tril()
 BANNED = torch.rand(2, 1, 9, 9, generator=torch.Generator().manual_seed(3)) < 0.4
@@ -373,6 +376,11 @@ def test_values_are_held_until_the_first_backward_and_only_as_they_were() -> Non
     kept = KeptValues(attention.values, attention.rows(None, 0))
     v.add_(1)
     assert kept.take() is None
+    # As a sharded weight is freed between the passes.
+    attention = Attention.of(F.scaled_dot_product_attention, (q, q, v), {})
+    kept = KeptValues(attention.values, attention.rows(None, 0))
+    v.untyped_storage().resize_(0)
+    assert kept.take() is None
     # Some samples are copied.
     many, rows = torch.randn(50, 2, 5, 4), torch.randn(50, 2, 5, 4)
     attention = Attention.of(F.scaled_dot_product_attention, (rows, rows, many), {})
@@ -526,3 +534,10 @@ def test_the_monitor_holds_no_values_after_the_backward() -> None:
     assert alive[0]() is None
     optimizer.step()
     assert known(monitor.latest)["softmax"].blocked is not None
+
+
+def test_a_softmax_that_makes_an_output_is_not_said_to_be_at_the_end_of_its_range() -> None:
+    """A sure classifier is one-hot, and a loss that takes the logarithm of its output keeps dL/dp at 1 for ever."""
+    record = replace(step(pair()[0], torch.randn(2, 9, 16).double()), output=True, grad_a_rms=1.0, blocked=0.9)
+    snapshot = Snapshot(1000, 0.0, (record,), (), (), None)
+    assert harm.unsatisfied(record, snapshot, Start(record, 0, False)) is None

@@ -34,14 +34,20 @@ class KeptValues:
 
     def take(self) -> Tensor | None:
         """The values, [samples, groups, keys, features]; None where what they come from is gone, or was changed in place since the forward pass."""
-        if any(internals.version(weight) != version for weight, version in self._weights):
+        if any(not _is_as_it_was(*each) for each in self._weights):
             return None
         if self._source is None:
             return None if self._held is None else self._project(self._held)
         source, self._held = self._source() if self._held is None else self._held, None
-        if source is None or internals.version(source) != self._version:
+        if source is None or not _is_as_it_was(source, self._version):
             return None
         return self._project(self._arrange(source.detach()))
+
+
+def _is_as_it_was(tensor: Tensor, version: int) -> bool:
+    """Whether a tensor that had this version was not changed in place since, and still has its memory: FSDP2 frees that of a whole weight between the
+    forward pass and the backward."""
+    return internals.version(tensor) == version and tensor.untyped_storage().nbytes() > 0
 
 
 def grad_of_weights(grad: Tensor, values: Tensor, rows: Queries) -> Tensor:

@@ -164,7 +164,7 @@ def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | Non
     Where both plateaus are in use, as by masks or by the actions +-1, the output does what it is asked, whatever the size of its gradient.
     """
     first = start.item.grad_a_rms if isinstance(start.item, Record) else None
-    if not record.output or not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
+    if record.kind == "softmax" or not record.output or not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
         return None
     is_whole = max(record.low or 0.0, record.high or 0.0) >= 0.95 and record.blocked >= 0.9
     at_end = is_whole if closes_both_ways(record) else record.blocked >= 0.5
