@@ -41,8 +41,13 @@ def _is_linear_in_pieces(record: Record) -> bool:
 
 
 def share_at_start(record: Record, snapshot: Snapshot) -> float | None:
-    """`saturated`, but not of piecewise linear functions: there it is 1 - E|f'| / peak, and healthy trained layers reach two thirds."""
-    return record.saturated if is_hidden(record) and not _is_linear_in_pieces(record) and not came_trained(snapshot) else None
+    """`saturated`, but not of piecewise linear functions: there it is 1 - E|f'| / peak, and healthy trained layers reach two thirds.
+
+    Where most of what is blocked pushes on into the plateau, the layer has learned before: what weights that know nothing saturate is trapped by half.
+    """
+    if not is_hidden(record) or _is_linear_in_pieces(record) or came_trained(snapshot):
+        return None
+    return 0.0 if is_content(record) else record.saturated
 
 
 def share_limit(record: Record) -> float:
@@ -57,7 +62,9 @@ def share_limit_critical(record: Record) -> float:
 
 def slope_at_start(record: Record, snapshot: Snapshot) -> float | None:
     """E|f'| / peak."""
-    return record.relative_derivative if is_hidden(record) and not came_trained(snapshot) else None
+    if not is_hidden(record) or came_trained(snapshot):
+        return None
+    return 1.0 if is_content(record) else record.relative_derivative
 
 
 def slope_limit(record: Record) -> float:
@@ -132,8 +139,8 @@ def blocked_limit_critical(record: Record) -> float:
 
 
 def trapped_limit(record: Record) -> float:
-    """Healthy layers of 64 units stay below 0.06, those of 4 units at about 0.3."""
-    return min(0.9, 0.5 * normal(record) + 0.15 + 0.5 * _per_units(record))
+    """Healthy layers of 64 units stay below 0.06, and below 0.23 at ten times the usual rate; those of 4 units at about 0.3."""
+    return min(0.9, 0.5 * normal(record) + 0.2 + 0.5 * _per_units(record))
 
 
 def trapped_limit_critical(record: Record) -> float:
@@ -161,13 +168,13 @@ def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | Non
     to a half or less; targets beyond the range of the function are asked for as much as ever.
 
     That an output cannot go on is said of one all of which lies on one of its two plateaus, and of a rectifier whose zeros get most of the demand.
-    Where both plateaus are in use, as by masks or by the actions +-1, the output does what it is asked, whatever the size of its gradient.
+    Where both plateaus are in use, as in masks or at the actions +-1, the output does what it is asked, whatever the size of its gradient.
     """
     first = start.item.grad_a_rms if isinstance(start.item, Record) else None
     if record.kind == "softmax" or not record.output or not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
         return None
     is_whole = max(record.low or 0.0, record.high or 0.0) >= 0.95 and record.blocked >= 0.9
-    at_end = is_whole if closes_both_ways(record) else record.blocked >= 0.5
+    at_end = is_whole if closes_both_ways(record) else _is_linear_in_pieces(record) and record.blocked >= 0.5
     return record.grad_a_rms / first if at_end and snapshot.step >= start.step + LONG else 0.0
 
 
@@ -230,7 +237,8 @@ def stuck(record: Record, snapshot: Snapshot) -> float | None:
     (transport/windows.py). Healthy rectifiers have up to a half of their units dead, but then the others carry the demand."""
     if record.output or record.gate or not record.units or record.stuck is None:
         return None
-    return record.stuck if record.blocked is None or record.blocked >= 0.6 else 0.0
+    is_harmful = record.blocked is None or (record.blocked >= 0.6 and not (is_hidden(record) and is_content(record)))
+    return record.stuck if is_harmful else 0.0
 
 
 def stuck_limit(record: Record) -> float:
@@ -250,4 +258,11 @@ def shrunk(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:
     if weight.whole is not None or not before or weight.gain is None or weight.learned_ratio is None or not weight.update_ratio:
         return None
     learned = weight.learned_ratio / weight.update_ratio
-    return weight.gain / before if not 0.67 <= learned <= 1.5 else 1.0
+    return weight.gain / before if not 0.85 <= learned <= 1.2 else 1.0
+
+
+def leaving_rows(record: Record, snapshot: Snapshot) -> float | None:
+    """`Head.leaving` of the head of a softmax that has most of it, of those whose demand is blocked for the most part. A head that looks at the right
+    key alone has none, and neither has a router that is rightly sure. None where no gradient is seen."""
+    known = [(head.blocked, head.leaving) for head in record.heads or () if head.blocked is not None and head.leaving is not None]
+    return max((leaving for blocked, leaving in known if blocked >= 0.55), default=0.0) if known else None

@@ -77,7 +77,9 @@ class Rule:
 
 
 def _attention_entropy(record: Record, snapshot: Snapshot) -> float | None:
-    """The entropy of the median head; None if there are no heads, as in the router of a mixture of experts."""
+    """The entropy of the median head, where no gradient is seen; None if there are no heads, as in the router of a mixture of experts."""
+    if record.blocked is not None:
+        return None
     entropies = [head.entropy for head in record.heads or () if head.entropy is not None]
     return statistics.median(entropies) if len(entropies) > 1 and not record.output else None
 
@@ -325,6 +327,16 @@ RULES: tuple[Rule, ...] = (
             f"(limit {percent(limit)}); its logits reach {r.z_max:.3g} and vary by {r.logit_std:.3g} within a row"
         ),
         below=True,
+    ),
+    Rule(
+        "attention_collapse",
+        harm.leaving_rows,
+        0.2,
+        0.4,
+        lambda r, value, limit: (
+            f"{r.site}: the attention has collapsed: in its worst head {percent(value)} of the rows look at one key alone, and the gradient asks "
+            f"for another one (limit {percent(limit)}); its logits reach {r.z_max:.3g} and vary by {r.logit_std:.3g} within a row"
+        ),
     ),
     Rule(
         "nonfinite",

@@ -67,9 +67,9 @@ def _without_consequences(terms: list[Term]) -> list[Term]:
 
 
 def _of_saturated(alert: Alert, scene: Scene) -> list[Term]:
-    """A site with two plateaus is explained by the size of its z, one with a single plateau by what has closed it."""
+    """A site with two plateaus, or an output, is explained by the size of its z, and one with a single plateau by what has closed it."""
     record = scene.record(alert.site)
-    return of_size(alert, scene) if record is None or record.tails not in ("low", "high") else of_closed(alert, scene)
+    return of_closed(alert, scene) if record is not None and record.tails in ("low", "high") and not record.output else of_size(alert, scene)
 
 
 _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {

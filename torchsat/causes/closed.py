@@ -31,11 +31,21 @@ def of_closed(alert: Alert, scene: Scene) -> list[Term]:
     record = scene.record(alert.site)
     if record is None:
         return []
+    zero = [pair for pair in scene.at_first.layers() if pair[1].gain == 0]
+    if zero and not scene.trained and not record.z_rms:
+        return [_drawn_as_zero(zero, scene)]
     if record.tails == "both":
         terms = of_z(alert.site, scene)
         if terms:
             return terms
     return why_shut(record, scene) or [_dead(record, scene, "")]
+
+
+def _drawn_as_zero(layers: list[tuple[Record, Weight]], scene: Scene) -> Term:
+    """Weights that are all 0 at the first observation, so that z is 0, which is where the plateau of a rectifier begins."""
+    weight = layers[0][1]
+    evidence = f"{spoken(weight.name)} had a gain of 0 at the first observation: all of its weights are 0"
+    return Term("init_too_small", 1.0, evidence, advice.draw(layers, scene))
 
 
 def why_shut(record: Record, scene: Scene) -> list[Term]:

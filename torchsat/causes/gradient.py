@@ -11,8 +11,8 @@ import statistics
 from dataclasses import replace
 
 from torchsat.causes import advice
-from torchsat.causes.closed import of_data, of_offset, open_again, varying, why_shut
-from torchsat.causes.growth import GROWN, grown, jumped, shrunk
+from torchsat.causes.closed import of_data, of_offset, open_again, why_shut
+from torchsat.causes.growth import GROWN, grown, has_jumped, jumped, shrunk
 from torchsat.causes.scene import Scene, Term
 from torchsat.causes.size import LARGE, drawn_too_large, implied_gain, of_inputs, of_z
 from torchsat.expressions import gain_for, spoken
@@ -20,6 +20,8 @@ from torchsat.flow import on_signal_path
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Weight
 
+_SMALL_ENOUGH = 30.0
+"""The exponential function of a number of this size is far from the end of the range of float32, and its square is too."""
 _SMALL = 0.75
 """A gain is said to be too small below this share of what suits the activation."""
 
@@ -124,6 +126,13 @@ def of_exploding(alert: Alert, scene: Scene) -> list[Term]:
     return terms or jumped(scene, [weight.name for weight in scene.now.weights], 1.0)
 
 
+def _was_small(scene: Scene) -> bool:
+    """Whether no number was large at the last observation that was finite, and no step too large: then nothing has overflowed by growing."""
+    before = replace(scene, now=scene.before)
+    sizes = [record.z_absmax or 0.0 for record in scene.before.records]
+    return max(sizes, default=math.inf) < _SMALL_ENOUGH and not has_jumped(before, [weight.name for weight in scene.before.weights])
+
+
 def of_nonfinite(alert: Alert, scene: Scene) -> list[Term]:
     """Numbers that overflowed because the signal grew, or that were never finite."""
     broken_from_start = scene.before.step >= scene.now.step
@@ -134,12 +143,12 @@ def of_nonfinite(alert: Alert, scene: Scene) -> list[Term]:
         terms += [
             term
             for weight in scene.first.weights
-            if weight.whole is None and weight.data and varying(weight) > LARGE
+            if weight.whole is None and weight.data and (weight.input_rms or 0.0) > LARGE
             for term in of_inputs(weight, scene)
         ]
         if not any(term.cause == "weight_growth" for term in terms):
             terms += jumped(before, [weight.name for weight in scene.before.weights], 1.0)
-    if terms:
+    if terms and not _was_small(scene):
         return terms
     when = ", from the first step on: look at the data" if broken_from_start else ""
     return [Term("numeric_range", 1.0, f"{spoken(alert.site)} is the first place with inf or nan{when}", advice.finite_inputs())]

@@ -8,8 +8,10 @@ lies beyond that range, and no weights can give it. Where they are asked to come
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torchsat.causes import advice
+from torchsat.causes.closed import of_data
 from torchsat.causes.growth import GROWN, grown
 from torchsat.causes.scene import HOT, Scene, Term
 from torchsat.causes.size import LARGE, of_z
@@ -19,6 +21,7 @@ from torchsat.record import Alert, Record
 
 _CONTENT = 0.1
 """Below this share of trapped demand an output is not held back from leaving its plateau."""
+_CONTENT_OF_RECTIFIER = 0.6
 _INSISTS = 0.3
 """The gradient at an output is said not to have fallen when it is still this many times what it was at the first observation."""
 
@@ -80,7 +83,10 @@ def _is_asked_beyond_range(record: Record, scene: Scene) -> bool:
     blocked, trapped = record.blocked, record.trapped
     if not scene.started or start is None or not start.grad_a_rms or record.grad_a_rms is None:
         return False
-    if blocked is None or trapped is None or blocked < 0.5 or trapped > _CONTENT * blocked:
+    if blocked is None or trapped is None or blocked < 0.5:
+        return False
+    # A rectifier has elements that it has thrown to 0 beside those that are asked for less than 0.
+    if trapped > (_CONTENT if record.tails == "both" else _CONTENT_OF_RECTIFIER) * blocked:
         return False
     return record.grad_a_rms > _INSISTS * start.grad_a_rms
 
@@ -113,6 +119,8 @@ def of_attention(alert: Alert, scene: Scene) -> list[Term]:
         f"{record.log_keys or 0.0:.3g}, one key takes all"
     )
     terms = [Term("softmax_logits", 1.0, evidence, advice.smaller_logits(record, large, scene, jump.ratio if jump else 0.0, rate))]
+    # Inputs that are far too large make large logits, whatever the weights are.
+    terms += [replace(term, size=2.0) for term in of_data(scene)]
     if was and record.logit_std > GROWN * was:
         terms += grown(scene, feeders[0] if feeders else None, None, min(0.9, math.log(record.logit_std / was)))
     return terms
