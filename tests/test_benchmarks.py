@@ -5,8 +5,10 @@ that a change of the library which breaks one is seen at once and not when the n
 """
 
 import importlib
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -131,24 +133,23 @@ def test_dashboard(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert " 200 sites: training thread " in capsys.readouterr().out
 
 
-def test_faults(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     script = load("benchmarks", "faults")
-    monkeypatch.setattr(script, "STEPS", 25)
-    monkeypatch.setattr(script, "HEALTHY_STEPS", 150)
-    chosen = [case for case in script.cases() if (case.architecture, case.activation, case.severity, case.seed) == ("mlp-3x64", "tanh", 0, 0)]
-    assert {case.fault for case in chosen} == {None, "inputs_uncentred", "inputs_unscaled", "init_too_large", "weight_growth", "numeric_range"}
-    results = [script.run(case) for case in chosen]
-    script.evaluate(results)
+    assert len(script.BY_NAME) == len(script.SCENARIOS) >= 190
+    assert all(scenario.source and scenario.kind for scenario in script.SCENARIOS)
+    runs = [script.one(job) for job in script.jobs([script.BY_NAME["randn_tanh"]], (0,), 40)]
+    assert [each.faulty for each in runs] == [False, True]
+    assert script.verdicts(runs[0].often) == script.verdicts(runs[0].seldom) == []
+    for snapshots in (runs[1].often, runs[1].seldom):
+        first = script.verdicts(snapshots)[0]
+        assert (first.rule, first.step, first.causes[0].name) == ("saturated", 2, "init_too_large")
+    script.show(runs)
+    script.evaluate([replace(each, score=1.0 - each.faulty) for each in runs])
     printed = capsys.readouterr().out
-    assert "false alarms per healthy run (1 runs; 0 more did not learn and are left out)" in printed
+    assert re.search(r"^initialisation +1 +1.000 +1.000 +2$", printed, re.MULTILINE)
+    assert re.search(r"^healthy +1 +0.000$", printed, re.MULTILINE)
     for rules in script.OTHERS:
         assert rules in printed
-
-
-def test_the_networks_of_faults_can_be_built(load: Load) -> None:
-    script = load("benchmarks", "faults")
-    for architecture, activation in {(case.architecture, case.activation) for case in script.cases()}:
-        assert script.build(architecture, activation)(torch.randn(2, 64)).shape == (2, 10)
 
 
 def test_flat(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

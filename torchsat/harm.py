@@ -43,7 +43,7 @@ def _is_linear_in_pieces(record: Record) -> bool:
 def share_at_start(record: Record, snapshot: Snapshot) -> float | None:
     """`saturated`, but not of piecewise linear functions: there it is 1 - E|f'| / peak, and healthy trained layers reach two thirds.
 
-    Where most of what is blocked pushes on into the plateau, the layer has learned before: what weights that know nothing saturate is trapped by half.
+    Where most of what is blocked pushes on into the plateau, the layer has learned before: of what weights that know nothing block, half is trapped.
     """
     if not is_hidden(record) or _is_linear_in_pieces(record) or came_trained(snapshot):
         return None
