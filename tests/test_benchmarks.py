@@ -42,6 +42,7 @@ WITHOUT_MAIN = (
     *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),
     *("faults_depth", "faults_inputs", "faults_rates", "faults_sound", "faults_trainings"),
     *("faults_attention", "faults_finetuning", "faults_sequences", "faults_tasks"),
+    *("faults_strange", "faults_strange_sound", "faults_stranger"),
 )
 
 Load = Callable[[str, str], ModuleType]
