@@ -293,17 +293,31 @@ SCENARIOS: tuple[Scenario, ...] = (
         ("weight_growth",),
         0.1,
     ),
-    Scenario("elman_drawn_from_n01", "init", PASCANU, elman_drawn_large, 0.9, ("init_too_large",), 0.1),
+    Scenario("elman_drawn_from_n01", "initialisation", PASCANU, elman_drawn_large, 0.9, ("init_too_large",), 0.1),
     Scenario("elman_no_clipping", "rate", PASCANU, elman_explodes, 0.85, ("weight_growth",), 0.3),
     Scenario(
-        "hand_gru_randn", "init", "https://github.com/CarterMcClellan/Machine-Learning-Basics", hand_gru_drawn_large, 0.9, ("init_too_large",), 0.05
+        "hand_gru_randn",
+        "initialisation",
+        "https://github.com/CarterMcClellan/Machine-Learning-Basics",
+        hand_gru_drawn_large,
+        0.9,
+        ("init_too_large",),
+        0.05,
     ),
-    Scenario("lstm_forget_bias_minus_5", "init", JOZEFOWICZ, forget_bias_negative, 0.9, ("init_too_large",), 0.2),
+    Scenario("lstm_forget_bias_minus_5", "initialisation", JOZEFOWICZ, forget_bias_negative, 0.9, ("init_too_large",), 0.2),
     Scenario(
-        "chunked_lstm_bias_minus_6", "init", "https://github.com/craffel/nntools/issues/19", chunked_gates_closed, 0.8, ("init_too_large",), 0.2
+        "chunked_lstm_bias_minus_6",
+        "initialisation",
+        "https://github.com/craffel/nntools/issues/19",
+        chunked_gates_closed,
+        0.8,
+        ("init_too_large",),
+        0.2,
     ),
-    Scenario("lstm_decay_10", "decay", "Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2019", decay_shrinks, 0.8, ("weight_decay",), 0.2),
-    Scenario("lstm_relu_output", "choice", "https://stackguides.com/questions/51432661", relu_output, 0.9, ("activation_choice", "dead_units"), 0.2),
+    Scenario(
+        "lstm_decay_10", "weight decay", "Loshchilov, Hutter: Decoupled Weight Decay Regularization, 2019", decay_shrinks, 0.8, ("weight_decay",), 0.2
+    ),
+    Scenario("lstm_relu_output", "outputs", "https://stackguides.com/questions/51432661", relu_output, 0.9, ("activation_choice", "dead_units"), 0.2),
     Scenario("lstm_characters_healthy", "healthy", KARPATHY, characters_healthy, 0.45),
     Scenario("gru_latch_healthy", "healthy", "Hochreiter, Schmidhuber: Long Short-Term Memory, 1997", latch_healthy, 0.95),
     Scenario("lstm_forget_bias_5_healthy", "healthy", "Tallec, Ollivier: Can recurrent neural networks warp time?, 2018", chrono_healthy, 0.8),
