@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-INSTITUTE = "Karpathy, A Recipe for Training Neural Networks, 2019"
+RECIPE = "Karpathy, A Recipe for Training Neural Networks, 2019"
 CS231N = "https://cs231n.github.io/neural-networks-3/"
 
 
@@ -137,8 +137,9 @@ def own_layers_hundredth(faulty: bool, seed: int) -> Training:
 def gru_orthogonal_gain(faulty: bool, seed: int) -> Training:
     """The recurrent weights of a GRU are orthogonal, as advised, with a gain of 12 that was meant for another layer."""
     torch.manual_seed(seed)
-    model = Last(nn.GRU(1, 32, batch_first=True), 32, 1)
-    for part in model.recurrent.weight_hh_l0.chunk(3):
+    recurrent = nn.GRU(1, 32, batch_first=True)
+    model = Last(recurrent, 32, 1)
+    for part in recurrent.weight_hh_l0.chunk(3):
         nn.init.orthogonal_(part, 12.0 if faulty else 1.0)
     return fit_task(model, waves(14), adam(model, 5e-3), 300, size=32)
 
@@ -425,7 +426,7 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "sigmoid_rings_normed", "depth", "Salimans and Kingma, Weight Normalization, 2016", sigmoid_rings_normed, 0.85, ("activation_choice",), 0.3
     ),
-    Scenario("own_layers_hundredth", "initialisation", INSTITUTE, own_layers_hundredth, 0.8, ("init_too_small",), 0.3),
+    Scenario("own_layers_hundredth", "initialisation", RECIPE, own_layers_hundredth, 0.8, ("init_too_small",), 0.3),
     Scenario(
         "gru_orthogonal_gain",
         "initialisation",
@@ -444,8 +445,8 @@ SCENARIOS: tuple[Scenario, ...] = (
         ("init_too_large",),
         0.2,
     ),
-    Scenario("decibels", "inputs", INSTITUTE, decibels, 0.85, ("inputs_uncentred", "inputs_unscaled"), 0.1),
-    Scenario("seconds_of_the_day", "inputs", INSTITUTE, seconds_of_the_day, 0.9, ("inputs_unscaled",), 0.3),
+    Scenario("decibels", "inputs", RECIPE, decibels, 0.85, ("inputs_uncentred", "inputs_unscaled"), 0.1),
+    Scenario("seconds_of_the_day", "inputs", RECIPE, seconds_of_the_day, 0.9, ("inputs_unscaled",), 0.3),
     Scenario(
         "norm_shift_minus_four",
         "dead units",
@@ -461,11 +462,11 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario(
         "signs_too_fast", "rate", "Chen et al., Symbolic Discovery of Optimization Algorithms, 2023", signs_too_fast, 0.93, ("weight_growth",), 0.05
     ),
-    Scenario("sum_of_magnitudes", "weight decay", INSTITUTE, sum_of_magnitudes, 0.93, ("weight_decay",), 0.2),
+    Scenario("sum_of_magnitudes", "weight decay", RECIPE, sum_of_magnitudes, 0.93, ("weight_decay",), 0.2),
     Scenario("angle_of_rotation", "numeric", "https://github.com/kornia/kornia/issues/4007", angle_of_rotation, 0.95, ("numeric_range",), 0.3),
-    Scenario("entropy_of_zero", "numeric", INSTITUTE, entropy_of_zero, 0.88, ("numeric_range",), 0.3),
-    Scenario("raw_and_sigmoids", "several", INSTITUTE, raw_and_sigmoids, 0.93, ("inputs_unscaled", "activation_choice"), 0.2),
-    Scenario("pressures_and_rate", "several", INSTITUTE, pressures_and_rate, 0.8, ("inputs_uncentred", "weight_growth"), 0.3),
+    Scenario("entropy_of_zero", "numeric", RECIPE, entropy_of_zero, 0.88, ("numeric_range",), 0.3),
+    Scenario("raw_and_sigmoids", "several", RECIPE, raw_and_sigmoids, 0.93, ("inputs_unscaled", "activation_choice"), 0.2),
+    Scenario("pressures_and_rate", "several", RECIPE, pressures_and_rate, 0.8, ("inputs_uncentred", "weight_growth"), 0.3),
     Scenario(
         "minimal_gate_shut",
         "gates",

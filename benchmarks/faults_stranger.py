@@ -11,7 +11,7 @@ import torch
 from faults_runs import Scenario, Training
 from faults_tasks import Batch, Task
 from faults_tasks import fit as fit_task
-from faults_trainings import adam, digits, draw, fit, mlp, sgd, xavier
+from faults_trainings import accuracy, adam, digits, draw, fit, mlp, sgd, xavier
 from faults_trainings import waves as signals
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -279,7 +279,7 @@ def _communities(faulty: bool, seed: int, steps: int, rate: float) -> Training:
 
     def score() -> float:
         with torch.no_grad():
-            return (model(x)[~shown].argmax(1) == y[~shown]).float().mean().item()
+            return accuracy(model(x)[~shown], y[~shown])
 
     return Training(model, optimizer, step, score, steps)
 
@@ -432,5 +432,5 @@ SCENARIOS: tuple[Scenario, ...] = (
         graph_long_after,
         0.85,
     ),
-    Scenario("tanh_triplets", "healthy", "Schroff, Kalenichenko and Philbin, FaceNet, 2015", tanh_triplets, 0.9),
+    Scenario("tanh_triplets", "healthy", "Schroff, Kalenichenko and Philbin, FaceNet, 2015", tanh_triplets, 0.87),
 )
