@@ -33,7 +33,7 @@ ARROWS = {
     "causes.size": {"causes.advice", "causes.growth", "causes.scene", "expressions", "percent", "record"},
     "causes.closed": {"causes.advice", "causes.growth", "causes.scene", "causes.size", "expressions", "percent", "record"},
     "causes.gradient": {"causes.advice", "causes.closed", "causes.growth", "causes.scene", "causes.size", "expressions", "flow", "percent", "record"},
-    "causes.outputs": {"causes.advice", "causes.growth", "causes.scene", "causes.size", "expressions", "percent", "record"},
+    "causes.outputs": {"causes.advice", "causes.closed", "causes.growth", "causes.scene", "causes.size", "expressions", "percent", "record"},
     "expressions": {"record"},
     "paths": {"record"},
     "groups": {"alerts", "paths", "record"},

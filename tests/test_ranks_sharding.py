@@ -130,7 +130,7 @@ def tensor_parallel(local: bool) -> Any:
 def test_tensor_parallel_shards_count_once_and_replicas_once(run: Run, local: bool) -> None:
     kept, expected = run(tensor_parallel, local)[0]
     # dL/da of a replicated DTensor is a sum over ranks that is still pending, so that no rank knows its value.
-    assert_equal(kept, expected, but=() if local else ("attenuation", "grad_a_rms"))
+    assert_equal(kept, expected, but=() if local else ("attenuation", "grad_a_rms", "blocked", "trapped", "leaving"))
     assert kept[-1]["1"].units == 32
     if not local:
         assert kept[-1]["3"].attenuation is None

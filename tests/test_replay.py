@@ -505,7 +505,7 @@ def test_one_hot_even_and_broken_rows() -> None:
     z[:, 1, :, 0] = 1e4
     z[:, 2, 0, 0] = math.nan
     row, heads = observe_softmax(z, torch.ones(1, 1, 1, 1, dtype=torch.bool), 96)
-    rows, entropy, jacobian, variance, log_keys, _, largest = heads.tolist()
+    rows, entropy, jacobian, variance, log_keys, *_, largest = heads.tolist()
     assert rows == [4, 4, 3]
     assert [total / n for total, n in zip(entropy, rows, strict=True)] == pytest.approx([1, 0, 1])
     assert [total / n for total, n in zip(jacobian, rows, strict=True)] == pytest.approx([7 / 8, 0, 7 / 8])

@@ -219,8 +219,11 @@ for kind in sorted(cuda.KINDS):
     for flag in (True, False) if kind < 2 else (True,):
         ptx = to_ptx(cuda._observe, dict(z_ptr=dtype, a_ptr=dtype, **rest), floats, kind=kind, has_peak=flag, has_units=flag, **sizes)
         assert "ld.global.v4" in ptx
-to_ptx(cuda._gradient, dict(a_ptr="*fp16", z_ptr="*fp16", out_ptr="*fp64"), (), has_a=True, has_z=True, block=cuda._BLOCK, a_step=1, z_step=1)
-to_ptx(cuda._gradient, dict(a_ptr="*fp64", z_ptr="*fp16", out_ptr="*fp64"), (), has_a=False, has_z=True, block=cuda._BLOCK, a_step=1)
+given = dict(z_ptr="*fp16", out_ptr="*fp64")
+flags = dict(has_z=True, block=cuda._BLOCK, a_step=1)
+to_ptx(cuda._gradient, dict(a_ptr="*fp16", side_ptr="*i8", **given), (), has_a=True, has_sides=True, z_step=1, **flags)
+to_ptx(cuda._gradient, dict(a_ptr="*fp64", side_ptr="*fp64", **given), (), has_a=False, has_sides=False, **flags)
+to_ptx(cuda._sides, dict(z_ptr="*bf16", out_ptr="*i8"), ("low", "high"), block=cuda._BLOCK, z_step=1)
 """
 
 

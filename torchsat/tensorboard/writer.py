@@ -77,7 +77,9 @@ class TensorBoardWriter:
         """Begin the event file. The first snapshot does so too, so that a rank which writes nothing makes no file."""
         if self._ours is None and self._log_dir is not None:
             # The class is looked up in its module only now, since W&B's sync_tensorboard puts a class of its own there.
-            self._ours = event_file_writer.EventFileWriter(os.path.join(self._log_dir, SUBRUN))
+            # The event file is opened anew for each write, and by then the program may have changed its working directory.
+            folder = self._log_dir if "://" in self._log_dir else os.path.abspath(self._log_dir)
+            self._ours = event_file_writer.EventFileWriter(os.path.join(folder, SUBRUN))
 
     def move(self, folder: str) -> None:
         """Write into a folder below the directory that was given. Without effect once something has been written."""
