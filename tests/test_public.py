@@ -136,6 +136,7 @@ ARROWS = {
         "attributes",
         "internals",
         "observe.hooks",
+        "observe.meter",
         "observe.observation",
         "observe.saving",
         "sampling",

@@ -180,3 +180,9 @@ def step_size(weight: Weight) -> float | None:
 def _step_into(site: str, snapshot: Snapshot) -> float | None:
     """The largest `step_size` of the layers that feed a site."""
     return max((step for weight in snapshot.weights if site in weight.feeds and (step := step_size(weight)) is not None), default=None)
+
+
+def nothing_arrives(record: Record, snapshot: Snapshot) -> float | None:
+    """1 where dL/da is exactly 0 at every site of which a gradient was seen, 0 elsewhere. It is judged at the first of these sites."""
+    heard = [each for each in snapshot.records if each.grad_n and each.grad_a_rms is not None]
+    return float(all(each.grad_a_rms == 0 for each in heard)) if heard and heard[0] is record else None

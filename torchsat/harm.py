@@ -129,8 +129,8 @@ def _per_units(record: Record) -> float:
 
 
 def blocked_limit(record: Record) -> float:
-    """Healthy layers of 64 units stay below 0.2, those of 4 units below 0.9."""
-    return min(0.97, normal(record) + 0.35 + 1.1 * _per_units(record))
+    """Healthy layers of 64 units stay below 0.2, and below 0.6 at a high rate; those of 8 units below 0.85."""
+    return min(0.97, normal(record) + 0.5 + _per_units(record))
 
 
 def blocked_limit_critical(record: Record) -> float:
@@ -140,7 +140,7 @@ def blocked_limit_critical(record: Record) -> float:
 
 def trapped_limit(record: Record) -> float:
     """Healthy layers of 64 units stay below 0.06, and below 0.23 at ten times the usual rate; those of 4 units at about 0.3."""
-    return min(0.9, 0.5 * normal(record) + 0.2 + 0.5 * _per_units(record))
+    return min(0.9, 0.5 * normal(record) + 0.2 + 0.6 * _per_units(record))
 
 
 def trapped_limit_critical(record: Record) -> float:
@@ -253,12 +253,12 @@ def stuck_limit_critical(record: Record) -> float:
 
 def shrunk(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:
     """What is left of the gain that a layer began with, where weight decay is the reason: a step is far from what the gradient makes of it, since
-    decay takes away what is learned, or is all that there is."""
+    decay takes away what is learned, or is all that there is. Where less than a tenth is left, the reason may be a penalty in the loss."""
     before = start.item.gain if isinstance(start.item, Weight) else None
     if weight.whole is not None or not before or weight.gain is None or weight.learned_ratio is None or not weight.update_ratio:
         return None
-    learned = weight.learned_ratio / weight.update_ratio
-    return weight.gain / before if not 0.85 <= learned <= 1.2 else 1.0
+    left, learned = weight.gain / before, weight.learned_ratio / weight.update_ratio
+    return left if left <= 0.1 or not 0.85 <= learned <= 1.2 else 1.0
 
 
 def leaving_rows(record: Record, snapshot: Snapshot) -> float | None:

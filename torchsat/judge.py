@@ -30,6 +30,8 @@ class _State:
     """For each level, how many observations in a row were beyond its limit."""
     since: int | None = None
     """The step at which the current streak began; None if there is none."""
+    is_early: bool = False
+    """Whether the alert that fires was raised when the first observations were judged; then their rules are judged until it clears."""
     calm: int = 0
     """While an alert fires: how many observations in a row were on the safe side, or did not have the place at all."""
     alert: Alert | None = None
@@ -101,6 +103,7 @@ class Judge:
                 "streak": dict(state.streak),
                 "since": state.since,
                 "calm": state.calm,
+                "is_early": state.is_early,
                 "alert": state.alert and state.alert.as_dict(),
             }
             for (place, rule), state in self._states.items()
@@ -117,7 +120,7 @@ class Judge:
         states = {}
         for values in kept["states"]:
             alert = values["alert"] and Alert.from_dict(values["alert"])
-            states[values["place"], values["rule"]] = _State(dict(values["streak"]), values["since"], values["calm"], alert)
+            states[values["place"], values["rule"]] = _State(dict(values["streak"]), values["since"], values["is_early"], values["calm"], alert)
         self._observations, self._states = kept["observations"], states
         starts, facts = Snapshot.from_dict(kept["starts"]), kept["since"]
         self._starts = {place: Start(item, *facts[place]) for place, item in _places(starts).items()}
@@ -130,7 +133,8 @@ class Judge:
         for alert in firing:
             patience = _patience(self._groups.get(alert.rule, ()))
             streak: dict[Severity, int] = {"warning": patience, "critical": patience if alert.severity == "critical" else 0}
-            self._states[alert.site, alert.rule] = _State(streak, alert.since, 0, alert)
+            is_early = first is not None and alert.since <= first.step
+            self._states[alert.site, alert.rule] = _State(streak, alert.since, is_early, 0, alert)
 
     def judge(self, snapshot: Snapshot) -> tuple[Alert, ...]:
         """The alerts that are raised, get worse or clear at this observation."""
@@ -178,7 +182,7 @@ class Judge:
     def _judge_one(self, key: Key, rules: Sequence[Rule], item: Record | Weight, snapshot: Snapshot) -> Alert | None:
         """One rule at one place: the alert that it raises, makes worse or clears, if any."""
         known = self._states.get(key)
-        fires = known is not None and known.alert is not None
+        fires = known is not None and known.alert is not None and known.is_early
         judged = [rule for rule in rules if rule.first is None or fires or self._observations <= rule.first]
         # A rule of the user's may return a scalar of NumPy or torch.
         start = self._starts[key[0]]
@@ -194,7 +198,11 @@ class Judge:
         # What is critical has also passed the warning level, whether or not the rule has one.
         state.streak["warning"] = state.streak["warning"] + 1 if worst else 0
         if worst is not None:
-            return _raise(state, key, worst, item, snapshot)
+            new = state.alert is None
+            raised = _raise(state, key, worst, item, snapshot)
+            if raised is not None and new:
+                state.is_early = any(rule.first is not None and self._observations <= rule.first for rule in rules)
+            return raised
         if state.alert is not None:
             return _calm(state, state.alert, values, rules, item, snapshot)
         state.since = None

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchsat import harm
-from torchsat.flow import over_depth, shallow, step_size
+from torchsat.flow import nothing_arrives, over_depth, shallow, step_size
 from torchsat.percent import percent
 from torchsat.record import Record, Severity, Snapshot, Weight
 
@@ -282,6 +282,14 @@ RULES: tuple[Rule, ...] = (
         ),
         below=True,
         compares=True,
+    ),
+    Rule(
+        "vanishing_gradient",
+        nothing_arrives,
+        None,
+        1.0,
+        lambda r, value, limit: f"no gradient arrives: from the start, dL/da is exactly 0 at {r.site} and at every other site that has a gradient",
+        first=_AT_START,
     ),
     Rule(
         "exploding_gradient",

@@ -20,6 +20,7 @@ GROWN = 1.5
 """A weight is said to have grown when its gain is more than this many times what it was at first. The same holds of z and of the alignment."""
 _TO_SAY = 1.1
 """What has changed by less is not worth a figure: it might be printed as a growth from 1.45 to 1.45."""
+_GONE = 0.1
 _SHRUNK = 0.5
 """Weights are said to have shrunk when their gain is below this share of what it was at first."""
 
@@ -114,23 +115,25 @@ def jumped(scene: Scene, names: Sequence[str], size: float) -> list[Term]:
 
 
 def shrunk(scene: Scene, weights: Sequence[Weight]) -> list[Term]:
-    """Layers that weight decay has made small."""
+    """Layers that weight decay has made small, or a penalty in the loss."""
     found: list[tuple[float, Weight, float]] = []
     for weight in weights:
         known = scene.first_gain(weight.name)
         decays = weight.learned_ratio is not None and weight.learned_ratio != weight.update_ratio
-        if known and decays and weight.gain is not None and weight.gain < _SHRUNK * known:
+        if known and weight.gain is not None and weight.gain < (_SHRUNK if decays else _GONE) * known:
             found.append((math.log(known / max(weight.gain, 1e-30)), weight, known))
     if not found:
         return []
     _, weight, known = max(found, key=lambda each: each[0])
-    step = f"a step changes it by {of_itself(weight.update_ratio or 0.0)}, without weight decay by {of_itself(weight.learned_ratio or 0.0)}"
+    step = f"a step changes it by {of_itself(weight.update_ratio or 0.0)}"
+    if weight.learned_ratio is not None and weight.learned_ratio != weight.update_ratio:
+        step += f", without weight decay by {of_itself(weight.learned_ratio)}"
     more = f", and {len(found) - 1} more layers have shrunk" if len(found) > 1 else ""
     return [
         Term(
             "weight_decay",
             sum(size for size, _, _ in found),
             f"the gain of {spoken(weight.name)} has fallen from {known:.3g} to {weight.gain:.3g}{more}; {step}",
-            advice.decay_less(),
+            advice.decay_less() if "without" in step else "make the penalty in the loss that pulls the weights to 0 smaller",
         )
     ]

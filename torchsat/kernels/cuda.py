@@ -350,7 +350,7 @@ def _write_demand(row, a_ptr, z_ptr, side_ptr, mine, count, a_step, z_step, draw
 def _gradient(
     a_ptr,
     z_ptr,
-    side_ptr,
+    s_ptr,
     out_ptr,
     count,
     a_step,
@@ -359,10 +359,10 @@ def _gradient(
     seed,
     has_a: tl.constexpr,
     has_z: tl.constexpr,
-    has_sides: tl.constexpr,
+    has_s: tl.constexpr,
     block: tl.constexpr,
 ):
-    """The short row of one block of a backward call, at out_ptr. The first programs also sum up the demand of the elements with a side."""
+    """The short row of one block of a backward call, at out_ptr. The first programs also sum up the demand of the elements with a side, s."""
     program = tl.program_id(0).to(tl.int64)
     at = program * block + tl.arange(0, block)
     inside = at < count
@@ -376,28 +376,18 @@ def _gradient(
     ok = inside & (a * 0 + z * 0 == 0)
     n = _count(ok)
     row = out_ptr + program * _BACKWARD_WIDTH
-    if has_a:
-        tl.store(row + _GRAD_A_N, n)
-        tl.store(row + _GRAD_A_READ, n)
-    else:
-        tl.store(row + _GRAD_A_N, 0.0)
-        tl.store(row + _GRAD_A_READ, 0.0)
+    tl.store(row + _GRAD_A_N, n if has_a else 0.0)
+    tl.store(row + _GRAD_A_READ, n if has_a else 0.0)
     tl.store(row + _GRAD_A_SQ, _square(tl.where(ok, a, 0.0)))
-    if has_z:
-        tl.store(row + _GRAD_Z_N, n)
-        tl.store(row + _GRAD_Z_READ, n)
-    else:
-        tl.store(row + _GRAD_Z_N, 0.0)
-        tl.store(row + _GRAD_Z_READ, 0.0)
+    tl.store(row + _GRAD_Z_N, n if has_z else 0.0)
+    tl.store(row + _GRAD_Z_READ, n if has_z else 0.0)
     tl.store(row + _GRAD_Z_SQ, _square(tl.where(ok, z, 0.0)))
     tl.store(row + _GRAD_NONFINITE, _count(inside) - n)
-    tl.store(row + _DEMAND, 0.0)
-    tl.store(row + _LEAVING, 0.0)
-    tl.store(row + _BLOCKED, 0.0)
-    tl.store(row + _TRAPPED, 0.0)
-    if has_sides:
+    for column in tl.static_range(_DEMAND, _TRAPPED + 1):
+        tl.store(row + column, 0.0)
+    if has_s:
         if program * block < drawn:
-            _write_demand(row, a_ptr, z_ptr, side_ptr, at, count, a_step, z_step, drawn, seed, has_z)
+            _write_demand(row, a_ptr, z_ptr, s_ptr, at, count, a_step, z_step, drawn, seed, has_z)
 
 
 def observe(
@@ -502,7 +492,7 @@ def observe_gradient(
             *(a, z, row if sides is None else sides, out, count, a.stride(0), z.stride(0), 0 if sides is None else sides.shape[0], seed),
             has_a=grad_a is not None,
             has_z=grad_z is not None,
-            has_sides=sides is not None and grad_a is not None,
+            has_s=sides is not None and grad_a is not None,
             block=_BLOCK,
             num_warps=_WARPS,
             enable_fp_fusion=True,

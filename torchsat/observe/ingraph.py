@@ -29,6 +29,7 @@ from torchsat import internals
 from torchsat.attributes import stored_or
 from torchsat.observe import saving
 from torchsat.observe.hooks import Inert
+from torchsat.observe.meter import sides_at
 from torchsat.sampling import Sample
 from torchsat.statistics import DEMAND, Sides, extremes, merge_, observe_gradient
 from torchsat.structure import Found, NamedModule
@@ -279,7 +280,7 @@ class GraphReceiver:
         calls = self._calls.get(name)
         if calls is None or calls.has_gradient:
             calls = self._calls[name] = _Calls()
-        calls.sides.append(observation.meter.sides(site, sample, taken))
+        calls.sides.append(sides_at(site, sample, taken))
         # The place of a site in the model cannot be seen from inside a graph.
         observation.heard_graph()
         observation.meter.ran(site, [])

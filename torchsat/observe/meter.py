@@ -261,21 +261,13 @@ class Meter:
         current.add(current.rows, site.name, row)
         current.add(current.heads, site.name, heads)
 
-    def sides(self, site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Sides | None:
-        """On which side of the plateaus the elements z of a call lie that are read; None where the site has no plateaus."""
-        bound = site.bound
-        if not isinstance(sample, Sample) or not bound.tails_known:
-            return None
-        learned = {name: sample.spread(value.to(z.device)) for name, value in bound.learned.items()}
-        return sides_of(z, bound.edges(learned), sample.seed)
-
     def gradient_adder(self, site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Callable[[Tensor | None, Tensor | None], None]:
         """A function to be called in the backward with dL/da and dL/dz at the elements of a sample. It adds them to the pass that runs now.
 
         Args:
             z: the elements of z that are read. Only on which side they lie is kept.
         """
-        current, elements, sides = self._passes.current, sample.elements, self.sides(site, sample, z)
+        current, elements, sides = self._passes.current, sample.elements, sides_at(site, sample, z)
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
             given = [grad for grad in (grad_a, grad_z) if grad is not None]
@@ -328,6 +320,15 @@ class Meter:
         if site.unit_axis is not None and site.unit_axis[0] == len(shape):
             return site.unit_axis[1]
         return {0: None, 1: None, 2: 1, 3: 2}.get(len(shape), 1)
+
+
+def sides_at(site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Sides | None:
+    """On which side of the plateaus the elements z of a call lie that are read; None where the site has no plateaus."""
+    bound = site.bound
+    if not isinstance(sample, Sample) or not bound.tails_known:
+        return None
+    learned = {name: sample.spread(value.to(z.device)) for name, value in bound.learned.items()}
+    return sides_of(z, bound.edges(learned), sample.seed)
 
 
 class _Gathered:
