@@ -51,15 +51,15 @@ def row(budget: float | None, steps: int) -> tuple[str, ...]:
             took = seconds(*pair[which], TURN)
             totals[which] += took
             later[which] += took if 2 * turn * TURN >= steps else 0.0
-    bare = f"{1e3 * totals[0] / steps:.3f} ms"
-    took, share = f"{totals[1] - totals[0]:.2f} s", f"{later[1] / later[0] - 1:+.4f}"
+    plain = f"{1e3 * totals[0] / steps:.3f} ms"
+    spent, share = f"{totals[1] - totals[0]:.2f} s", f"{later[1] / later[0] - 1:+.4f}"
     if monitor is None or budget is None:
-        return "nothing watched", bare, took, "", share, "", "", ""
+        return "nothing watched", plain, spent, "", share, "", "", ""
     monitor.close()
     said = "unknown" if monitor.overhead is None else f"{monitor.overhead:.4f}"
     observer = monitor._loop.observer
     allowed = f"{ALLOWANCE + budget * totals[1]:.2f} s"
-    return f"{budget}", bare, took, allowed, share, said, str(observer.turn), str(observer.schedule.interval)
+    return f"{budget}", plain, spent, allowed, share, said, str(observer.turn), str(observer.schedule.interval)
 
 
 TITLES = ("budget", "bare step", "observing took", "allowed", "later", "monitor.overhead", "observations", "at the end one step in")

@@ -139,7 +139,7 @@ def gru_orthogonal_gain(faulty: bool, seed: int) -> Training:
     torch.manual_seed(seed)
     recurrent = nn.GRU(1, 32, batch_first=True)
     model = Last(recurrent, 32, 1)
-    for part in recurrent.weight_hh_l0.chunk(3):
+    for part in recurrent.get_parameter("weight_hh_l0").chunk(3):
         nn.init.orthogonal_(part, 12.0 if faulty else 1.0)
     return fit_task(model, waves(14), adam(model, 5e-3), 300, size=32)
 

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from remedies_cases import CASES, Case, Task
@@ -51,7 +52,7 @@ def start(case: Case, seed: int, code: str = "") -> tuple[Task, torch.Tensor, to
     task = case.make()
     order = torch.randperm(len(task.x), generator=torch.Generator().manual_seed(seed))
     train, test = order[len(order) // 5 :], order[: len(order) // 5]
-    names = {"torch": torch, "nn": nn, "model": task.model, "optimizer": task.optimizer, "x": task.x[train]}
+    names: dict[str, Any] = {"torch": torch, "nn": nn, "model": task.model, "optimizer": task.optimizer, "x": task.x[train]}
     exec(code, names)
     x_test, y_test = task.x[test], task.y[test]
     line = code.splitlines()[-1] if code else ""

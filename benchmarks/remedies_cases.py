@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -60,15 +61,15 @@ def stack(activation: Callable[[], nn.Module], depth: int = 4, width: int = 64, 
     return model.append(nn.Linear(width, 10))
 
 
-def sgd(model: nn.Module, rate: float = 0.05, **more: float) -> torch.optim.Optimizer:
+def sgd(model: nn.Module, rate: float = 0.05, **more: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), rate, **more)
 
 
-def adam(model: nn.Module, rate: float = 1e-3, **more: float) -> torch.optim.Optimizer:
+def adam(model: nn.Module, rate: float = 1e-3, **more: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), rate, **{"weight_decay": 0.0, **more})
 
 
-def task(model: nn.Module, data: tuple[Tensor, Tensor], make: Callable[..., torch.optim.Optimizer] = sgd, rate: float = 0.05, **more: float) -> Task:
+def task(model: nn.Module, data: tuple[Tensor, Tensor], make: Callable[..., torch.optim.Optimizer] = sgd, rate: float = 0.05, **more: Any) -> Task:
     return Task(model, make(model, rate, **more), *data)
 
 
@@ -81,7 +82,7 @@ class Rows(nn.Module):
         with torch.no_grad():
             for name, parameter in self.rnn.named_parameters():
                 if "weight" in name:
-                    parameter *= gain
+                    parameter.mul_(gain)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rnn(x.reshape(-1, 8, 8))[0][:, -1])  # type: ignore[no-any-return]

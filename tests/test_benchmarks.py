@@ -30,6 +30,8 @@ NEEDS = {
     "ignite_digits": ("ignite", "sklearn"),
     "lightning_digits": ("lightning", "sklearn"),
     "remedies": ("sklearn",),
+    "sure_or_stuck": ("sklearn",),
+    "try_remedies": ("sklearn",),
     "transformers_text": ("transformers",),
 }
 """The packages that a script imports, beside those which torchsat itself needs. A script without them is skipped."""

@@ -6,6 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.conftest import record
 from tests.test_diagnosis import alert, snapshot, weight
-from torchsat import Alert, Snapshot, Weight
+from torchsat import Alert, Record, Snapshot, Weight
 from torchsat.causes import Moment, Scene, explain, remember
 from torchsat.expressions import GAIN, spoken
 from torchsat.percent import percent
@@ -84,7 +85,7 @@ def rows() -> nn.Module:
             self.rnn, self.head = nn.LSTM(8, 32, batch_first=True), nn.Linear(32, 10)
             with torch.no_grad():
                 for parameter in self.rnn.parameters():
-                    parameter *= 30
+                    parameter.mul_(30)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.rnn(x.reshape(-1, 8, 8))[0][:, -1])  # type: ignore[no-any-return]
@@ -95,11 +96,11 @@ def rows() -> nn.Module:
 Optimizer = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
 
 
-def sgd(rate: float = 0.05, **more: float) -> Optimizer:
+def sgd(rate: float = 0.05, **more: Any) -> Optimizer:
     return lambda parameters: torch.optim.SGD(parameters, rate, **more)
 
 
-def adam(rate: float, **more: float) -> Optimizer:
+def adam(rate: float, **more: Any) -> Optimizer:
     return lambda parameters: torch.optim.AdamW(parameters, rate, **{"weight_decay": 0.0, **more})
 
 
@@ -158,7 +159,8 @@ def figures(snapshots: list[Snapshot], text: str) -> list[str]:
     known = {f"{gain:.3g}" for gain in (*GAIN.values(), 1.0)}
     for each in snapshots:
         known |= {str(each.step), *map(str, range(len(each.records) + 1))}
-        for item in (*each.records, *each.weights):
+        items: list[Record | Weight] = [*each.records, *each.weights]
+        for item in items:
             values = [value for field in fields(item) if isinstance(value := getattr(item, field.name), (int, float)) and not isinstance(value, bool)]
             for value in values:
                 known |= {f"{value:.3g}", f"{value:.2g}", percent(value).removesuffix(" %"), percent(1 - value).removesuffix(" %")}
@@ -241,7 +243,7 @@ def test_weights_that_were_right_at_first_and_grew_a_little_are_no_growth() -> N
     assert "weight_growth" not in {cause.name for cause in told}
 
 
-OUTPUT = {"activation": "sigmoid", "output": True, "peak": 0.25, "high": 0.99, "saturated": 0.99, "low": 0.0}
+OUTPUT: dict[str, Any] = {"activation": "sigmoid", "output": True, "peak": 0.25, "high": 0.99, "saturated": 0.99, "low": 0.0}
 
 
 def test_an_output_that_is_asked_for_more_than_it_can_give() -> None:
@@ -259,7 +261,7 @@ def test_an_output_that_is_asked_for_more_than_it_can_give() -> None:
 
 @pytest.mark.parametrize("rule", ["saturated", "stuck_units", "outputs", "gates"])
 @pytest.mark.parametrize("place", [{"output": True}, {"gate": True}, {"kind": "recurrent"}, {"kind": "call"}])
-def test_a_cause_comes_out_at_any_kind_of_site(rule: str, place: dict[str, object]) -> None:
+def test_a_cause_comes_out_at_any_kind_of_site(rule: str, place: dict[str, Any]) -> None:
     """A step that was far too large has thrown a site onto its plateau; its layer is seen or not."""
     for feeds in ("act", "elsewhere"):
         first = snapshot(record(**place), weight(feeds=feeds))
@@ -339,7 +341,8 @@ def test_few_numbers_are_kept_of_the_observations_between() -> None:
     scene = Scene(snapshot(step=80), snapshot(), snapshot(), moments=moments)
     jump = scene.jump(["fc"])
     assert jump is not None
-    assert (jump.step, jump.ratio) == (80, pytest.approx(0.8))
+    assert jump.step == 80
+    assert jump.ratio == pytest.approx(0.8)
     assert scene.stuck_at_first("act") == 0.0
 
 

@@ -78,7 +78,8 @@ def test_a_record_says_how_much_of_the_demand_is_blocked_and_trapped(way: str, s
         loss = factor * F.cross_entropy(model(torch.randn(40, 6).double()), torch.randint(3, (40,)))
         loss.backward()
         grad = torch.stack([model.grads[0]] * 2) if way == "twice" else model.grads[0]
-        z.append(model.z), grads.append(grad)
+        z.append(model.z)
+        grads.append(grad)
     optimizer.step()
     record = known(known(monitor.latest)[site])
     blocked, trapped, leaving = demand(torch.stack(z), torch.stack(grads), low, high)
@@ -98,7 +99,7 @@ def test_a_gate_of_a_glu_has_the_demand_of_its_own_output() -> None:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 20), nn.GLU(), nn.Linear(10, 1)).double()
     with torch.no_grad():
-        known(model[0]).weight.mul_(10)
+        model.get_parameter("0.weight").mul_(10)
     x = torch.randn(30, 6).double()
     monitor = torchsat.watch(model, budget=None, sinks=(), errors="raise")
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
@@ -106,9 +107,10 @@ def test_a_gate_of_a_glu_has_the_demand_of_its_own_output() -> None:
     optimizer.step()
     record = known(monitor.latest).records[0]
     monitor.close()
-    value, z = model[0](x).detach().chunk(2, 1)
+    first, last = known(model.get_submodule("0")), known(model.get_submodule("2"))
+    value, z = first(x).detach().chunk(2, 1)
     gate = torch.sigmoid(z).requires_grad_()
-    model[2](value * gate).square().sum().backward()
+    last(value * gate).square().sum().backward()
     assert (record.blocked, record.trapped, record.leaving) == pytest.approx(demand(z, known(gate.grad), -EDGE["sigmoid"], EDGE["sigmoid"]), rel=1e-5)
 
 

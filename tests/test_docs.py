@@ -229,7 +229,7 @@ def test_the_table_of_families_is_what_the_code_says() -> None:
 
 def test_the_remedies_example_measures_what_the_mathematics_says(run_example: RunExample) -> None:
     """In a deep stack of sigmoids Xavier and LayerNorm do not help; another activation and BatchNorm do."""
-    printed = run_example("remedies", "--steps", "150")
+    printed = run_example("try_remedies", "--steps", "150")
     for remedy in ("ReLU", "GELU", "BatchNorm"):
         assert f"{remedy} helps: " in printed
     for remedy in ("Xavier init", "LayerNorm"):

@@ -1,5 +1,6 @@
 """Saturation that harms, told from saturation that is meant: what the rules judge of outputs, gates, hidden layers, attention and weights."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ def hidden(saturated: float, blocked: float | None, trapped: float | None, **giv
     return record(**{**facts, "saturated": saturated, "blocked": blocked, "trapped": trapped, **given})
 
 
-def rules_of(series: list[Record | tuple[Record, ...]], weights: tuple[Weight, ...] = (), every: int = 10) -> list[tuple[str, int]]:
+def rules_of(series: Sequence[Record | tuple[Record, ...]], weights: tuple[Weight, ...] = (), every: int = 10) -> list[tuple[str, int]]:
     """The rule and the step of each alert that a judge raises."""
     judge, raised = Judge(), []
     for at, item in enumerate(series):
@@ -148,7 +149,8 @@ def stack(first: float, last: float, z_std: float, update: float) -> Snapshot:
 def test_a_short_stack_that_loses_the_gradient_is_told_where_its_first_layer_stays_as_it_was() -> None:
     lost = stack(1e-3, 1e-1, 0.5, 1e-4)
     way = ways(lost)["act0"]
-    assert (way.end, way.layers, way.ratio, way.per_layer) == ("act2", 2, pytest.approx(0.01), pytest.approx(0.1))
+    assert (way.end, way.layers) == ("act2", 2)
+    assert (way.ratio, way.per_layer) == pytest.approx((0.01, 0.1))
     start = Start(lost.records[0], 0, False)
     assert shallow(lost.records[0], lost, start) == pytest.approx(0.01)
     for other in (stack(1e-3, 1e-1, 0.8, 1e-4), stack(3e-2, 1e-1, 0.5, 1e-4)):

@@ -113,14 +113,14 @@ def _nonfinite_grad(record: Record, snapshot: Snapshot) -> float:
 
 def _says_share(record: Record, value: float, limit: float) -> str:
     return (
-        f"{record.site} ({record.activation}) is saturated: {percent(value)} of its inputs lie on a plateau ({percent(record.low)} low, "
-        f"{percent(record.high)} high; limit {percent(limit)}, N(0, 1) inputs give {percent(harm.normal(record))})"
+        f"{record.site} ({record.activation}) is saturated: {percent(value)} of its inputs lie on a plateau ({percent(record.low or 0.0)} low, "
+        f"{percent(record.high or 0.0)} high; limit {percent(limit)}, N(0, 1) inputs give {percent(harm.normal(record))})"
     )
 
 
 def _says_slope(record: Record, value: float, limit: float) -> str:
     return (
-        f"{record.site} ({record.activation}) is saturated: its mean derivative is {percent(record.relative_derivative)} of the peak (limit "
+        f"{record.site} ({record.activation}) is saturated: its mean derivative is {percent(record.relative_derivative or 0.0)} of the peak (limit "
         f"{percent(limit)}); it outputs {record.a_mean:.3g} +- {record.a_std:.2g}"
     )
 

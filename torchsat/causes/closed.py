@@ -11,9 +11,9 @@ import math
 from dataclasses import replace
 
 from torchsat.causes import advice
-from torchsat.causes.growth import grown, has_jumped, jumped, shrunk
+from torchsat.causes.growth import GROWN, grown, has_jumped, jumped, shrunk
 from torchsat.causes.scene import Scene, Term, upstream_of
-from torchsat.causes.size import GROWN, drawn_too_large, of_inputs, of_z, uncentred
+from torchsat.causes.size import drawn_too_large, of_inputs, of_z, uncentred
 from torchsat.expressions import gain_for, spoken
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Weight

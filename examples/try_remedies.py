@@ -1,7 +1,7 @@
 """Find out what helps a deep sigmoid network on raw pixels: every remedy is tried on a copy of the network and measured.
 
-    python examples/remedies.py                       prints a table, and what the numbers say about each remedy
-    python examples/remedies.py --picture trials.png  also draws the curves
+    python examples/try_remedies.py                       prints a table, and what the numbers say about each remedy
+    python examples/try_remedies.py --picture trials.png  also draws the curves
 
 The data are the 1797 handwritten digits that ship with scikit-learn. The network is that of examples/digits.py.
 """
