@@ -221,8 +221,8 @@ for kind in sorted(cuda.KINDS):
         assert "ld.global.v4" in ptx
 given = dict(z_ptr="*fp16", out_ptr="*fp64")
 flags = dict(has_z=True, block=cuda._BLOCK, a_step=1)
-to_ptx(cuda._gradient, dict(a_ptr="*fp16", s_ptr="*i8", **given), (), has_a=True, has_s=True, z_step=1, **flags)
-to_ptx(cuda._gradient, dict(a_ptr="*fp64", s_ptr="*fp64", **given), (), has_a=False, has_s=False, **flags)
+to_ptx(cuda._gradient, dict(a_ptr="*fp16", side_ptr="*i8", **given), (), has_a=True, has_sides=True, z_step=1, **flags)
+to_ptx(cuda._gradient, dict(a_ptr="*fp64", side_ptr="*fp64", **given), (), has_a=False, has_sides=False, **flags)
 to_ptx(cuda._sides, dict(z_ptr="*bf16", out_ptr="*i8"), ("low", "high"), block=cuda._BLOCK, z_step=1)
 """
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr
 
 from torchsat.columns import BACKWARD, BINS, BLOCK, COLUMN, SUMS, UNWEIGHED
 from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, GELU, GELU_ERF, GIVEN, LOGISTIC, SILU, Formula
@@ -38,65 +39,65 @@ _EXTREMES = slice(COLUMN["z_max"], COLUMN["a_min_negated"] + 1)
 _GRADIENT = slice(COLUMN[BACKWARD[0]], COLUMN[BACKWARD[-1]] + 1)
 
 # The places of the columns in a row. Of the globals of Python a kernel can read constants of this type only.
-_WIDTH = tl.constexpr(len(COLUMN))
-_N = tl.constexpr(COLUMN["n"])
-_READ = tl.constexpr(COLUMN["read"])
-_ELEMENTS = tl.constexpr(COLUMN["elements"])
-_NONFINITE = tl.constexpr(COLUMN["nonfinite"])
-_LOW = tl.constexpr(COLUMN["low"])
-_HIGH = tl.constexpr(COLUMN["high"])
-_DERIVATIVE = tl.constexpr(COLUMN["derivative"])
-_DERIVATIVE_SQ = tl.constexpr(COLUMN["derivative_sq"])
-_DERIVATIVE_UNKNOWN = tl.constexpr(COLUMN["derivative_unknown"])
-_Z = tl.constexpr(COLUMN["z"])
-_Z_SQ = tl.constexpr(COLUMN["z_sq"])
-_A = tl.constexpr(COLUMN["a"])
-_A_SQ = tl.constexpr(COLUMN["a_sq"])
-_ZEROS = tl.constexpr(COLUMN["zeros"])
-_GATE_LEFT = tl.constexpr(COLUMN["gate_left"])
-_GATE_RIGHT = tl.constexpr(COLUMN["gate_right"])
-_BIN0 = tl.constexpr(COLUMN[BINS[0]])
-_BINS = tl.constexpr(len(BINS))
-_FIRST_BIN = tl.constexpr(FIRST_BIN)
-_ROOM = tl.constexpr(64)
+_WIDTH = constexpr(len(COLUMN))
+_N = constexpr(COLUMN["n"])
+_READ = constexpr(COLUMN["read"])
+_ELEMENTS = constexpr(COLUMN["elements"])
+_NONFINITE = constexpr(COLUMN["nonfinite"])
+_LOW = constexpr(COLUMN["low"])
+_HIGH = constexpr(COLUMN["high"])
+_DERIVATIVE = constexpr(COLUMN["derivative"])
+_DERIVATIVE_SQ = constexpr(COLUMN["derivative_sq"])
+_DERIVATIVE_UNKNOWN = constexpr(COLUMN["derivative_unknown"])
+_Z = constexpr(COLUMN["z"])
+_Z_SQ = constexpr(COLUMN["z_sq"])
+_A = constexpr(COLUMN["a"])
+_A_SQ = constexpr(COLUMN["a_sq"])
+_ZEROS = constexpr(COLUMN["zeros"])
+_GATE_LEFT = constexpr(COLUMN["gate_left"])
+_GATE_RIGHT = constexpr(COLUMN["gate_right"])
+_BIN0 = constexpr(COLUMN[BINS[0]])
+_BINS = constexpr(len(BINS))
+_FIRST_BIN = constexpr(FIRST_BIN)
+_ROOM = constexpr(64)
 """The number of bins as a power of two, which Triton wants. Elements that do not count fall into the last one."""
-_PEAK = tl.constexpr(COLUMN["peak"])
-_Z_MAX = tl.constexpr(COLUMN["z_max"])
-_Z_MIN_NEGATED = tl.constexpr(COLUMN["z_min_negated"])
-_A_MAX = tl.constexpr(COLUMN["a_max"])
-_A_MIN_NEGATED = tl.constexpr(COLUMN["a_min_negated"])
-_BACKWARD_FROM = tl.constexpr(_GRADIENT.start)
-_BACKWARD_TO = tl.constexpr(_GRADIENT.stop)
+_PEAK = constexpr(COLUMN["peak"])
+_Z_MAX = constexpr(COLUMN["z_max"])
+_Z_MIN_NEGATED = constexpr(COLUMN["z_min_negated"])
+_A_MAX = constexpr(COLUMN["a_max"])
+_A_MIN_NEGATED = constexpr(COLUMN["a_min_negated"])
+_BACKWARD_FROM = constexpr(_GRADIENT.start)
+_BACKWARD_TO = constexpr(_GRADIENT.stop)
 
 # Places in the short row of a backward call.
-_BACKWARD_WIDTH = tl.constexpr(len(BACKWARD))
-_GRAD_A_N = tl.constexpr(BACKWARD.index("grad_a_n"))
-_GRAD_A_READ = tl.constexpr(BACKWARD.index("grad_a_read"))
-_GRAD_A_SQ = tl.constexpr(BACKWARD.index("grad_a_sq"))
-_GRAD_Z_N = tl.constexpr(BACKWARD.index("grad_z_n"))
-_GRAD_Z_READ = tl.constexpr(BACKWARD.index("grad_z_read"))
-_GRAD_Z_SQ = tl.constexpr(BACKWARD.index("grad_z_sq"))
-_GRAD_NONFINITE = tl.constexpr(BACKWARD.index("grad_nonfinite"))
-_DEMAND = tl.constexpr(BACKWARD.index("demand"))
-_LEAVING = tl.constexpr(BACKWARD.index("leaving"))
-_BLOCKED = tl.constexpr(BACKWARD.index("blocked"))
-_TRAPPED = tl.constexpr(BACKWARD.index("trapped"))
+_BACKWARD_WIDTH = constexpr(len(BACKWARD))
+_GRAD_A_N = constexpr(BACKWARD.index("grad_a_n"))
+_GRAD_A_READ = constexpr(BACKWARD.index("grad_a_read"))
+_GRAD_A_SQ = constexpr(BACKWARD.index("grad_a_sq"))
+_GRAD_Z_N = constexpr(BACKWARD.index("grad_z_n"))
+_GRAD_Z_READ = constexpr(BACKWARD.index("grad_z_read"))
+_GRAD_Z_SQ = constexpr(BACKWARD.index("grad_z_sq"))
+_GRAD_NONFINITE = constexpr(BACKWARD.index("grad_nonfinite"))
+_DEMAND = constexpr(BACKWARD.index("demand"))
+_LEAVING = constexpr(BACKWARD.index("leaving"))
+_BLOCKED = constexpr(BACKWARD.index("blocked"))
+_TRAPPED = constexpr(BACKWARD.index("trapped"))
 
 # The rows of a unit block.
-_SAMPLES = tl.constexpr(BLOCK.index("samples"))
-_SATURATED = tl.constexpr(BLOCK.index("saturated"))
-_SAMPLES_READ = tl.constexpr(BLOCK.index("samples_read"))
+_SAMPLES = constexpr(BLOCK.index("samples"))
+_SATURATED = constexpr(BLOCK.index("saturated"))
+_SAMPLES_READ = constexpr(BLOCK.index("samples_read"))
 
 # The factors of the hash of sampling.py.
-_MIX_0 = tl.constexpr(MIX[0])
-_MIX_1 = tl.constexpr(MIX[1])
+_MIX_0 = constexpr(MIX[0])
+_MIX_1 = constexpr(MIX[1])
 
 # The kinds of derivatives.
-_GIVEN = tl.constexpr(GIVEN)
-_LOGISTIC = tl.constexpr(LOGISTIC)
-_BETWEEN = tl.constexpr(BETWEEN)
-_SILU = tl.constexpr(SILU)
-_GELU = tl.constexpr(GELU)
+_GIVEN = constexpr(GIVEN)
+_LOGISTIC = constexpr(LOGISTIC)
+_BETWEEN = constexpr(BETWEEN)
+_SILU = constexpr(SILU)
+_GELU = constexpr(GELU)
 
 
 def reads(*tensors: Tensor | None) -> bool:
@@ -118,7 +119,7 @@ def _logistic(z):
 
 
 @triton.jit
-def _slope(z, kind: tl.constexpr, b, c, d):
+def _slope(z, kind: constexpr, b, c, d):
     """|f'(z)| by one of the formulas of formulas.py."""
     if kind == _LOGISTIC:
         up, down = _logistic(b * z)
@@ -150,7 +151,7 @@ def _load(ptr, at, inside, whole):
 
 
 @triton.jit
-def _read(z_ptr, a_ptr, slope_ptr, at, inside, whole, z_step, a_step, kind: tl.constexpr, b, c, d):
+def _read(z_ptr, a_ptr, slope_ptr, at, inside, whole, z_step, a_step, kind: constexpr, b, c, d):
     """z, a and |f'| of the elements at these places, and whether all three are finite; where they are not, all three are 0."""
     z = _load(z_ptr, at * z_step, inside, whole)
     a = _load(a_ptr, at * a_step, inside, whole)
@@ -217,7 +218,7 @@ def _write_sums(row, z, a, slope, ok, inside, low, high):
 
 
 @triton.jit
-def _write_histogram(row, slope, ok, peak, per_peak, has_peak: tl.constexpr):
+def _write_histogram(row, slope, ok, peak, per_peak, has_peak: constexpr):
     """The histogram of |f'| / peak, and the peak."""
     at = tl.arange(0, _ROOM)
     if has_peak:
@@ -264,10 +265,10 @@ def _observe(
     size,
     unit_count,
     elements,
-    kind: tl.constexpr,
-    has_peak: tl.constexpr,
-    has_units: tl.constexpr,
-    block: tl.constexpr,
+    kind: constexpr,
+    has_peak: constexpr,
+    has_units: constexpr,
+    block: constexpr,
 ):
     """The row of one block of elements, each with the weight 1, at out_ptr; the first programs also count elements by unit, at block_ptr."""
     program = tl.program_id(0).to(tl.int64)
@@ -295,7 +296,7 @@ def _observe(
 
 
 @triton.jit(do_not_specialize=["count"])
-def _extremes(z_ptr, a_ptr, out_ptr, count, block: tl.constexpr):
+def _extremes(z_ptr, a_ptr, out_ptr, count, block: constexpr):
     """How many elements of one block are inf or nan, and the extremes of the others, at out_ptr."""
     program = tl.program_id(0).to(tl.int64)
     at = program * block + tl.arange(0, block)
@@ -313,7 +314,7 @@ def _extremes(z_ptr, a_ptr, out_ptr, count, block: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["count", "drawn", "seed"])
-def _sides(z_ptr, out_ptr, count, z_step, drawn, seed, low, high, block: tl.constexpr):
+def _sides(z_ptr, out_ptr, count, z_step, drawn, seed, low, high, block: constexpr):
     """The sides of `drawn` of `count` elements, at out_ptr."""
     mine = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     inside = mine < drawn
@@ -325,7 +326,7 @@ def _sides(z_ptr, out_ptr, count, z_step, drawn, seed, low, high, block: tl.cons
 
 
 @triton.jit
-def _write_demand(row, a_ptr, z_ptr, side_ptr, mine, count, a_step, z_step, drawn, seed, has_z: tl.constexpr):
+def _write_demand(row, a_ptr, z_ptr, side_ptr, mine, count, a_step, z_step, drawn, seed, has_z: constexpr):
     """The demand of those of `drawn` elements with a side that are number `mine`, and the blocked and trapped parts of it. They get the weight
     count / drawn, since the row is of `count` elements."""
     inside = mine < drawn
@@ -348,21 +349,9 @@ def _write_demand(row, a_ptr, z_ptr, side_ptr, mine, count, a_step, z_step, draw
 
 @triton.jit(do_not_specialize=["count", "drawn", "seed"])
 def _gradient(
-    a_ptr,
-    z_ptr,
-    s_ptr,
-    out_ptr,
-    count,
-    a_step,
-    z_step,
-    drawn,
-    seed,
-    has_a: tl.constexpr,
-    has_z: tl.constexpr,
-    has_s: tl.constexpr,
-    block: tl.constexpr,
+    a_ptr, z_ptr, side_ptr, out_ptr, count, a_step, z_step, drawn, seed, has_a: constexpr, has_z: constexpr, has_sides: constexpr, block: constexpr
 ):
-    """The short row of one block of a backward call, at out_ptr. The first programs also sum up the demand of the elements with a side, s."""
+    """The short row of one block of a backward call, at out_ptr. The first programs also sum up the demand of the elements with a side."""
     program = tl.program_id(0).to(tl.int64)
     at = program * block + tl.arange(0, block)
     inside = at < count
@@ -385,9 +374,9 @@ def _gradient(
     tl.store(row + _GRAD_NONFINITE, _count(inside) - n)
     for column in tl.static_range(_DEMAND, _TRAPPED + 1):
         tl.store(row + column, 0.0)
-    if has_s:
+    if has_sides:
         if program * block < drawn:
-            _write_demand(row, a_ptr, z_ptr, s_ptr, at, count, a_step, z_step, drawn, seed, has_z)
+            _write_demand(row, a_ptr, z_ptr, side_ptr, at, count, a_step, z_step, drawn, seed, has_z)
 
 
 def observe(
@@ -492,7 +481,7 @@ def observe_gradient(
             *(a, z, row if sides is None else sides, out, count, a.stride(0), z.stride(0), 0 if sides is None else sides.shape[0], seed),
             has_a=grad_a is not None,
             has_z=grad_z is not None,
-            has_s=sides is not None and grad_a is not None,
+            has_sides=sides is not None and grad_a is not None,
             block=_BLOCK,
             num_warps=_WARPS,
             enable_fp_fusion=True,
