@@ -403,3 +403,25 @@ def test_the_inputs_are_standardised_whatever_their_features_are() -> None:
     assert done.abs().max() <= 5
     assert done[:, :2].abs().max() < 1e-2
     assert done[:, [2, 4]].std(0) == pytest.approx(1, abs=0.02)
+
+
+def test_an_input_that_the_model_makes_is_large_because_of_what_makes_it() -> None:
+    """At the first observation by weights that were drawn too large, later by weights that have grown; else by a branch that adds up."""
+
+    def told(first_rms: float, rms: float, other_gain: float) -> list[tuple[str, str]]:
+        def at(value: float, step: int) -> Snapshot:
+            sites = (record("before", z_rms=1.0), record("act", after=("before",), z_rms=9.0, saturated=0.9 if step else 0.0))
+            layers = (weight("fc0", feeds="before", gain=other_gain, data=True), weight(gain=1.0, input_rms=value, data=False))
+            return Snapshot(step, 0.0, sites, layers)
+
+        first, now = at(first_rms, 0), at(rms, 50)
+        found = explain(alert(since=40), Scene(now, first, now, moments=remember(remember((), first), now)))
+        return [(cause.name, cause.evidence) for cause in found]
+
+    ((name, evidence),) = [each for each in told(1.0, 6.0, 1.0) if "which the model itself makes" in each[1]]
+    assert name == "weight_growth"
+    assert "the input of fc, which the model itself makes, has grown from an rms of 1 to 6" in evidence
+    assert "inputs_unscaled" not in dict(told(1.0, 6.0, 1.0))
+    assert "has an rms of 6 where 1 is expected" in dict(told(6.0, 6.0, 1.0))["inputs_unscaled"]
+    assert "init_too_large" in dict(told(6.0, 6.0, 10.0))
+    assert "inputs_unscaled" not in dict(told(6.0, 6.0, 10.0))

@@ -105,6 +105,10 @@ class Scene:
         gain = next((weight.gain for weight in self.first.weights if weight.name == name), None)
         return gain if gain is not None and math.isfinite(gain) else None
 
+    def first_input(self, name: str) -> float | None:
+        """The rms of the input of a layer at the first observation."""
+        return next((weight.input_rms for weight in self.first.weights if weight.name == name), None)
+
     def layers(self) -> list[tuple[Record, Weight]]:
         """Each site with every layer that feeds it, in the order of data flow. A layer that feeds several sites is told with the first of them."""
         found: dict[str, tuple[Record, Weight]] = {}

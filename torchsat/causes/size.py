@@ -24,7 +24,7 @@ import math
 from dataclasses import replace
 
 from torchsat.causes import advice
-from torchsat.causes.growth import GROWN, grown
+from torchsat.causes.growth import GROWN, cure, grown
 from torchsat.causes.scene import Scene, Term
 from torchsat.expressions import gain_for, owner, spoken
 from torchsat.percent import percent
@@ -57,9 +57,23 @@ def of_z(site: str, scene: Scene, met: frozenset[str] = frozenset()) -> list[Ter
     flowing = [source for source in sources if source is not None and source.activation in UNBOUNDED and _flows(source, rms)]
     for source in flowing:
         terms += of_z(source.site, scene, met | {site})
-    if not flowing and rms > GROWN:
-        evidence = f"the input of {spoken(weight.name)}, which the model itself makes, has an rms of {rms:.3g} where 1 is expected"
-        terms.append(Term("inputs_unscaled", math.log(rms), evidence, advice.shrink_inside(weight)))
+    return terms if flowing else terms + _of_made_input(weight, rms, scene)
+
+
+def _of_made_input(weight: Weight, rms: float, scene: Scene) -> list[Term]:
+    """Of an input that the model itself makes, as by a branch that adds up, which is too large. What it was at the first observation was made by
+    weights that were drawn too large, if there are any; what it has become since was made by weights that have grown."""
+    known = (scene.first_input(weight.name) if scene.started else None) or rms
+    what, terms = f"the input of {spoken(weight.name)}, which the model itself makes,", list[Term]()
+    if known > GROWN:
+        large = [pair for pair in scene.at_first.layers() if advice.too_large(*pair, LARGE) and pair[1].name != weight.name and not pair[1].whole]
+        evidence = f"{what} has an rms of {known:.3g} where 1 is expected"
+        made = Term("inputs_unscaled", math.log(known), evidence, advice.shrink_inside(weight))
+        terms.append(drawn_too_large(scene, large, made.size) if large and not scene.trained else made)
+    if rms > GROWN * known:
+        jump = scene.jump([each.name for each in scene.now.weights])
+        evidence = f"{what} has grown from an rms of {known:.3g} to {rms:.3g}"
+        terms.append(Term("weight_growth", math.log(rms / known), evidence, cure(scene, None, jump)))
     return terms
 
 
