@@ -136,8 +136,8 @@ def test_a_record_says_how_much_of_the_demand_one_hot_rows_block_and_trap(way: s
         loss(model(x)).backward()
     optimizer.step()
     agree(known(monitor.latest)["softmax"], expected)
-    # Where an earlier test has left a compiler in use, what the model calls outside of its forward is not heard, and coverage says so.
-    assert not [place for place, _ in monitor.coverage.unseen if place != "(model)"]
+    # What by_hand computes outside of the forward may be named too, where an earlier test has left a compiler in use.
+    assert "softmax" not in dict(monitor.coverage.unseen)
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
