@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from torchsat.causes import advice
 from torchsat.causes.growth import GROWN, cure, grown
-from torchsat.causes.scene import Scene, Term
+from torchsat.causes.scene import Scene, Term, upstream_of
 from torchsat.expressions import gain_for, owner, spoken
 from torchsat.percent import percent
 from torchsat.record import Record, Weight
@@ -57,16 +57,17 @@ def of_z(site: str, scene: Scene, met: frozenset[str] = frozenset()) -> list[Ter
     flowing = [source for source in sources if source is not None and source.activation in UNBOUNDED and _flows(source, rms)]
     for source in flowing:
         terms += of_z(source.site, scene, met | {site})
-    return terms if flowing else terms + _of_made_input(weight, rms, scene)
+    return terms if flowing else terms + _of_made_input(site, weight, rms, scene)
 
 
-def _of_made_input(weight: Weight, rms: float, scene: Scene) -> list[Term]:
+def _of_made_input(site: str, weight: Weight, rms: float, scene: Scene) -> list[Term]:
     """Of an input that the model itself makes, as by a branch that adds up, which is too large. What it was at the first observation was made by
     weights that were drawn too large, if there are any; what it has become since was made by weights that have grown."""
     known = (scene.first_input(weight.name) if scene.started else None) or rms
     what, terms = f"the input of {spoken(weight.name)}, which the model itself makes,", list[Term]()
     if known > GROWN:
-        large = [pair for pair in scene.at_first.layers() if advice.too_large(*pair, LARGE) and pair[1].name != weight.name and not pair[1].whole]
+        before = upstream_of(site, scene.now.records)
+        large = [pair for pair in scene.at_first.layers() if before & set(pair[1].feeds) and advice.too_large(*pair, LARGE) and not pair[1].whole]
         evidence = f"{what} has an rms of {known:.3g} where 1 is expected"
         made = Term("inputs_unscaled", math.log(known), evidence, advice.shrink_inside(weight))
         terms.append(drawn_too_large(scene, large, made.size) if large and not scene.trained else made)
