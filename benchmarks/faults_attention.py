@@ -7,7 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 from faults_runs import Scenario, Training
-from faults_tasks import Task, adding, characters, explained, fit, likelihood, polarity, recall, repeated, rows_of_digits, vocabulary
+from faults_scores import explained
+from faults_tasks import Task, adding, characters, fit, likelihood, polarity, recall, repeated, rows_of_digits, vocabulary
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from faults_attention import GPT
 from faults_runs import Scenario, Training
+from faults_scores import explained
 from faults_sequences import Reader
-from faults_tasks import Task, characters, explained, fit, some_digits, vocabulary, waves
+from faults_tasks import Task, characters, fit, some_digits, vocabulary, waves
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 

@@ -6,7 +6,8 @@ import math
 
 import torch
 from faults_runs import Scenario, Training
-from faults_supervised import accuracy, agreement, digits, r2, split, stacked, standard, supervised, tabular
+from faults_scores import accuracy, explained
+from faults_supervised import agreement, digits, split, stacked, standard, supervised, tabular
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +18,7 @@ def sigmoid_percent(faulty: bool, seed: int) -> Training:
     x, y = tabular("diabetes")
     y = y.float()[:, None] / (1.0 if faulty else 346.0)
     model = stacked([10, 20, 1], nn.Sigmoid, nn.Sigmoid())
-    return supervised(model, torch.optim.Adam(model.parameters(), 1e-2), split(x, y), F.mse_loss, r2, 600, 32, seed)
+    return supervised(model, torch.optim.Adam(model.parameters(), 1e-2), split(x, y), F.mse_loss, explained, 600, 32, seed)
 
 
 def tanh_class_numbers(faulty: bool, seed: int) -> Training:
@@ -51,7 +52,7 @@ def sigmoid_negative_values(faulty: bool, seed: int) -> Training:
     torch.manual_seed(seed)
     x = torch.randint(-1, 2, (800, 4)).float()
     model = Signed("sigmoid" if faulty else "tanh")
-    return supervised(model, torch.optim.Adam(model.parameters(), 5e-3), split(x, x.sum(1, keepdim=True).sin()), F.mse_loss, r2, 800, 16, seed)
+    return supervised(model, torch.optim.Adam(model.parameters(), 5e-3), split(x, x.sum(1, keepdim=True).sin()), F.mse_loss, explained, 800, 16, seed)
 
 
 class Rectified(nn.Module):
@@ -72,7 +73,7 @@ def relu_standardised_targets(faulty: bool, seed: int) -> Training:
     x, y = tabular("diabetes")
     model = Rectified(faulty)
     data = split(x, standard(y.float()[:, None]))
-    return supervised(model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), data, F.mse_loss, r2, 300, 32, seed)
+    return supervised(model, torch.optim.SGD(model.parameters(), 0.01, momentum=0.9), data, F.mse_loss, explained, 300, 32, seed)
 
 
 def double_softmax(faulty: bool, seed: int) -> Training:
@@ -140,7 +141,7 @@ def plus_minus_one_sigmoid(faulty: bool, seed: int) -> Training:
     labels = (y[:, None] == torch.arange(3)).float()
     model = stacked([13, 12, 3], nn.Tanh, nn.Sigmoid())
     data = split(x, 2 * labels - 1 if faulty else labels)
-    return supervised(model, torch.optim.SGD(model.parameters(), 0.5, momentum=0.9), data, F.mse_loss, r2, 500, 16, seed)
+    return supervised(model, torch.optim.SGD(model.parameters(), 0.5, momentum=0.9), data, F.mse_loss, explained, 500, 16, seed)
 
 
 def relu6_ages(faulty: bool, seed: int) -> Training:
@@ -150,7 +151,7 @@ def relu6_ages(faulty: bool, seed: int) -> Training:
     years = 50 + 15 * torch.tanh(x[:, :1] + 0.5 * x[:, 1:2] * x[:, 2:3])
     model = stacked([6, 32, 32, 1], nn.ReLU, nn.ReLU6())
     data = split(x, years if faulty else (years - 20) / 10)
-    return supervised(model, torch.optim.Adam(model.parameters(), 3e-3), data, F.mse_loss, r2, 500, 32, seed)
+    return supervised(model, torch.optim.Adam(model.parameters(), 3e-3), data, F.mse_loss, explained, 500, 32, seed)
 
 
 def sine_over_a_long_range(faulty: bool, seed: int) -> Training:
@@ -160,7 +161,7 @@ def sine_over_a_long_range(faulty: bool, seed: int) -> Training:
     y = torch.sin(t / 60 * 2 * math.pi * 2)
     model = stacked([1, 32, 32, 1], nn.Tanh)
     x = t if faulty else (t / 30 - 1) * 2
-    return supervised(model, torch.optim.Adam(model.parameters(), 5e-3), split(x, y), F.smooth_l1_loss, r2, 900, 64, seed)
+    return supervised(model, torch.optim.Adam(model.parameters(), 5e-3), split(x, y), F.smooth_l1_loss, explained, 900, 64, seed)
 
 
 SCENARIOS: tuple[Scenario, ...] = (

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 from faults_runs import Scenario, Training
-from faults_supervised import accuracy, agreement, digits, split, stacked, supervised, tabular
+from faults_scores import accuracy
+from faults_supervised import agreement, digits, split, stacked, supervised, tabular
 from sklearn import datasets
 from torch import Tensor, nn
 from torch.nn import functional as F

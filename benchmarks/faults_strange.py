@@ -12,8 +12,8 @@ from typing import cast
 
 import torch
 from faults_runs import Scenario, Training
+from faults_scores import explained as variance
 from faults_tasks import Batch, Task, automaton, waves
-from faults_tasks import explained as variance
 from faults_tasks import fit as fit_task
 from faults_trainings import Data, adam, cancer, curve, digits, draw, explained, fit, logistic, mixture, mlp, sgd, split, xavier
 from faults_trainings import waves as signals

@@ -40,16 +40,6 @@ def digits() -> tuple[Tensor, Tensor]:
     return x / 16, y
 
 
-def r2(output: Tensor, target: Tensor) -> float:
-    """The share of the variance of the targets that the outputs explain."""
-    return 1 - float(((output - target) ** 2).mean() / target.var())
-
-
-def accuracy(output: Tensor, target: Tensor) -> float:
-    """The share of samples whose largest output is that of their class."""
-    return float((output.argmax(-1) == target).float().mean())
-
-
 def agreement(output: Tensor, target: Tensor) -> float:
     """The share of probabilities that are on the side of 0.5 where their target is."""
     return float(((output > 0.5) == (target > 0.5)).float().mean())

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from faults_runs import Training
+from faults_scores import accuracy, explained
 from sklearn import datasets
 from torch import Tensor, nn
 
@@ -26,16 +27,6 @@ Batch = tuple[Tensor, Tensor]
 def cross_entropy(out: Tensor, y: Tensor) -> Tensor:
     """The cross-entropy over the last dimension of `out`, for classes `y` of its other dimensions."""
     return F.cross_entropy(out.flatten(0, -2), y.flatten())
-
-
-def accuracy(out: Tensor, y: Tensor) -> float:
-    """The share of right classes."""
-    return (out.argmax(-1) == y).float().mean().item()
-
-
-def explained(out: Tensor, y: Tensor) -> float:
-    """The share of the targets' variance that is explained."""
-    return 1 - ((out - y).square().mean() / y.var()).item()
 
 
 def likelihood(out: Tensor, y: Tensor) -> float:

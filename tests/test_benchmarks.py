@@ -40,7 +40,7 @@ WITHOUT_ARGUMENTS = ("dashboard", "healthy")
 WITHOUT_MAIN = (
     *("audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "identity_models", "other_rules", "workloads"),
     "remedies_cases",
-    *("faults_adversaries", "faults_agents", "faults_outputs", "faults_probabilities", "faults_runs", "faults_supervised"),
+    *("faults_adversaries", "faults_agents", "faults_outputs", "faults_probabilities", "faults_runs", "faults_scores", "faults_supervised"),
     *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),
     *("faults_depth", "faults_inputs", "faults_rates", "faults_sound", "faults_trainings"),
     *("faults_attention", "faults_finetuning", "faults_sequences", "faults_tasks"),

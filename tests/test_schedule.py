@@ -358,7 +358,8 @@ def test_on_a_device_the_hosts_time_stands_in_where_no_step_was_timed() -> None:
     assert observed[21:] == [32, 64, 128, 256]
 
 
-def test_a_real_training_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def stopped_clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Has monitors read a clock that stands still: the one element of this list is its time."""
     now = [0.0]
 
     class Clock(schedule.Clock):
@@ -366,6 +367,11 @@ def test_a_real_training_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixtu
             return now[0]
 
     monkeypatch.setattr(schedule, "CLOCK", Clock())
+    return now
+
+
+def test_a_real_training_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    now = stopped_clock(monkeypatch)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     steps: list[torchsat.Snapshot] = []
@@ -400,13 +406,7 @@ def test_a_real_training_says_so_once_and_goes_on(caplog: pytest.LogCaptureFixtu
 def test_the_user_hears_of_the_budget_at_the_last_step_before_one_is_left_out(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = [0.0]
-
-    class Clock(schedule.Clock):
-        def seconds(self) -> float:
-            return now[0]
-
-    monkeypatch.setattr(schedule, "CLOCK", Clock())
+    now = stopped_clock(monkeypatch)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
     steps: list[int] = []

@@ -230,7 +230,7 @@ class Attention:
         """
         if call is F.multi_head_attention_forward:
             return _multi_head(inspect.signature(call).bind(*args, **kwargs).arguments)
-        return _scaled_dotproduct(*args, **kwargs)
+        return _scaled_dot_product(*args, **kwargs)
 
     def rows(self, limit: int | None, seed: int) -> Queries:
         """The rows that are read; `limit` and `seed` are those of `Queries.of`."""
@@ -276,7 +276,7 @@ def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([exact[:, :1].sum(0), exact[:, 1:].amax(0)]), tops.amax(0)
 
 
-def _scaled_dotproduct(
+def _scaled_dot_product(
     query: Tensor,
     key: Tensor,
     value: Tensor,

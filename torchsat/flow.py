@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torchsat.record import Record, Snapshot, Weight
+from torchsat.record import Record, Snapshot, Weight, per_snapshot
 from torchsat.start import LONG, Start
 
 
@@ -50,10 +50,7 @@ def over_depth(record: Record, snapshot: Snapshot) -> float | None:
     return None if way is None else way.ratio
 
 
-_newest: tuple[Snapshot, dict[str, Way]] | None = None
-"""The snapshot whose ways were asked for last, and its ways. Each rule asks for them at each record."""
-
-
+@per_snapshot
 def ways(snapshot: Snapshot) -> Mapping[str, Way]:
     """For each site with which paths begin, the way of the gradient to it.
 
@@ -61,11 +58,7 @@ def ways(snapshot: Snapshot) -> Mapping[str, Way]:
     the model is computed directly. Where a site has several ends behind it, its gradient is the sum of what comes from all of them, so it is compared
     with the end that has the largest: the others belong to losses that weigh little.
     """
-    global _newest
-    kept = _newest
-    if kept is None or kept[0] is not snapshot:
-        kept = _newest = (snapshot, dict(_ways(snapshot)))
-    return kept[1]
+    return dict(_ways(snapshot))
 
 
 def _ways(snapshot: Snapshot) -> Iterator[tuple[str, Way]]:
@@ -169,7 +162,7 @@ _SAME = 0.1
 def step_size(weight: Weight) -> float | None:
     """The size of a step, without weight decay, divided by the learning rate; None for a layer that had nothing to learn from in this step, and for a
     part of a layer, which is judged as a whole."""
-    learned = weight.update_ratio if weight.learned_ratio is None else weight.learned_ratio
+    learned = weight.learned
     if weight.whole is not None or learned is None or not math.isfinite(learned):
         return None
     if weight.grad_norm is None or not weight.input_n or not weight.learning_rate:
@@ -182,7 +175,13 @@ def _step_into(site: str, snapshot: Snapshot) -> float | None:
     return max((step for weight in snapshot.weights if site in weight.feeds and (step := step_size(weight)) is not None), default=None)
 
 
+def heard(snapshot: Snapshot) -> Iterator[Record]:
+    """The sites at which dL/da was seen, in the order of data flow."""
+    return (each for each in snapshot.records if each.grad_n and each.grad_a_rms is not None)
+
+
 def nothing_arrives(record: Record, snapshot: Snapshot) -> float | None:
-    """1 where dL/da is exactly 0 at every site of which a gradient was seen, 0 elsewhere. It is judged at the first of these sites."""
-    heard = [each for each in snapshot.records if each.grad_n and each.grad_a_rms is not None]
-    return float(all(each.grad_a_rms == 0 for each in heard)) if heard and heard[0] is record else None
+    """1 where dL/da is exactly 0 at every site at which it was seen, 0 elsewhere. It is judged at the first of these sites."""
+    if next(heard(snapshot), None) is not record:
+        return None
+    return float(all(each.grad_a_rms == 0 for each in heard(snapshot)))

@@ -87,6 +87,7 @@ def _news(value: float | None, record: Record, start: Start) -> float | None:
 
 
 _NEARLY_ALL = 0.9
+"""From this share on a layer is saturated whatever its trained weights are for."""
 
 
 def share_unseen(record: Record, snapshot: Snapshot, start: Start) -> float | None:
@@ -190,19 +191,23 @@ def gate_limit(record: Record) -> float:
     return trapped_limit(record) + 0.1
 
 
-def _gates_of(record: Record, snapshot: Snapshot) -> list[Record]:
-    """The sigmoid gates of the recurrent layer that a record belongs to, if it is the first of them: a layer has one alert."""
+def _least_gate(record: Record, snapshot: Snapshot) -> float | None:
+    """`saturated` of the least saturated sigmoid gate of a recurrent layer. It is judged at the first gate, so that a layer has one alert."""
     if record.kind != "recurrent" or record.activation != "sigmoid":
-        return []
+        return None
     layer = record.site.rpartition("/")[0]
-    gates = [each for each in snapshot.records if each.activation == "sigmoid" and each.site.rpartition("/")[0] == layer]
-    return gates if gates[0] is record else []
+    found = [each for each in snapshot.records if each.activation == "sigmoid" and each.site.rpartition("/")[0] == layer]
+    return min((each.saturated for each in found if each.saturated is not None), default=None) if found[0] is record else None
 
 
 def gates_at_start(record: Record, snapshot: Snapshot) -> float | None:
-    """`saturated` of the least saturated sigmoid gate of a recurrent layer."""
-    saturated = [each.saturated for each in _gates_of(record, snapshot) if each.saturated is not None]
-    return min(saturated) if saturated and not came_trained(snapshot) else None
+    """The share of the least saturated gate, before a recurrent layer has learned: untrained gates are open."""
+    return None if came_trained(snapshot) else _least_gate(record, snapshot)
+
+
+def gates(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """The same in training. A recurrent layer remembers by saturating, but not all of its gates at once."""
+    return _news(_least_gate(record, snapshot), record, start)
 
 
 def shut_at_start(record: Record, snapshot: Snapshot) -> float | None:
@@ -210,14 +215,6 @@ def shut_at_start(record: Record, snapshot: Snapshot) -> float | None:
     long sequences open the forget gate wide and shut the input gate. They are left alone.)"""
     is_judged = record.kind == "recurrent" and record.site.rpartition("/")[2] in ("forget", "output") and record.activation == "sigmoid"
     return record.low if is_judged and not came_trained(snapshot) else None
-
-
-def gates(record: Record, snapshot: Snapshot, start: Start) -> float | None:
-    """The same in training. A recurrent layer remembers by saturating, but not all of its gates at once."""
-    saturated = [each.saturated for each in _gates_of(record, snapshot) if each.saturated is not None]
-    if not saturated:
-        return None
-    return _news(min(saturated), record, start)
 
 
 def hidden_state(record: Record, snapshot: Snapshot, start: Start) -> float | None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from functools import cached_property
-from typing import Any, Literal
+from functools import cached_property, wraps
+from typing import Any, Literal, TypeVar
 
+_Found = TypeVar("_Found")
 Severity = Literal["warning", "critical"]
 Tails = Literal["both", "low", "high", "none", "unknown"]
 Kind = Literal["module", "call", "recurrent", "softmax"]
@@ -65,10 +67,10 @@ class SiteFacts:
     tails: Tails
     """On which sides the function has a plateau: a tail in which |f'| stays below epsilon times its peak."""
     output: bool
-    """Whether the site computes an output of the model. Such a site is meant to saturate, so the default rules do not apply to it."""
+    """Whether the site computes an output of the model. Such a site is meant to saturate, so the default rules judge it by what its gradient asks."""
     gate: bool
-    """Whether the site multiplies another signal (LSTM, GRU, GLU, squeeze-and-excitation). A gate selects by saturating, so the default rules do not
-    apply to it."""
+    """Whether the site multiplies another signal (LSTM, GRU, GLU, squeeze-and-excitation). A gate selects by saturating, so the default rules
+    have limits of their own for it."""
     after: tuple[str, ...]
     """The sites that its input comes from, with no other site between, whatever layers there are."""
     units: int | None
@@ -242,6 +244,16 @@ class Weight(LayerFacts):
         """For a part of the rows of a layer's weight, such as `rnn.weight_ih_l0/forget`, the name of the layer; None for a whole layer."""
         return self.name.partition("/")[0] if "/" in self.name else None
 
+    @property
+    def learned(self) -> float | None:
+        """What the step changed beside weight decay: `learned_ratio`, or `update_ratio` where that is not known."""
+        return self.update_ratio if self.learned_ratio is None else self.learned_ratio
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay is known to be a part of the step."""
+        return self.learned_ratio not in (None, self.update_ratio)
+
 
 @dataclass(frozen=True)
 class Cause:
@@ -378,6 +390,22 @@ class Snapshot:
         names = [record.site for record in self.records]
         near = get_close_matches(str(site), names, n=3) or names[:5]
         raise KeyError(f"no site {site!r} at step {self.step}; " + (f"near it: {', '.join(near)}" if near else "the snapshot is empty"))
+
+
+def per_snapshot(compute: Callable[[Snapshot], _Found]) -> Callable[[Snapshot], _Found]:
+    """A function of a snapshot that is computed once, though rules ask for it at each record. It keeps what it found in the newest snapshot, which it
+    does not keep alive."""
+    newest: tuple[weakref.ref[Snapshot], _Found] | None = None
+
+    @wraps(compute)
+    def found(snapshot: Snapshot) -> _Found:
+        nonlocal newest
+        kept = newest
+        if kept is None or kept[0]() is not snapshot:
+            kept = newest = weakref.ref(snapshot), compute(snapshot)
+        return kept[1]
+
+    return found
 
 
 @dataclass(frozen=True)

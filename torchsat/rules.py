@@ -5,17 +5,12 @@ A rule is one row of RULES. Rows of the same name are several criteria of one ru
 
 Where the limits come from:
 
-- A hidden layer counts as saturated in either of two cases. Its tails hold 30 percentage points more than N(0, 1) inputs put there; or its mean
-  derivative E|f'| / peak falls below 0.25. The second criterion is needed because the drifting sigmoid layer of Glorot and Bengio (2010) has no
-  element in a tail. Both limits lie just beyond what layers of healthy networks reach when they are trained to convergence on handwritten digits
-  (tanh: 29 % and 0.29).
+- Which numbers say that saturation harms, and their limits, is in harm.py.
 - The limits of the gradient are the range of float16.
-- A recurrent layer remembers by saturating: a character LSTM that learns well has four fifths of its cell inputs in the tails. It is therefore judged
-  only at the start, since gates that are not trained yet are open; and not at all where the network comes trained.
-- Attention has collapsed when each query looks at a single key (Zhai et al. 2023). Heads that put four fifths of their weight on the first key are
-  common in healthy models; their entropy is near 0.27.
-- A rectifier is sparse by design: networks with 90 % zeros train well, and deep ReLU networks on torch's default initialisation learn with a fifth of
-  their units dead. Of functions with one plateau only stuck units and a layer that is closed as a whole are reported.
+- Attention has collapsed when each query looks at a single key (Zhai et al. 2023), and not at the one that the gradient asks for. Where no gradient
+  is seen, the entropy tells: heads that put four fifths of their weight on the first key are common in healthy models, and theirs is near 0.27.
+- A rectifier is sparse by design: networks with 90 % zeros train well, and healthy ones have up to half of their units dead. Of functions with one
+  plateau only stuck units and a layer that is closed as a whole are reported.
 """
 
 from __future__ import annotations
@@ -82,15 +77,6 @@ def _attention_entropy(record: Record, snapshot: Snapshot) -> float | None:
         return None
     entropies = [head.entropy for head in record.heads or () if head.entropy is not None]
     return statistics.median(entropies) if len(entropies) > 1 and not record.output else None
-
-
-def _learned(weight: Weight) -> float | None:
-    """What a step changes beside weight decay, which changes a layer that learns nothing too."""
-    return weight.update_ratio if weight.learned_ratio is None else weight.learned_ratio
-
-
-def _without_decay(weight: Weight) -> str:
-    return "" if weight.learned_ratio in (None, weight.update_ratio) else "without weight decay, "
 
 
 def _relative_update(weight: Weight, snapshot: Snapshot) -> float | None:
@@ -306,8 +292,8 @@ RULES: tuple[Rule, ...] = (
         1e-3,
         1e-5,
         lambda w, value, limit: (
-            f"{w.name}, which feeds {', '.join(w.feeds)}, is frozen: {_without_decay(w)}a step changes it by {_learned(w):.1e} of itself, "
-            f"{value:.1e} of what the median layer gets (limit {limit:.0e})"
+            f"{w.name}, which feeds {', '.join(w.feeds)}, is frozen: {'without weight decay, ' if w.decays else ''}a step changes it by "
+            f"{w.learned:.1e} of itself, {value:.1e} of what the median layer gets (limit {limit:.0e})"
         ),
         below=True,
         over="weights",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from torchsat.record import Record, Snapshot, Weight
+from torchsat.record import Record, Snapshot, Weight, per_snapshot
 
 LONG = 100
 """Steps after which what learns has changed."""
@@ -28,6 +28,7 @@ class Start:
     """Whether the network had trained weights when the run began (`came_trained`)."""
 
 
+@per_snapshot
 def came_trained(first: Snapshot) -> bool:
     """Whether the network had trained weights when the run began: whether a third of its layers are more uneven than an initialiser makes them.
 

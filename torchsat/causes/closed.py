@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torchsat.causes import advice
 from torchsat.causes.growth import GROWN, grown, has_jumped, jumped, shrunk
-from torchsat.causes.scene import Scene, Term, upstream_of
+from torchsat.causes.scene import Scene, Term, is_shifted, upstream_of
 from torchsat.causes.size import drawn_too_large, of_inputs, of_z, uncentred
 from torchsat.expressions import gain_for, spoken
 from torchsat.percent import percent
@@ -79,8 +79,7 @@ def _shut_by_offset(scene: Scene) -> float:
 def _from_the_start(record: Record, scene: Scene) -> list[Term]:
     start = scene.start(record.site) or record
     terms = of_offset(record.site, scene)
-    bias = abs(start.z_mean or 0.0) > (start.z_std or 0.0)
-    if not terms or bias:
+    if not terms or is_shifted(start):
         terms.append(_dead(start, scene, " at the first observation"))
     largest = max(term.size for term in terms)
     since = [*_growth(record, scene), *shrunk(scene, [pair[1] for pair in scene.layers()])]

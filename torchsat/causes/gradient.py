@@ -16,7 +16,7 @@ from torchsat.causes.growth import GROWN, grown, has_jumped, jumped, shrunk
 from torchsat.causes.scene import Scene, Term
 from torchsat.causes.size import LARGE, drawn_too_large, implied_gain, of_inputs, of_z
 from torchsat.expressions import gain_for, spoken
-from torchsat.flow import nothing_arrives, on_signal_path
+from torchsat.flow import heard, on_signal_path
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Weight
 
@@ -28,8 +28,9 @@ _SMALL = 0.75
 
 def of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
     """The gradient gets lost on its way back: at flat activations, at weights that are too small, or at closed rectifiers."""
-    if all(nothing_arrives(record, scene.now) in (None, 1.0) for record in scene.now.records) and any(record.grad_n for record in scene.now.records):
-        return [_of_nothing(scene)]
+    arrives = [record.grad_a_rms for record in heard(scene.now)]
+    if arrives and not any(arrives):
+        return [_of_nothing(len(arrives))]
     hidden = [record for record in scene.now.records if on_signal_path(record)]
     terms = [*_of_flat(hidden, scene), *_of_small(hidden, scene), *shrunk(scene, [weight for _, weight in scene.layers()])]
     closed = [record for record in hidden if record.tails in ("low", "high") and (record.saturated or 0.0) > 0.7]
@@ -45,13 +46,12 @@ def of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
     return terms
 
 
-def _of_nothing(scene: Scene) -> Term:
-    """A loss that does not depend on what the model computes."""
-    heard = [record for record in scene.now.records if record.grad_n and record.grad_a_rms is not None]
+def _of_nothing(sites: int) -> Term:
+    """A loss that does not depend on what the model computes: dL/da is 0 at so many sites."""
     return Term(
         "activation_choice",
         1.0,
-        f"dL/da is 0 at each of {len(heard)} sites: the loss does not depend on what they compute",
+        f"dL/da is 0 at each of {sites} sites: the loss does not depend on what they compute",
         "look at what lies between the model and the loss: a softmax over one element gives 1 whatever its input is, and an output that is rounded, "
         "compared or detached passes no gradient",
     )

@@ -119,21 +119,20 @@ def shrunk(scene: Scene, weights: Sequence[Weight]) -> list[Term]:
     found: list[tuple[float, Weight, float]] = []
     for weight in weights:
         known = scene.first_gain(weight.name)
-        decays = weight.learned_ratio is not None and weight.learned_ratio != weight.update_ratio
-        if known and weight.gain is not None and weight.gain < (_SHRUNK if decays else _GONE) * known:
+        if known and weight.gain is not None and weight.gain < (_SHRUNK if weight.decays else _GONE) * known:
             found.append((math.log(known / max(weight.gain, 1e-30)), weight, known))
     if not found:
         return []
     _, weight, known = max(found, key=lambda each: each[0])
     step = f"a step changes it by {of_itself(weight.update_ratio or 0.0)}"
-    if weight.learned_ratio is not None and weight.learned_ratio != weight.update_ratio:
-        step += f", without weight decay by {of_itself(weight.learned_ratio)}"
+    if weight.decays:
+        step += f", without weight decay by {of_itself(weight.learned or 0.0)}"
     more = f", and {len(found) - 1} more layers have shrunk" if len(found) > 1 else ""
     return [
         Term(
             "weight_decay",
             sum(size for size, _, _ in found),
             f"the gain of {spoken(weight.name)} has fallen from {known:.3g} to {weight.gain:.3g}{more}; {step}",
-            advice.decay_less() if "without" in step else "make the penalty in the loss that pulls the weights to 0 smaller",
+            advice.decay_less() if weight.decays else "make the penalty in the loss that pulls the weights to 0 smaller",
         )
     ]

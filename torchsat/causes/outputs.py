@@ -13,7 +13,7 @@ from dataclasses import replace
 from torchsat.causes import advice
 from torchsat.causes.closed import of_data
 from torchsat.causes.growth import GROWN, grown
-from torchsat.causes.scene import HOT, Scene, Term
+from torchsat.causes.scene import HOT, Scene, Term, is_shifted
 from torchsat.causes.size import LARGE, of_z
 from torchsat.expressions import spoken
 from torchsat.percent import percent
@@ -64,10 +64,9 @@ def _of_drift(record: Record, scene: Scene) -> list[Term]:
             return terms
     if record.output or record.gate or record.kind == "recurrent":
         return []
-    mean, std = abs(record.z_mean or 0.0), record.z_std or 0.0
     flat = advice.flat(scene)
-    if mean > std:
-        where = f"{record.z_mean:.3g} +- {std:.2g}"
+    if is_shifted(record):
+        where = f"{record.z_mean:.3g} +- {record.z_std or 0.0:.2g}"
         evidence = f"z of {spoken(record.site)} has drifted to {where}: behind outputs that are not centred it acts as a bias"
     elif record.a_mean is not None and not any(weight.data for weight in feeders):
         slope = percent(record.relative_derivative or 0.0)

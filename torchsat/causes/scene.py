@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from torchsat.record import Record, Snapshot, Weight
@@ -25,8 +26,7 @@ class Moment:
 
     step: int
     updates: Mapping[str, float]
-    """By how much of itself the step changed each layer, without what weight decay did: `Weight.learned_ratio`, or `update_ratio` where that is
-    None."""
+    """By how much of itself the step changed each layer, without what weight decay did: `Weight.learned`."""
     stuck: Mapping[str, float]
     """`Record.stuck` of each site that has one."""
 
@@ -37,8 +37,7 @@ class Moment:
 
 def remember(moments: Sequence[Moment], snapshot: Snapshot) -> tuple[Moment, ...]:
     """The moments with that of a new snapshot: the first and the latest ones of a run."""
-    changes = {weight.name: weight.update_ratio if weight.learned_ratio is None else weight.learned_ratio for weight in snapshot.weights}
-    updates = {name: ratio for name, ratio in changes.items() if ratio is not None}
+    updates = {weight.name: weight.learned for weight in snapshot.weights if weight.learned is not None}
     stuck = {record.site: record.stuck for record in snapshot.records if record.stuck is not None}
     now = (*moments, Moment(snapshot.step, updates, stuck))
     return now if len(now) <= EARLY + _LATEST else (*now[:EARLY], *now[-_LATEST:])
@@ -69,7 +68,7 @@ class Scene:
     moments: tuple[Moment, ...] = field(default=(), kw_only=True)
     """What is kept of the observations until now, oldest first."""
 
-    @property
+    @cached_property
     def trained(self) -> bool:
         """Whether the network came with trained weights: they are uneven, or they are aligned with what they are given."""
         return came_trained(self.first) or _is_aligned(self.at_first)
@@ -79,7 +78,7 @@ class Scene:
         """Whether the network has had a step that was observed, so that it can differ from what it was at first."""
         return self.now.step > self.first.step
 
-    @property
+    @cached_property
     def at_first(self) -> Scene:
         """The scene as it was at the first observation."""
         return replace(self, now=self.first, before=self.first)
@@ -159,10 +158,14 @@ def _is_aligned(first: Scene) -> bool:
         if record.kind in ("recurrent", "softmax") or (record.units or 0) < _WIDE or not (weight.gain and weight.input_rms and record.z_rms):
             continue
         drawn = weight.gain * weight.input_rms
-        is_shifted = abs(record.z_mean or 0.0) > (record.z_std or 0.0)
         bias = math.sqrt(2 / (3 * weight.fan_in))
-        known.append(not is_shifted and math.hypot(_ALIGNED * drawn, bias) < record.z_rms < _MOST_ALIGNED * drawn)
+        known.append(not is_shifted(record) and math.hypot(_ALIGNED * drawn, bias) < record.z_rms < _MOST_ALIGNED * drawn)
     return len(known) >= 2 and 2 * sum(known) > len(known)
+
+
+def is_shifted(record: Record) -> bool:
+    """Whether z of nearly all units lies on one side. An offset of the inputs moves z of some units up and of others down, so this is a bias."""
+    return abs(record.z_mean or 0.0) > (record.z_std or 0.0)
 
 
 _WIDE = 32

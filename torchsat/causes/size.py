@@ -25,7 +25,7 @@ from dataclasses import replace
 
 from torchsat.causes import advice
 from torchsat.causes.growth import GROWN, cure, grown
-from torchsat.causes.scene import Scene, Term, upstream_of
+from torchsat.causes.scene import Scene, Term, is_shifted, upstream_of
 from torchsat.expressions import gain_for, owner, spoken
 from torchsat.percent import percent
 from torchsat.record import Record, Weight
@@ -190,11 +190,6 @@ def _of_bias(record: Record, weight: Weight, alignment: float, scene: Scene) -> 
 
 def _at_first(start: Record) -> str:
     return f"z of {spoken(start.site)} had an rms of {start.z_rms:.3g} (mean {start.z_mean or 0.0:.3g}) at the first observation"
-
-
-def is_shifted(record: Record) -> bool:
-    """Whether z of nearly all units lies on one side. An offset of the inputs moves z of some units up and of others down, so this is a bias."""
-    return abs(record.z_mean or 0.0) > (record.z_std or 0.0)
 
 
 def _flows(source: Record, rms: float) -> bool:
