@@ -87,7 +87,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
 
 
 def highest(run: Callable[[], object]) -> int:
-    """The largest number of bytes that torch's allocator held at one time during the run, less those that it held before."""
+    """The largest number of bytes that torch's allocator held at one time during a second run, less those that it held before.
+
+    The profiler does not count that a block is freed which was allocated while no profiler was on, so a first run under it replaces them.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
+        run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
         run()
     assert seen.profiler is not None
@@ -110,7 +115,7 @@ def test_an_observation_takes_the_memory_of_one_sample_a_site_whatever_the_batch
             peaks.append(highest(functools.partial(step, model, optimizer, x)))
         monitor.close()
         assert monitor.latest is not None
-        assert monitor.latest.step == 1
+        assert monitor.latest.step == 2
         extra.append(peaks[1] - peaks[0])
-    # Allowed are one sample for each of the four sites and two temporaries of that size. One tensor of the larger batch alone has 4 MiB.
-    assert all(each <= 6 * 65536 * 4 for each in extra), extra
+    # Samples are released as their site is finished: allowed are two of 65536 elements. One tensor of the larger batch alone has 4 MiB.
+    assert all(each <= 2 * 65536 * 4 for each in extra), extra
