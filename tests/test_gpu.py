@@ -49,7 +49,7 @@ def one_step(model: nn.Module, x: Tensor, **options: object) -> torchsat.Snapsho
 def test_the_record_is_that_of_the_cpu(module: nn.Module) -> None:
     model, x = nn.Sequential(nn.Linear(16, 32), copy.deepcopy(module)).float(), torch.randn(64, 16)
     here, there = one_step(copy.deepcopy(model), x), one_step(copy.deepcopy(model).cuda(), x.cuda())
-    for name in ("n", "low", "high", "derivative", "derivative_rms", "peak", "z_mean", "z_std", "z_max", "a_std", "attenuation", "grad_z_rms"):
+    for name in ("n", "low", "high", "derivative", "derivative_rms", "peak", "z_mean", "z_std", "z_max", "a_std", "attenuation", "grad_z_rms", "blocked", "trapped", "leaving"):
         expected = getattr(here["1"], name)
         assert getattr(there["1"], name) == (None if expected is None else pytest.approx(expected, rel=1e-4, abs=1e-6)), name
     assert there.weights[0].gain == pytest.approx(here.weights[0].gain, rel=1e-5)
@@ -155,7 +155,7 @@ def test_calls_and_attention_are_those_of_the_cpu() -> None:
     here, there = one_step(copy.deepcopy(model), x), one_step(copy.deepcopy(model).cuda(), x.cuda())
     assert [record.site for record in there.records] == [record.site for record in here.records]
     for expected in here.records:
-        for name in ("n", "derivative", "z_std", "a_std", "attenuation", "entropy", "jacobian", "logit_std", "entropy_min"):
+        for name in ("n", "derivative", "z_std", "a_std", "attenuation", "entropy", "jacobian", "logit_std", "entropy_min", "blocked", "trapped"):
             value = getattr(expected, name)
             assert getattr(there[expected.site], name) == (None if value is None else pytest.approx(value, rel=1e-3, abs=1e-5)), (expected.site, name)
 
@@ -167,7 +167,7 @@ def test_the_kernels_are_right_here_and_read_everything() -> None:
     here, there = one_step(copy.deepcopy(model), x, sample=None), one_step(copy.deepcopy(model).cuda(), x.cuda())
     for site in ("1", "3"):
         assert there[site].n == here[site].n == 900_000
-        for name in ("saturated", "derivative", "derivative_rms", "z_std", "a_std", "attenuation", "grad_z_rms"):
+        for name in ("saturated", "derivative", "derivative_rms", "z_std", "a_std", "attenuation", "grad_z_rms", "blocked", "trapped", "leaving"):
             assert getattr(there[site], name) == pytest.approx(getattr(here[site], name), rel=1e-4, abs=1e-6), (site, name)
 
 
