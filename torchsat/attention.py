@@ -35,7 +35,9 @@ _GAP = 20.0
 _LEAST_ROWS = 8
 """At least this many query rows of each head are read, however many keys they have."""
 _PIECE = 2**20
-"""About so many logits exist at a time while the largest are looked for."""
+"""About so many logits exist at a time on a CPU while the largest are looked for."""
+_PIECE_ELSEWHERE = 2**23
+"""The same on other devices, where each piece costs some 25 launches. Its logits and the tensors made of them take about 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,15 @@ class Queries:
         at = torch.arange(self.shape[2], device=device)[self.positions] if isinstance(self.positions, slice) else self.positions
         return torch.arange(self.shape[3], device=device) <= at.reshape(-1, 1, at.shape[-1], 1)
 
-    def pieces(self) -> Iterator[Queries]:
-        """All rows of these samples, some neighbours at a time: whole samples if they are short, and otherwise some positions of one."""
+    def pieces(self, device: torch.device) -> Iterator[Queries]:
+        """All rows of these samples, some neighbours at a time: whole samples if they are short, and otherwise some positions of one.
+
+        Args:
+            device: where the logits are computed, which says how many at a time.
+        """
         batch, heads, queries, keys = self.shape
         first, end, _ = self.batch.indices(batch) if isinstance(self.batch, slice) else (0, batch, 1)
-        rows = max(1, _PIECE // max(1, heads * keys))
+        rows = max(1, _piece(device) // max(1, heads * keys))
         samples = max(1, rows // max(1, queries))
         for sample in range(first, end, samples):
             for position in range(0, queries, queries if samples > 1 else min(rows, queries)):
@@ -176,7 +182,7 @@ class SoftmaxRows:
         while waiting:
             z, a = waiting.pop()
             axis = max(axes, key=lambda each: z.shape[each], default=None)
-            if z.numel() <= _PIECE or axis is None or z.shape[axis] < 2:
+            if z.numel() <= _piece(z.device) or axis is None or z.shape[axis] < 2:
                 yield self._four(z), self._four(a)
                 continue
             half = z.shape[axis] // 2
@@ -253,12 +259,12 @@ class Attention:
             output = rows.transpose(0, 1).unsqueeze(1)
         broken = ~torch.isfinite(_four(output.detach())).all(-1, keepdim=True) if self.has_mask else None
         batch, heads, queries, keys = self.shape
-        samples = max(1, _PIECE // max(1, heads * queries * keys))
+        samples = max(1, _piece(self.device) // max(1, heads * queries * keys))
         for first in range(0, batch, samples):
             # Keys and queries of some samples are computed once, and their logits piece by piece.
             whole = Queries(self.shape, slice(first, min(first + samples, batch)), slice(0, queries))
             query, key = self.query(whole), self.key(whole)
-            for piece in whole.pieces():
+            for piece in whole.pieces(self.device):
                 logits = self._logits(piece, query[:, :, piece.positions], key)
                 found.append(softmax_extremes(logits.z, logits.visible, None, None if broken is None else piece.pick(broken)))
         return _joined(found)
@@ -268,6 +274,10 @@ class Attention:
         # With grouped queries, head h reads the keys of group h // (heads per group).
         z = product(query.reshape(samples, groups, heads // groups, positions, -1), key.unsqueeze(2)).reshape(samples, heads, positions, -1)
         return _masked(z, self.added(rows), rows.causal(z.device) if self.is_causal else None, math.prod(self.shape))
+
+
+def _piece(device: torch.device) -> int:
+    return _PIECE if device.type == "cpu" else _PIECE_ELSEWHERE
 
 
 def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
