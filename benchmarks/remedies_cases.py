@@ -136,6 +136,27 @@ def beyond_range() -> Task:
     return Task(model, torch.optim.Adam(model.parameters(), 1e-2), x, y, nn.functional.mse_loss)
 
 
+def each_by_itself(logits: Tensor, y: Tensor) -> Tensor:
+    """The loss of ten classifiers, each of which says whether an image shows its digit."""
+    return nn.functional.binary_cross_entropy_with_logits(logits, nn.functional.one_hot(y, 10).float())
+
+
+def ended_by(last: nn.Module, loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy) -> Task:
+    """A classifier that ends in an activation."""
+    x, y = digits()
+    found = task(stack(nn.ReLU, 2).append(last), (x, y))
+    found.loss = loss
+    return found
+
+
+def negative_targets(last: nn.Module) -> Task:
+    """Standardised targets for an output that gives values from 0 to 1, or from -1 to 1."""
+    x, _ = digits()
+    y = x[:, 20:36].reshape(-1, 4, 4).mean(2)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4), last)
+    return Task(model, torch.optim.Adam(model.parameters(), 1e-2), x, y / y.std(), nn.functional.mse_loss)
+
+
 CASES: tuple[Case, ...] = (
     Case("tanh, inputs shifted by 20", ("inputs_uncentred",), lambda: task(stack(nn.Tanh), digits(offset=20))),
     Case("relu, inputs shifted by 20", ("inputs_uncentred",), lambda: task(stack(nn.ReLU), digits(offset=20))),
@@ -170,6 +191,11 @@ CASES: tuple[Case, ...] = (
     Case("12 sigmoids", ("activation_choice",), lambda: task(stack(nn.Sigmoid, 12), digits())),
     Case("5 sigmoids", ("activation_choice",), lambda: task(stack(nn.Sigmoid, 5), digits())),
     Case("a sigmoid for targets from 3 to 103", ("activation_choice",), beyond_range),
+    Case("a sigmoid for standardised targets", ("activation_choice",), lambda: negative_targets(nn.Sigmoid())),
+    Case("a tanh for standardised targets", ("activation_choice",), lambda: negative_targets(nn.Tanh())),
+    Case("a softmax before cross_entropy", ("activation_choice",), lambda: ended_by(nn.Softmax(1))),
+    Case("a tanh before cross_entropy", ("activation_choice",), lambda: ended_by(nn.Tanh())),
+    Case("a sigmoid before a sigmoid", ("activation_choice",), lambda: ended_by(nn.Sigmoid(), each_by_itself)),
     Case("tanh, weights 4 times too small", ("init_too_small",), lambda: task(stack(nn.Tanh, 10, gain=0.25), digits())),
     Case("relu, weights of 0.01", ("init_too_small",), lambda: task(stack(nn.ReLU, 6, gain=0.08), digits())),
     Case("inf and nan in the inputs", ("numeric_range",), lambda: task(stack(nn.Tanh), broken())),

@@ -24,6 +24,7 @@ ADJECTIVE = {
     "frozen_weights": "frozen",
     "shrunk_weights": "shrunk",
     "attention_collapse": "collapsed",
+    "bounded_logits": "bounding its logits",
     "nonfinite": "non-finite",
 }
 """What a place is where a rule fires, and no longer is when the alert clears. A rule of the user's is named by its name."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 
+from torchsat.loss_functions import takes_logits, takes_probabilities, takes_squares
 from torchsat.record import Record, Snapshot, Weight, normal_saturated
 from torchsat.start import LONG, Start, came_trained
 
@@ -164,6 +165,36 @@ def leaving_output(record: Record, snapshot: Snapshot) -> float | None:
     return record.leaving if record.output and closes_both_ways(record) else None
 
 
+def range_of_logits(record: Record, snapshot: Snapshot) -> float | None:
+    """By how much the values of an output differ that the loss takes for logits, though its function bounds them.
+
+    Two classes whose logits differ by d have probabilities in the ratio e^d, so the loss never sees an answer that is surer than that. A softmax or a
+    sigmoid gives values that differ by 1 at most, and a tanh by 2. None where the loss does not take the values for logits.
+    """
+    is_bounded = record.kind == "softmax" or closes_both_ways(record)
+    if not record.output or not is_bounded or not takes_logits(record) or record.a_max is None or record.a_min is None:
+        return None
+    return record.a_max - record.a_min
+
+
+def beyond_range(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """The part of the demand at an output that pushes on into the plateau, where the loss squares the distance from the target. There the gradient
+    falls to 0 as an output comes near to its target, so that this part is asked for by targets beyond the range of the function.
+
+    0 where the gradient there has fallen: where all elements are sure, what little is left of it pushes them on. Targets within the range leave an
+    element on a plateau no more than a twentieth of the gradient that the elements had at the first observation.
+    """
+    first = start.item.grad_a_rms if isinstance(start.item, Record) else None
+    has_plateau = closes_both_ways(record) or _is_linear_in_pieces(record)
+    if not record.output or not has_plateau or not takes_squares(record) or record.kind == "softmax":
+        return None
+    if not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
+        return None
+    content, saturated = record.blocked - record.trapped, record.saturated or 1.0
+    insists = content / saturated * record.grad_a_rms >= 0.25 * first
+    return content if insists and snapshot.step >= start.step + LONG else 0.0
+
+
 def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """What is left of rms dL/da since the first observation, at an output that is asked to go on where it cannot. That of a sure classifier falls
     to a half or less; targets beyond the range of the function are asked for as much as ever.
@@ -172,7 +203,9 @@ def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | Non
     Where both plateaus are in use, as in masks or at the actions +-1, the output does what it is asked, whatever the size of its gradient.
     """
     first = start.item.grad_a_rms if isinstance(start.item, Record) else None
-    if record.kind == "softmax" or not record.output or not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
+    if record.kind == "softmax" or takes_probabilities(record):
+        return None
+    if not record.output or not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
         return None
     is_whole = max(record.low or 0.0, record.high or 0.0) >= 0.95 and record.blocked >= 0.9
     at_end = is_whole if closes_both_ways(record) else _is_linear_in_pieces(record) and record.blocked >= 0.5

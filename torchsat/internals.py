@@ -176,6 +176,28 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def objectives() -> list[Node]:
+    """Inside a backward pass: the nodes that computed what is differentiated, such as the loss. Empty where that is not known.
+
+    Nothing in torch leads from a node to those that were computed from it. The call of `backward` or `torch.autograd.grad` stands on the stack of the
+    thread that made it, and on a GPU the backward runs on another thread, so all are looked at. What other threads differentiate at the same time is
+    found too.
+    """
+    given: list[Any] = []
+    for innermost in sys._current_frames().values():
+        frame: FrameType | None = innermost
+        while frame is not None:
+            if frame.f_code in _DIFFERENTIATED:
+                given.append(frame.f_locals.get(_DIFFERENTIATED[frame.f_code]))
+            frame = frame.f_back
+    tensors = [each for one in given for each in (one if isinstance(one, (tuple, list)) else (one,))]
+    return [each.grad_fn for each in tensors if isinstance(each, Tensor) and each.grad_fn is not None]
+
+
+_DIFFERENTIATED = {torch.autograd.backward.__code__: "tensors", torch.autograd.grad.__code__: "outputs"}
+"""The functions that begin a backward, and how they call what is differentiated."""
+
+
 class Accumulation(Enum):
     """What a backward does with the gradients of a model's parameters."""
 

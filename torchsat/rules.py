@@ -193,6 +193,29 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "saturated",
+        harm.beyond_range,
+        0.1,
+        None,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}), an output, is asked for values beyond its range: {percent(value)} of the gradient's demand pushes elements on "
+            f"that lie on a plateau (limit {percent(limit)})"
+        ),
+        compares=True,
+    ),
+    Rule(
+        "bounded_logits",
+        harm.range_of_logits,
+        4.0,
+        2.0,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}), an output, bounds what the loss takes for logits: its values lie between {r.a_min:.3g} and {r.a_max:.3g} "
+            f"(they differ by {value:.2g}, limit {limit:g})"
+        ),
+        below=True,
+        patience=1,
+    ),
+    Rule(
+        "saturated",
         harm.gate_with_gradient,
         harm.gate_limit,
         None,

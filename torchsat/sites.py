@@ -142,6 +142,8 @@ class Site:
     """Whether the model's output, as far as its tensors were found, depends on it with no other site between."""
     output: bool = False
     """Whether it computes an output of the model. This is decided once the structure is known (`Lineage.conclude`)."""
+    losses: dict[str, None] = field(default_factory=dict)
+    """Names of the functions of the loss that take its output as it is (observe/loss.py). The dict serves as an ordered set."""
     decided: bool = False
     """Whether the fields above that describe its place in the model have been filled in."""
     multiplies: bool = False
@@ -163,7 +165,7 @@ class Site:
 
     def start_over(self) -> None:
         """Forget what depends on the structure of the model."""
-        self.feeds_on, self.after, self.unit_axis = {}, {}, None
+        self.feeds_on, self.after, self.losses, self.unit_axis = {}, {}, {}, None
         self.traced = self.hidden = self.reaches_output = self.last = self.output = self.decided = self.multiplies = False
         self.units, self.units_vary = None, False
 
@@ -183,6 +185,7 @@ class Site:
             normal_high=constants.normal_high if constants else None,
             normal_derivative=constants.normal_derivative if constants else None,
             last=self.last,
+            losses=tuple(self.losses),
         )
 
 

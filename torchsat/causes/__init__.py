@@ -21,7 +21,7 @@ from dataclasses import replace
 from torchsat.causes import advice
 from torchsat.causes.closed import of_closed
 from torchsat.causes.gradient import of_exploding, of_nonfinite, of_shrunk, of_vanishing
-from torchsat.causes.outputs import of_attention, of_size
+from torchsat.causes.outputs import of_attention, of_logits, of_size
 from torchsat.causes.scene import Moment, Scene, Term, remember, upstream_of
 from torchsat.record import Alert, Cause
 
@@ -81,5 +81,6 @@ _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {
     "exploding_gradient": of_exploding,
     "nonfinite": of_nonfinite,
     "attention_collapse": of_attention,
+    "bounded_logits": of_logits,
 }
 """Which function explains the alerts of which rule. A rule of the user's is explained like one of size."""

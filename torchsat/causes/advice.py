@@ -175,6 +175,21 @@ def linear_output(record: Record) -> str:
     return with_code(sentence, f"model.set_submodule({repr_of(record.site)}, nn.Identity())")
 
 
+def plain_logits(record: Record, loss: str) -> str:
+    """An output that is bounded before a loss which takes logits."""
+    sentence = (
+        f"leave out {record.activation} {place_of(record)} in training, since {loss} of the loss works on what comes before it, and apply it where "
+        "probabilities are needed"
+    )
+    path = repr_of(record.site.removesuffix("/softmax"))
+    replace = f"model.set_submodule({path}, nn.Identity())"
+    if record.kind == "module":
+        return with_code(sentence, replace)
+    if record.site.endswith("/softmax"):
+        return with_code(sentence, f"if isinstance(model.get_submodule({path}), nn.Softmax):", f"    {replace}")
+    return sentence
+
+
 def finite_inputs() -> str:
     """Against numbers that are not finite."""
     return with_code(

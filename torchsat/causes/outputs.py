@@ -17,6 +17,7 @@ from torchsat.causes.scene import HOT, Scene, Term, is_shifted
 from torchsat.causes.size import LARGE, of_z
 from torchsat.expressions import spoken
 from torchsat.percent import percent
+from torchsat.loss_functions import OF_LOGITS, takes_squares
 from torchsat.record import Alert, Record
 
 _CONTENT = 0.1
@@ -82,7 +83,13 @@ def _is_asked_beyond_range(record: Record, scene: Scene) -> bool:
     blocked, trapped = record.blocked, record.trapped
     if not scene.started or start is None or not start.grad_a_rms or record.grad_a_rms is None:
         return False
-    if blocked is None or trapped is None or blocked < 0.5:
+    if blocked is None or trapped is None:
+        return False
+    if takes_squares(record) and record.tails == "both":
+        # The gradient of a square is 0 where the target is reached, so that the rest is asked for by targets that cannot be.
+        content = blocked - trapped
+        return content > trapped and content / (record.saturated or 1.0) * record.grad_a_rms > 0.25 * start.grad_a_rms
+    if blocked < 0.5:
         return False
     # A rectifier has elements that it has thrown to 0 beside those that are asked for less than 0.
     if trapped > (_CONTENT if record.tails == "both" else _CONTENT_OF_RECTIFIER) * blocked:
@@ -99,6 +106,19 @@ def _beyond_range(record: Record, scene: Scene) -> Term:
         f"is asked for more: its gradient dL/da is {record.grad_a_rms or 0.0:.3g}, and was {start.grad_a_rms or 0.0:.3g} at the first observation",
         advice.linear_output(record),
     )
+
+
+def of_logits(alert: Alert, scene: Scene) -> list[Term]:
+    """Values between two bounds that the loss takes for logits: the function is one too many."""
+    record = scene.record(alert.site)
+    if record is None or record.a_min is None or record.a_max is None:
+        return []
+    loss = next((each for each in record.losses if each in OF_LOGITS), "the loss")
+    evidence = (
+        f"{loss} takes the values of {spoken(record.site)} as they are, and {record.activation} keeps them between {record.a_min:.3g} and "
+        f"{record.a_max:.3g}"
+    )
+    return [Term("activation_choice", 1.0, evidence, advice.plain_logits(record, loss))]
 
 
 def of_attention(alert: Alert, scene: Scene) -> list[Term]:

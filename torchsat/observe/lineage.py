@@ -18,6 +18,7 @@ from torchsat import internals
 from torchsat.faults import MODEL
 from torchsat.observe.feeders import Cut, Feeder, Output, Places, feeders, widest
 from torchsat.observe.graph import MOST_NODES, Survey, has_weight, maker
+from torchsat.observe.loss import takers
 from torchsat.observe.marks import NodeTable
 from torchsat.observe.tracing import Step
 from torchsat.sites import Rows, Site, Sites, Structure
@@ -41,6 +42,8 @@ class Lineage:
         """Whether this observation learns the structure."""
         self._nodes = NodeTable[Site]()
         """The autograd nodes that computed the outputs of sites in the present pass."""
+        self._made = NodeTable[Site]()
+        """The same of all passes of this observation, since a loss is computed when its pass is over."""
         self._survey: Survey | None = None
         self._weights: dict[int, str] = {}
         """The name of each weight by the id of its tensor."""
@@ -167,10 +170,11 @@ class Lineage:
     def made(self, site: Site, node: Node) -> None:
         """Note the node that computed the output of a site."""
         if self.looks or (self.learns and site.name in self._blind):
-            self._nodes[node] = site
+            self._nodes[node] = self._made[node] = site
             # Where a node of a recompute leads to cannot be seen, so it cannot be told whether the site computes an output.
             site.traced = site.traced or not internals.in_backward()
             _limit(self._nodes)
+            _limit(self._made)
 
     def made_all(self, site: Site, nodes: Iterable[Node]) -> None:
         """Note the nodes that computed the output of a recurrent layer. What comes after the layer then comes after this site, its last gate."""
@@ -197,6 +201,12 @@ class Lineage:
         if self.survey.is_spent:
             self._loses_track = True
             self._note(MODEL, f"its graph has more than {MOST_NODES} nodes: what no hook saw beyond them is not known")
+
+    def hear_loss(self) -> None:
+        """Find out, when a backward has begun, which functions of the loss take the outputs of sites."""
+        if self.learns:
+            for site, taker in takers(internals.objectives(), self._made):
+                site.losses[taker] = None
 
     def look(self, nodes: set[Node], path: str, owns: Callable[[Tensor], bool] | None = None) -> None:
         """Report what is before these nodes and no site accounts for, as places in the module of this path.

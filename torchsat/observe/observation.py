@@ -128,8 +128,8 @@ class Observation:
         self._failures: dict[tuple[type[Exception], str], tuple[Exception, list[str]]] = {}
         """For each kind of fault the first one, and the places at which it happened."""
         self.guard = Guard(self.fail, window, clock, sites.failed)
-        self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True))
         self.lineage = Lineage(sites, self.note_if_wanted)
+        self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True), self.lineage.hear_loss)
         self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note)
         self.layers = Layers(self)
         self.calls = Calls(self)

@@ -170,10 +170,11 @@ class Passes:
     Args:
         guard: the guard of the observation.
         repeated: called when a part of the model runs once more outside of the model's own forward, and no backward has run since.
+        began: called when a backward through a pass has begun.
     """
 
-    def __init__(self, guard: Guard, repeated: Callable[[], None]) -> None:
-        self._repeated = repeated
+    def __init__(self, guard: Guard, repeated: Callable[[], None], began: Callable[[], None]) -> None:
+        self._repeated, self._began = repeated, began
         self._ran: set[str] = set()
         """The sites and layers that have run in the present pass outside of the model's own forward."""
         self.most_waiting = 0
@@ -297,6 +298,7 @@ class Passes:
         if backward in current.backwards:
             return
         current.backwards.append(backward)
+        self._began()
         if backward.accumulation is not internals.Accumulation.NEITHER:
             self.waiting = 0
             self._ran.clear()
