@@ -296,6 +296,7 @@ def test_no_numbers_make_an_explanation_fail(rule: str) -> None:
         "heads": None,
         "units": 64,
         "last": False,
+        "losses": ("mse_loss", "log_softmax"),
     }
     for _ in range(300):
         made = []

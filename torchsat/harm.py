@@ -192,7 +192,7 @@ def beyond_range(record: Record, snapshot: Snapshot, start: Start) -> float | No
         return None
     content, saturated = record.blocked - record.trapped, record.saturated or 1.0
     insists = content / saturated * record.grad_a_rms >= 0.25 * first
-    return content if insists and snapshot.step >= start.step + LONG else 0.0
+    return content if insists else 0.0
 
 
 def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | None:

@@ -197,8 +197,8 @@ RULES: tuple[Rule, ...] = (
         0.1,
         None,
         lambda r, value, limit: (
-            f"{r.site} ({r.activation}), an output, is asked for values beyond its range: {percent(value)} of the gradient's demand pushes elements on "
-            f"that lie on a plateau (limit {percent(limit)})"
+            f"{r.site} ({r.activation}), an output, is asked for values beyond its range: {percent(value)} of the gradient's demand pushes elements "
+            f"further that lie on a plateau (limit {percent(limit)})"
         ),
         compares=True,
     ),
@@ -328,7 +328,7 @@ RULES: tuple[Rule, ...] = (
         0.1,
         lambda w, value, limit: (
             f"{w.name}, which feeds {', '.join(w.feeds)}, has shrunk to {percent(value)} of its first gain (limit {percent(limit)}): a step changes "
-            f"it by {w.update_ratio:.1e} of itself, and without weight decay by {w.learned_ratio:.1e}"
+            f"it by {w.update_ratio:.1e} of itself{f', and without weight decay by {w.learned_ratio:.1e}' if w.decays else ''}"
         ),
         below=True,
         over="weights",

@@ -16,8 +16,8 @@ from torchsat.causes.growth import GROWN, grown
 from torchsat.causes.scene import HOT, Scene, Term, is_shifted
 from torchsat.causes.size import LARGE, of_z
 from torchsat.expressions import spoken
-from torchsat.percent import percent
 from torchsat.loss_functions import OF_LOGITS, takes_squares
+from torchsat.percent import percent
 from torchsat.record import Alert, Record
 
 _CONTENT = 0.1

@@ -35,10 +35,8 @@ _OF_PROBABILITIES = {"BinaryCrossEntropy": "binary_cross_entropy"}
 _OF_SQUARES = {"MseLoss": "mse_loss", "HuberLoss": "huber_loss", "SmoothL1Loss": "smooth_l1_loss", "Pow": "pow"}
 """Kinds of nodes that square a difference. Beyond its middle, Huber's loss grows with the distance alone."""
 _NAMES = _OF_LOGITS | _OF_PROBABILITIES | _OF_SQUARES
-_VIEWS = frozenset(
-    "Alias Clone Expand Flatten Index IndexSelect MaskedSelect Permute ReshapeAlias Select Slice Squeeze T ToCopy Transpose UnsafeView Unsqueeze "
-    "View".split()
-)
+_VIEWS = frozenset(("Alias", "Clone", "Expand", "Index", "IndexSelect", "MaskedSelect", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze"))
+_VIEWS |= {"T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View"}
 """Through these the values stay as they are."""
 _AFFINE = frozenset(("Add", "Div", "Mul", "Neg", "Rsub", "Sub"))
 """These shift and scale values, where their other operand is no signal."""
