@@ -264,7 +264,7 @@ def closed(record: Record, snapshot: Snapshot) -> float | None:
 
 def stuck(record: Record, snapshot: Snapshot) -> float | None:
     """`stuck`, where most of the demand falls to elements on a plateau. How many samples a unit takes is decided where it is measured
-    (transport/windows.py). Healthy rectifiers have up to a half of their units dead, but then the others carry the demand."""
+    (transport/windows.py). Healthy rectifiers have a half of their units dead, and at a high rate three quarters, but then the others carry the demand."""
     if record.output or record.gate or not record.units or record.stuck is None:
         return None
     is_harmful = record.blocked is None or (record.blocked >= 0.6 and not (is_hidden(record) and is_content(record)))
@@ -272,8 +272,8 @@ def stuck(record: Record, snapshot: Snapshot) -> float | None:
 
 
 def stuck_limit(record: Record) -> float:
-    """55 % of the units, and by the 95 % bound of a share of so many units more."""
-    return min(0.95, 0.55 + 1.645 * math.sqrt(0.55 * 0.45) * _per_units(record))
+    """65 % of the units, and by the 95 % bound of a share of so many units more."""
+    return min(0.95, 0.65 + 1.645 * math.sqrt(0.65 * 0.35) * _per_units(record))
 
 
 def stuck_limit_critical(record: Record) -> float:
