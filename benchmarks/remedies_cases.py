@@ -194,6 +194,7 @@ CASES: tuple[Case, ...] = (
     Case("a sigmoid for standardised targets", ("activation_choice",), lambda: negative_targets(nn.Sigmoid())),
     Case("a tanh for standardised targets", ("activation_choice",), lambda: negative_targets(nn.Tanh())),
     Case("a softmax before cross_entropy", ("activation_choice",), lambda: ended_by(nn.Softmax(1))),
+    Case("a softmax before nll_loss", ("activation_choice",), lambda: ended_by(nn.Softmax(1), nn.functional.nll_loss)),
     Case("a tanh before cross_entropy", ("activation_choice",), lambda: ended_by(nn.Tanh())),
     Case("a sigmoid before a sigmoid", ("activation_choice",), lambda: ended_by(nn.Sigmoid(), each_by_itself)),
     Case("tanh, weights 4 times too small", ("init_too_small",), lambda: task(stack(nn.Tanh, 10, gain=0.25), digits())),

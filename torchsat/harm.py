@@ -264,7 +264,8 @@ def closed(record: Record, snapshot: Snapshot) -> float | None:
 
 def stuck(record: Record, snapshot: Snapshot) -> float | None:
     """`stuck`, where most of the demand falls to elements on a plateau. How many samples a unit takes is decided where it is measured
-    (transport/windows.py). Healthy rectifiers have a half of their units dead, and at a high rate three quarters, but then the others carry the demand."""
+    (transport/windows.py). Healthy rectifiers have a half of their units dead, and at a high rate three quarters, but then the others carry the
+    demand."""
     if record.output or record.gate or not record.units or record.stuck is None:
         return None
     is_harmful = record.blocked is None or (record.blocked >= 0.6 and not (is_hidden(record) and is_content(record)))

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torchsat.record import Record
 
-OF_LOGITS = ("log_softmax", "softmax", "logsumexp", "nll_loss", "binary_cross_entropy_with_logits", "logsigmoid", "soft_margin_loss")
-"""They take logits, or logarithms of probabilities. `cross_entropy` is `log_softmax` and `nll_loss`."""
+OF_LOGITS: Mapping[str, str] = {
+    "log_softmax": "the loss begins with log_softmax, as cross_entropy does",
+    "softmax": "the loss begins with a softmax",
+    "logsumexp": "the loss begins with logsumexp, as a distribution over classes does that is given logits",
+    "nll_loss": "nll_loss takes logarithms of probabilities",
+    "binary_cross_entropy_with_logits": "binary_cross_entropy_with_logits applies a sigmoid itself",
+    "logsigmoid": "the loss begins with logsigmoid",
+    "soft_margin_loss": "soft_margin_loss applies a sigmoid itself",
+}
+"""They take logits, or logarithms of probabilities. With each comes what it does to them, as it is told."""
 OF_PROBABILITIES = ("binary_cross_entropy",)
 """They take probabilities."""
 OF_SQUARES = ("mse_loss", "huber_loss", "smooth_l1_loss", "pow")

@@ -208,8 +208,8 @@ RULES: tuple[Rule, ...] = (
         4.0,
         2.0,
         lambda r, value, limit: (
-            f"{r.site} ({r.activation}), an output, bounds what the loss takes for logits: its values lie between {r.a_min:.3g} and {r.a_max:.3g} "
-            f"(they differ by {value:.2g}, limit {limit:g})"
+            f"{r.site} ({r.activation}), an output, goes into a loss that takes logits, which must not be bounded: its values lie between "
+            f"{r.a_min:.3g} and {r.a_max:.3g} (they differ by {value:.2g}, limit {limit:g})"
         ),
         below=True,
         patience=1,

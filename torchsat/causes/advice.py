@@ -176,13 +176,17 @@ def linear_output(record: Record) -> str:
 
 
 def plain_logits(record: Record, loss: str) -> str:
-    """An output that is bounded before a loss which takes logits."""
-    sentence = (
-        f"leave out {record.activation} {place_of(record)} in training, since {loss} of the loss works on what comes before it, and apply it where "
-        "probabilities are needed"
-    )
+    """An output that is bounded before a loss which takes logits. `loss`: the function of the loss that takes it."""
     path = repr_of(record.site.removesuffix("/softmax"))
-    replace = f"model.set_submodule({path}, nn.Identity())"
+    if loss == "nll_loss":
+        sentence, found = (
+            f"use nn.LogSoftmax instead of {record.activation} {place_of(record)}, or nn.CrossEntropyLoss without it",
+            "nn.LogSoftmax(1)",
+        )
+    else:
+        later = ", and apply it to the output where probabilities are needed" if record.activation in ("softmax", "sigmoid") else ""
+        sentence, found = f"leave out {record.activation} {place_of(record)}{later}", "nn.Identity()"
+    replace = f"model.set_submodule({path}, {found})"
     if record.kind == "module":
         return with_code(sentence, replace)
     if record.site.endswith("/softmax"):

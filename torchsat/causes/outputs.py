@@ -113,9 +113,9 @@ def of_logits(alert: Alert, scene: Scene) -> list[Term]:
     record = scene.record(alert.site)
     if record is None or record.a_min is None or record.a_max is None:
         return []
-    loss = next((each for each in record.losses if each in OF_LOGITS), "the loss")
+    loss = next((each for each in record.losses if each in OF_LOGITS), "softmax")
     evidence = (
-        f"{loss} takes the values of {spoken(record.site)} as they are, and {record.activation} keeps them between {record.a_min:.3g} and "
+        f"{OF_LOGITS[loss]}, and what it is given is {spoken(record.site)}, which {record.activation} keeps between {record.a_min:.3g} and "
         f"{record.a_max:.3g}"
     )
     return [Term("activation_choice", 1.0, evidence, advice.plain_logits(record, loss))]
