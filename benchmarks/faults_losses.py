@@ -360,6 +360,36 @@ def costs_behind_relu(faulty: bool, seed: int) -> Training:
     return Training(model, optimizer, step, score, 800)
 
 
+class Box(nn.Module):
+    """The place and the size of a rectangle in an image: the centre as a share of the side, and the logarithms of the sizes against an anchor."""
+
+    def __init__(self, squash_sizes: bool) -> None:
+        super().__init__()
+        self.squash_sizes = squash_sizes
+        self.body = nn.Sequential(nn.Conv2d(1, 12, 3, stride=2), nn.Mish(), nn.Conv2d(12, 24, 3), nn.Mish(), nn.Flatten(), nn.Linear(384, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.body(x)
+        return z.sigmoid() if self.squash_sizes else torch.cat((z[:, :2].sigmoid(), z[:, 2:]), 1)
+
+
+def sigmoid_of_box_sizes(faulty: bool, seed: int) -> Training:
+    """A detector takes the sigmoid of all four numbers of a box and not only of the centre's: of the logarithms of sizes, half are negative."""
+    torch.manual_seed(seed)
+
+    def batch(size: int) -> Batch:
+        place, centre, log_size = (torch.arange(14) + 0.5) / 14, 0.3 + 0.4 * torch.rand(size, 2), 1.6 * torch.rand(size, 2) - 0.8
+        inside = (((place - centre[..., None]).abs() - 0.15 * log_size.exp()[..., None]) * -40).sigmoid()
+        x = inside[:, 0, None, :] * inside[:, 1, :, None] + 0.05 * torch.randn(size, 14, 14)
+        return x[:, None], torch.cat((centre, log_size), 1)
+
+    def worst(output: Tensor, target: Tensor) -> float:
+        return min(explained(output[:, which], target[:, which]) for which in range(4))
+
+    model = Box(faulty)
+    return fit(model, Task(batch, F.mse_loss, worst), torch.optim.AdamW(model.parameters(), 2e-3), 400, size=16)
+
+
 CHOICE = ("activation_choice",)
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario("segnet_softmax", "outputs", "https://github.com/say4n/pytorch-segnet/issues/5", softmax_of_pixels, 0.5, CHOICE, 0.1),
@@ -418,6 +448,15 @@ SCENARIOS: tuple[Scenario, ...] = (
         0.9,
         CHOICE,
         0.3,
+    ),
+    Scenario(
+        "box_sizes_behind_sigmoid",
+        "outputs",
+        "Redmon and Farhadi, YOLO9000, 2017, section 2 (a sigmoid for the centre of a box, none for its size)",
+        sigmoid_of_box_sizes,
+        0.75,
+        CHOICE,
+        0.2,
     ),
     Scenario(
         "log_price_behind_softsign",

@@ -6,7 +6,7 @@ import torch
 from faults_losses import ranked
 from faults_runs import Scenario, Training
 from faults_scores import accuracy, explained
-from faults_tasks import Batch, Task, digits, drawn, fit
+from faults_tasks import Batch, Task, digits, drawn, fit, rows_of_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,7 +74,7 @@ def squared_adversaries(_: bool, seed: int) -> Training:
             one, other = real(800), model.generator(torch.randn(800, 4))
         return -(2 * torch.cdist(one, other).mean() - torch.cdist(one, one).mean() - torch.cdist(other, other).mean()).item()
 
-    return Training(model, first, step, score, 500)
+    return Training(model, first, step, score, 350)
 
 
 class Variational(nn.Module):
@@ -114,7 +114,7 @@ def black_pixels(_: bool, seed: int) -> Training:
         with torch.no_grad():
             return explained(model(images[1300:])[0], images[1300:])
 
-    return Training(model, optimizer, step, score, 700)
+    return Training(model, optimizer, step, score, 450)
 
 
 class Shape(nn.Module):
@@ -140,7 +140,7 @@ def truncated_distances(_: bool, seed: int) -> Training:
 
     model = Shape()
     task = Task(batch, lambda output, target: (output - target).abs().mean(), explained)
-    return fit(model, task, torch.optim.Adam(model.parameters(), 2e-3), 900, size=128, rate=lambda step: 1 - step / 900)
+    return fit(model, task, torch.optim.Adam(model.parameters(), 3e-3), 700, size=64, rate=lambda step: 1 - step / 700)
 
 
 class Sure(nn.Module):
@@ -226,6 +226,27 @@ def mattes(_: bool, seed: int) -> Training:
     return fit(model, Task(_mattes, F.l1_loss, explained), torch.optim.AdamW(model.parameters(), 3e-3), 250, size=8)
 
 
+class Reader(nn.Module):
+    """The probabilities of the classes of a digit that is read row by row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.out = nn.GRU(8, 32, batch_first=True), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state: Tensor = self.memory(x)[1]
+        z: Tensor = self.out(state.squeeze(0))
+        return z.softmax(-1)
+
+
+def logarithm_of_softmax(_: bool, seed: int) -> Training:
+    """A recurrent classifier returns a softmax, and its logarithm goes to the negative log-likelihood, as it should, until it is sure."""
+    torch.manual_seed(seed)
+    model = Reader()
+    task = Task(rows_of_digits().batch, lambda output, target: F.nll_loss(torch.log(output + 1e-8), target), accuracy)
+    return fit(model, task, torch.optim.Adam(model.parameters(), 1e-2), 400, size=32, clip=1.0)
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     Scenario("pointer_clipped_logits", "healthy", "Bello et al., Neural Combinatorial Optimization, 2017, appendix A.1", clipped_pointer, 0.85),
     Scenario(
@@ -240,4 +261,11 @@ SCENARIOS: tuple[Scenario, ...] = (
     Scenario("brier_softmax", "healthy", "Brier, Verification of forecasts expressed in terms of probability, 1950", brier, 0.95),
     Scenario("balanced_edges", "healthy", "Xie and Tu, Holistically-Nested Edge Detection, 2015", balanced_edges, 0.95),
     Scenario("soft_mattes", "healthy", "Xu, Price, Cohen and Huang, Deep Image Matting, 2017", mattes, 0.9),
+    Scenario(
+        "logarithm_of_softmax",
+        "healthy",
+        "https://github.com/clvrai/ACGAN-PyTorch/issues/3 (softmax or its logarithm before NLLLoss; here the logarithm is there)",
+        logarithm_of_softmax,
+        0.9,
+    ),
 )
