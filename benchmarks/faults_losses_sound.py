@@ -74,7 +74,7 @@ def squared_adversaries(_: bool, seed: int) -> Training:
             one, other = real(800), model.generator(torch.randn(800, 4))
         return -(2 * torch.cdist(one, other).mean() - torch.cdist(one, one).mean() - torch.cdist(other, other).mean()).item()
 
-    return Training(model, first, step, score, 350)
+    return Training(model, first, step, score, 300)
 
 
 class Variational(nn.Module):
@@ -248,7 +248,7 @@ def logarithm_of_softmax(_: bool, seed: int) -> Training:
 
 
 SCENARIOS: tuple[Scenario, ...] = (
-    Scenario("pointer_clipped_logits", "healthy", "Bello et al., Neural Combinatorial Optimization, 2017, appendix A.1", clipped_pointer, 0.85),
+    Scenario("pointer_clipped_logits", "healthy", "Bello et al., Neural Combinatorial Optimization, 2017 (logit clipping)", clipped_pointer, 0.85),
     Scenario(
         "squared_adversaries_noisy_labels",
         "healthy",
