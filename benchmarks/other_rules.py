@@ -139,6 +139,7 @@ def _rho(a: Tensor, bins: int = 50) -> Tensor:
 
     It is the mean over the bins of a histogram of |mean of the outputs in the bin|, weighted by the number of outputs in the bin.
     """
+    a = a.float()
     place = ((a.clamp(-1, 1) + 1) / 2 * bins).long().clamp(max=bins - 1)
     count = torch.zeros(bins, a.shape[1]).scatter_add_(0, place, torch.ones_like(a))
     total = torch.zeros(bins, a.shape[1]).scatter_add_(0, place, a)
