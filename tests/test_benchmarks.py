@@ -45,6 +45,7 @@ WITHOUT_MAIN = (
     *("faults_depth", "faults_inputs", "faults_rates", "faults_sound", "faults_trainings"),
     *("faults_attention", "faults_finetuning", "faults_sequences", "faults_tasks"),
     *("faults_strange", "faults_strange_sound", "faults_stranger"),
+    *("faults_everyday", "faults_everyday_sound"),
 )
 
 Load = Callable[[str, str], ModuleType]
