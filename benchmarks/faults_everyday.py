@@ -81,8 +81,8 @@ class Reader(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.begin(x) + self.place
         for k in range(2):
-            parts = self.mixed[k](self.first[k](x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-            x = x + self.joined[k](F.scaled_dot_product_attention(*parts, scale=self.scale).transpose(1, 2).flatten(2))
+            query, key, value = self.mixed[k](self.first[k](x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+            x = x + self.joined[k](F.scaled_dot_product_attention(query, key, value, scale=self.scale).transpose(1, 2).flatten(2))
             x = x + self.narrow[k](F.gelu(self.wide[k](self.second[k](x))))
         return cast(Tensor, self.end(self.norm(x).mean(1)))
 
@@ -129,9 +129,9 @@ def inputs_of_lstm_normal(faulty: bool, seed: int) -> Training:
     """Only the weights from the embedding to the gates are drawn from N(0, 1), the recurrent ones are orthogonal as they should be."""
     torch.manual_seed(seed)
     model = Opinion()
-    nn.init.orthogonal_(model.lstm.weight_hh_l0)
+    nn.init.orthogonal_(cast(Tensor, model.lstm.weight_hh_l0))
     if faulty:
-        nn.init.normal_(model.lstm.weight_ih_l0)
+        nn.init.normal_(cast(Tensor, model.lstm.weight_ih_l0))
     return fit_task(model, polarity(), adam(model, 3e-3), 500, size=16)
 
 
