@@ -108,13 +108,13 @@ def sample_and_hold(_: bool, seed: int) -> Training:
     torch.manual_seed(seed)
 
     def batch(size: int) -> Batch:
-        values, marks = 2 * torch.rand(size, 20) - 1, (torch.rand(size, 20) < 0.12).float()
+        values, marks = 2 * torch.rand(size, 15) - 1, (torch.rand(size, 15) < 0.12).float()
         marks[:, 0] = 1
-        last = (marks * torch.arange(20)).cummax(1).values.long()
+        last = (marks * torch.arange(15)).cummax(1).values.long()
         return torch.stack((values, marks), 2), values.gather(1, last)[..., None]
 
     model = Holding()
-    return fit_task(model, Task(batch, F.mse_loss, lambda out, y: explained(out.flatten(), y.flatten())), adam(model, 1e-2), 300, size=32)
+    return fit_task(model, Task(batch, F.mse_loss, lambda out, y: explained(out.flatten(), y.flatten())), adam(model, 1e-2), 220, size=32)
 
 
 def rare_kinds(_: bool, seed: int) -> Training:
