@@ -1,12 +1,13 @@
 """How often the alerts are right: in trainings whose fault is known, and in healthy ones that look like them.
 
-    python benchmarks/faults.py                            all scenarios: a table of those written without sight of the rules, and one of the others
-    python benchmarks/faults.py --held-out --seeds 0 1 2   only those written without sight of the rules, with three seeds
+    python benchmarks/faults.py                            all scenarios: a table for each of the three groups
+    python benchmarks/faults.py --group first second --seeds 0 1 2
+                                                           only those written blindly, with three seeds
     python benchmarks/faults.py --only NAME ...            those whose names contain one of these, with scores, alerts and causes of each run
     python benchmarks/faults.py --steps 20 ...             only so many steps of each: to see that everything runs
 
-The scenarios stand in faults_*.py, with their sources. Those of faults_strange*.py and faults_losses*.py were written without sight of the rules,
-when the limits had been tuned on all others.
+The scenarios stand in faults_*.py, with their sources. Those of faults_strange*.py, and later those of faults_losses*.py and faults_everyday*.py, were
+written blindly: without sight of the rules, when the limits had been tuned on all others.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import faults_adversaries
 import faults_agents
 import faults_attention
 import faults_depth
+import faults_everyday
+import faults_everyday_sound
 import faults_finetuning
 import faults_inputs
 import faults_losses
@@ -45,15 +48,7 @@ import torchsat
 from torchsat.diagnosis import Diagnosis
 from torchsat.judge import Judge
 
-UNSEEN: tuple[Scenario, ...] = (
-    *faults_losses.SCENARIOS,
-    *faults_losses_sound.SCENARIOS,
-    *faults_strange.SCENARIOS,
-    *faults_strange_sound.SCENARIOS,
-    *faults_stranger.SCENARIOS,
-)
-"""The scenarios that were written without sight of the rules: none of them may be tuned on, whatever the hash of its name is."""
-SCENARIOS: tuple[Scenario, ...] = (
+TUNED: tuple[Scenario, ...] = (
     *faults_adversaries.SCENARIOS,
     *faults_agents.SCENARIOS,
     *faults_attention.SCENARIOS,
@@ -65,20 +60,22 @@ SCENARIOS: tuple[Scenario, ...] = (
     *faults_rates.SCENARIOS,
     *faults_sequences.SCENARIOS,
     *faults_sound.SCENARIOS,
-    *UNSEEN,
 )
+FIRST: tuple[Scenario, ...] = (*faults_strange.SCENARIOS, *faults_strange_sound.SCENARIOS, *faults_stranger.SCENARIOS)
+SECOND: tuple[Scenario, ...] = (
+    *(*faults_losses.SCENARIOS, *faults_losses_sound.SCENARIOS),
+    *(*faults_everyday.SCENARIOS, *faults_everyday_sound.SCENARIOS),
+)
+GROUPS: Mapping[str, tuple[str, tuple[Scenario, ...]]] = {
+    "second": ("Written last, without sight of the rules", SECOND),
+    "first": ("Written before that, without sight of the rules", FIRST),
+    "tuned": ("The limits were tuned on these", TUNED),
+}
+"""The titles and the scenarios of the three tables. What the runs of a group showed when they were run first is in docs/alerts.md; some rules have been
+changed since by what they showed, so that no group is unseen any more."""
+SCENARIOS: tuple[Scenario, ...] = (*TUNED, *FIRST, *SECOND)
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 HEALTHY = "healthy"
-
-
-HELD_OUT = frozenset(each.name for each in UNSEEN)
-"""The names of the scenarios that were written without sight of the rules, when the limits had been tuned on all others. What their first run gave is
-in docs/alerts.md; three limits have been changed since by what it showed."""
-
-
-def is_held_out(name: str) -> bool:
-    """Whether a scenario was written without sight of the rules. It is in a table of its own."""
-    return name in HELD_OUT
 
 
 def verdicts(snapshots: Iterable[torchsat.Snapshot]) -> list[torchsat.Alert]:
@@ -188,10 +185,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="only so many steps of each run")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
     parser.add_argument("--keep", help="keep the runs in this file, or take them from it if it exists")
-    parser.add_argument("--held-out", action="store_true", help="only the scenarios that were written without sight of the rules")
+    parser.add_argument("--group", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="only the scenarios of these tables")
     options = parser.parse_args()
     start = time.perf_counter()
-    chosen = [each for each in SCENARIOS if is_held_out(each.name) or not options.held_out]
+    chosen = [each for name in options.group for each in GROUPS[name][1]]
     chosen = [each for each in chosen if options.only is None or any(part in each.name for part in options.only)]
     if options.keep and Path(options.keep).exists():
         runs: list[Run] = pickle.loads(Path(options.keep).read_bytes())
@@ -204,8 +201,9 @@ def main() -> None:
     if options.only:
         show(runs)
     else:
-        for title, held_out in (("Written without sight of the rules", True), ("The limits were tuned on these", False)):
-            group = [each for each in runs if is_held_out(each.scenario) is held_out]
+        for title, scenarios in GROUPS.values():
+            names = {each.name for each in scenarios}
+            group = [each for each in runs if each.scenario in names]
             if group:
                 print(f"\n{title}: {len(group)} runs")
                 evaluate(group)

@@ -46,6 +46,7 @@ WITHOUT_MAIN = (
     *("faults_attention", "faults_finetuning", "faults_sequences", "faults_tasks"),
     *("faults_strange", "faults_strange_sound", "faults_stranger"),
     *("faults_losses", "faults_losses_sound"),
+    *("faults_everyday", "faults_everyday_sound"),
 )
 
 Load = Callable[[str, str], ModuleType]
