@@ -6,8 +6,8 @@
     python benchmarks/faults.py --only NAME ...            those whose names contain one of these, with scores, alerts and causes of each run
     python benchmarks/faults.py --steps 20 ...             only so many steps of each: to see that everything runs
 
-The scenarios stand in faults_*.py, with their sources. Those of faults_strange*.py, and later those of faults_losses*.py and faults_everyday*.py, were
-written blindly: without sight of the rules, when the limits had been tuned on all others.
+The scenarios stand in faults_*.py, with their sources. Those of faults_strange*.py, and later those of faults_losses*.py and faults_everyday*.py,
+were written blindly: without sight of the rules, when the limits had been tuned on all others.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pickle
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,8 +71,8 @@ GROUPS: Mapping[str, tuple[str, tuple[Scenario, ...]]] = {
     "first": ("Written before that, without sight of the rules", FIRST),
     "tuned": ("The limits were tuned on these", TUNED),
 }
-"""The titles and the scenarios of the three tables. What the runs of a group showed when they were run first is in docs/alerts.md; some rules have been
-changed since by what they showed, so that no group is unseen any more."""
+"""The titles and the scenarios of the three tables. What the runs of a group showed when they were run first is in docs/alerts.md; some rules have
+been changed since by what they showed, so that no group is unseen any more."""
 SCENARIOS: tuple[Scenario, ...] = (*TUNED, *FIRST, *SECOND)
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 HEALTHY = "healthy"

@@ -79,17 +79,16 @@ def _of_drift(record: Record, scene: Scene) -> list[Term]:
 
 def _is_asked_beyond_range(record: Record, scene: Scene) -> bool:
     """Whether the elements of an output that lie on a plateau are asked for more than the function can give, and go on being asked."""
-    start = scene.start(record.site)
+    start = scene.start(record.site) if scene.started else record
     blocked, trapped = record.blocked, record.trapped
-    if not scene.started or start is None or not start.grad_a_rms or record.grad_a_rms is None:
+    if start is None or not start.grad_a_rms or record.grad_a_rms is None or blocked is None or trapped is None:
         return False
-    if blocked is None or trapped is None:
-        return False
-    if takes_squares(record) and record.tails == "both":
+    if takes_squares(record):
         # The gradient of a square is 0 where the target is reached, so that the rest is asked for by targets that cannot be.
         content = blocked - trapped
-        return content > trapped and content / (record.saturated or 1.0) * record.grad_a_rms > 0.25 * start.grad_a_rms
-    if blocked < 0.5:
+        if content > trapped and content / (record.saturated or 1.0) * record.grad_a_rms > 0.25 * start.grad_a_rms:
+            return True
+    if not scene.started or blocked < 0.5:
         return False
     # A rectifier has elements that it has thrown to 0 beside those that are asked for less than 0.
     if trapped > (_CONTENT if record.tails == "both" else _CONTENT_OF_RECTIFIER) * blocked:
@@ -98,14 +97,19 @@ def _is_asked_beyond_range(record: Record, scene: Scene) -> bool:
 
 
 def _beyond_range(record: Record, scene: Scene) -> Term:
-    start = scene.start(record.site) or record
-    return Term(
-        "activation_choice",
-        1.0,
-        f"{spoken(record.site)} gives {record.a_mean or 0.0:.3g} +- {record.a_std or 0.0:.3g}, at the end of the range of {record.activation}, and "
-        f"is asked for more: its gradient dL/da is {record.grad_a_rms or 0.0:.3g}, and was {start.grad_a_rms or 0.0:.3g} at the first observation",
-        advice.linear_output(record),
-    )
+    start = scene.start(record.site)
+    given = f"{spoken(record.site)} gives {record.a_mean or 0.0:.3g} +- {record.a_std or 0.0:.3g}"
+    if takes_squares(record):
+        evidence = (
+            f"{given}, and the targets lie beyond the range of {record.activation}: {percent(record.blocked or 0.0)} of the gradient's demand falls "
+            f"to its plateaus, and only {percent(record.trapped or 0.0)} asks to leave them"
+        )
+    else:
+        evidence = (
+            f"{given}, at the end of the range of {record.activation}, and is asked for more: its gradient dL/da is {record.grad_a_rms or 0.0:.3g}, "
+            f"and was {(start or record).grad_a_rms or 0.0:.3g} at the first observation"
+        )
+    return Term("activation_choice", 1.0, evidence, advice.linear_output(record))
 
 
 def of_logits(alert: Alert, scene: Scene) -> list[Term]:
