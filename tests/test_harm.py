@@ -1,5 +1,6 @@
 """Saturation that harms, told from saturation that is meant: what the rules judge of outputs, gates, hidden layers, attention and weights."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -135,6 +136,29 @@ def test_weights_that_decay_shrinks_are_told() -> None:
     assert [harm.shrunk(weight(gain, learned), snapshot, start) for gain, learned in ((0.4, 0.05), (0.4, 0.001), (0.4, 0.0099), (0.05, 0.0099))] == [
         *(0.4, 0.4, 1.0, 0.05)
     ]
+
+
+@pytest.mark.parametrize(("rate", "decay", "momentum"), [(0.2, 0.2, 0.0), (0.03, 0.1, 0.9), (0.1, 5e-4, 0.9)])
+def test_what_a_decay_takes_off_is_learning_rate_times_decay(rate: float, decay: float, momentum: float) -> None:
+    """The split of the step by the norms of its two terms is inverted, so that momentum and the angle between them do not matter."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32, bias=False), nn.LayerNorm(32, 1e-12), nn.Tanh(), nn.Linear(32, 4))
+    optimizer = torch.optim.SGD(model.parameters(), rate, momentum, weight_decay=decay)
+    with torchsat.watch(model, every=1, errors="raise") as monitor:
+        model(torch.randn(64, 16)).square().sum().backward()
+        optimizer.step()
+    assert monitor.latest is not None
+    (first,) = (each for each in monitor.latest.weights if each.name == "0")
+    assert harm.taken_by_decay(first) == pytest.approx(rate * decay, rel=0.02)
+
+
+def test_a_strong_decay_is_told_though_each_step_is_what_the_gradient_makes_of_it() -> None:
+    """With a gradient norm of 1 and a weight norm g, the decay is sqrt((step / learned)^2 - 1) / g, times the rate 0.1."""
+    start, snapshot = Start(weight(1.0, 0.01), 0, False), Snapshot(0, 0.0, ())
+    strong, usual = weight(0.5, 0.01, 0.01 * math.sqrt(1 + 0.02**2)), weight(0.5, 0.01, 0.01 * math.sqrt(1 + 0.002**2))
+    assert harm.taken_by_decay(strong) == pytest.approx(0.1 * 0.02 / 0.5, rel=1e-3)
+    assert harm.shrunk_by_decay(strong, snapshot, start) == 0.5
+    assert harm.shrunk_by_decay(usual, snapshot, start) == 1.0
 
 
 def stack(first: float, last: float, z_std: float, update: float) -> Snapshot:

@@ -160,6 +160,16 @@ def slope(record: Record, snapshot: Snapshot) -> float | None:
     return max(record.relative_derivative, record.attenuation / record.peak)
 
 
+def slope_limit_in_training(record: Record) -> float:
+    """`slope_limit`, times 1 - 1 / sqrt(units): a mean over few units swings, and that of three units which make a code is 0.2 when it is right."""
+    return slope_limit(record) * (1 - _per_units(record))
+
+
+def slope_limit_critical_in_training(record: Record) -> float:
+    """`slope_limit_critical`, times the same."""
+    return slope_limit_critical(record) * (1 - _per_units(record))
+
+
 def leaving_output(record: Record, snapshot: Snapshot) -> float | None:
     """`leaving` of what makes an output of the model."""
     return record.leaving if record.output and closes_both_ways(record) else None
@@ -290,6 +300,27 @@ def shrunk(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:
         return None
     left, learned = weight.gain / before, weight.learned_ratio / weight.update_ratio
     return left if left <= 0.1 or not 0.85 <= learned <= 1.2 else 1.0
+
+
+def shrunk_by_decay(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:
+    """What is left of the gain that a layer began with, where a decay that is added to the gradient takes 0.2 % and more off the weight in each step.
+    Usual settings take a hundredth of a percent. In the equilibrium that the weight comes to, each step is nearly what the gradient makes of it."""
+    before, taken = start.item.gain if isinstance(start.item, Weight) else None, taken_by_decay(weight)
+    if weight.whole is not None or not before or weight.gain is None or taken is None:
+        return None
+    return weight.gain / before if taken >= 2e-3 else 1.0
+
+
+def taken_by_decay(weight: Weight) -> float | None:
+    """Learning rate x weight decay, the part of a weight that a decay which is added to the gradient g takes off it in a step, before momentum.
+
+    With r = ||step|| and l = the gradient's part of it, both over ||W||, (r / l)^2 = 1 + (decay ||W|| / ||g||)^2 (optimizers.py). None where the
+    numbers are not known.
+    """
+    step, learned = weight.update_ratio, weight.learned_ratio
+    if not step or not learned or not weight.norm or weight.grad_norm is None or weight.learning_rate is None or not math.isfinite(step / learned):
+        return None
+    return weight.learning_rate * weight.grad_norm / weight.norm * math.sqrt(max(0.0, (step / learned) ** 2 - 1))
 
 
 def leaving_rows(record: Record, snapshot: Snapshot) -> float | None:

@@ -162,7 +162,7 @@ RULES: tuple[Rule, ...] = (
         ),
         compares=True,
     ),
-    Rule("saturated", harm.slope, harm.slope_limit, harm.slope_limit_critical, _says_slope, below=True),
+    Rule("saturated", harm.slope, harm.slope_limit_in_training, harm.slope_limit_critical_in_training, _says_slope, below=True),
     Rule(
         "saturated",
         harm.closed,
@@ -329,6 +329,19 @@ RULES: tuple[Rule, ...] = (
         lambda w, value, limit: (
             f"{w.name}, which feeds {', '.join(w.feeds)}, has shrunk to {percent(value)} of its first gain (limit {percent(limit)}): a step changes "
             f"it by {w.update_ratio:.1e} of itself{f', and without weight decay by {w.learned_ratio:.1e}' if w.decays else ''}"
+        ),
+        below=True,
+        over="weights",
+        compares=True,
+    ),
+    Rule(
+        "shrunk_weights",
+        harm.shrunk_by_decay,
+        0.7,
+        0.1,
+        lambda w, value, limit: (
+            f"{w.name}, which feeds {', '.join(w.feeds)}, has shrunk to {percent(value)} of its first gain (limit {percent(limit)}): weight decay "
+            f"takes {percent(harm.taken_by_decay(w) or 0.0)} off it in each step, and momentum multiplies that"
         ),
         below=True,
         over="weights",

@@ -115,8 +115,8 @@ def _of_shut(closed: list[Record], hidden: list[Record], scene: Scene) -> Term:
 
 
 def of_shrunk(alert: Alert, scene: Scene) -> list[Term]:
-    """Weights that have become small."""
-    return shrunk(scene, [weight for _, weight in scene.layers()])
+    """Weights that have become small, by as much as the rule says (a gain of 0.7 and less of the first one) or by nearly as much."""
+    return shrunk(scene, [weight for _, weight in scene.layers()], 0.75)
 
 
 def of_exploding(alert: Alert, scene: Scene) -> list[Term]:

@@ -114,12 +114,12 @@ def jumped(scene: Scene, names: Sequence[str], size: float) -> list[Term]:
     return [Term("weight_growth", size, _of_jump(jump), cure(scene, None, jump))]
 
 
-def shrunk(scene: Scene, weights: Sequence[Weight]) -> list[Term]:
-    """Layers that weight decay has made small, or a penalty in the loss."""
+def shrunk(scene: Scene, weights: Sequence[Weight], least: float = _SHRUNK) -> list[Term]:
+    """Layers that weight decay has made small, or a penalty in the loss. `least`: what is left of the gain of those that decay at the most."""
     found: list[tuple[float, Weight, float]] = []
     for weight in weights:
         known = scene.first_gain(weight.name)
-        if known and weight.gain is not None and weight.gain < (_SHRUNK if weight.decays else _GONE) * known:
+        if known and weight.gain is not None and weight.gain < (least if weight.decays else _GONE) * known:
             found.append((math.log(known / max(weight.gain, 1e-30)), weight, known))
     if not found:
         return []
