@@ -289,7 +289,7 @@ def chain(x: Tensor) -> Iterator[Compared]:
     torch.manual_seed(13)
     run = twice(Chain(), [x], ["first", "second", "last"], ["b"])
     for site, after, output in (("first", (), False), ("second", ("first",), False), ("last", ("second",), True)):
-        facts = {"after": after, "output": output, "last": output, "gate": False, "losses": ("pow",) if output else ()}
+        facts = {"after": after, "output": output, "last": output, "gate": False, "losses": ("square",) if output else ()}
         yield site, run.snapshot[site], {name: Figure(fact) for name, fact in facts.items()}
     found = {each.name: each for each in run.snapshot.weights}
     for name, feeds, data in (("a", "first", True), ("b", "second", False), ("c", "last", False)):

@@ -5,6 +5,8 @@
                                                            only those written blindly, with three seeds
     python benchmarks/faults.py --only NAME ...            those whose names contain one of these, with scores, alerts and causes of each run
     python benchmarks/faults.py --steps 20 ...             only so many steps of each: to see that everything runs
+    python benchmarks/faults.py ... --keep FILE            keep the runs, to judge them again later
+    python benchmarks/faults.py --write FILE ...           put the tables of kept runs into docs/alerts.md
 
 The scenarios stand in faults_*.py, with their sources. Those of faults_strange*.py, and later those of faults_losses*.py and faults_everyday*.py,
 were written blindly: without sight of the rules, when the limits had been tuned on all others.
@@ -43,6 +45,7 @@ import faults_stranger
 import torch
 from faults_runs import Run, Scenario, run
 from other_rules import OTHERS
+from overhead import put
 
 import torchsat
 from torchsat.diagnosis import Diagnosis
@@ -76,6 +79,7 @@ been changed since by what they showed, so that no group is unseen any more."""
 SCENARIOS: tuple[Scenario, ...] = (*TUNED, *FIRST, *SECOND)
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 HEALTHY = "healthy"
+PAGE = Path(__file__).parent.parent / "docs" / "alerts.md"
 
 
 def verdicts(snapshots: Iterable[torchsat.Snapshot]) -> list[torchsat.Alert]:
@@ -149,21 +153,54 @@ def evaluate(runs: Sequence[Run]) -> None:
 
 
 def _print_table(title: str, sound: Sequence[Run], snapshots_of: Callable[[Run], Sequence[torchsat.Snapshot]]) -> None:
-    scores: dict[str, Score] = defaultdict(Score)
-    false: list[tuple[Run, torchsat.Alert]] = []
-    for each in sound:
-        scenario, told = BY_NAME[each.scenario], verdicts(snapshots_of(each))
-        if not each.faulty:
-            scores[HEALTHY].add(told, ())
-            false += [(each, alert) for alert in told[:1]]
-            continue
-        for kind in (scenario.kind, "all"):
-            scores[kind].add(told, scenario.causes)
+    scores = scores_of(sound, snapshots_of)
+    false = [(each, alert) for each in sound if not each.faulty for alert in verdicts(snapshots_of(each))[:1]]
     print(f"\n{title:24} runs  recall  right cause  steps to tell")
     for kind, score in sorted(scores.items(), key=lambda pair: (pair[0] == HEALTHY, pair[0] == "all", pair[0])):
         print(f"{kind:23} {score}")
     for each, alert in false:
         print(f"false: {each.scenario} {each.seed}: {alert.rule} at {alert.site}, {alert.value:.3g} against {alert.threshold:.3g}, step {alert.step}")
+
+
+def scores_of(sound: Iterable[Run], snapshots_of: Callable[[Run], Sequence[torchsat.Snapshot]]) -> dict[str, Score]:
+    """The counts of each kind of fault, of all faults, and of the healthy runs."""
+    scores: dict[str, Score] = defaultdict(Score)
+    for each in sound:
+        scenario, told = BY_NAME[each.scenario], verdicts(snapshots_of(each))
+        for kind in (scenario.kind, "all") if each.faulty else (HEALTHY,):
+            scores[kind].add(told, scenario.causes)
+    return scores
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """The tables of docs/alerts.md."""
+    columns: list[tuple[str, dict[str, Score], dict[str, Score]]] = []
+    lines = list[str]()
+    for name, (_, scenarios) in GROUPS.items():
+        names = {each.name for each in scenarios}
+        group = [each for each in runs if each.scenario in names]
+        sound = [each for each in group if is_sound(group, each)]
+        columns.append((name, scores_of(sound, lambda each: each.often), scores_of(sound, lambda each: each.seldom)))
+        for rule in OTHERS:
+            known, false = ([rule in each.others for each in sound if each.faulty is faulty] for faulty in (True, False))
+            lines.append(
+                f"| {name} | {rule} | {sum(known) / max(1, len(known)):.3f} | {sum(false) / max(1, len(false)):.3f} |".replace("|a|", "\\|a\\|")
+            )
+    kinds = sorted({kind for _, often, _ in columns for kind in often}, key=lambda kind: (kind == HEALTHY, kind == "all", kind))
+    rows = [[kind, *(cell for _, often, seldom in columns for cell in _cells(kind, often, seldom))] for kind in kinds]
+    titles = ["kind of fault", *(f"{name}: {title}" for name, _, _ in columns for title in ("runs", "every=10", "defaults", "right cause"))]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in (titles, ["---"] * len(titles), *rows))
+    return f"torch {torch.__version__}\n\n{table}\n\n" + "\n".join(
+        ("| group | other rules | faults told | healthy runs with an alert |", "|---|---|---|---|", *lines)
+    )
+
+
+def _cells(kind: str, often: dict[str, Score], seldom: dict[str, Score]) -> list[str]:
+    score, late = often.get(kind), seldom.get(kind)
+    if score is None or late is None:
+        return ["-"] * 4
+    cause = "" if kind == HEALTHY or not score.found else f"{score.right / score.found:.3f}"
+    return [str(score.runs), f"{score.found / score.runs:.3f}", f"{late.found / late.runs:.3f}", cause]
 
 
 def show(runs: Sequence[Run]) -> None:
@@ -186,7 +223,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,))
     parser.add_argument("--keep", help="keep the runs in this file, or take them from it if it exists")
     parser.add_argument("--group", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="only the scenarios of these tables")
+    parser.add_argument("--write", nargs="+", metavar="FILE", help="put the tables of the runs that are kept in these files into docs/alerts.md")
     options = parser.parse_args()
+    if options.write:
+        kept = [each for file in options.write for each in pickle.loads(Path(file).read_bytes())]
+        put(markdown(kept), "faults", PAGE)
+        return
     start = time.perf_counter()
     chosen = [each for name in options.group for each in GROUPS[name][1]]
     chosen = [each for each in chosen if options.only is None or any(part in each.name for part in options.only)]

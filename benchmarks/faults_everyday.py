@@ -293,8 +293,8 @@ SCENARIOS: tuple[Scenario, ...] = (
         "prior_everywhere", "dead units", "https://github.com/kuangliu/pytorch-retinanet/issues/10", prior_everywhere, 0.8, ("dead_units",), 0.2
     ),
     Scenario(
-        *("sigmoid_on_the_shortcut", "activations", "He et al., Identity Mappings in Deep Residual Networks, 2016", sigmoid_on_the_shortcut),
+        *("sigmoid_on_the_shortcut", "depth", "He et al., Identity Mappings in Deep Residual Networks, 2016", sigmoid_on_the_shortcut),
         *(0.9, ("activation_choice",), 0.2),
     ),
-    Scenario("adam_in_half", "numbers", "https://discuss.pytorch.org/t/adam-half-precision-nans/1765", adam_in_half, 0.9, ("numeric_range",), 0.3),
+    Scenario("adam_in_half", "numeric", "https://discuss.pytorch.org/t/adam-half-precision-nans/1765", adam_in_half, 0.9, ("numeric_range",), 0.3),
 )

@@ -149,7 +149,11 @@ def test_faults(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
         first = script.verdicts(snapshots)[0]
         assert (first.rule, first.step, first.causes[0].name) == ("saturated", 2, "init_too_large")
     script.show(runs)
-    script.evaluate([replace(each, score=1.0 - each.faulty) for each in runs])
+    scored = [replace(each, score=1.0 - each.faulty) for each in runs]
+    script.evaluate(scored)
+    table = script.markdown(scored)
+    assert "| initialisation | - | - | - | - | - | - | - | - | 1 | 1.000 | 1.000 | 1.000 |" in table
+    assert "| healthy | - | - | - | - | - | - | - | - | 1 | 0.000 | 0.000 |  |" in table
     printed = capsys.readouterr().out
     assert re.search(r"^initialisation +1 +1.000 +1.000 +2$", printed, re.MULTILINE)
     assert re.search(r"^healthy +1 +0.000$", printed, re.MULTILINE)

@@ -30,7 +30,7 @@ def of_a_categorical(a: Tensor) -> Tensor:
 TAKEN: tuple[tuple[nn.Module, Loss, tuple[str, ...]], ...] = (
     (nn.Softmax(1), lambda a: F.cross_entropy(a, CLASSES), ("log_softmax",)),
     (nn.Softmax(1), lambda a: F.nll_loss(a, CLASSES), ("nll_loss",)),
-    (nn.Softmax(1), of_a_categorical, ("logsumexp",)),
+    (nn.Softmax(1), of_a_categorical, ("sub of several signals", "logsumexp")),
     (nn.Sigmoid(), lambda a: F.cross_entropy(a.view(2, 3, 4).flatten(0, 1), CLASSES), ("log_softmax",)),
     (nn.Sigmoid(), lambda a: F.cross_entropy(a.view(1, 6, 2, 2).permute(0, 2, 1, 3)[:, :, :, 0], CLASSES[None] % 2), ("log_softmax",)),
     (
@@ -43,14 +43,15 @@ TAKEN: tuple[tuple[nn.Module, Loss, tuple[str, ...]], ...] = (
     (nn.Sigmoid(), lambda a: F.mse_loss(a, VALUES) + F.binary_cross_entropy(a, VALUES.sigmoid()), ("mse_loss", "binary_cross_entropy")),
     (nn.Sigmoid(), lambda a: F.smooth_l1_loss(a.clone()[a > 0.2], VALUES[0, 0].expand(int((a > 0.2).sum()))), ("smooth_l1_loss",)),
     (nn.Tanh(), lambda a: F.huber_loss(a, VALUES), ("huber_loss",)),
-    (nn.Tanh(), squared_by_hand, ("pow",)),
-    # The logits of the first two are bounded on purpose: they are scaled before the loss takes them.
-    (nn.Tanh(), lambda a: F.cross_entropy(10 * a, CLASSES), ()),
-    (nn.Tanh(), lambda a: F.cross_entropy(a / 0.07, CLASSES), ()),
-    (nn.Tanh(), lambda a: (a - VALUES).abs().mean(), ()),
-    (nn.Tanh(), lambda a: (a**3).mean(), ()),
-    (nn.Softmax(1), lambda a: F.nll_loss(a.log(), CLASSES), ()),
-    (nn.Tanh(), lambda a: F.mse_loss(a[:3], a[3:]), ()),
+    (nn.Tanh(), squared_by_hand, ("square",)),
+    # The logits of these two are bounded on purpose: they are scaled before the loss takes them.
+    (nn.Tanh(), lambda a: F.cross_entropy(10 * a, CLASSES), ("log_softmax of scaled values",)),
+    (nn.Tanh(), lambda a: F.cross_entropy(a / 0.07, CLASSES), ("log_softmax of scaled values",)),
+    (nn.Tanh(), lambda a: (a - VALUES).abs().mean(), ("abs of scaled values",)),
+    (nn.Tanh(), lambda a: (a**3).mean(), ("pow",)),
+    (nn.Softmax(1), lambda a: F.nll_loss(a.log(), CLASSES), ("log",)),
+    (nn.Tanh(), lambda a: F.mse_loss(a[:3], a[3:]), ("mse_loss of several signals",)),
+    (nn.Tanh(), lambda a: F.mse_loss(a, VALUES) + (a.exp() * a).mean(), ("mse_loss", "mul of several signals", "exp")),
 )
 
 
@@ -101,7 +102,7 @@ def test_a_loss_that_the_model_computes_itself_is_found() -> None:
 
 def test_what_another_network_makes_of_an_output_is_no_loss_of_it() -> None:
     critic = nn.Linear(4, 1)
-    assert trained(lambda a: (critic(a) ** 2).mean(), nn.Tanh())["3"].losses == ()
+    assert trained(lambda a: (critic(a) ** 2).mean(), nn.Tanh())["3"].losses == ("addmm of several signals",)
 
 
 def bounded(losses: tuple[str, ...], low: float, high: float, **given: Any) -> Record:
@@ -133,6 +134,7 @@ def test_an_output_is_asked_beyond_its_range_where_the_gradient_of_a_square_does
     assert told(replace(asked, grad_a_rms=0.2)) == []
     assert told(replace(asked, blocked=0.11)) == []
     # A critic, or a cross-entropy of probabilities, asks for more where the output is right.
+    assert told(replace(asked, losses=("mse_loss", "addmm"))) == []
     assert told(replace(asked, losses=())) == told(replace(asked, losses=("binary_cross_entropy",))) == []
 
 

@@ -192,7 +192,8 @@ def beyond_range(record: Record, snapshot: Snapshot, start: Start) -> float | No
     falls to 0 as an output comes near to its target, so that this part is asked for by targets beyond the range of the function.
 
     0 where the gradient there has fallen: where all elements are sure, what little is left of it pushes them on. Targets within the range leave an
-    element on a plateau no more than a twentieth of the gradient that the elements had at the first observation.
+    element on a plateau no more than a twentieth of the gradient that the elements had at the first observation. 0 too where less than a tenth of
+    the elements is there: outliers among the targets are no fault of the function.
     """
     first = start.item.grad_a_rms if isinstance(start.item, Record) else None
     has_plateau = closes_both_ways(record) or _is_linear_in_pieces(record)
@@ -201,7 +202,7 @@ def beyond_range(record: Record, snapshot: Snapshot, start: Start) -> float | No
     if not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
         return None
     content, saturated = record.blocked - record.trapped, record.saturated or 1.0
-    insists = content / saturated * record.grad_a_rms >= 0.25 * first
+    insists = saturated >= 0.1 and content / saturated * record.grad_a_rms >= 0.25 * first
     return content if insists else 0.0
 
 
@@ -274,8 +275,8 @@ def closed(record: Record, snapshot: Snapshot) -> float | None:
 
 def stuck(record: Record, snapshot: Snapshot) -> float | None:
     """`stuck`, where most of the demand falls to elements on a plateau. How many samples a unit takes is decided where it is measured
-    (transport/windows.py). Healthy rectifiers have a half of their units dead, and at a high rate three quarters, but then the others carry the
-    demand."""
+    (transport/windows.py). Healthy rectifiers have a half of their units dead, sparse codes and those at a high rate up to three
+    quarters, but then the others carry the demand."""
     if record.output or record.gate or not record.units or record.stuck is None:
         return None
     is_harmful = record.blocked is None or (record.blocked >= 0.6 and not (is_hidden(record) and is_content(record)))
@@ -283,8 +284,8 @@ def stuck(record: Record, snapshot: Snapshot) -> float | None:
 
 
 def stuck_limit(record: Record) -> float:
-    """65 % of the units, and by the 95 % bound of a share of so many units more."""
-    return min(0.95, 0.65 + 1.645 * math.sqrt(0.65 * 0.35) * _per_units(record))
+    """75 % of the units, and by the 95 % bound of a share of so many units more."""
+    return min(0.95, 0.75 + 1.645 * math.sqrt(0.75 * 0.25) * _per_units(record))
 
 
 def stuck_limit_critical(record: Record) -> float:

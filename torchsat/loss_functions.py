@@ -18,7 +18,7 @@ OF_LOGITS: Mapping[str, str] = {
 """They take logits, or logarithms of probabilities. With each comes what it does to them, as it is told."""
 OF_PROBABILITIES = ("binary_cross_entropy",)
 """They take probabilities."""
-OF_SQUARES = ("mse_loss", "huber_loss", "smooth_l1_loss", "pow")
+OF_SQUARES = ("mse_loss", "huber_loss", "smooth_l1_loss", "square")
 """They square the distance from a target. Huber's loss grows with the distance alone beyond its middle."""
 
 
@@ -34,5 +34,6 @@ def takes_probabilities(record: Record) -> bool:
 
 
 def takes_squares(record: Record) -> bool:
-    """Whether a function of the loss squares the distance of an output from a target. Its gradient is 0 where the target is reached."""
-    return not set(OF_SQUARES).isdisjoint(record.losses)
+    """Whether the loss squares the distance of an output from a target, and nothing else takes the output. Its gradient is 0 where the target is
+    reached."""
+    return bool(record.losses) and set(record.losses) <= set(OF_SQUARES)

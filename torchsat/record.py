@@ -85,9 +85,9 @@ class SiteFacts:
     """Whether the output of the model is computed from it with no other site between. Where the output was not seen, as in a model that is used by
     its methods, only a site that no other one follows is known to be such a site; of a pipeline, only one in its last stage."""
     losses: tuple[str, ...] = field(default=(), kw_only=True)
-    """The functions of the loss that take its output as it is, or shifted and scaled, as `torch.nn.functional` calls them: those that take logits
-    (`log_softmax`, which is the first half of `cross_entropy`, `binary_cross_entropy_with_logits`, ...), `binary_cross_entropy`, and squares
-    (`mse_loss`, `huber_loss`, `smooth_l1_loss`, `pow`). Other functions are not told."""
+    """Of an output of the model, the functions of the loss that take it, as `torch.nn.functional` calls them: `log_softmax`, which is the first half
+    of `cross_entropy`, `binary_cross_entropy`, `mse_loss`, `square`, ... Behind the name stands "of scaled values" where a loss that is not of
+    squares takes it shifted or scaled, and "of several signals" where it is not all that the function takes."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Where the limits come from:
 - The limits of the gradient are the range of float16.
 - Attention has collapsed when each query looks at a single key (Zhai et al. 2023), and not at the one that the gradient asks for. Where no gradient
   is seen, the entropy tells: heads that put four fifths of their weight on the first key are common in healthy models, and theirs is near 0.27.
-- A rectifier is sparse by design: networks with 90 % zeros train well, and healthy ones have up to half of their units dead. Of functions with one
+- A rectifier is sparse by design: networks with 90 % zeros train well, and healthy ones have half of their units dead. Of functions with one
   plateau only stuck units and a layer that is closed as a whole are reported.
 """
 
@@ -197,8 +197,8 @@ RULES: tuple[Rule, ...] = (
         0.1,
         None,
         lambda r, value, limit: (
-            f"{r.site} ({r.activation}), an output, is asked for values beyond its range: {percent(value)} of the gradient's demand pushes elements "
-            f"further that lie on a plateau (limit {percent(limit)})"
+            f"{r.site} ({r.activation}), an output, is asked for values beyond its range: {percent(value)} of the gradient's demand pushes elements on a "
+            f"plateau further (limit {percent(limit)})"
         ),
         compares=True,
     ),

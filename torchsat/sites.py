@@ -143,7 +143,7 @@ class Site:
     output: bool = False
     """Whether it computes an output of the model. This is decided once the structure is known (`Lineage.conclude`)."""
     losses: dict[str, None] = field(default_factory=dict)
-    """Names of the functions of the loss that take its output as it is (observe/loss.py). The dict serves as an ordered set."""
+    """Names of the functions of the loss that take its output (observe/loss.py). The dict serves as an ordered set."""
     decided: bool = False
     """Whether the fields above that describe its place in the model have been filled in."""
     multiplies: bool = False
@@ -185,7 +185,7 @@ class Site:
             normal_high=constants.normal_high if constants else None,
             normal_derivative=constants.normal_derivative if constants else None,
             last=self.last,
-            losses=tuple(self.losses),
+            losses=tuple(self.losses) if self.output else (),
         )
 
 

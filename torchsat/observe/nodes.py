@@ -113,12 +113,12 @@ def unaccounted(node: Node) -> tuple[str, str] | None:
     if kind == "Div" and _divisor(node) is None:
         return None
     reason = SELECTION if kind in _SELECTIONS else STEP if kind in _STEPS else UNMEASURED
-    return _spelled("square" if _is_square(node) else kind), reason
+    return spelled("square" if _is_square(node) else kind), reason
 
 
 def chosen(node: Node) -> tuple[str, str]:
     """The same for a node that keeps or drops elements by a condition which was computed from a signal."""
-    return _spelled(kind_of(node)), SELECTION
+    return spelled(kind_of(node)), SELECTION
 
 
 def is_generic(node: Node) -> bool:
@@ -179,7 +179,7 @@ def _is_square(node: Node) -> bool:
     return kind_of(node) == "Mul" and len(inputs) == 2 and inputs[0] == inputs[1] and inputs[0][0] is not None
 
 
-def _spelled(kind: str) -> str:
+def spelled(kind: str) -> str:
     """The name of a function as torch spells it: `log_softmax` for LogSoftmax. Only characters of a place are left."""
     if kind.startswith("Clamp"):
         return "clamp"
