@@ -197,8 +197,8 @@ RULES: tuple[Rule, ...] = (
         0.1,
         None,
         lambda r, value, limit: (
-            f"{r.site} ({r.activation}), an output, is asked for values beyond its range: {percent(value)} of the gradient's demand pushes elements on a "
-            f"plateau further (limit {percent(limit)})"
+            f"{r.site} ({r.activation}), an output, is asked for values beyond its range: {percent(value)} of the gradient's demand pushes elements "
+            f"on a plateau further (limit {percent(limit)})"
         ),
         compares=True,
     ),
