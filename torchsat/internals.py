@@ -194,8 +194,9 @@ def objectives() -> list[Node]:
     return [each.grad_fn for each in tensors if isinstance(each, Tensor) and each.grad_fn is not None]
 
 
-_DIFFERENTIATED = {torch.autograd.backward.__code__: "tensors", torch.autograd.grad.__code__: "outputs"}
-"""The functions that begin a backward, and how they call what is differentiated."""
+_BEGINS = ((torch.autograd.backward, "tensors"), (torch.autograd.grad, "outputs"))
+_DIFFERENTIATED = {function.__code__: name for function, name in _BEGINS if hasattr(function, "__code__")}
+"""The functions that begin a backward, and how they call what is differentiated. What another library has put in their place may be no function."""
 
 
 class Accumulation(Enum):
