@@ -168,7 +168,7 @@ def scores_of(sound: Iterable[Run], snapshots_of: Callable[[Run], Sequence[torch
     for each in sound:
         scenario, told = BY_NAME[each.scenario], verdicts(snapshots_of(each))
         for kind in (scenario.kind, "all") if each.faulty else (HEALTHY,):
-            scores[kind].add(told, scenario.causes)
+            scores[kind].add(told, scenario.causes if each.faulty else ())
     return scores
 
 
