@@ -157,6 +157,17 @@ def negative_targets(last: nn.Module) -> Task:
     return Task(model, torch.optim.Adam(model.parameters(), 1e-2), x, y / y.std(), nn.functional.mse_loss)
 
 
+def decayed_norms() -> Task:
+    """Two groups of AdamW that have been exchanged: the weights of the norms decay, and the matrices do not."""
+    model = nn.Sequential()
+    for _ in range(3):
+        model.extend((nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU()))
+    model.append(nn.Linear(64, 10))
+    matrices, others = ([each for each in model.parameters() if (each.dim() > 1) is which] for which in (True, False))
+    groups = [{"params": others, "weight_decay": 30.0}, {"params": matrices, "weight_decay": 0.0}]
+    return Task(model, torch.optim.AdamW(groups, 3e-3), *digits())
+
+
 CASES: tuple[Case, ...] = (
     Case("tanh, inputs shifted by 20", ("inputs_uncentred",), lambda: task(stack(nn.Tanh), digits(offset=20))),
     Case("relu, inputs shifted by 20", ("inputs_uncentred",), lambda: task(stack(nn.ReLU), digits(offset=20))),
@@ -203,5 +214,6 @@ CASES: tuple[Case, ...] = (
     Case("attention, logits too large", ("softmax_logits",), lambda: task(Attending(30.0), digits(), adam, 3e-3)),
     Case("tanh, weight decay of 30", ("weight_decay",), lambda: task(stack(nn.Tanh, 6), digits(), adam, 3e-3, weight_decay=30.0)),
     Case("relu, SGD with weight decay of 0.3", ("weight_decay",), lambda: task(stack(nn.ReLU, 6), digits(), sgd, 0.05, weight_decay=0.3)),
+    Case("norms with a weight decay of 30", ("weight_decay",), decayed_norms),
     Case("relu, SGD with weight decay of 1", ("weight_decay",), lambda: task(stack(nn.ReLU, 6), digits(), sgd, 0.05, weight_decay=1.0)),
 )

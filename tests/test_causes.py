@@ -282,7 +282,8 @@ def drawn(kind: type, names: dict[str, object], numbers: random.Random) -> objec
 
 
 @pytest.mark.parametrize(
-    "rule", ["saturated", "stuck_units", "vanishing_gradient", "exploding_gradient", "frozen_weights", "shrunk_weights", "nonfinite", "mine"]
+    "rule",
+    ["saturated", "stuck_units", "vanishing_gradient", "exploding_gradient", "frozen_weights", "shrunk_weights", "faded_input", "nonfinite", "mine"],
 )
 def test_no_numbers_make_an_explanation_fail(rule: str) -> None:
     numbers = random.Random(0)

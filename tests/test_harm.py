@@ -161,6 +161,23 @@ def test_a_strong_decay_is_told_though_each_step_is_what_the_gradient_makes_of_i
     assert harm.shrunk_by_decay(usual, snapshot, start) == 1.0
 
 
+def test_an_input_that_has_faded_is_told() -> None:
+    """The weights of the norm decay by 9 % a step (a rate of 3e-3 times a decay of 30), so that the input has a tenth of its size at step 25."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 4))
+    matrices, others = ([each for each in model.parameters() if (each.dim() > 1) is which] for which in (True, False))
+    optimizer = torch.optim.AdamW([{"params": others, "weight_decay": 30.0}, {"params": matrices, "weight_decay": 0.0}], 3e-3)
+    x, y = torch.randn(64, 16), torch.randint(4, (64,))
+    with torchsat.watch(model, every=5, errors="raise") as monitor:
+        for _ in range(60):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    (alert,) = monitor.alerts
+    assert (alert.rule, alert.site, [cause.name for cause in alert.causes]) == ("faded_input", "2", ["weight_decay"])
+    assert 20 <= alert.since <= 35
+
+
 def stack(first: float, last: float, z_std: float, update: float) -> Snapshot:
     sites = [
         hidden(0.0, 0.0, 0.0, site=f"act{at}", after=(f"act{at - 1}",) if at else (), grad_z_rms=norm, z_std=z_std)

@@ -23,6 +23,7 @@ ADJECTIVE = {
     "exploding_gradient": "flooded with gradient",
     "frozen_weights": "frozen",
     "shrunk_weights": "shrunk",
+    "faded_input": "short of input",
     "attention_collapse": "collapsed",
     "bounded_logits": "bounding its logits",
     "nonfinite": "non-finite",

@@ -28,6 +28,7 @@ RANK: Mapping[str, int] = {
     "attention_collapse": 1,
     "bounded_logits": 1,
     "shrunk_weights": 1,
+    "faded_input": 1,
     "exploding_gradient": 2,
     "vanishing_gradient": 2,
     "frozen_weights": 3,

@@ -312,6 +312,15 @@ def shrunk_by_decay(weight: Weight, snapshot: Snapshot, start: Start) -> float |
     return weight.gain / before if taken >= 2e-3 else 1.0
 
 
+def faded_input(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:
+    """What is left of the rms of the input that a layer began with, where the model makes that input. Healthy layers keep a seventh and more, even
+    those of a critic whose weights are clipped."""
+    before = start.item.input_rms if isinstance(start.item, Weight) else None
+    if weight.whole is not None or weight.data or not before or weight.input_rms is None:
+        return None
+    return weight.input_rms / before
+
+
 def taken_by_decay(weight: Weight) -> float | None:
     """Learning rate x weight decay, the part of a weight that a decay which is added to the gradient g takes off it in a step, before momentum.
 

@@ -348,6 +348,19 @@ RULES: tuple[Rule, ...] = (
         compares=True,
     ),
     Rule(
+        "faded_input",
+        harm.faded_input,
+        0.1,
+        0.01,
+        lambda w, value, limit: (
+            f"{w.name}, which feeds {', '.join(w.feeds)}, has lost its input: its rms is {w.input_rms:.3g}, {percent(value)} of what it was at the "
+            f"first observation (limit {percent(limit)})"
+        ),
+        below=True,
+        over="weights",
+        compares=True,
+    ),
+    Rule(
         "attention_collapse",
         _attention_entropy,
         0.15,

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from torchsat.causes import advice
 from torchsat.causes.closed import of_closed
-from torchsat.causes.gradient import of_exploding, of_nonfinite, of_shrunk, of_vanishing
+from torchsat.causes.gradient import of_exploding, of_faded, of_nonfinite, of_shrunk, of_vanishing
 from torchsat.causes.outputs import of_attention, of_logits, of_size
 from torchsat.causes.scene import Moment, Scene, Term, remember, upstream_of
 from torchsat.record import Alert, Cause
@@ -78,6 +78,7 @@ _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {
     "vanishing_gradient": of_vanishing,
     "frozen_weights": of_vanishing,
     "shrunk_weights": of_shrunk,
+    "faded_input": of_faded,
     "exploding_gradient": of_exploding,
     "nonfinite": of_nonfinite,
     "attention_collapse": of_attention,

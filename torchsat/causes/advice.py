@@ -167,6 +167,16 @@ def decay_less() -> str:
     )
 
 
+def spare_scales() -> str:
+    """Against weight decay of scales."""
+    return with_code(
+        "give no weight decay to the weights of norms, to biases and to embeddings: put them into a group of the optimizer of their own",
+        "for group in optimizer.param_groups:",
+        '    if all(each.dim() < 2 for each in group["params"]):',
+        '        group["weight_decay"] = 0.0',
+    )
+
+
 def linear_output(record: Record) -> str:
     """An output whose targets lie beyond its range."""
     sentence = f"scale the targets into the range of {record.activation}, or leave the output linear {place_of(record)}"

@@ -119,6 +119,24 @@ def of_shrunk(alert: Alert, scene: Scene) -> list[Term]:
     return shrunk(scene, [weight for _, weight in scene.layers()], 0.75)
 
 
+def of_faded(alert: Alert, scene: Scene) -> list[Term]:
+    """An input that the model makes has faded: layers before it have shrunk, units there are shut, or a scale between them has become small."""
+    weight = next((each for each in scene.now.weights if each.name == alert.site), None)
+    start = next((each for each in scene.first.weights if each.name == alert.site), None)
+    terms = of_shrunk(alert, scene)
+    if terms or weight is None or start is None or weight.input_rms is None or start.input_rms is None:
+        return terms
+    hidden = [record for record in scene.now.records if on_signal_path(record)]
+    closed = [record for record in hidden if record.tails in ("low", "high") and (record.saturated or 0.0) > 0.7]
+    if closed:
+        return [_of_shut(closed, hidden, scene)]
+    evidence = (
+        f"the input of {spoken(weight.name)} has fallen from an rms of {start.input_rms:.3g} to {weight.input_rms:.3g}, and no layer has shrunk or "
+        "is shut: scales that are not measured have become small, such as the weights of norms"
+    )
+    return [Term("weight_decay", 1.0, evidence, advice.spare_scales())]
+
+
 def of_exploding(alert: Alert, scene: Scene) -> list[Term]:
     """The gradient grows on its way back, by weights that are or have become too large, or by the size of the signal."""
     terms: list[Term] = []
