@@ -191,13 +191,13 @@ def test_the_origin_is_where_it_began_and_not_whose_patience_ran_out_first() -> 
     """Stuck units are judged without patience. Where the layer before them was saturated no later, it is the origin, though it does not fire yet."""
 
     def at(step: int, first: float) -> Snapshot:
-        return Snapshot(step, 0.0, (closed("h0", first), closed("h1", FINE, "h0", units=64, stuck=0.9)))
+        return Snapshot(step, 0.0, (closed("h0", first), closed("h1", FINE, "h0", units=64, stuck=0.95)))
 
     teller = Teller()
     assert teller.feed(at(step, 0.6) for step in range(6)) == [(0, "h0", True)]
     assert teller.told[0].rule == "saturated"
     assert teller.told[0].message.startswith("h0 (tanh) is saturated: 60 %")
-    assert ", since step 0. Also h1 (tanh): 90 % of its 64 units are stuck on a plateau" in teller.told[0].message
+    assert ", since step 0. Also h1 (tanh): 95.0 % of its 64 units are stuck on a plateau" in teller.told[0].message
     (alert,) = teller.diagnosis.firing
     assert alert.message.startswith("h0 (tanh) is saturated: 60 %")
     # A layer that is saturated later is not the origin.

@@ -413,12 +413,12 @@ def test_ranks_tell_each_other_step_interval_and_change() -> None:
 
 def test_layouts_join() -> None:
     first = Parts(
-        {"a": SitePart(site_facts("a", after=("x",)), span=Span(4)), "b": SitePart(site_facts("b"), span=Span(4))},
+        {"a": SitePart(site_facts("a", after=("x",), losses=("mse_loss",)), span=Span(4)), "b": SitePart(site_facts("b"), span=Span(4))},
         {"l": LayerPart(layer_facts("l", feeds=("a",)), features=3), "m": LayerPart(layer_facts("m"), features=3)},
     )
     second = Parts(
         {
-            "a": SitePart(site_facts("a", after=("y", "x")), span=Span(4)),
+            "a": SitePart(site_facts("a", after=("y", "x"), losses=("square",)), span=Span(4)),
             "b": SitePart(site_facts("b"), span=Span(5)),
             "c": SitePart(site_facts("c")),
         },
@@ -431,7 +431,7 @@ def test_layouts_join() -> None:
     layout = joined([first, first, second])
     assert layout.shared
     assert list(layout.sites) == ["a", "b", "c"]
-    assert layout.sites["a"] == SiteEntry(site_facts("a", after=("x", "y")), 4)
+    assert layout.sites["a"] == SiteEntry(site_facts("a", after=("x", "y"), losses=("mse_loss", "square")), 4)
     # Ranks disagree about the units of b, and c has no fixed number of them.
     assert layout.sites["b"] == SiteEntry(site_facts("b", units=None), None)
     assert layout.sites["c"] == SiteEntry(site_facts("c", units=None), None)

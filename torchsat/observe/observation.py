@@ -320,7 +320,7 @@ class Observation:
         facts, leaves = site.facts(), False
         if self._stages and (facts.output or facts.last) and not self._stage_object(name).is_last:
             # An output of a stage that is not the last one is no output of the model.
-            facts, leaves = dataclasses.replace(facts, output=False, last=False), facts.output
+            facts, leaves = dataclasses.replace(facts, output=False, last=False, losses=()), facts.output
         return SitePart(facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves)
 
     def _report_failures(self) -> None:

@@ -10,6 +10,7 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torchsat.columns import BLOCK, FEATURES, HEADS, MAXES, SUMS, WEIGHT
 from torchsat.parts import LayerPart, Parts, SitePart
@@ -120,10 +121,10 @@ class Layout:
         for rank, text in texts.items():
             told = json.loads(text)
             for name, given in told["sites"].items():
-                site = SiteEntry(**{**given, "facts": SiteFacts(**{**given["facts"], "after": tuple(given["facts"]["after"])})})
+                site = SiteEntry(**{**given, "facts": SiteFacts(**_tuples(given["facts"]))})
                 sites[name] = _join_sites(sites[name], site) if name in sites else site
             for name, given in told["layers"].items():
-                layer = LayerEntry(**{**given, "facts": LayerFacts(**{**given["facts"], "feeds": tuple(given["facts"]["feeds"])})})
+                layer = LayerEntry(**{**given, "facts": LayerFacts(**_tuples(given["facts"]))})
                 layers[name] = _join_layers(layers[name], layer) if name in layers else layer
                 owners.setdefault(name, rank)
         sites = dict(sorted(sites.items(), key=lambda item: item[1].stage or 0))
@@ -200,11 +201,21 @@ def _site_of_all(part: SitePart) -> SiteEntry:
     return SiteEntry(replace(facts, units=part.span.count), part.span.count, None, part.stage, part.leaves)
 
 
+def _tuples(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts with the tuples that JSON has made lists of."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+
+
 def _join_sites(known: SiteEntry, new: SiteEntry) -> SiteEntry:
     """Join the entries of one site on two ranks. It comes after all sites that it follows on either rank; where the ranks disagree about its number
     of units or heads, it has none."""
     units, heads = (one if one == other else None for one, other in ((known.units, new.units), (known.heads, new.heads)))
-    facts = replace(known.facts, after=_union(known.facts.after, new.facts.after), units=known.facts.units if known.units == new.units else None)
+    facts = replace(
+        known.facts,
+        after=_union(known.facts.after, new.facts.after),
+        losses=_union(known.facts.losses, new.facts.losses),
+        units=known.facts.units if known.units == new.units else None,
+    )
     return replace(known, facts=facts, units=units, heads=heads)
 
 
