@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 
-from torchsat.loss_functions import takes_logits, takes_probabilities, takes_squares
+from torchsat.loss_functions import still_asks, takes_logits, takes_probabilities, takes_squares
 from torchsat.record import Record, Snapshot, Weight, normal_saturated
 from torchsat.start import LONG, Start, came_trained
 
@@ -201,9 +201,7 @@ def beyond_range(record: Record, snapshot: Snapshot, start: Start) -> float | No
         return None
     if not first or record.grad_a_rms is None or record.blocked is None or record.trapped is None:
         return None
-    content, saturated = record.blocked - record.trapped, record.saturated or 1.0
-    insists = saturated >= 0.1 and content / saturated * record.grad_a_rms >= 0.25 * first
-    return content if insists else 0.0
+    return record.blocked - record.trapped if (record.saturated or 1.0) >= 0.1 and still_asks(record, first) else 0.0
 
 
 def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | None:
@@ -296,20 +294,26 @@ def stuck_limit_critical(record: Record) -> float:
 def shrunk(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:
     """What is left of the gain that a layer began with, where weight decay is the reason: a step is far from what the gradient makes of it, since
     decay takes away what is learned, or is all that there is. Where less than a tenth is left, the reason may be a penalty in the loss."""
-    before = start.item.gain if isinstance(start.item, Weight) else None
-    if weight.whole is not None or not before or weight.gain is None or weight.learned_ratio is None or not weight.update_ratio:
+    left = _left_of_gain(weight, start)
+    if left is None or weight.learned_ratio is None or not weight.update_ratio:
         return None
-    left, learned = weight.gain / before, weight.learned_ratio / weight.update_ratio
+    learned = weight.learned_ratio / weight.update_ratio
     return left if left <= 0.1 or not 0.85 <= learned <= 1.2 else 1.0
 
 
 def shrunk_by_decay(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:
     """What is left of the gain that a layer began with, where a decay that is added to the gradient takes 0.2 % and more off the weight in each step.
     Usual settings take a hundredth of a percent. In the equilibrium that the weight comes to, each step is nearly what the gradient makes of it."""
-    before, taken = start.item.gain if isinstance(start.item, Weight) else None, taken_by_decay(weight)
-    if weight.whole is not None or not before or weight.gain is None or taken is None:
+    left, taken = _left_of_gain(weight, start), taken_by_decay(weight)
+    if left is None or taken is None:
         return None
-    return weight.gain / before if taken >= 2e-3 else 1.0
+    return left if taken >= 2e-3 else 1.0
+
+
+def _left_of_gain(weight: Weight, start: Start) -> float | None:
+    """The gain of a layer over the one that it began with; None for a part of a layer, and where it is not known."""
+    before = start.item.gain if isinstance(start.item, Weight) else None
+    return None if weight.whole is not None or not before or weight.gain is None else weight.gain / before
 
 
 def faded_input(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:

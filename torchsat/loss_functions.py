@@ -37,3 +37,11 @@ def takes_squares(record: Record) -> bool:
     """Whether the loss squares the distance of an output from a target, and nothing else takes the output. Its gradient is 0 where the target is
     reached."""
     return bool(record.losses) and set(record.losses) <= set(OF_SQUARES)
+
+
+def still_asks(record: Record, first: float) -> bool:
+    """Whether an element on a plateau that is asked to go on there still gets a quarter of `first`, the gradient rms that the elements of the site
+    had at the first observation. Under a loss of squares, targets within the range leave it no more than a twentieth."""
+    if record.blocked is None or record.trapped is None or record.grad_a_rms is None:
+        return False
+    return (record.blocked - record.trapped) / (record.saturated or 1.0) * record.grad_a_rms >= 0.25 * first

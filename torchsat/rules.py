@@ -111,6 +111,10 @@ def _says_slope(record: Record, value: float, limit: float) -> str:
     )
 
 
+def _says_shrunk(weight: Weight, value: float, limit: float) -> str:
+    return f"{weight.name}, which feeds {', '.join(weight.feeds)}, has shrunk to {percent(value)} of its first gain (limit {percent(limit)})"
+
+
 def _says_gates_at_start(record: Record, value: float, limit: float) -> str:
     return (
         f"{record.site.rpartition('/')[0]} is saturated before it has learned anything: at least {percent(value)} of the inputs of each of its gates "
@@ -327,8 +331,8 @@ RULES: tuple[Rule, ...] = (
         0.5,
         0.1,
         lambda w, value, limit: (
-            f"{w.name}, which feeds {', '.join(w.feeds)}, has shrunk to {percent(value)} of its first gain (limit {percent(limit)}): a step changes "
-            f"it by {w.update_ratio:.1e} of itself{f', and without weight decay by {w.learned_ratio:.1e}' if w.decays else ''}"
+            f"{_says_shrunk(w, value, limit)}: a step changes it by "
+            f"{w.update_ratio:.1e} of itself{f', and without weight decay by {w.learned_ratio:.1e}' if w.decays else ''}"
         ),
         below=True,
         over="weights",
@@ -340,8 +344,8 @@ RULES: tuple[Rule, ...] = (
         0.7,
         0.1,
         lambda w, value, limit: (
-            f"{w.name}, which feeds {', '.join(w.feeds)}, has shrunk to {percent(value)} of its first gain (limit {percent(limit)}): weight decay "
-            f"takes {percent(harm.taken_by_decay(w) or 0.0)} off it in each step, and momentum multiplies that"
+            f"{_says_shrunk(w, value, limit)}: weight decay takes "
+            f"{percent(harm.taken_by_decay(w) or 0.0)} off it in each step, and momentum multiplies that"
         ),
         below=True,
         over="weights",

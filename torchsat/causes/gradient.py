@@ -33,7 +33,7 @@ def of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
         return [_of_nothing(len(arrives))]
     hidden = [record for record in scene.now.records if on_signal_path(record)]
     terms = [*_of_flat(hidden, scene), *_of_small(hidden, scene), *shrunk(scene, [weight for _, weight in scene.layers()])]
-    closed = [record for record in hidden if record.tails in ("low", "high") and (record.saturated or 0.0) > 0.7]
+    closed = _closed(hidden)
     if closed:
         known = {term.cause for term in terms}
         worst = max(closed, key=lambda record: record.saturated or 0.0)
@@ -107,6 +107,11 @@ def _coming(record: Record, scene: Scene) -> str:
     return f", where {spoken(source.site)} gives {source.a_mean:.3g} +- {source.a_std:.3g}"
 
 
+def _closed(hidden: list[Record]) -> list[Record]:
+    """The sites with one plateau that have most of their elements on it."""
+    return [record for record in hidden if record.tails in ("low", "high") and (record.saturated or 0.0) > 0.7]
+
+
 def _of_shut(closed: list[Record], hidden: list[Record], scene: Scene) -> Term:
     record = max(closed, key=lambda each: each.saturated or 0.0)
     most = f"{percent(record.saturated or 0.0)} of {spoken(record.site)} lie on its plateau"
@@ -127,7 +132,7 @@ def of_faded(alert: Alert, scene: Scene) -> list[Term]:
     if terms or weight is None or start is None or weight.input_rms is None or start.input_rms is None:
         return terms
     hidden = [record for record in scene.now.records if on_signal_path(record)]
-    closed = [record for record in hidden if record.tails in ("low", "high") and (record.saturated or 0.0) > 0.7]
+    closed = _closed(hidden)
     if closed:
         return [_of_shut(closed, hidden, scene)]
     evidence = (

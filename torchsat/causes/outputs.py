@@ -16,7 +16,7 @@ from torchsat.causes.growth import GROWN, grown
 from torchsat.causes.scene import HOT, Scene, Term, is_shifted
 from torchsat.causes.size import LARGE, of_z
 from torchsat.expressions import spoken
-from torchsat.loss_functions import OF_LOGITS, takes_squares
+from torchsat.loss_functions import OF_LOGITS, still_asks, takes_squares
 from torchsat.percent import percent
 from torchsat.record import Alert, Record
 
@@ -83,11 +83,8 @@ def _is_asked_beyond_range(record: Record, scene: Scene) -> bool:
     blocked, trapped = record.blocked, record.trapped
     if start is None or not start.grad_a_rms or record.grad_a_rms is None or blocked is None or trapped is None:
         return False
-    if takes_squares(record):
-        # The gradient of a square is 0 where the target is reached, so that the rest is asked for by targets that cannot be.
-        content = blocked - trapped
-        if content > trapped and content / (record.saturated or 1.0) * record.grad_a_rms > 0.25 * start.grad_a_rms:
-            return True
+    if takes_squares(record) and blocked - trapped > trapped and still_asks(record, start.grad_a_rms):
+        return True
     if not scene.started or blocked < 0.5:
         return False
     # A rectifier has elements that it has thrown to 0 beside those that are asked for less than 0.
