@@ -23,7 +23,7 @@ from torchsat.judge import Judge
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.process import undisturbed
-from torchsat.record import Alert, Coverage, Snapshot
+from torchsat.record import Alert, Coverage, Snapshot, with_levels
 from torchsat.rows import Stuck, to_record, to_weight
 from torchsat.sites import Sites
 from torchsat.tensorboard import SUBRUN
@@ -191,6 +191,8 @@ class Delivery:
         weights = tuple(to_weight(row) for row in numbers.layers)
         snapshot = Snapshot(flight.step, flight.time, tuple(records), weights, overhead=overhead)
         events = self._judge.judge(snapshot)
+        levels = self._judge.levels
+        snapshot = replace(snapshot, records=with_levels(snapshot.records, levels), weights=with_levels(snapshot.weights, levels))
         return replace(snapshot, alerts=self._diagnosis.judge(events, self._judge.firing, snapshot, self._judge.pending))
 
     def _announce(self, snapshot: Snapshot) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torchsat.alert_level import alert_level
 from torchsat.alerts import ADJECTIVE, Firing, Key
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Severity, Snapshot, Weight
@@ -83,6 +84,8 @@ class Judge:
         """The step of the last observation."""
         self._starts: dict[str, Start] = {}
         """What each place was like at the first observation that had it."""
+        self.levels: dict[str, float] = {}
+        """For each place that was judged at the last observation its highest `alert_level`."""
 
     @property
     def firing(self) -> tuple[Alert, ...]:
@@ -141,6 +144,7 @@ class Judge:
         events: list[Alert] = []
         self._observations += 1
         self._step = snapshot.step
+        self.levels = {}
         self._note_starts(snapshot)
         records: dict[str, Record | Weight] = {record.site: record for record in snapshot.records}
         weights: dict[str, Record | Weight] = {weight.name: weight for weight in snapshot.weights}
@@ -190,6 +194,8 @@ class Judge:
         values = [(rule, float(value)) for rule, value in given if value is not None]
         if not values:
             return None
+        place = key[0]
+        self.levels[place] = max(self.levels.get(place, 0.0), *(alert_level(rule, value, item) for rule, value in values))
         state = self._states.setdefault(key, _State({"warning": 0, "critical": 0}))
         state.pending = None
         critical = _first_beyond(values, "critical", item)

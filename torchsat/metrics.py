@@ -25,26 +25,26 @@ class Metric:
     Args:
         name: the attribute of Record, or of the Weight that feeds the site.
         title, says: for people, the name and one sentence.
-        form: a `share` is printed in per cent, a `number` with three digits.
+        form: a `share` is printed in per cent, a `number` with three digits, a `level` in words (alert_level.py).
         scale: of the colours and of the axis.
         low, high: the ends of the scale. None: the least and the largest number that is shown.
         worst: which end of the scale is bad. Where one pixel has room for one of several numbers the worst is shown. None: neither end is bad, and
             the latest is shown.
         ramp: the colours. `heat` goes from good to bad, `amount` from little to much, `balance` from too little through right to too much.
         over: what the number belongs to: the site (`records`); the layers that feed it (`weights`), and of several layers the least number is drawn;
-            or neither, since it is computed for the view only (`view`).
+            neither, since it is computed for the view only (`view`); or the site and the layers, of which the largest number is drawn (`both`).
     """
 
     name: str
     title: str
     says: str
-    form: Literal["share", "number"] = "share"
+    form: Literal["share", "number", "level"] = "share"
     scale: Literal["linear", "log"] = "linear"
     low: float | None = 0.0
     high: float | None = 1.0
     worst: Literal["low", "high"] | None = "high"
     ramp: Ramp = "heat"
-    over: Literal["records", "weights", "view"] = "records"
+    over: Literal["records", "weights", "view", "both"] = "records"
 
     @property
     def reversed(self) -> bool:
@@ -53,6 +53,14 @@ class Metric:
 
 
 METRICS: tuple[Metric, ...] = (
+    Metric(
+        "alert_level",
+        "Health",
+        "How near a site, or a layer that feeds it, is to an alert by any rule. The scale is the same for all activations: what is healthy has the "
+        "colour of the page.",
+        "level",
+        over="both",
+    ),
     Metric("excess", "Saturated beyond normal", "Share of inputs on a plateau, less what N(0, 1) inputs give (ReLU: 50 %).", over="view"),
     Metric("saturated", "Saturated", "Share of inputs on a plateau, where |f'| stays below 5 % of its peak by default."),
     Metric("low", "Saturated low", "Share of inputs on the lower plateau."),
@@ -72,13 +80,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("zeros", "Zeros", "Share of activations that are exactly 0.", ramp="amount", worst=None),
     Metric("entropy_min", "Attention entropy", "H / ln T of the lowest head: 1 is even attention, 0 is one key alone.", "number", worst="low"),
     Metric("logit_std", "Attention logits", "Standard deviation of the logits within a row.", "number", "log", 0.1, 100.0, None, "amount"),
-    Metric("nonfinite", "Not finite", "Measured elements that are inf or nan; any is too many.", "number"),
+    Metric("nonfinite", "Not finite", "Elements of z and a that are inf or nan; any is too many.", "number", "log", 1.0, 1e6),
+    Metric("grad_nonfinite", "Gradient not finite", "Elements of dL/dz and dL/da that are inf or nan.", "number", "log", 1.0, 1e6),
 )
 
 
 def rows_of(over: Literal["records", "weights"]) -> list[str]:
     """The names of the metrics that are numbers of a record, or of a weight."""
-    return [metric.name for metric in METRICS if metric.over == over]
+    return [metric.name for metric in METRICS if metric.over in (over, "both")]
 
 
 def excess(saturated: Shares, normal_low: float | None, normal_high: float | None) -> Shares:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property, wraps
@@ -179,6 +179,9 @@ class Record(SiteFacts):
     """The rank with that share."""
     nonfinite_rank: int | None = None
     """The rank on which most elements were inf or nan, if any were."""
+    alert_level: float | None = None
+    """How near the site is to an alert, by the rule that is worst: 0 is healthy, 0.5 is at the limit of a warning, 1 at that of a critical alert
+    (alert_level.py). None where no rule judges the site."""
     histogram: tuple[float, ...] | None = None
     """Share of elements in each bin of |f'| / peak; HISTOGRAM_EDGES are the edges."""
     heads: tuple[Head, ...] | None = None
@@ -209,6 +212,13 @@ class LayerFacts:
     """Whether its input is data: nothing that learns has computed it."""
     parameter: bool = field(default=False, kw_only=True)
     """Whether `name` is the path of the parameter itself, and not of a module that has it as its `weight`."""
+    layer: str = field(default="", kw_only=True)
+    """What the layer is, such as `Linear 64 -> 10` or `Conv2d 3 -> 16`. Empty where `name` is the path of a parameter."""
+
+    @property
+    def titled(self) -> str:
+        """The name for people. In an nn.Sequential a name such as `0` says nothing by itself: `layer 0 (Linear 64 -> 10)`."""
+        return f"layer {self.name} ({self.layer})" if self.layer and self.name.rpartition(".")[2].isdecimal() else self.name
 
 
 @dataclass(frozen=True)
@@ -242,6 +252,8 @@ class Weight(LayerFacts):
     learned_ratio: float | None = None
     """Like `update_ratio`, but without what weight decay did. Decoupled decay (AdamW) is subtracted element by element. Where decay is added to the
     gradient (SGD, Adam), this is the part of the step that falls to the gradient, by the norms of the two."""
+    alert_level: float | None = None
+    """Like `Record.alert_level`, of the layer."""
 
     @property
     def whole(self) -> str | None:
@@ -394,6 +406,23 @@ class Snapshot:
         names = [record.site for record in self.records]
         near = get_close_matches(str(site), names, n=3) or names[:5]
         raise KeyError(f"no site {site!r} at step {self.step}; " + (f"near it: {', '.join(near)}" if near else "the snapshot is empty"))
+
+
+_Judged = TypeVar("_Judged", Record, Weight)
+
+
+def with_levels(items: tuple[_Judged, ...], levels: Mapping[str, float]) -> tuple[_Judged, ...]:
+    """Records or weights with the `alert_level` of each place; None for a place that has none.
+
+    A copy of the attributes takes a twentieth of the time of `dataclasses.replace`, which calls the constructor with sixty of them.
+    """
+    return tuple(_with(item, alert_level=levels.get(item.site if isinstance(item, Record) else item.name)) for item in items)
+
+
+def _with(item: _Judged, **values: Any) -> _Judged:
+    made = object.__new__(type(item))
+    made.__dict__.update(item.__dict__, **values)
+    return made
 
 
 def per_snapshot(compute: Callable[[Snapshot], _Found]) -> Callable[[Snapshot], _Found]:

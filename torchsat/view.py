@@ -20,6 +20,7 @@ from torchsat.grids import Grid, Table, join
 from torchsat.metrics import METRICS, Ramp, Values, excess, rows_of
 from torchsat.percent import PERCENT
 from torchsat.record import HISTOGRAM_BINS, HISTOGRAM_EDGES, SITE_FACTS, WEIGHT_FACTS, Alert, Snapshot, normal_saturated, to_float
+from torchsat.verdict import verdict_of
 
 
 def scales() -> dict[str, Any]:
@@ -96,6 +97,7 @@ class Series:
                 "layers": self.layers,
                 "metrics": shown,
                 "alerts": alerts,
+                "verdict": verdict_of(self.alerts).as_dict(),
             }
         )
         return found
@@ -126,16 +128,21 @@ def series(
     layer_names, layer_steps, _, layer_values = join([table for table, _ in weights], len(rows_of("weights")))
     layers = {each["name"]: each for _, group in weights for each in group}
     fed = np.full((len(steps), len(rows_of("weights")), len(names)), np.nan, np.float32)
+    worst, level = np.full((len(steps), len(names)), np.nan, np.float32), rows_of("weights").index("alert_level")
     _, here, there = np.intersect1d(steps, layer_steps, return_indices=True)
     for at, site in enumerate(names):
         feeding = [index for index, layer in enumerate(layer_names) if site in layers[layer]["feeds"]]
         if feeding:
             fed[here, :, at] = np.fmin.reduce(layer_values[there][:, :, feeding], axis=-1)
-    found = {metric: values[:, row] for row, metric in enumerate(rows_of("records"))}
-    found |= {metric: fed[:, row] for row, metric in enumerate(rows_of("weights"))}
+            worst[here, at] = np.fmax.reduce(layer_values[there][:, level][:, feeding], axis=-1)
+    found = {metric: fed[:, row] for row, metric in enumerate(rows_of("weights"))}
+    of_records = {metric: values[:, row] for row, metric in enumerate(rows_of("records"))}
+    of_records["alert_level"] = np.fmax(of_records["alert_level"], worst)
+    found |= of_records
     found["excess"] = np.full_like(found["saturated"], np.nan)
     for at, site in enumerate(names):
         found["excess"][:, at] = excess(found["saturated"][:, at], facts[site]["normal_low"], facts[site]["normal_high"])
+    _mark_broken(found)
     return Series(
         name,
         steps,
@@ -145,6 +152,25 @@ def series(
         {metric.name: found[metric.name] for metric in METRICS},
         _last_seen(names, steps, values) | _last_seen(layer_names, layer_steps, layer_values),
     )
+
+
+def _mark_broken(found: dict[str, Values]) -> None:
+    """Make infinite what is not known because elements were inf or nan, so that it does not look as if nothing had been measured.
+
+    A site has no other number where all of its elements are inf or nan, and a gradient that is not finite leaves no number of the backward pass.
+    """
+    forward, backward = found["nonfinite"] > 0, found["grad_nonfinite"] > 0
+    for metric in METRICS:
+        values = found[metric.name]
+        if metric.name == "alert_level":
+            values[forward | backward] = np.inf
+        elif metric.over != "weights":
+            is_gradient = metric.name in _OF_GRADIENTS
+            values[(forward | backward if is_gradient else forward) & np.isnan(values)] = np.inf
+
+
+_OF_GRADIENTS = ("attenuation", "blocked", "trapped", "grad_z_rms")
+"""The metrics of the backward pass."""
 
 
 def _last_seen(names: Sequence[str], steps: NDArray[np.float64], values: Values) -> dict[str, int]:

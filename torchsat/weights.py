@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -162,6 +163,10 @@ def _inf_for_nan_(sums: Tensor) -> None:
     torch.nan_to_num_(sums, nan=math.inf, posinf=math.inf, neginf=math.inf)
 
 
+_WIDTHS = (("in_features", "out_features"), ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"))
+"""The attributes of torch's layers that hold how wide their input and their output are."""
+
+
 class Layer:
     """The numbers of one layer during one observation, on its device.
 
@@ -241,6 +246,20 @@ class Layer:
     def part(self, weight: Tensor) -> Tensor:
         """The part of a weight, or of its gradient, that is measured."""
         return weight if self.rows is None else weight.narrow(*self.rows)
+
+    @property
+    def described(self) -> str:
+        """The type of the module and its widths, such as `Linear 64 -> 10`. Attributes that the module does not keep itself may run code of the
+        user's, and are not read."""
+        module = self.module()
+        kept = vars(module) if module is not None else {}
+        name = type(module).__name__.removeprefix("Parametrized") if module is not None else ""
+        known = (
+            f" {kept[start]} -> {kept[end]}"
+            for start, end in _WIDTHS
+            if isinstance(kept.get(start), Integral) and isinstance(kept.get(end), Integral)
+        )
+        return name + next(known, "")
 
     @property
     def features(self) -> int:

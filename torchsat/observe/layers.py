@@ -226,8 +226,9 @@ class Layers:
             layer.after_step(weight)
         sites, place = self._observation.sites, placement(weight)
         is_parameter = source.parameter != "weight" or source.name in self._of_model
+        data, titled = source.name in sites.fed_by_data, "" if is_parameter or layer.rows else layer.described
         return LayerPart(
-            facts=LayerFacts(layer.name, feeds, layer.fan_in, source.name in sites.fed_by_data, parameter=is_parameter),
+            facts=LayerFacts(layer.name, feeds, layer.fan_in, data, parameter=is_parameter, layer=titled),
             numbers=layer.numbers,
             n=layer.n,
             numel=layer.part(local(weight)).numel(),

@@ -1,0 +1,116 @@
+"""The verdict on a run, and on several runs: what is wrong, where, since when, and what to try, before everything else; standard library only.
+
+The Saturation tab, the reports, the notebook and the last line of the log all begin with a verdict, and all take it from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torchsat.alerts import ADJECTIVE, Episode
+from torchsat.record import Alert
+
+
+class Health(Enum):
+    """The state of a run at its last observation, by the alerts that fire then."""
+
+    HEALTHY = "healthy"
+    WARNING = "warning"
+    CRITICAL = "critical"
+    NOT_FINITE = "not finite"
+    """Something is inf or nan. Whatever else was wrong before, training is over."""
+
+    @property
+    def rank(self) -> int:
+        """0 for a healthy run, and more for a worse one."""
+        return list(Health).index(self)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong with one run."""
+
+    health: Health
+    alert: Alert | None = None
+    """The alert that counts most, of those that fire at the last observation; None where none fires."""
+    firing: int = 0
+    """How many alerts fire at the last observation."""
+    over: int = 0
+    """How many alerts fired before and no longer do."""
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """The sort key of runs, of which the largest is the worst: by health, by how many places suffer, and by how early it began."""
+        return self.health.rank, 0 if self.alert is None else 1 + len(self.alert.also), 0 if self.alert is None else -self.alert.since
+
+    @property
+    def where(self) -> str:
+        """The places that suffer, such as `hidden1 and 3 more`."""
+        return "" if self.alert is None else self.alert.site + (f" and {len(self.alert.also)} more" if self.alert.also else "")
+
+    @property
+    def what(self) -> str:
+        """What they are, such as `saturated`."""
+        return "" if self.alert is None else ADJECTIVE.get(self.alert.rule, self.alert.rule)
+
+    @property
+    def advice(self) -> str:
+        """What to try first, without code."""
+        return "" if self.alert is None or not self.alert.causes else self.alert.causes[0].advice.rstrip(":")
+
+    def __str__(self) -> str:
+        """The verdict in one sentence, without the advice."""
+        if self.alert is None:
+            cleared = "its alert has cleared" if self.over == 1 else f"its {self.over} alerts have cleared"
+            return f"healthy: {cleared if self.over else 'no alert was raised'}"
+        others = f"; {self.firing - 1} more alert{'s' if self.firing > 2 else ''}" if self.firing > 1 else ""
+        cause = f" ({self.alert.causes[0].name})" if self.alert.causes else ""
+        return f"{self.health.value}: {self.where}: {self.what}{cause}, since step {self.alert.since}{others}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The verdict in plain types, with its parts in words."""
+        alert = self.alert
+        return {
+            "health": self.health.value,
+            "rank": list(self.rank),
+            "sentence": str(self),
+            "firing": self.firing,
+            "over": self.over,
+            "site": alert and alert.site,
+            "rule": alert and alert.rule,
+            "since": alert and alert.since,
+            "where": self.where,
+            "what": self.what,
+            "cause": alert.causes[0].name if alert is not None and alert.causes else None,
+            "advice": self.advice,
+        }
+
+
+def verdict_of(episodes: Sequence[Episode]) -> Verdict:
+    """The verdict on a run by its alerts."""
+    firing = [each.alert for each in episodes if each.cleared is None]
+    over = len(episodes) - len(firing)
+    if not firing:
+        return Verdict(Health.HEALTHY, over=over)
+    worst = min(firing, key=lambda alert: (alert.rule != "nonfinite", alert.severity != "critical", -len(alert.also), alert.since))
+    health = Health.NOT_FINITE if worst.rule == "nonfinite" else Health.CRITICAL if worst.severity == "critical" else Health.WARNING
+    return Verdict(health, worst, len(firing), over)
+
+
+def worst_first(verdicts: Mapping[str, Verdict]) -> list[str]:
+    """The names of runs, the worst first. Runs that are equally bad keep their order."""
+    return sorted(verdicts, key=lambda name: tuple(-part for part in verdicts[name].rank))
+
+
+def summary(verdicts: Mapping[str, Verdict]) -> str:
+    """One sentence on several runs: how many are sick, and what is wrong with the worst."""
+    sick = [name for name in worst_first(verdicts) if verdicts[name].health is not Health.HEALTHY]
+    if not sick:
+        return "The run is healthy." if len(verdicts) == 1 else f"All {len(verdicts)} runs are healthy."
+    worst = verdicts[sick[0]]
+    count = "The run is sick" if len(verdicts) == 1 else f"{len(sick)} of {len(verdicts)} runs {'is' if len(sick) == 1 else 'are'} sick"
+    name = "" if len(verdicts) == 1 else f"Worst: {sick[0]}: "
+    return f"{count}. {name}{worst}." + (f" Try: {worst.advice}" if worst.advice else "")
