@@ -75,6 +75,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("grad_z_rms", "Gradient", "Root mean square of dL/dz.", "number", "log", None, None, None, "amount"),
     Metric("update_ratio", "Update ratio", "||change of W|| / ||W|| per step.", "number", "log", 1e-6, 1.0, "low", "balance", "weights"),
     Metric("gain", "Weight gain", "rms(W) sqrt(fan_in): 1 under Xavier, 1.41 under He.", "number", "log", 0.05, 20.0, None, "balance", "weights"),
+    Metric(
+        "input_rms", "Input of the layer", "Root mean square of the input of the layer.", "number", "log", 0.01, 100.0, None, "balance", "weights"
+    ),
+    Metric("learning_rate", "Learning rate", "The learning rate of the layer.", "number", "log", None, None, None, "amount", "weights"),
     Metric("z_std", "Spread of z", "Standard deviation of the pre-activation.", "number", "log", 0.01, 100.0, None, "balance"),
     Metric("z_mean", "Mean of z", "Mean of the pre-activation.", "number", "linear", -4.0, 4.0, None, "balance"),
     Metric("zeros", "Zeros", "Share of activations that are exactly 0.", ramp="amount", worst=None),

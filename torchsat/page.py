@@ -38,7 +38,8 @@ def page(runs: Sequence[Run]) -> str:
                 {"gzip": base64.b64encode(gzip.compress(answer.pack(), mtime=0)).decode()} if isinstance(answer, Grid) else answer
             )
         about = table[_key("run", {"run": name_of(run)})]
-        table["runs"].append({"name": name_of(run), "time": about["time"], "sites": len(about["sites"])})
+        place = len(table["runs"])
+        table["runs"].append({"name": name_of(run), "time": about["time"], "sites": len(about["sites"]), "place": place, "verdict": about["verdict"]})
     plain_text = io.StringIO()
     for run in runs:
         print_text(plain_text, run)
@@ -61,6 +62,7 @@ def _answers(run: Run) -> Iterator[tuple[str, dict[str, str], Any]]:
     name, series = name_of(run), from_snapshots(name_of(run), run.snapshots)
     most = max(2, PAGE_CELLS // max(1, len(series.names)))
     yield "run", {"run": name}, series.describe()
+    yield "scalars", {"run": name}, {"tags": [], "loss": None, "rate": None}
     for metric in series.values:
         yield "values", {"run": name, "metric": metric}, series.grid(metric).thin(most)
     for site in series.sites:

@@ -40,6 +40,8 @@ class Verdict:
     """How many alerts fire at the last observation."""
     over: int = 0
     """How many alerts fired before and no longer do."""
+    activation: str = ""
+    """The activation at the place of the alert; empty where it is a layer, or not known."""
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -48,8 +50,11 @@ class Verdict:
 
     @property
     def where(self) -> str:
-        """The places that suffer, such as `hidden1 and 3 more`."""
-        return "" if self.alert is None else self.alert.site + (f" and {len(self.alert.also)} more" if self.alert.also else "")
+        """The places that suffer, such as `hidden1.act (sigmoid) and 3 more`."""
+        if self.alert is None:
+            return ""
+        more = f" and {len(self.alert.also)} more" if self.alert.also else ""
+        return self.alert.site + (f" ({self.activation})" if self.activation and not self.alert.site.endswith(f"/{self.activation}") else "") + more
 
     @property
     def what(self) -> str:
@@ -89,15 +94,15 @@ class Verdict:
         }
 
 
-def verdict_of(episodes: Sequence[Episode]) -> Verdict:
-    """The verdict on a run by its alerts."""
+def verdict_of(episodes: Sequence[Episode], activations: Mapping[str, str] | None = None) -> Verdict:
+    """The verdict on a run by its alerts. `activations`: the activation of each site by name, as far as they are known."""
     firing = [each.alert for each in episodes if each.cleared is None]
     over = len(episodes) - len(firing)
     if not firing:
         return Verdict(Health.HEALTHY, over=over)
     worst = min(firing, key=lambda alert: (alert.rule != "nonfinite", alert.severity != "critical", -len(alert.also), alert.since))
     health = Health.NOT_FINITE if worst.rule == "nonfinite" else Health.CRITICAL if worst.severity == "critical" else Health.WARNING
-    return Verdict(health, worst, len(firing), over)
+    return Verdict(health, worst, len(firing), over, (activations or {}).get(worst.site, ""))
 
 
 def worst_first(verdicts: Mapping[str, Verdict]) -> list[str]:
@@ -109,7 +114,8 @@ def summary(verdicts: Mapping[str, Verdict]) -> str:
     """One sentence on several runs: how many are sick, and what is wrong with the worst."""
     sick = [name for name in worst_first(verdicts) if verdicts[name].health is not Health.HEALTHY]
     if not sick:
-        return "The run is healthy." if len(verdicts) == 1 else f"All {len(verdicts)} runs are healthy."
+        several = "Both" if len(verdicts) == 2 else f"All {len(verdicts)}"
+        return "The run is healthy." if len(verdicts) == 1 else f"{several} runs are healthy."
     worst = verdicts[sick[0]]
     count = "The run is sick" if len(verdicts) == 1 else f"{len(sick)} of {len(verdicts)} runs {'is' if len(sick) == 1 else 'are'} sick"
     name = "" if len(verdicts) == 1 else f"Worst: {sick[0]}: "

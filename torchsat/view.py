@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from torchsat.alerts import Episode, episodes
 from torchsat.colours import shades
+from torchsat.definitions import RULE_DEFINITIONS
 from torchsat.grids import Grid, Table, join
 from torchsat.metrics import METRICS, Ramp, Values, excess, rows_of
 from torchsat.percent import PERCENT
-from torchsat.record import HISTOGRAM_BINS, HISTOGRAM_EDGES, SITE_FACTS, WEIGHT_FACTS, Alert, Snapshot, normal_saturated, to_float
-from torchsat.verdict import verdict_of
+from torchsat.record import HISTOGRAM_BINS, HISTOGRAM_EDGES, SITE_FACTS, WEIGHT_FACTS, Alert, LayerFacts, Snapshot, normal_saturated, to_float
+from torchsat.verdict import Verdict, verdict_of
 
 
 def scales() -> dict[str, Any]:
@@ -33,6 +34,7 @@ def scales() -> dict[str, Any]:
     return {
         "metrics": [{**asdict(metric), "reversed": metric.reversed} for metric in METRICS],
         "ramps": {ramp: {"light": hexadecimal(ramp, False), "dark": hexadecimal(ramp, True)} for ramp in ramps},
+        "rules": [asdict(definition) for definition in RULE_DEFINITIONS],
         "percent": asdict(PERCENT),
         "histogram_edges": HISTOGRAM_EDGES,
     }
@@ -65,6 +67,11 @@ class Series:
         """The names of the sites."""
         return tuple(site["site"] for site in self.sites)
 
+    @property
+    def verdict(self) -> Verdict:
+        """What is wrong with the run."""
+        return verdict_of(self.alerts, {site["site"]: site["activation"] for site in self.sites})
+
     def grid(self, metric: str) -> Grid:
         """One metric of every site."""
         return Grid(self.steps, self.times, self.names, self.values[metric])
@@ -94,13 +101,18 @@ class Series:
                 "last": self.steps[-1] if len(self.steps) else None,
                 "time": self.times[-1] if len(self.times) else None,
                 "sites": [{**site, "normal_saturated": normal_saturated(site["normal_low"], site["normal_high"])} for site in self.sites],
-                "layers": self.layers,
+                "layers": [{**layer, "titled": _titled(layer)} for layer in self.layers],
                 "metrics": shown,
                 "alerts": alerts,
-                "verdict": verdict_of(self.alerts).as_dict(),
+                "verdict": self.verdict.as_dict(),
             }
         )
         return found
+
+
+def _titled(facts: dict[str, Any]) -> str:
+    """`LayerFacts.titled` of facts from an event file, where those of an older one lack what the layer is."""
+    return LayerFacts(facts["name"], (), 0, False, layer=facts.get("layer") or "").titled
 
 
 def plain(value: Any) -> Any:

@@ -4,16 +4,19 @@ The data are asked from TensorBoard's data provider only, so that both of its da
 be one of the names that exist, and no argument becomes part of a path. An answer holds at most MOST_CELLS numbers; if there are more, observations
 are left out at even distances.
 
-    runs                          the runs that hold our data: [{name, time, sites}]
+    runs                          the runs that hold our data: [{name, time, sites, place, verdict}]
     scales                        how numbers are drawn and printed (view.scales)
     run?run=                      sites, layers and alerts of a run
     values?run=&metric=           one metric, steps x sites             site?run=&site=    one site, steps x metrics
     histogram?run=&site=          steps x bins of |f'| / peak           heads?run=&site=   steps x entropies of heads
+    scalars?run=                  the user's own scalars beside a run: {tags, loss, rate}, of which two are guessed by their names
+    scalar?run=&tag=              one of them, steps x 1
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,10 +30,13 @@ from tensorboard.data.provider import RunTagFilter
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
+from torchsat.alerts import episodes
 from torchsat.grids import Grid, Table, join, not_void
 from torchsat.metrics import rows_of
 from torchsat.record import Alert
-from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, READABLE, RECORDS, SCRIPTS, WEIGHTS
+from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, READABLE, RECORDS, SCRIPTS, SUBRUN, WEIGHTS, WHOLE
+from torchsat.tensorboard.scalars import UserScalars
+from torchsat.verdict import Verdict, verdict_of
 from torchsat.view import Series, scales, series
 
 STATIC = Path(__file__).parent / "static"
@@ -41,6 +47,8 @@ MOST_OBSERVATIONS = 100_000
 """How many observations TensorBoard is asked for. It has at most as many as --samples_per_plugin says."""
 MOST_CELLS = 4_000_000
 """The most numbers of one answer."""
+MOST_STEPS = 200
+"""The most observations of which the steps are read for the verdict on a run that is not shown."""
 MOST_HISTOGRAMS = 200
 """The most observations of one histogram. They are few, since TensorBoard must load the histograms of all sites to answer for one."""
 KEPT_BYTES = 512 * 2**20
@@ -59,6 +67,7 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
     def __init__(self, context: base_plugin.TBContext) -> None:
         self._provider = context.data_provider
         self._kept: OrderedDict[tuple[str, str], tuple[Any, Series]] = OrderedDict()
+        self._verdicts: dict[tuple[str, str], tuple[Any, Verdict]] = {}
         self._reading = threading.Lock()
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
@@ -71,6 +80,8 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             "/site": lambda query: query.series().site(query.site()),
             "/histogram": lambda query: query.tensor(HISTOGRAM, query.site()),
             "/heads": lambda query: query.tensor(HEADS, query.site()),
+            "/scalars": lambda query: query.scalars().describe(),
+            "/scalar": lambda query: query.scalars().grid(query.tag()),
         }
         apps: dict[str, Callable[..., Any]] = {path: self._app(answer) for path, answer in answers.items()}
         return apps | {f"/{name}": _page(name, kind) for name, kind in PAGES.items()}
@@ -99,12 +110,14 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return app
 
     def _runs(self, query: Query) -> list[dict[str, Any]]:
-        found = []
-        for run, tags in query.tags().items():
+        found, places, all_tags = [], query.places(), query.tags()
+        for run, tags in all_tags.items():
             records = [each for tag, each in tags.items() if _kind(tag) == RECORDS and _known(each) is not None]
             if records:
                 newest = max(records, key=lambda each: each.max_wall_time)
-                found.append({"name": run, "time": newest.max_wall_time, "sites": len((_known(newest) or {})["sites"])})
+                sites = len((_known(newest) or {})["sites"])
+                verdict = query.verdict(run, tags).as_dict()
+                found.append({"name": run, "time": newest.max_wall_time, "sites": sites, "place": places.get(run, 0), "verdict": verdict})
         return sorted(found, key=lambda each: str(each["name"]))
 
 
@@ -152,7 +165,7 @@ class Query:
         if self._series is None:
             run, plugin = self.run(), self._plugin
             tags, key = self.tags(run).get(run, {}), (self._experiment, run)
-            state = tuple(sorted((tag, each.max_step, each.max_wall_time) for tag, each in tags.items()))
+            state = _state(tags)
             with plugin._reading:
                 known, kept = plugin._kept.pop(key, (None, None))
                 self._series = kept if kept is not None and known == state else self._read(run, tags)
@@ -179,6 +192,40 @@ class Query:
         data = sorted(self._tensors(run, [EVENTS], MOST_OBSERVATIONS)[EVENTS], key=lambda each: each.wall_time)
         kept = not_void([datum.step for datum in data], [datum.wall_time for datum in data], observed)
         return [Alert.from_dict(each) for datum, valid in zip(data, kept, strict=True) if valid for each in json.loads(datum.numpy.item(0))]
+
+    def places(self) -> dict[str, int]:
+        """The place of each run, ours or not, in TensorBoard's own list, which is in the order in which the runs began. It decides on the colour."""
+        found = self._plugin._provider.list_runs(self._context, experiment_id=self._experiment)
+        ordered = sorted(found, key=lambda run: (math.inf if run.start_time is None else run.start_time, run.run_name))
+        return {run.run_name: place for place, run in enumerate(ordered)}
+
+    def verdict(self, run: str, tags: Mapping[str, Any]) -> Verdict:
+        """The verdict on a run. Where the whole run has not been read it is made of the alerts and of the steps alone, which are little to read."""
+        plugin, key, state = self._plugin, (self._experiment, run), _state(tags)
+        known, kept = plugin._kept.get(key, (None, None))
+        if kept is not None and known == state:
+            return kept.verdict
+        known, verdict = plugin._verdicts.get(key, (None, None))
+        if verdict is None or known != state:
+            whole = [tag for tag in tags if _kind(tag) == WHOLE]
+            times = [(datum.step, datum.wall_time) for data in self._tensors(run, whole, MOST_STEPS).values() for datum in data] if whole else []
+            steps = np.array(sorted(times) or [(math.inf, 0.0)], np.float64)
+            observed = Grid(steps[:, 0], steps[:, 1], (), np.zeros((len(steps), 0), np.float32))
+            found = episodes(sorted(self._alerts(run, tags, observed), key=lambda alert: alert.step), {}, 0)
+            tables = [each for tag, tensor in tags.items() if _kind(tag) == RECORDS and (each := _known(tensor)) is not None]
+            facts = [dict(zip(each["facts"], site, strict=True)) for each in tables for site in each["sites"]]
+            verdict = verdict_of(found, {fact["site"]: fact["activation"] for fact in facts})
+            plugin._verdicts[key] = state, verdict
+        return verdict
+
+    def scalars(self) -> UserScalars:
+        """The scalars that the user has written for a run."""
+        run = self.run()
+        parent = run[: -len(SUBRUN) - 1] or "." if run.endswith(f"/{SUBRUN}") else "." if run == SUBRUN else run
+        return UserScalars(self._plugin._provider, self._context, self._experiment, parent)
+
+    def tag(self) -> str:
+        return self._argument("tag", self.scalars().tags, "tags")
 
     def tensor(self, kind: str, site: str) -> Grid:
         """The part of a packed tensor that belongs to one site, over time: bins of its histogram, or entropies of its heads."""
@@ -215,6 +262,11 @@ class Query:
         )
         tensors: Mapping[str, list[Any]] = found.get(run, {})
         return {tag: list(tensors.get(tag, ())) for tag in tags}
+
+
+def _state(tags: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What changes when a run has something newer."""
+    return tuple(sorted((tag, each.max_step, each.max_wall_time) for tag, each in tags.items()))
 
 
 def _size(run: Series) -> int:

@@ -1,40 +1,46 @@
 // Alerts as text: a table of all alerts, and those of one site with their causes and remedies.
 
 import { element } from "./charts.js";
+import { copyButton } from "./export.js";
 import { shownName } from "./source.js";
 
-// The section with the alerts of all runs shown. `rows` are [run, alert]; `choose(run, site, step)` is called with the alert that was clicked.
-export function alertTable({ rows, several, print, choose }) {
-  const made = rows.map(([run, alert]) => {
-    const site = alert.places[0] ?? null;
-    const open = element("button", { type: "button", className: "link", textContent: alert.site, disabled: site === null });
-    open.addEventListener("click", () => choose(run, site, alert.fired));
+const CODE = "    "; // what stands before each line of code in a remedy (record.py)
+
+// The section with the alerts of all runs shown, the worst first. `rows` are [run, alert]; `choose(run, alert)` is called with the alert that was
+// clicked, and `help` is the dialog of definitions.
+export function alertTable({ rows, several, print, choose, help }) {
+  const urgency = ([, alert]) => (alert.cleared === null ? 0 : 4) + (alert.rule === "nonfinite" ? 0 : alert.severity === "critical" ? 1 : 2);
+  const ordered = [...rows].sort((one, other) => urgency(one) - urgency(other) || one[1].since - other[1].since);
+  const made = ordered.map(([run, alert]) => {
+    const open = element("button", { type: "button", className: "link", textContent: alert.site, disabled: !alert.places.length });
+    open.addEventListener("click", () => choose(run, alert));
+    const more = alert.also.length ? ` and ${alert.also.length} more` : "";
     return element(
       "tr",
       {},
       element("td", { className: alert.severity, textContent: alert.severity }),
       several ? element("td", { textContent: shownName(run) }) : null,
-      element("td", {}, open),
-      element("td", { textContent: alert.rule }),
+      element("td", {}, open, more),
+      element("td", {}, alert.rule, help.button("rule", alert.rule)),
       element("td", { textContent: `since ${alert.since}, ${ended(alert, "")}` }),
       element("td", { textContent: alert.causes.length ? `${alert.causes[0].name} ${print.percent(alert.causes[0].share)}` : "" }),
     );
   });
-  const heads = ["", ...(several ? ["run"] : []), "site", "rule", "steps", "first cause"].map((text) => element("th", { textContent: text }));
+  const heads = ["severity", ...(several ? ["run"] : []), "site", "rule", "steps", "first cause"].map((text) => element("th", { scope: "col", textContent: text }));
   return [
     element("h2", { textContent: `Alerts (${rows.length})` }),
     rows.length
       ? element("table", {}, element("thead", {}, element("tr", {}, ...heads)), element("tbody", {}, ...made))
       : element("p", { textContent: "No alert was raised in the runs shown." }),
-    element("p", { className: "aside", textContent: "A click on a row of a heatmap, or Enter on it, opens a site: its derivatives over time, its curves, its alerts with causes and remedies." }),
   ];
 }
 
 // The alerts of one site: what is wrong, since when, why and with which shares of the blame, what to try.
-export function alertArticles({ alerts, site, print }) {
+export function alertArticles({ alerts, site, print, help }) {
   const found = alerts.filter((alert) => alert.places.includes(site) || alert.also.includes(site));
   return found.map((alert) => {
-    const head = element("p", {}, element("b", { className: alert.severity, textContent: `${alert.severity}: ${alert.rule}` }), ` since step ${alert.since}, raised at step ${alert.fired}, ${ended(alert, "step ")}`);
+    const title = element("b", { className: alert.severity, textContent: `${alert.severity}: ${alert.rule}` });
+    const head = element("p", {}, title, help.button("rule", alert.rule), ` since step ${alert.since}, raised at step ${alert.fired}, ${ended(alert, "step ")}`);
     const causes = alert.causes.map((cause) => {
       const bar = element("span", { className: "share-of-blame" });
       bar.style.width = `${Math.round(100 * cause.share)}%`;
@@ -43,19 +49,32 @@ export function alertArticles({ alerts, site, print }) {
         {},
         element("div", { className: "blame" }, bar, element("b", { textContent: `${cause.name} ${print.percent(cause.share)}` })),
         element("div", { textContent: cause.evidence }),
-        element("div", { className: "remedy" }, element("b", { textContent: "Try: " }), cause.remedy),
+        remedy(cause.remedy),
       );
     });
     const origin = alert.places.includes(site) ? null : element("p", { textContent: `It began at ${alert.site}; this site suffers from the same.` });
-    const also = alert.also.length ? element("p", { textContent: `Also: ${listed(alert.also)}` }) : null;
-    return element("article", { className: `alert ${alert.severity}` }, head, origin, element("p", { textContent: alert.message }), causes.length ? element("ol", {}, ...causes) : null, also);
+    return element("article", { className: `alert ${alert.severity}` }, head, origin, element("p", { textContent: alert.message }), causes.length ? element("ol", {}, ...causes) : null, also(alert.also));
   });
 }
 
-// The first names of a list, and how many more there are.
-function listed(names) {
-  const most = 12;
-  return names.slice(0, most).join(", ") + (names.length > most ? ` and ${names.length - most} more` : "");
+// The lines of code of a remedy, without what they are indented by; empty where there are none.
+export function codeOf(text) {
+  return text.split("\n").filter((line) => line.startsWith(CODE)).map((line) => line.slice(CODE.length)).join("\n");
+}
+
+// A remedy: its sentence, and its code with a button that copies it.
+function remedy(text) {
+  const code = codeOf(text);
+  const sentence = text.split("\n").filter((line) => !line.startsWith(CODE)).join(" ");
+  const shown = code ? element("div", { className: "code" }, element("pre", { textContent: code, tabIndex: 0 }), copyButton(code)) : copyButton(sentence);
+  return element("div", { className: "remedy" }, element("b", { textContent: "Try: " }), `${sentence} `, shown);
+}
+
+// The other places that suffer, folded.
+function also(names) {
+  if (!names.length) return null;
+  const summary = element("summary", { textContent: `Also ${names.length} more place${names.length > 1 ? "s" : ""}` });
+  return element("details", {}, summary, element("p", { textContent: names.join(", ") }));
 }
 
 // How an alert ended. `word` stands before the number of the step.

@@ -1,27 +1,37 @@
-// The Saturation view as a whole: it loads what the view asks for, and fills the controls, the heatmaps, the alerts, the depth profile and the
-// section of one site. `window.torchsat` is the App, for tests and for the curious.
+// The Saturation view as a whole: it loads what the view asks for, and fills the verdict, the controls, the pictures, the alerts, the depth profile and
+// the section of one site. `window.torchsat` is the App, for tests and for the curious.
 
 import { decode, encode } from "./address.js";
-import { alertTable } from "./alerts.js";
-import { LINES, element } from "./charts.js";
+import { alertTable, codeOf } from "./alerts.js";
+import { element } from "./charts.js";
 import { Controls } from "./controls.js";
 import { depthProfile } from "./depth.js";
 import { siteDetail } from "./detail.js";
+import { difference } from "./difference.js";
 import { AXES } from "./frame.js";
 import { Heatmap } from "./heatmap.js";
+import { Help } from "./help.js";
 import { printer, range } from "./numbers.js";
+import { runColour, runDash } from "./palette.js";
+import { Panel } from "./panel.js";
+import { rowsOf } from "./rows.js";
 import { shownName } from "./source.js";
+import { verdictSection, worstFirstRuns } from "./verdict.js";
 
-const FIRST_RUNS = 2; // how many runs are shown before the user chooses: the newest
+const FIRST_RUNS = 2; // how many runs are shown before the user chooses: the worst
 const EMPTY = 3000; // milliseconds until a server without data is asked again
+const FOLLOW = 5000; // milliseconds between two questions for new data
+const SETTLED = 250; // milliseconds after the last change of a zoom until all parts are drawn anew
+const ALL = { from: null, to: null, top: null, bottom: null };
 
 const THEMES = {
-  light: { page: "#ffffff", ink: "#202124", faint: "#5f6368", rule: "#9aa0a6", missing: "#c6cacf", accent: "#0b57d0", critical: "#c5221f", warning: "#a85b00" },
-  dark: { page: "#202124", ink: "#e8eaed", faint: "#a9aeb4", rule: "#6b7075", missing: "#54585d", accent: "#8ab4f8", critical: "#ff8a80", warning: "#fdd663" },
+  light: { name: "light", page: "#ffffff", ink: "#202124", faint: "#5f6368", rule: "#9aa0a6", missing: "#c6cacf", accent: "#0b57d0", critical: "#c5221f", warning: "#a85b00" },
+  dark: { name: "dark", page: "#202124", ink: "#e8eaed", faint: "#a9aeb4", rule: "#6b7075", missing: "#54585d", accent: "#8ab4f8", critical: "#ff8a80", warning: "#fdd663" },
 };
 
 // Show the view in the element `root`. `source`: see source.js. `host` is what surrounds the view, TensorBoard or a page of its own: it keeps the
-// address (read, write, onView), and tells whether the page is dark (dark, onTheme) and when there may be new data (onReload).
+// address (read, write, onView), and tells whether the page is dark (dark, onTheme), when there may be new data (onReload), whether it can be asked for
+// new data (canFollow), and whether it does not load new data by itself (asleep).
 export async function start(root, source, host) {
   const app = new App(root, source, host);
   window.torchsat = app;
@@ -38,8 +48,10 @@ export async function start(root, source, host) {
 
 class App {
   constructor(root, source, host) {
-    Object.assign(this, { root, source, host, view: decode(host.read()), panels: new Map(), drawing: 0, width: 0, states: new Map() });
-    this.controls = new Controls(this.view.filter, (values) => this.change(values));
+    Object.assign(this, { root, source, host, view: decode(host.read()), panels: new Map(), drawing: 0, width: 0, states: new Map(), following: null });
+    this.help = new Help();
+    this.controls = new Controls(this.view.filter, (values) => this.change(values), this.help, (on) => this.follow(on));
+    this.verdict = element("header", { className: "card verdict" });
     this.maps = element("main", { className: "maps" });
     this.message = element("p", { className: "message", role: "status" });
     this.alerts = element("section", { className: "card alerts" });
@@ -48,14 +60,23 @@ class App {
     this.alerts.setAttribute("aria-label", "Alerts");
     this.depth.setAttribute("aria-label", "Depth profile");
     this.detail.setAttribute("aria-label", "Site");
-    const left = element("div", { className: "left" }, this.maps, this.alerts, this.depth);
-    this.frame = element("div", { className: "torchsat" }, this.controls.element, this.message, element("div", { className: "columns" }, left, this.detail));
+    const hint = "Click: open a site. Drag: zoom in. Double click: all. Ctrl and wheel: zoom.";
+    const aside = element("p", { className: "aside", textContent: hint });
+    const left = element("div", { className: "left" }, this.maps, aside, this.alerts, this.depth);
+    this.frame = element("div", { className: "torchsat" }, this.verdict, this.controls.element, this.message, element("div", { className: "columns" }, left, this.detail), this.help.element);
     root.append(this.frame);
   }
 
   async reload() {
     this.source.forget();
     await this.draw();
+  }
+
+  // Ask for new data every few seconds, or no longer, and show the latest step meanwhile.
+  follow(on) {
+    clearInterval(this.following);
+    this.following = on ? setInterval(() => this.reload(), FOLLOW) : null;
+    return on ? this.change({ step: null, to: null }) : this.draw();
   }
 
   resized() {
@@ -67,18 +88,54 @@ class App {
     return this.draw();
   }
 
+  // The user has chosen a site: if its section is below the window, as on a narrow page, it is brought into sight.
+  async open(values) {
+    await this.change(values);
+    const box = this.detail.getBoundingClientRect();
+    if (!this.detail.hidden && box.top > window.innerHeight - 120) this.detail.scrollIntoView({ block: "start" });
+  }
+
+  // Show what an alert is about: its run, its site, its metric and the step at which it was raised.
+  openAlert(run, alert) {
+    const rule = this.scales.rules.find((each) => each.rule === alert.rule);
+    const measured = this.about.get(run)?.metrics.includes(rule?.metric);
+    return this.open({ run, site: alert.places[0], step: alert.fired, metric: measured ? rule.metric : null, ...ALL });
+  }
+
+  // Zoom in on steps and rows; null: show all. The pictures follow at once, the rest when the zoom has come to rest.
+  zoom(values) {
+    const grids = [...this.grids.values()].filter((grid) => grid.steps.length);
+    const [first, last] = [Math.min(...grids.map((grid) => grid.steps[0])), Math.max(...grids.map((grid) => grid.steps[grid.steps.length - 1]))];
+    const wanted = values === null ? ALL : { ...values };
+    if (wanted.from !== undefined && wanted.from <= first) wanted.from = null;
+    if (wanted.to !== undefined && wanted.to > last) wanted.to = null;
+    if (wanted.from != null && wanted.to != null && wanted.to <= wanted.from) wanted.to = wanted.from + 1;
+    Object.assign(this.view, wanted);
+    clearTimeout(this.resting);
+    this.resting = setTimeout(() => this.draw(), SETTLED);
+    this.waitingFrame ??= requestAnimationFrame(() => {
+      this.waitingFrame = null;
+      if (this.view.top === null || wanted.top === undefined) this.fillMaps();
+    });
+  }
+
+  // Mark a step in all pictures and charts; null: none.
+  hover(step) {
+    if (step === this.hovered) return;
+    this.hovered = step;
+    this.frame.querySelectorAll(".crossed").forEach((each) => each.cross(step));
+  }
+
   // Load what the view asks for and draw everything anew. If `draw` is called again meanwhile, the older call ends at its next pause.
   async draw() {
     const turn = ++this.drawing;
-    const failed = (error) => {
-      if (turn === this.drawing) this.message.textContent = `This view could not be loaded: ${error.message}`;
-    };
     try {
       const [scales, runs] = await Promise.all([this.source.json("scales"), this.source.json("runs")]);
       if (turn !== this.drawing) return;
       this.scales = scales;
       this.print = printer(scales.percent);
       this.runs = runs;
+      this.help.fill(scales);
       clearTimeout(this.waiting);
       if (!runs.length) this.waiting = setTimeout(() => this.reload(), EMPTY);
       this.host.write(encode(this.view));
@@ -86,142 +143,182 @@ class App {
       const loaded = await Promise.all(chosen.map((run) => this.source.json("run", { run })));
       if (turn !== this.drawing) return;
       this.about = new Map(chosen.map((run, index) => [run, loaded[index]]));
-      this.metric = this.scales.metrics.find((metric) => metric.name === this.view.metric) ?? this.scales.metrics[0];
+      this.metric = this.wantedMetric();
       const grids = await Promise.all(chosen.map((run) => this.source.grid("values", { run, metric: this.metric.name })));
+      const curves = await Promise.all(chosen.map((run) => this.curves(run)));
       if (turn !== this.drawing) return;
       this.grids = new Map(chosen.map((run, index) => [run, grids[index]]));
+      this.strips = new Map(chosen.map((run, index) => [run, curves[index]]));
       this.ends = range(this.metric, everything(grids));
       this.theme = THEMES[this.host.dark() ? "dark" : "light"];
       this.root.classList.toggle("dark", this.host.dark());
-      this.colours = this.scales.ramps[this.metric.ramp][this.host.dark() ? "dark" : "light"];
-      const missing = (this.view.runs ?? []).filter((run) => !runs.some((each) => each.name === run)).map((run) => `There is no run ${run}.`);
-      if (this.metric.name !== this.view.metric) missing.push(`There is no metric ${this.view.metric}.`);
-      if (!chosen.length) missing.push(runs.length ? "Choose a run." : "No run here holds torchsat data.");
-      this.message.textContent = missing.join(" ");
-      this.open = this.opened();
-      this.sites = new Map(chosen.map((run) => [run, this.selected(run)]));
-      if (this.view.site && this.open === null && chosen.length) this.message.textContent += ` The runs shown have no site ${this.view.site}.`;
-      this.detail.hidden = this.open === null;
+      document.documentElement.classList.toggle("dark", this.host.dark());
+      this.say();
+      this.opened = this.site();
+      this.rows = new Map(chosen.map((run) => [run, rowsOf({ about: this.about.get(run), grid: this.grids.get(run), metric: this.metric, view: this.view, step: this.view.step })]));
+      this.detail.hidden = this.opened === null;
       this.fill();
       await this.fillDetail(turn);
     } catch (error) {
-      failed(error);
+      if (turn === this.drawing) this.message.textContent = `This view could not be loaded: ${error.message}`;
     }
   }
 
-  // The names of the runs that are shown.
+  // The names of the runs that are shown, the worst first.
   chosen() {
-    const known = this.runs.map((run) => run.name);
+    const known = worstFirstRuns(this.runs).map((run) => run.name);
     if (this.view.runs !== null) return known.filter((run) => this.view.runs.includes(run));
-    const newest = [...this.runs].sort((one, other) => other.time - one.time).slice(0, FIRST_RUNS);
-    return known.filter((run) => newest.some((each) => each.name === run));
+    return known.slice(0, FIRST_RUNS);
   }
 
-  // The run and site that are shown in detail: those of the view; if it says nothing, the place of the first alert, of those that still fire if there
-  // are any. null: none.
-  opened() {
+  // The metric of the view, or else the first one that the runs have.
+  wantedMetric() {
+    const present = new Set([...this.about.values()].flatMap((about) => about.metrics));
+    const { metrics } = this.scales;
+    return metrics.find((metric) => metric.name === this.view.metric) ?? metrics.find((metric) => present.has(metric.name)) ?? metrics[0];
+  }
+
+  // The curves above the picture of a run: the user's loss and learning rate. Where the user has written no rate, it is the one that was measured.
+  async curves(run) {
+    const { loss, rate } = await this.source.json("scalars", { run });
+    const found = [];
+    for (const [tag, dash] of [[loss, ""], [rate, "4 3"]]) {
+      if (tag === null) continue;
+      const grid = await this.source.grid("scalar", { run, tag });
+      found.push({ name: tag, dash, points: grid.points(tag) });
+    }
+    if (rate === null && this.about.get(run).metrics.includes("learning_rate")) {
+      const grid = await this.source.grid("values", { run, metric: "learning_rate" });
+      const points = Array.from(grid.steps, (step, row) => [step, grid.names.map((_, column) => grid.at(row, column)).find((value) => !Number.isNaN(value)) ?? NaN]);
+      found.push({ name: "learning rate", dash: "4 3", points });
+    }
+    return found.map((curve) => ({ ...curve, scale: spans(curve.points) ? "log" : "linear" }));
+  }
+
+  // Say what of the view is not there.
+  say() {
+    const missing = (this.view.runs ?? []).filter((run) => !this.runs.some((each) => each.name === run)).map((run) => `There is no run ${run}.`);
+    if (this.view.metric !== null && this.metric.name !== this.view.metric) missing.push(`There is no metric ${this.view.metric}.`);
+    if (!this.about.size) missing.push(this.runs.length ? "Choose a run." : "No run here holds torchsat data.");
+    if (this.view.site && this.site() === null && this.about.size) missing.push(`The runs shown have no site ${this.view.site}.`);
+    this.message.textContent = missing.join(" ");
+  }
+
+  // The run and site that are shown in detail: those of the view; if it says nothing, the place of the worst alert. null: none.
+  site() {
     const has = (run, site) => this.about.get(run)?.sites.some((each) => each.site === site);
     if (this.view.site === "") return null;
     if (this.view.site !== null) {
       const run = [this.view.run, ...this.about.keys()].find((each) => has(each, this.view.site));
       return run === undefined ? null : { run, site: this.view.site };
     }
-    const alerts = [...this.about].flatMap(([run, about]) => about.alerts.filter((alert) => alert.places.length).map((alert) => ({ run, alert })));
-    const first = alerts.find(({ alert }) => alert.cleared === null) ?? alerts[0];
-    return first === undefined ? null : { run: first.run, site: first.alert.places[0] };
+    for (const [run, about] of this.about) {
+      const alert = about.alerts.find((each) => each.site === about.verdict.site && each.rule === about.verdict.rule) ?? about.alerts[0];
+      if (alert?.places.length) return { run, site: alert.places[0] };
+    }
+    return null;
   }
 
   fill() {
     performance.mark("torchsat.fill.start");
     const [low, high] = this.ends;
-    this.controls.fill({ view: this.view, runs: this.runs, about: this.about, metrics: this.scales.metrics, metric: this.metric, colours: this.colours, low, high });
+    const colours = this.colours(this.metric);
+    const follow = { following: this.following !== null, canFollow: this.host.canFollow, asleep: this.host.asleep() };
+    this.fillVerdict();
+    this.controls.fill({ view: this.view, runs: this.runs, about: this.about, metrics: this.scales.metrics, metric: this.metric, colours, low, high, ...follow });
     this.fillMaps();
     this.fillAlerts();
     this.fillDepth();
     performance.measure("torchsat.fill", "torchsat.fill.start");
   }
 
-  colour(run) {
-    return LINES[[...this.about.keys()].indexOf(run) % LINES.length];
+  colours(metric) {
+    return this.scales.ramps[metric.ramp][this.theme.name];
   }
 
-  // The names of the sites of a run that have the metric and pass the filters, in the order wanted. The array's `measured` says how many have the metric.
-  selected(run) {
-    const grid = this.grids.get(run);
-    const terms = this.view.filter.toLowerCase().split(/\s+/).filter(Boolean);
-    const has = new Set(grid.names.filter((_, column) => grid.steps.some((_, row) => !Number.isNaN(grid.at(row, column)))));
-    const found = this.about.get(run).sites.filter(({ site, activation, kind }) => {
-      const text = `${site} ${activation}`.toLowerCase();
-      return has.has(site) && !this.view.hidden.has(kind) && terms.every((term) => text.includes(term));
-    });
-    const names = found.map(({ site }) => site);
-    names.measured = has.size;
-    if (this.view.order !== "worst") return names;
-    const row = this.view.step === null ? grid.steps.length - 1 : grid.row(this.view.step);
-    const sign = this.metric.worst === "low" ? 1 : -1;
-    const badness = (site) => {
-      const value = grid.at(row, grid.column.get(site));
-      return Number.isNaN(value) ? Infinity : sign * value;
+  place(run) {
+    return this.runs.find((each) => each.name === run)?.place ?? 0;
+  }
+
+  // How the line of a run is drawn.
+  line(run) {
+    const colour = runColour(this.place(run), this.theme);
+    const before = [...this.about.keys()].slice(0, [...this.about.keys()].indexOf(run));
+    return { name: shownName(run), colour, dash: runDash(before.filter((each) => runColour(this.place(each), this.theme) === colour).length) };
+  }
+
+  fillVerdict() {
+    const runs = this.runs.map((run) => ({ ...run, verdict: this.about.get(run.name)?.verdict ?? run.verdict }));
+    const shown = new Set(this.about.keys());
+    if (!this.changed("verdict", runs, [...shown])) return;
+    const code = (run) => {
+      const about = this.about.get(run);
+      const alert = about?.alerts.find((each) => each.site === about.verdict.site && each.rule === about.verdict.rule && each.cleared === null);
+      return codeOf(alert?.causes[0]?.remedy ?? "");
     };
-    return names.sort((one, other) => badness(one) - badness(other) || 0);
+    const choose = (run) => this.change({ runs: [run], run: null, site: null, step: null, ...ALL });
+    const { nodes, className } = verdictSection({ runs, shown, code, choose });
+    this.verdict.replaceChildren(...nodes);
+    this.verdict.className = `card verdict ${className}`;
+    this.verdict.hidden = !nodes.length;
+  }
+
+  // The ends of the x axis of a run. All runs share them, unless the axis counts observations while a zoom names steps.
+  domain(run) {
+    const axis = AXES[this.view.axis];
+    const { from, to } = this.view;
+    const ends = [...this.grids.values()].filter((grid) => grid.steps.length).map((grid) => axis.edges(grid.steps));
+    const all = [Math.min(...ends.map((each) => each[0])), Math.max(...ends.map((each) => each[each.length - 1]))];
+    const grid = this.grids.get(run);
+    if (!grid.steps.length) return all;
+    return [from === null ? all[0] : axis.at(from, grid), to === null ? all[1] : Math.max(axis.at(to, grid), from === null ? all[0] : axis.at(from, grid) + 1e-6)];
   }
 
   fillMaps() {
     this.width = this.maps.clientWidth;
-    const axis = AXES[this.view.axis];
-    const ends = [...this.grids.values()].filter((grid) => grid.steps.length).map((grid) => axis.edges(grid.steps));
-    const domain = [Math.min(...ends.map((each) => each[0])), Math.max(...ends.map((each) => each[each.length - 1]))];
-    const [low, high] = this.ends;
+    const runs = [...this.about.keys()];
+    const both = this.view.difference && runs.length === 2 ? difference(this.rows.get(runs[0]).grid, this.rows.get(runs[1]).grid, this.metric) : null;
+    const left = Math.max(60, ...[...this.rows.values()].map(({ sites, facts }) => Heatmap.room(sites, facts)));
     const kept = new Map();
-    for (const [run, about] of this.about) {
-      const panel = this.panels.get(run) ?? this.panel(run);
-      kept.set(run, panel);
-      const sites = this.sites.get(run);
-      const firing = about.alerts.filter((alert) => alert.cleared === null).length;
-      const [without, hidden] = [about.sites.length - sites.measured, sites.measured - sites.length];
-      const aside = [without ? `${without} have no such number` : "", hidden ? `${hidden} filtered out` : ""].filter(Boolean).join(", ");
-      panel.title.textContent = shownName(run);
-      panel.key.style.borderTopColor = this.colour(run);
-      panel.key.hidden = this.about.size < 2;
-      panel.aside.textContent =
-        ` ${about.observations} observation${about.observations === 1 ? "" : "s"}, steps ${about.first} to ${about.last}, ` +
-        `${sites.length} of ${about.sites.length} sites${aside ? ` (${aside})` : ""}, ${about.alerts.length} alert${about.alerts.length === 1 ? "" : "s"}` +
-        (firing ? `, ${firing} firing` : "");
-    }
+    for (const run of runs) kept.set(run, this.panels.get(run) ?? this.panel(run));
+    if (both !== null) kept.set(DIFFERENCE, this.panels.get(DIFFERENCE) ?? this.panel(DIFFERENCE));
     this.panels = kept;
     const order = [...kept.values()].map((panel) => panel.element);
     if (order.length !== this.maps.children.length || order.some((each, index) => each !== this.maps.children[index])) this.maps.replaceChildren(...order);
-    for (const [run, panel] of kept) {
+    const common = { theme: this.theme, axis: this.view.axis, left, step: this.view.step, print: this.print, view: this.view };
+    for (const run of runs) {
+      const rows = this.rows.get(run);
       const about = this.about.get(run);
-      panel.heatmap.show({
-        grid: this.grids.get(run),
-        sites: this.sites.get(run),
-        facts: new Map(about.sites.map((site) => [site.site, site])),
-        metric: this.metric,
-        colours: this.colours,
-        theme: this.theme,
-        axis: this.view.axis,
-        domain,
-        low,
-        high,
-        alerts: about.alerts,
-        chosen: this.open?.site ?? null,
-        step: this.view.step,
-        label: shownName(run),
-        print: this.print,
-      });
+      const chosen = this.opened && rows.row.get(this.opened.site);
+      const [low, high] = this.ends;
+      const drawn = { metric: this.metric, colours: this.colours(this.metric), low, high, domain: this.domain(run), chosen: chosen ?? null };
+      kept.get(run).show({ ...common, ...drawn, ...rows, about, curves: this.strips.get(run), line: this.line(run), several: runs.length > 1 });
     }
+    if (both === null) return;
+    const rows = this.rows.get(runs[0]);
+    const { metric, grid } = both;
+    const about = { ...this.about.get(runs[0]), alerts: [], verdict: null };
+    const drawn = { metric, colours: this.colours(metric), low: metric.low, high: metric.high, domain: this.domain(runs[0]), chosen: null };
+    const line = { ...this.line(runs[0]), name: `${shownName(runs[0])} − ${shownName(runs[1])}` };
+    const sites = rows.sites.filter((site) => grid.column.has(site));
+    kept.get(DIFFERENCE).show({ ...common, ...drawn, ...rows, sites, grid, about, curves: [], line, several: false });
   }
 
-  // The heatmap of one run with its heading.
   panel(run) {
-    const title = element("h2");
-    const key = element("i", { className: "key" });
-    const aside = element("span", { className: "aside" });
-    const heatmap = new Heatmap((site, step) => this.change({ run, site, step: step ?? this.view.step }));
-    const made = element("section", { className: "panel" }, element("div", { className: "heading" }, key, title, aside), heatmap.element);
-    made.dataset.run = run;
-    return { element: made, title, key, aside, heatmap };
+    const choose = (name, step) => {
+      const { facts, grid } = this.rows.get(run) ?? this.rows.values().next().value;
+      const { members, block } = facts.get(name);
+      if (members && step === null) {
+        const unfolded = new Set(this.view.unfolded);
+        if (!unfolded.delete(block)) unfolded.add(block);
+        return this.change({ unfolded });
+      }
+      // A block is opened at the one of its sites that is worst there.
+      const row = grid.row(step ?? 0);
+      const site = members ? members.find((each) => grid.at(row, grid.column.get(each)) === grid.at(row, grid.column.get(name))) ?? members[0] : name;
+      return this.open({ run: run === DIFFERENCE ? null : run, site, step: step ?? this.view.step });
+    };
+    return new Panel(run, { choose, zoom: (values) => this.zoom(values), hover: (step) => this.hover(step), openAlert: (alert) => this.openAlert(run, alert) });
   }
 
   // Whether what a part shows has changed since it was last filled. A part that has not is left alone, since replacing it would take the focus away.
@@ -235,8 +332,8 @@ class App {
   fillAlerts() {
     if (!this.changed("alerts", [...this.about].map(([run, about]) => [run, about.alerts]))) return;
     const rows = [...this.about].flatMap(([run, about]) => about.alerts.map((alert) => [run, alert]));
-    const choose = (run, site, step) => this.change({ run, site, step });
-    this.alerts.replaceChildren(...alertTable({ rows, several: this.about.size > 1, print: this.print, choose }));
+    const choose = (run, alert) => this.openAlert(run, alert);
+    this.alerts.replaceChildren(...alertTable({ rows, several: this.about.size > 1, print: this.print, choose, help: this.help }));
   }
 
   // The step that the depth profile and the figures show: the chosen one, or else the last.
@@ -246,21 +343,28 @@ class App {
   }
 
   fillDepth() {
-    const runs = [...this.about.keys()].map((run) => ({ name: shownName(run), colour: this.colour(run), grid: this.grids.get(run), sites: this.sites.get(run) }));
+    const runs = [...this.about.keys()].map((run) => {
+      const { facts, sites, grid } = this.rows.get(run);
+      return { ...this.line(run), grid, sites: sites.filter((site) => !(facts.get(site).members && this.view.unfolded.has(facts.get(site).block))) };
+    });
     const [low, high] = this.ends;
     const refocus = document.activeElement?.dataset?.control === "step";
     const choose = (step) => this.change({ step });
-    const { nodes, slider } = depthProfile({ runs, metric: this.metric, low, high, step: this.step(), open: this.open?.site, print: this.print, choose });
+    const width = Math.max(300, this.depth.clientWidth - 26);
+    const open = this.opened && this.rows.get(this.opened.run)?.row.get(this.opened.site);
+    const { nodes, slider } = depthProfile({ runs, metric: this.metric, low, high, step: this.step(), latest: this.view.step === null, open, print: this.print, choose, width });
     this.depth.replaceChildren(...nodes);
     if (refocus) slider.focus();
   }
 
   async fillDetail(turn) {
+    const { from, to } = this.view;
     const about = [...this.about].map(([key, each]) => [key, each.time, each.observations, each.alerts]);
-    if (!this.changed("detail", this.open, this.view.step, this.host.dark(), about)) return;
+    const state = [this.opened, this.view.step, from, to, this.host.dark(), about];
+    if (!this.changed("detail", ...state)) return;
     this.states.delete("detail"); // a call that is ended before it has filled the section leaves it to the next one
-    if (this.open === null) return this.detail.replaceChildren();
-    const { run, site } = this.open;
+    if (this.opened === null) return this.detail.replaceChildren();
+    const { run, site } = this.opened;
     const fact = this.about.get(run).sites.find((one) => one.site === site);
     const having = [...this.about.keys()].filter((each) => this.about.get(each).sites.some((one) => one.site === site));
     const softmax = fact.kind === "softmax";
@@ -276,20 +380,33 @@ class App {
         fact,
         own: grids[having.indexOf(run)],
         spread,
-        compared: having.map((each, index) => ({ name: shownName(each), colour: this.colour(each), grid: grids[index] })),
+        compared: having.map((each, index) => ({ ...this.line(each), grid: grids[index] })),
+        from,
+        to,
         step: this.step(),
         at: this.view.step ?? undefined,
         scales: this.scales,
-        shade: this.host.dark() ? "dark" : "light",
-        accent: this.theme.accent,
+        shade: this.theme.name,
+        theme: this.theme,
         print: this.print,
+        help: this.help,
+        hover: (step) => this.hover(step),
         close: () => this.change({ site: "", run: null }),
       }),
     );
-    this.changed("detail", this.open, this.view.step, this.host.dark(), about);
+    this.changed("detail", ...state);
   }
 }
 
+const DIFFERENCE = "difference"; // the key of the panel of the difference, which is no run
+
 function* everything(grids) {
   for (const grid of grids) yield* grid.values;
+}
+
+// Whether a curve spans so much that it is drawn on a logarithmic scale.
+function spans(points) {
+  const values = points.map(([, value]) => value).filter((value) => Number.isFinite(value));
+  const low = Math.min(...values);
+  return low > 0 && Math.max(...values) > 50 * low;
 }

@@ -4,8 +4,8 @@ import { along, short, ticks } from "./numbers.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
-// The eight colours of Okabe and Ito (2008), which colour-blind eyes tell apart, changed a little and ordered so that they suit light and dark pages.
-export const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#b8a800"];
+// Colours of Okabe and Ito (2008), which colour-blind eyes tell apart, for the parts of one number.
+export const LINES = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
 
 // A new HTML element with properties or attributes and children. Children that are null are left out.
 export function element(tag, properties = {}, ...children) {
@@ -19,7 +19,7 @@ export function element(tag, properties = {}, ...children) {
 }
 
 // A new SVG element.
-function drawn(tag, attributes = {}, text) {
+export function drawn(tag, attributes = {}, text) {
   const made = document.createElementNS(SVG, tag);
   for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
   if (text !== undefined) made.textContent = text;
@@ -27,8 +27,9 @@ function drawn(tag, attributes = {}, text) {
 }
 
 // A line chart. Each series is {name, colour, dash, points: [[x, y], ...]}; a point without a finite y is a gap. `at` is an x that is marked, `limit`
-// a y that is marked, `form` that of a metric. The values under the pointer are written beside the names, by `print`.
-export function lines({ title, series, scale, low, high, xLow, xHigh, at, form, print, xName = "step", xLabel, width = 340, height = 120, limit }) {
+// a y that is marked, `form` that of a metric. The values under the pointer are written beside the names, by `print`. Where x is a step, `hover(step)` is
+// called when the pointer moves, and the figure has a function `cross(step)` that marks one, so that all charts can mark the same step.
+export function lines({ title, ask, series, scale, low, high, xLow, xHigh, at, form, print, hover, xName = "step", xLabel, width = 340, height = 120, limit }) {
   const [left, right, top, bottom] = [44, 8, 6, 20];
   const x = (value) => left + (width - left - right) * (xHigh > xLow ? (value - xLow) / (xHigh - xLow) : 0.5);
   const y = (value) => top + (height - top - bottom) * (1 - Math.min(1, Math.max(0, along(scale, value, low, high))));
@@ -47,6 +48,8 @@ export function lines({ title, series, scale, low, high, xLow, xHigh, at, form, 
   if (at !== undefined && at >= xLow && at <= xHigh) {
     svg.append(drawn("line", { x1: x(at), x2: x(at), y1: top, y2: height - bottom, class: "cursor" }));
   }
+  const cross = drawn("line", { x1: 0, x2: 0, y1: top, y2: height - bottom, class: "cross", visibility: "hidden" });
+  svg.append(cross);
   const values = new Map();
   const legend = element("div", { className: "legend" });
   for (const each of series) {
@@ -54,6 +57,7 @@ export function lines({ title, series, scale, low, high, xLow, xHigh, at, form, 
     let pen = "M";
     let alone = true;
     for (const [px, py] of each.points) {
+      if (px < xLow || px > xHigh) continue;
       if (!Number.isFinite(py) || (scale === "log" && py <= 0)) {
         pen = "M";
         continue;
@@ -78,21 +82,37 @@ export function lines({ title, series, scale, low, high, xLow, xHigh, at, form, 
       value.textContent = nearest === null ? "" : ` ${print.value({ form }, nearest[1])} (${xName} ${xLabel ? xLabel(nearest[0]) : nearest[0]})`;
     }
   };
-  svg.addEventListener("pointermove", (event) => {
+  const under = (event) => {
     const box = svg.getBoundingClientRect();
-    read(xLow + (((event.clientX - box.left) / box.width) * width - left) / (width - left - right) * (xHigh - xLow));
+    return xLow + ((((event.clientX - box.left) / box.width) * width - left) / (width - left - right)) * (xHigh - xLow);
+  };
+  svg.addEventListener("pointermove", (event) => {
+    if (hover) hover(under(event));
+    else figure.cross(under(event));
   });
-  svg.addEventListener("pointerleave", () => values.forEach((value) => (value.textContent = "")));
-  return element("figure", { className: "chart" }, element("figcaption", { textContent: title }), svg, legend);
+  svg.addEventListener("pointerleave", () => (hover ? hover(null) : figure.cross(null)));
+  const figure = element("figure", { className: "chart" }, element("figcaption", {}, title, ask ?? null), svg, legend);
+  if (hover) figure.classList.add("crossed");
+  // Show the values at a position, and a line there; null: hide them.
+  figure.cross = (px) => {
+    const inside = px !== null && px >= xLow && px <= xHigh;
+    cross.setAttribute("visibility", inside ? "visible" : "hidden");
+    if (inside) {
+      cross.setAttribute("x1", x(px));
+      cross.setAttribute("x2", x(px));
+      read(px);
+    } else values.forEach((value) => (value.textContent = ""));
+  };
+  return figure;
 }
 
 // Shares over time as a picture. The rows are the columns of the grid, the first one at the bottom. The x axis is that of the line charts. The
 // colours span the scale from `low` to 1. `label(step, row, value)` is the text for what is under the pointer, `ends` are the texts at the top and
 // the bottom.
-export function bands({ title, grid, colours, label, ends, scale, low, xLow, xHigh, at, ink }) {
+export function bands({ title, ask, grid, colours, label, ends, scale, low, xLow, xHigh, at, ink, hover }) {
   const [count, bins, width] = [grid.steps.length, grid.names.length, 600];
   const end = count > 1 ? 2 * grid.steps[count - 1] - grid.steps[count - 2] : grid.steps[0] + 1;
-  const last = Math.max(xHigh, end);
+  const last = xHigh >= grid.steps[count - 1] ? Math.max(xHigh, end) : xHigh;
   const x = (step) => Math.round((width * (step - xLow)) / Math.max(1e-9, last - xLow));
   const canvas = element("canvas", { width, height: Math.max(1, 2 * bins), className: "bands" });
   canvas.setAttribute("role", "img");
@@ -114,20 +134,30 @@ export function bands({ title, grid, colours, label, ends, scale, low, xLow, xHi
   const readout = element("output", { className: "readout" });
   canvas.addEventListener("pointermove", (event) => {
     const box = canvas.getBoundingClientRect();
+    if (hover) hover(xLow + ((event.clientX - box.left) / box.width) * (last - xLow));
     const step = xLow + ((event.clientX - box.left) / box.width) * (last - xLow);
     const bin = Math.min(bins - 1, Math.max(0, bins - 1 - Math.floor(((event.clientY - box.top) / box.height) * bins)));
     const row = grid.row(step);
     readout.textContent = step >= grid.steps[0] && step < end ? label(grid.steps[row], bin, grid.at(row, bin)) : "";
   });
-  canvas.addEventListener("pointerleave", () => (readout.textContent = ""));
+  canvas.addEventListener("pointerleave", () => {
+    readout.textContent = "";
+    if (hover) hover(null);
+  });
   const axis = element("div", { className: "ends" }, ...ends.map((text) => element("span", { textContent: text })));
-  const steps = [xLow, last].map((step) => element("span", { textContent: `step ${step}` }));
-  return element(
+  const steps = [xLow, last].map((step) => element("span", { textContent: `step ${Math.round(step)}` }));
+  const line = element("i", { className: "crossing", hidden: true });
+  const figure = element(
     "figure",
-    { className: "chart" },
-    element("figcaption", { textContent: title }),
-    element("div", { className: "framed" }, axis, canvas),
+    { className: "chart crossed" },
+    element("figcaption", {}, title, ask ?? null),
+    element("div", { className: "framed" }, axis, element("div", { className: "under" }, canvas, line)),
     element("div", { className: "span" }, ...steps),
     readout,
   );
+  figure.cross = (step) => {
+    line.hidden = step === null || step < xLow || step > last;
+    if (!line.hidden) line.style.left = `${(100 * (step - xLow)) / (last - xLow)}%`;
+  };
+  return figure;
 }

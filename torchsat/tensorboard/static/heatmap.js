@@ -2,42 +2,56 @@
 // observations share a pixel it shows the worst of them, or the latest if neither end of the metric's scale is bad.
 
 import { element } from "./charts.js";
-import { AXES, FONT, TOP, aside, drawAlerts, drawAxis, drawNames } from "./frame.js";
+import { AXES, FONT, RIGHT, TOP, aside, drawAlerts, drawAxis, drawNames, titled } from "./frame.js";
 import { along } from "./numbers.js";
 
 // Sizes in CSS pixels.
 const LEAST_LEFT = 60; // the room for names of sites
 const MOST_LEFT = 220;
-const RIGHT = 18; // the room for the dots of alerts that still fire
 const AXIS = 20; // the height of the x axis
 const LEAST_ROW = 3;
-const MOST_ROW = 24;
-const HEIGHT = 560; // of all rows, if they are neither too small nor too large then
+const MOST_ROW = 20;
+const HEIGHT = 460; // of all rows, if they are neither too small nor too large then
+
+const DRAG = 5; // how far the pointer must move until it draws a frame to zoom in on
 
 export class Heatmap {
-  // `choose(site, step)` is called on a click or on Enter. The step is null after a click on the name of a site.
-  constructor(choose) {
-    this.choose = choose;
+  // `choose(row, step)` is called on a click or on Enter with the name of a row. The step is null after a click on the name. `zoom({from, to, top, bottom})`
+  // is called with the steps and rows to zoom in on, and with null to see all again; `hover(step)` with the step under the pointer.
+  constructor(choose, zoom, hover) {
+    Object.assign(this, { choose, zoom, hover, frame: null });
     this.canvas = element("canvas", { className: "heat", tabIndex: 0 });
     this.canvas.setAttribute("role", "application");
     this.mark = element("canvas", { className: "mark" });
     this.tip = element("div", { className: "tip", hidden: true });
     this.said = element("div", { className: "said" });
     this.said.setAttribute("aria-live", "polite");
-    this.element = element("div", { className: "heatmap" }, this.canvas, this.mark, this.tip, this.said);
+    this.element = element("div", { className: "heatmap crossed" }, this.canvas, this.mark, this.tip, this.said);
+    this.element.cross = (step) => {
+      this.crossed = step;
+      this.outline();
+    };
+    this.crossed = null;
+    this.canvas.addEventListener("pointerdown", (event) => this.press(event));
+    this.canvas.addEventListener("pointerup", (event) => this.release(event));
+    this.canvas.addEventListener("dblclick", () => this.zoom(null));
+    this.canvas.addEventListener("wheel", (event) => this.wheel(event), { passive: false });
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("pointerleave", () => this.leave());
-    this.canvas.addEventListener("click", (event) => {
-      const cell = this.cell(event);
-      if (cell) this.choose(cell.site, cell.step);
-    });
     this.canvas.addEventListener("keydown", (event) => this.key(event));
     this.canvas.addEventListener("blur", () => this.leave());
     this.cursor = null;
   }
 
-  // Draw. given: {grid, sites (names in order), facts (by name), metric, colours (CSS), low, high, axis, domain (of the x axis), alerts, chosen (a site),
-  // step, theme, label, print}
+  // The room that the names of these rows take, in pixels.
+  static room(sites, facts) {
+    const pen = element("canvas").getContext("2d");
+    const names = sites.map((site) => titled(facts.get(site) ?? { site }) + aside(facts.get(site)));
+    return Math.min(MOST_LEFT, Math.max(LEAST_LEFT, 14 + widest(pen, names)));
+  }
+
+  // Draw. given: {grid, sites (names of the rows in order), facts (by name), row (from each site to its row), metric, colours (CSS), low, high, axis,
+  // domain (of the x axis), left (the room for the names), alerts, chosen (a row), step, theme, label, print}
   show(given) {
     performance.mark("torchsat.draw.start");
     const held = this.cursor && { site: this.given.sites[this.cursor.place], step: this.given.grid.steps[this.cursor.row] };
@@ -47,8 +61,7 @@ export class Heatmap {
     const { grid, sites, axis, domain } = given;
     this.edges = AXES[axis].edges(grid.steps);
     this.scale = window.devicePixelRatio || 1;
-    const names = sites.map((site) => site + aside(given.facts.get(site)));
-    this.left = Math.min(MOST_LEFT, Math.max(LEAST_LEFT, 14 + widest(this.canvas.getContext("2d"), names)));
+    this.left = given.left;
     this.width = Math.max(this.left + RIGHT + 60, this.element.clientWidth || 900);
     this.row = Math.max(LEAST_ROW, Math.min(MOST_ROW, Math.floor(HEIGHT / Math.max(1, sites.length))));
     this.height = TOP + this.row * sites.length + AXIS;
@@ -60,7 +73,7 @@ export class Heatmap {
       canvas.style.width = `${this.width}px`;
       canvas.style.height = `${this.height}px`;
     }
-    this.canvas.setAttribute("aria-label", `${given.label}: ${given.metric.title}, ${sites.length} sites by ${grid.steps.length} observations. Arrow keys move, Enter opens a site.`);
+    this.canvas.setAttribute("aria-label", `${given.label}: ${given.metric.title}, ${sites.length} sites by ${grid.steps.length} observations. Arrow keys move, Enter opens a site, plus and minus zoom, 0 shows all.`);
     const pen = this.canvas.getContext("2d");
     pen.scale(this.scale, this.scale);
     pen.font = FONT;
@@ -126,18 +139,22 @@ export class Heatmap {
     const image = new ImageData(count, sites.length);
     const pixels = new Uint32Array(image.data.buffer);
     const packed = colours.map(word);
-    const [blank, stripe] = [word(theme.page), word(theme.missing)];
+    const [blank, stripe, alarm] = [word(theme.page), word(theme.missing), word(theme.critical)];
+    const hatched = []; // cells of what is not finite, as [place, pixel]
     sites.forEach((site, place) => {
       const column = grid.column.get(site);
       let known = [-2, -2];
       let colour = 0;
+      let broken = false;
       for (let x = 0; x < count; x++) {
         if (first[x] < 0) continue;
         if (first[x] !== known[0] || last[x] !== known[1]) {
           known = [first[x], last[x]];
           const value = column === undefined ? NaN : grid.at(this.pick(column, first[x], last[x]), column);
-          colour = Number.isNaN(value) ? 0 : packed[this.shade(value)];
+          broken = Math.abs(value) === Infinity;
+          colour = Number.isNaN(value) ? 0 : broken ? alarm : packed[this.shade(value)];
         }
+        if (broken) hatched.push([place, x]);
         pixels[place * count + x] = colour || (x % 6 ? blank : stripe);
       }
     });
@@ -145,8 +162,29 @@ export class Heatmap {
     buffer.getContext("2d").putImageData(image, 0, 0);
     pen.imageSmoothingEnabled = false;
     pen.drawImage(buffer, this.left, TOP, this.plot, this.row * sites.length);
+    this.hatch(pen, hatched, count);
     pen.strokeStyle = theme.rule;
     pen.strokeRect(this.left - 0.5, TOP - 0.5, this.plot + 1, this.row * sites.length + 1);
+  }
+
+  // Diagonal stripes over the cells of what is not finite: they must look neither like a number nor like a gap.
+  hatch(pen, cells, count) {
+    if (!cells.length) return;
+    const tile = element("canvas", { width: 8, height: 8 });
+    const brush = tile.getContext("2d");
+    brush.fillStyle = this.given.theme.page;
+    for (let y = 0; y < 8; y++) for (const x of [0, 1, 2]) brush.fillRect((x + y) % 8, y, 1, 1);
+    pen.save();
+    pen.fillStyle = pen.createPattern(tile, "repeat");
+    const pixel = this.plot / count;
+    for (let at = 0; at < cells.length; ) {
+      const [place, x] = cells[at];
+      let end = at;
+      while (end + 1 < cells.length && cells[end + 1][0] === place && cells[end + 1][1] === cells[end][1] + 1) end++;
+      pen.fillRect(this.left + x * pixel, TOP + place * this.row, (cells[end][1] - x + 1) * pixel, this.row);
+      at = end + 1;
+    }
+    pen.restore();
   }
 
   // The position of a step on the x axis, in CSS pixels; null if it lies before the first observation.
@@ -167,9 +205,25 @@ export class Heatmap {
     pen.strokeStyle = theme.accent;
     pen.lineWidth = 1.5;
     const row = sites.indexOf(chosen);
-    if (row >= 0) pen.strokeRect(this.left - 1, TOP + row * this.row, this.plot + 2, this.row);
+    if (row >= 0) pen.strokeRect(this.left - 1.5, TOP + row * this.row - 1.5, this.plot + 3, this.row + 3);
+    const inside = (at) => at !== null && at >= this.left && at <= this.left + this.plot;
+    const under = this.crossed === null ? null : this.at(this.crossed);
+    if (inside(under)) {
+      pen.fillStyle = theme.ink;
+      pen.globalAlpha = 0.55;
+      pen.fillRect(Math.round(under), TOP, 1, this.row * sites.length);
+      pen.globalAlpha = 1;
+    }
+    if (this.frame) {
+      const { x, y, width, height } = this.frame;
+      pen.fillStyle = theme.accent;
+      pen.globalAlpha = 0.2;
+      pen.fillRect(x, y, width, height);
+      pen.globalAlpha = 1;
+      pen.strokeRect(x, y, width, height);
+    }
     const x = step === null ? null : this.place(step);
-    if (x !== null) {
+    if (inside(x)) {
       pen.setLineDash([3, 3]);
       pen.beginPath();
       pen.moveTo(x, TOP);
@@ -182,6 +236,18 @@ export class Heatmap {
       pen.strokeStyle = theme.ink;
       pen.strokeRect(box.x - 1, box.y - 1, Math.max(3, box.width + 2), box.height + 2);
     }
+  }
+
+  // The position of any step, which need not be one of an observation.
+  at(step) {
+    const [start, end] = this.domain;
+    return this.left + (this.plot * (AXES[this.given.axis].at(step, this.given.grid) - start)) / (end - start);
+  }
+
+  // The step at a position.
+  stepAt(x) {
+    const [start, end] = this.domain;
+    return AXES[this.given.axis].step(start + ((x - this.left) / this.plot) * (end - start), this.given.grid);
   }
 
   // The rectangle of a cell, in CSS pixels from the upper left corner of the canvas.
@@ -216,10 +282,72 @@ export class Heatmap {
   }
 
   point(event) {
+    if (this.drag(event)) return;
     const cell = this.cell(event);
     if (!cell) return this.leave();
     const box = this.canvas.getBoundingClientRect();
     this.tell(cell, event.clientX - box.left, event.clientY - box.top);
+    if (cell.step !== null) this.hover(this.stepAt(event.clientX - box.left));
+  }
+
+  // The position of the pointer within the cells.
+  within(event) {
+    const box = this.canvas.getBoundingClientRect();
+    const [x, y] = [event.clientX - box.left, event.clientY - box.top];
+    const [right, bottom] = [this.left + this.plot, TOP + this.row * this.given.sites.length];
+    return { x: Math.min(right, Math.max(this.left, x)), y: Math.min(bottom, Math.max(TOP, y)), inside: x >= this.left && x <= right };
+  }
+
+  press(event) {
+    if (event.button !== 0) return;
+    this.pressed = this.within(event);
+    if (this.pressed.inside) this.canvas.setPointerCapture(event.pointerId);
+  }
+
+  // Draw the frame between where the pointer was pressed and where it is; false if no frame is being drawn.
+  drag(event) {
+    if (!this.pressed?.inside || !(event.buttons & 1)) return false;
+    const { x, y } = this.within(event);
+    const [width, height] = [Math.abs(x - this.pressed.x), Math.abs(y - this.pressed.y)];
+    if (Math.max(width, height) < DRAG && !this.frame) return false;
+    // A frame that is low means steps only, one that is narrow rows only.
+    const [all, rows] = [width < DRAG, height < Math.max(DRAG, this.row / 2)];
+    const area = { x: this.left, y: TOP, width: this.plot, height: this.row * this.given.sites.length };
+    if (!all) Object.assign(area, { x: Math.min(x, this.pressed.x), width });
+    if (!rows) Object.assign(area, { y: Math.min(y, this.pressed.y), height });
+    this.frame = { ...area, all, rows };
+    this.tip.hidden = true;
+    this.outline();
+    return true;
+  }
+
+  release(event) {
+    const frame = this.frame;
+    const pressed = this.pressed;
+    this.frame = this.pressed = null;
+    if (frame) {
+      const { sites } = this.given;
+      const place = (y) => Math.min(sites.length - 1, Math.max(0, Math.floor((y - TOP) / this.row)));
+      const steps = frame.all ? {} : { from: Math.floor(this.stepAt(frame.x)), to: Math.ceil(this.stepAt(frame.x + frame.width)) };
+      const rows = frame.rows ? {} : { top: sites[place(frame.y)], bottom: sites[place(frame.y + frame.height - 1)] };
+      this.outline();
+      return this.zoom({ ...steps, ...rows });
+    }
+    const cell = pressed && this.cell(event);
+    if (cell) this.choose(cell.site, cell.step);
+  }
+
+  // With Ctrl (or the command key) the wheel zooms about the step under the pointer. Without, the page scrolls.
+  wheel(event) {
+    if (!event.ctrlKey && !event.metaKey) return;
+    event.preventDefault();
+    const at = this.within(event);
+    if (at.inside) this.zoomBy(event.deltaY < 0 ? 0.8 : 1.25, this.stepAt(at.x));
+  }
+
+  zoomBy(factor, about) {
+    const [from, to] = [this.stepAt(this.left), this.stepAt(this.left + this.plot)];
+    this.zoom({ from: Math.floor(about - (about - from) * factor), to: Math.ceil(about + (to - about) * factor) });
   }
 
   // Show a tip about a reading beside a position.
@@ -227,14 +355,15 @@ export class Heatmap {
     const { metric, facts, alerts, print } = this.given;
     const fact = facts.get(cell.site);
     const rows = [element("b", { textContent: cell.site })];
-    if (fact) rows.push(element("div", { textContent: fact.activation + (fact.output ? ", makes an output" : fact.gate ? ", a gate" : "") }));
+    if (fact?.members) rows.push(element("div", { textContent: `${fact.members.length} sites; a click on the name unfolds them` }));
+    else if (fact) rows.push(element("div", { textContent: fact.activation + (fact.output ? ", makes an output" : fact.gate ? ", a gate" : "") }));
     if (cell.step !== null) {
       rows.push(element("div", { textContent: `${metric.title}: ${print.value(metric, cell.value)}` }));
       const among = metric.worst === null ? "latest" : "worst";
       rows.push(element("div", { textContent: `step ${cell.step}` + (cell.from === cell.to ? "" : ` (${among} of steps ${cell.from} to ${cell.to})`) }));
     }
     for (const alert of alerts) {
-      const here = alert.places.includes(cell.site);
+      const here = [...alert.places, ...alert.also].some((site) => this.given.row.get(site) === cell.site);
       const then = cell.step === null || (cell.step >= alert.since && (alert.cleared === null || cell.step <= alert.cleared));
       if (here && then) rows.push(element("div", { className: alert.severity, textContent: `${alert.rule}, since step ${alert.since}${alert.cleared === null ? "" : `, ${alert.gone ? "gone after" : "cleared at"} ${alert.cleared}`}` }));
     }
@@ -247,6 +376,7 @@ export class Heatmap {
 
   leave() {
     this.tip.hidden = true;
+    this.hover(null);
     if (this.cursor) {
       this.cursor = null;
       this.outline();
@@ -261,6 +391,8 @@ export class Heatmap {
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [-10, 0], PageDown: [10, 0] };
     if (event.key === "Enter" || event.key === " ") this.choose(sites[at.place], grid.steps[at.row]);
     else if (event.key === "Escape") return this.leave();
+    else if (event.key === "+" || event.key === "-") this.zoomBy(event.key === "+" ? 0.7 : 1 / 0.7, grid.steps[at.row]);
+    else if (event.key === "0") this.zoom(null);
     else if (event.key === "Home" || event.key === "End") this.cursor = { place: at.place, row: event.key === "Home" ? 0 : grid.steps.length - 1 };
     else if (event.key in moves) {
       const [down, right] = this.cursor ? moves[event.key] : [0, 0];

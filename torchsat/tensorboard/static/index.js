@@ -39,7 +39,18 @@ function tensorboard() {
       outer.addEventListener("hashchange", then);
     },
     onReload: listen,
+    canFollow: true,
+    asleep: () => !reloads(),
   };
+}
+
+// Whether TensorBoard loads new data by itself. It is a setting of TensorBoard's page, which is off at first.
+function reloads() {
+  try {
+    return Boolean(JSON.parse(window.localStorage.getItem("_tb_global_settings") ?? "{}").autoReload);
+  } catch {
+    return false;
+  }
 }
 
 // Whether the page around the frame may be read.

@@ -12,9 +12,17 @@ export function printer(format) {
   };
   const value = (metric, given) => {
     if (Number.isNaN(given) || given === undefined || given === null) return "not measured";
-    return metric.form === "share" ? percent(given) : number(given);
+    if (!Number.isFinite(given)) return "not finite";
+    return metric.form === "share" ? percent(given) : metric.form === "level" ? level(given) : number(given);
   };
   return { percent, value };
+}
+
+// An alert level in words (alert_level.py).
+export function level(value) {
+  if (value >= 1) return "critical";
+  if (value >= 0.5) return "warning";
+  return value > 0 ? "near a warning" : "healthy";
 }
 
 // Three digits.
