@@ -122,3 +122,12 @@ def record(site: str = "act", **given: object) -> Record:
         "grad_z_rms": 7e-4,
     }
     return Record(site=site, **{**values, **given})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    """A browser without a window."""
+    from tests.browsing import browser
+
+    with browser() as made:
+        yield made

@@ -2,6 +2,7 @@
 
 import json
 import operator
+import os
 import re
 import struct
 from dataclasses import replace
@@ -69,7 +70,52 @@ def served(tmp_path: Path) -> Server:
 
 
 def test_runs_are_those_that_hold_our_data(served: Server) -> None:
-    assert served.get("/runs").json == [{"name": RUN, "time": 1005.0, "sites": 3}]
+    (found,) = served.get("/runs").json
+    verdict = found.pop("verdict")
+    # TensorBoard lists the user's run `other` too, and gives colours by the place in that list.
+    assert found == {"name": RUN, "time": 1005.0, "sites": 3, "place": 0}
+    assert (verdict["health"], verdict["sentence"]) == ("healthy", "healthy: its alert has cleared")
+
+
+def test_every_run_has_its_verdict_before_it_is_opened(tmp_path: Path) -> None:
+    calm = [replace(each, alerts=()) for each in snapshots(6)]
+    fires = replace(ALERT, site="b.act", since=1, also=("c.act",))
+    write(tmp_path / "calm", calm)
+    write(tmp_path / "sick", [replace(each, alerts=(fires,) if each.step == 4 else ()) for each in calm])
+    write(tmp_path / "broken", [replace(each, alerts=(replace(fires, rule="nonfinite"),) if each.step == 4 else ()) for each in calm])
+    server = Server(tmp_path)
+    before = {run["name"].split(os.sep)[0]: run["verdict"] for run in server.get("/runs").json}
+    assert {name: verdict["health"] for name, verdict in before.items()} == {"broken": "not finite", "calm": "healthy", "sick": "critical"}
+    assert before["sick"]["where"] == "b.act (tanh) and 1 more"
+    assert before["sick"]["since"] == 1
+    # Once a run is opened, its verdict comes from the whole of it, and is the same.
+    for name, verdict in before.items():
+        assert server.get("/run", run=str(Path(name, "torchsat"))).json["verdict"] == verdict
+    assert {run["name"].split(os.sep)[0]: run["verdict"] for run in server.get("/runs").json} == before
+
+
+def test_an_alert_of_a_session_that_a_later_one_made_void_is_not_in_the_verdict(tmp_path: Path) -> None:
+    calm = [replace(each, alerts=()) for each in snapshots(6)]
+    write(tmp_path / "run", [replace(each, alerts=(replace(ALERT, step=3),) if each.step == 3 else ()) for each in calm])
+    write(tmp_path / "run", [replace(each, time=each.time + 100) for each in calm if each.step >= 2])
+    assert [run["verdict"]["health"] for run in Server(tmp_path).get("/runs").json] == ["healthy"]
+
+
+def test_the_users_scalars_stand_beside_a_run(tmp_path: Path) -> None:
+    write(tmp_path / "run", snapshots(3))
+    with SummaryWriter(str(tmp_path / "run")) as writer:
+        for step in range(4):
+            for tag, value in (("val/loss", 9.0), ("train/loss", 3.0 - step), ("lr-Adam", 0.5), ("accuracy", 0.1)):
+                writer.add_scalar(tag, value, step)
+    server = Server(tmp_path)
+    assert server.get("/scalars", run=RUN).json == {
+        "tags": ["accuracy", "lr-Adam", "train/loss", "val/loss"],
+        "loss": "train/loss",
+        "rate": "lr-Adam",
+    }
+    names, steps, values = server.grid("/scalar", run=RUN, tag="train/loss")
+    assert (names, steps, values[:, 0].tolist()) == (["train/loss"], [0, 1, 2, 3], [3.0, 2.0, 1.0, 0.0])
+    assert server.get("/scalar", run=RUN, tag="torchsat/alerts").status_code == 400
 
 
 def test_what_is_served_is_what_was_written(served: Server) -> None:
@@ -118,7 +164,7 @@ def test_a_metric_that_an_older_file_lacks_is_unknown(tmp_path: Path, monkeypatc
         ("/run", {}, "the argument 'run' is missing"),
         ("/run", {"run": "../../etc/passwd"}, "run='../../etc/passwd' is not known; the runs are 'run/torchsat'"),
         ("/values", {"run": RUN}, "the argument 'metric' is missing"),
-        ("/values", {"run": RUN, "metric": "<b>"}, "metric='<b>' is not known; the metrics are 'excess', 'saturated', "),
+        ("/values", {"run": RUN, "metric": "<b>"}, "metric='<b>' is not known; the metrics are 'alert_level', 'excess', "),
         ("/site", {"run": RUN, "site": "x" * 1000}, "is not known; the sites are 'a.act', 'b.act', 'c.act'"),
         ("/histogram", {"run": RUN, "site": ""}, "site='' is not known"),
         ("/heads", {"run": "other", "site": "a.act"}, "run='other' is not known"),

@@ -81,7 +81,10 @@ def test_numbers_have_their_place_on_the_scale() -> None:
 
 def test_every_metric_is_a_number_of_a_record_or_a_weight() -> None:
     for metric in METRICS:
-        assert metric.name in {"records": RECORD_METRICS, "weights": WEIGHT_METRICS, "view": ("excess",)}[metric.over]
+        assert (
+            metric.name
+            in {"records": RECORD_METRICS, "weights": WEIGHT_METRICS, "both": {*RECORD_METRICS} & {*WEIGHT_METRICS}, "view": ("excess",)}[metric.over]
+        )
     assert len({metric.name for metric in METRICS}) == len(METRICS)
 
 

@@ -47,7 +47,7 @@ export class Panel {
       `${Math.min(shown, count)} of ${about.sites.length} sites${aside ? ` (${aside})` : ""}`;
     if (about.verdict === null) this.aside.textContent = ` ${given.metric.says} Blue: less, at most ${short(-given.low)}; brown: more. ${sites.length} sites in both.`;
     const width = Math.max(left + RIGHT + 60, this.heatmap.element.clientWidth || 900);
-    this.strip.show({ curves, alerts: about.alerts, grid, axis, domain, left, width, right: RIGHT, colour: line.colour, theme });
+    this.strip.show({ curves, alerts: about.alerts, grid, axis, domain, left, width, right: RIGHT, colour: line.colour, theme, room: about.verdict === null });
     this.heatmap.show({ ...given, alerts: about.alerts, label: line.name });
     this.empty(sites.length, measured);
   }

@@ -20,10 +20,11 @@ export class Strip {
     this.drawing.addEventListener("pointerleave", () => this.hover(null));
   }
 
-  // Draw. given: {curves: [{name, points, dash, scale}], alerts, grid, axis, domain, left, width, right (pixels), colour, theme}
+  // Draw. given: {curves: [{name, points, dash, scale}], alerts, grid, axis, domain, left, width, right (pixels), colour, theme, room}. `room`: keep the room of the strip though there is nothing to draw, so that pictures
+  // side by side begin at the same height.
   show(given) {
     this.given = given;
-    this.element.hidden = !given.curves.length && !given.alerts.length;
+    this.element.hidden = !given.room && !given.curves.length && !given.alerts.length;
     const { curves, alerts, left, width, right, colour, theme } = given;
     this.plot = width - left - right;
     const svg = drawn("svg", { width, height: TALL, class: "strip-picture", role: "img", "aria-label": `${curves.map((each) => each.name).join(", ")}, and alerts` });

@@ -12,11 +12,12 @@ export const HEALTH = {
 };
 const MOST_BADGES = 12;
 
-// The runs, the worst first; runs that are equally bad keep their order. Each has a `verdict` with a `rank`, of which the largest is the worst.
+// The runs, the worst first, and of runs that are equally bad the newest. Each has a `verdict` with a `rank`, of which the largest is the worst.
 export function worstFirstRuns(runs) {
-  const compare = ({ verdict: { rank: one } }, { verdict: { rank: other } }) => {
-    const at = one.findIndex((part, index) => part !== other[index]);
-    return at < 0 ? 0 : other[at] - one[at];
+  const compare = (one, other) => {
+    const [own, its] = [[...one.verdict.rank, one.time], [...other.verdict.rank, other.time]];
+    const at = own.findIndex((part, index) => part !== its[index]);
+    return at < 0 ? 0 : its[at] - own[at];
   };
   return [...runs].sort(compare);
 }

@@ -1,0 +1,314 @@
+"""What the Saturation tab shows first and how it is used, in a real browser: the verdict, the zoom, blocks, scalars, the difference of two runs."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")
+
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from tests.browsing import browser, chromium, hover, open_tab, pixel, serving, settled, wait
+from tests.conftest import record
+from tests.test_tensorboard import ALERT, snapshots, write
+from torchsat import Cause, Snapshot
+from torchsat.colours import shades
+
+pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium with its driver: apt-get install chromium chromium-driver")
+
+RUNS = ("calm", "warned", "sick", "broken")
+
+
+@pytest.fixture(scope="module")
+def ward(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Four runs, of which the worst is neither the newest nor the first: a model of 24 blocks of two sites, a loss, and alerts."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = tmp_path_factory.mktemp("ward")
+    for index, name in enumerate(RUNS):
+        made = []
+        for step in range(0, 200, 10):
+            beyond = name in ("sick", "broken") and step >= 50
+            records = [
+                record(
+                    f"blocks.{k}.act{part}",
+                    alert_level=1.0 if beyond and k == 7 else 0.0,
+                    nonfinite=3 if name == "broken" and beyond and k == 7 and part == 1 else 0,
+                    saturated=0.9 if beyond and k == 7 else 0.1,
+                )
+                for k in range(24)
+                for part in (1, 2)
+            ]
+            rule = {"warned": "stuck_units", "sick": "saturated", "broken": "nonfinite"}.get(name, "")
+            cause = Cause("init_too_large", 1.0, "gain 8", "draw the weights anew:\n    nn.init.xavier_normal_(model.fc.weight)\n    pass")
+            severity: Any = "warning" if name == "warned" else "critical"
+            raised = replace(
+                ALERT, site="blocks.7.act1", also=("blocks.7.act2",), rule=rule, severity=severity, since=50, step=70, firing=True, causes=(cause,)
+            )
+            made.append(Snapshot(step, 1000.0 - 100 * index + step, tuple(records), (), (raised,) if rule and step == 70 else ()))
+        write(folder / name, made)
+    with SummaryWriter(str(folder / "sick")) as writer:
+        for step in range(200):
+            writer.add_scalar("train/loss", 1 / (1 + step), step)
+            writer.add_scalar("lr", 0.5, step)
+    with serving(folder) as found:
+        yield found
+
+
+def shown(driver: Any, run: str) -> list[str]:
+    found: list[str] = driver.execute_script("return torchsat.panels.get(arguments[0]).heatmap.given.sites", f"{run}/torchsat")
+    return found
+
+
+def test_the_verdict_comes_first_and_the_worst_run_is_open(driver: Any, ward: str) -> None:
+    open_tab(driver, ward)
+    settled(driver)
+    head = driver.find_element(By.CSS_SELECTOR, ".verdict").text.splitlines()
+    assert head[0] == "3 of 4 runs are sick."
+    where = "blocks.7.act1 (tanh) and 1 more \N{EM DASH} non-finite, since step 50. Cause: init_too_large."
+    assert head[1] == f"Worst: broken \N{HEAVY MULTIPLICATION X} not finite: {where}"
+    assert head[2].startswith("Try: draw the weights anew")
+    assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["broken", "sick"]
+    assert driver.find_element(By.CSS_SELECTOR, ".detail h2").text == "blocks.7.act1"
+    badges = [each.text.split(maxsplit=2) for each in driver.find_elements(By.CSS_SELECTOR, ".run-badge")]
+    assert [(name, word) for name, _, word in badges] == [("broken", "not finite"), ("sick", "critical"), ("warned", "warnings"), ("calm", "healthy")]
+    driver.find_elements(By.CSS_SELECTOR, ".run-badge")[2].click()
+    settled(driver)
+    assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["warned"]
+
+
+def test_what_is_healthy_has_the_colour_of_the_page_and_what_is_not_finite_is_hatched(driver: Any, ward: str) -> None:
+    open_tab(driver, ward, "&p.torchsat.site=&p.torchsat.fold=sites&p.torchsat.runs=broken%2Ftorchsat&p.torchsat.runs=sick%2Ftorchsat")
+    assert Select(driver.find_element(By.CSS_SELECTOR, "[data-control=metric]")).first_selected_option.text == "Health"
+    run = "sick/torchsat"
+    assert pixel(driver, run, 0, 10) == shades("heat")[0]
+    assert pixel(driver, run, 15, 10) == shades("heat")[-1]  # blocks.7.act2, which has no mark of the alert
+    stripes = {pixel(driver, "broken/torchsat", 14, 15, down) for down in range(1, 8)}
+    assert stripes & {(197, 34, 31)}  # the colour of what is critical
+    assert stripes <= {(197, 34, 31), (255, 255, 255)}
+
+
+def test_a_frame_zooms_in_on_steps_and_rows_in_all_charts(driver: Any, ward: str) -> None:
+    open_tab(driver, ward, "&p.torchsat.fold=sites&p.torchsat.runs=sick%2Ftorchsat")
+    settled(driver)
+    script = """const map = torchsat.panels.get('sick/torchsat').heatmap; map.canvas.scrollIntoView({block: 'center'});
+        const [one, two] = [map.box(10, 5), map.box(19, 14)], at = map.canvas.getBoundingClientRect();
+        return [one.x + 2 - at.width / 2, one.y + 2 - at.height / 2, two.x - one.x, two.y + two.height / 2 - one.y - 2];"""
+    x, y, across, down = driver.execute_script(script)
+    canvas = driver.find_element(By.CSS_SELECTOR, "[data-run='sick/torchsat'] canvas.heat")
+    ActionChains(driver).move_to_element_with_offset(canvas, round(x), round(y)).click_and_hold().move_by_offset(
+        round(across), round(down)
+    ).release().perform()
+    wait(driver, "return torchsat.view.from !== null && torchsat.view.top !== null")
+    settled(driver)
+    view = driver.execute_script("return [torchsat.view.from, torchsat.view.to, torchsat.view.top, torchsat.view.bottom]")
+    assert 48 <= view[0] <= 54
+    assert 138 <= view[1] <= 146
+    assert view[2:] == ["blocks.5.act1", "blocks.9.act2"]
+    assert len(shown(driver, "sick")) == 10
+    assert driver.execute_script("return torchsat.panels.get('sick/torchsat').heatmap.domain") == view[:2]
+    assert driver.execute_script("return torchsat.panels.get('sick/torchsat').strip.given.domain") == view[:2]
+    driver.switch_to.default_content()
+    assert f"p.torchsat.from={view[0]}" in driver.current_url
+    driver.switch_to.frame(driver.find_element(By.CSS_SELECTOR, "iframe"))
+    driver.execute_script("document.querySelector('[data-control=reset]').click()")
+    settled(driver)
+    assert len(shown(driver, "sick")) == 48
+    canvas = driver.find_element(By.CSS_SELECTOR, "[data-run='sick/torchsat'] canvas.heat")
+    driver.execute_script("arguments[0].focus()", canvas)
+    canvas.send_keys("+")
+    wait(driver, "return torchsat.view.from !== null")
+    canvas.send_keys("0")
+    wait(driver, "return torchsat.view.from === null && torchsat.view.to === null")
+
+
+def test_a_step_is_marked_in_all_charts(driver: Any, ward: str) -> None:
+    open_tab(driver, ward, "&p.torchsat.fold=sites&p.torchsat.runs=sick%2Ftorchsat&p.torchsat.site=blocks.0.act1")
+    wait(driver, "return document.querySelectorAll('.detail .chart').length > 2")
+    hover(driver, "sick/torchsat", 3, 9)
+    assert driver.execute_script("return torchsat.hovered") == pytest.approx(95, abs=3)
+    lines = driver.execute_script(
+        "return Array.from(document.querySelectorAll('.detail .crossed .cross, .strip .cross'), (each) => each.getAttribute('visibility'))"
+    )
+    assert len(lines) > 2
+    assert set(lines) == {"visible"}
+    step = int(driver.execute_script("return torchsat.hovered"))
+    assert driver.find_element(By.CSS_SELECTOR, ".strip-said").text == f"train/loss {1 / (1 + step):.3g}\nlr 0.5"
+
+
+def test_blocks_are_folded_and_show_the_worst_of_their_sites(driver: Any, ward: str) -> None:
+    open_tab(driver, ward, "&p.torchsat.site=&p.torchsat.runs=sick%2Ftorchsat")
+    assert shown(driver, "sick") == [f"\N{BLACK RIGHT-POINTING SMALL TRIANGLE} blocks.{k}" for k in range(24)]
+    assert pixel(driver, "sick/torchsat", 7, 15, 2) == shades("heat")[-1]
+    script = "const map = torchsat.panels.get('sick/torchsat').heatmap; map.choose(map.given.sites[7], null)"
+    driver.execute_script(script)
+    wait(driver, "return torchsat.view.unfolded.size === 1")
+    settled(driver)
+    assert shown(driver, "sick")[6:11] == [
+        *("\N{BLACK RIGHT-POINTING SMALL TRIANGLE} blocks.6", "\N{BLACK DOWN-POINTING SMALL TRIANGLE} blocks.7", "blocks.7.act1", "blocks.7.act2"),
+        "\N{BLACK RIGHT-POINTING SMALL TRIANGLE} blocks.8",
+    ]
+    driver.execute_script(script)
+    wait(driver, "return torchsat.view.unfolded.size === 0")
+
+
+def test_the_filter_takes_regular_expressions(driver: Any, ward: str) -> None:
+    open_tab(driver, ward, "&p.torchsat.site=&p.torchsat.runs=sick%2Ftorchsat&p.torchsat.fold=sites")
+    field = driver.find_element(By.CSS_SELECTOR, "[data-control=filter]")
+    field.send_keys(r"/blocks\.1\d\.act2/")
+    settled(driver)
+    assert shown(driver, "sick") == [f"blocks.{k}.act2" for k in range(10, 20)]
+    field.clear()
+    field.send_keys("/[/")
+    settled(driver)
+    assert len(shown(driver, "sick")) == 48
+    assert "cannot be used" in field.get_attribute("title")
+    driver.execute_async_script("torchsat.change({filter: 'nothing'}).then(arguments[0])")
+    assert driver.execute_script("return document.querySelector('.heatmap').dataset.why") == "The filter leaves no site."
+
+
+def test_an_alert_leads_to_its_metric_its_site_and_its_step(driver: Any, ward: str) -> None:
+    open_tab(driver, ward, "&p.torchsat.site=")
+    rows = driver.find_elements(By.CSS_SELECTOR, ".alerts tbody tr")
+    assert [row.text.split()[:2] for row in rows] == [["critical", "broken"], ["critical", "sick"]]
+    rows[1].find_element(By.CSS_SELECTOR, "button.link").click()
+    wait(driver, "return document.querySelector('.detail h2')?.textContent === 'blocks.7.act1'")
+    assert driver.execute_script("return [torchsat.view.run, torchsat.view.metric, torchsat.view.step]") == ["sick/torchsat", "excess", 70]
+    driver.execute_async_script("torchsat.change({site: '', metric: null, step: null}).then(arguments[0])")
+    driver.execute_script(
+        "document.querySelectorAll('[data-run=\"sick/torchsat\"] .flag')[0].dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    )
+    wait(driver, "return torchsat.view.metric === 'excess' && torchsat.view.step === 70")
+
+
+def test_a_chosen_step_is_left_for_the_latest(driver: Any, ward: str) -> None:
+    open_tab(driver, ward, "&p.torchsat.site=&p.torchsat.step=70")
+    slider = driver.find_element(By.CSS_SELECTOR, "[data-control=step]")
+    assert slider.get_attribute("aria-valuetext") == "step 70"
+    slider.send_keys(Keys.END)
+    settled(driver)
+    assert driver.execute_script("return torchsat.view.step") is None
+    assert driver.find_element(By.CSS_SELECTOR, ".depth output").text == "step 190 (latest)"
+
+
+def test_the_difference_of_two_runs_has_a_picture_of_its_own(driver: Any, ward: str) -> None:
+    open_tab(
+        driver,
+        ward,
+        "&p.torchsat.site=&p.torchsat.runs=sick%2Ftorchsat&p.torchsat.runs=calm%2Ftorchsat&p.torchsat.fold=sites&p.torchsat.metric=saturated",
+    )
+    driver.find_element(By.CSS_SELECTOR, "[data-control=difference]").click()
+    settled(driver)
+    assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["sick", "calm", "sick \N{MINUS SIGN} calm"]
+    script = (
+        "const {grid, metric} = torchsat.panels.get('difference').heatmap.given; return [grid.at(15, 14), grid.at(0, 14), metric.high, metric.low]"
+    )
+    assert driver.execute_script(script) == pytest.approx([0.8, 0.0, 0.8, -0.8], abs=1e-6)
+    assert pixel(driver, "difference", 14, 15) == shades("balance")[-1]
+
+
+def test_words_are_defined_where_they_stand(driver: Any, ward: str) -> None:
+    open_tab(driver, ward)
+    driver.find_element(By.CSS_SELECTOR, ".controls .ask").click()
+    dialog = driver.find_element(By.CSS_SELECTOR, "dialog.help")
+    assert dialog.is_displayed()
+    assert dialog.find_element(By.CSS_SELECTOR, ".asked").text.startswith("Health\nHow near a site")
+    dialog.send_keys(Keys.ESCAPE)
+    assert not dialog.is_displayed()
+
+
+def test_lists_close_by_escape_and_by_a_click_outside(driver: Any, ward: str) -> None:
+    open_tab(driver, ward, "&p.torchsat.site=")
+    summary = driver.find_element(By.CSS_SELECTOR, ".runs summary")
+    for leave in (lambda: driver.switch_to.active_element.send_keys(Keys.ESCAPE), lambda: driver.find_element(By.CSS_SELECTOR, ".alerts h2").click()):
+        summary.click()
+        assert driver.execute_script("return document.querySelector('.runs').open") is True
+        leave()
+        assert driver.execute_script("return document.querySelector('.runs').open") is False
+    summary.click()
+    driver.find_element(By.CSS_SELECTOR, "[data-control='search runs']").send_keys("bro")
+    names = [each.text.split()[0] for each in driver.find_elements(By.CSS_SELECTOR, ".runs label") if each.is_displayed()]
+    assert names == ["broken"]
+
+
+def test_what_is_shown_is_saved_as_a_table_and_a_remedy_is_copied(driver: Any, ward: str) -> None:
+    open_tab(
+        driver, ward, "&p.torchsat.runs=sick%2Ftorchsat&p.torchsat.metric=saturated&p.torchsat.filter=blocks.7&p.torchsat.from=60&p.torchsat.to=80"
+    )
+    settled(driver)
+    saved = """const done = arguments[0], url = URL.createObjectURL; URL.createObjectURL = (blob) => { blob.text().then(done); return url(blob); };
+        document.querySelector('[data-run="sick/torchsat"] [title="save the numbers of this picture"]').click(); URL.createObjectURL = url;"""
+    share = float(np.float32(0.9))
+    assert driver.execute_async_script(saved).splitlines() == [
+        "step,blocks.7.act1,blocks.7.act2",
+        *(f"{step},{share},{share}" for step in (60, 70, 80)),
+    ]
+    picture = """const done = arguments[0], url = URL.createObjectURL;
+        URL.createObjectURL = (blob) => { done([blob.type, blob.size]); return url(blob); };
+        document.querySelector('[data-run="sick/torchsat"] [title="save this picture"]').click();"""
+    kind, size = driver.execute_async_script(picture)
+    assert kind == "image/png"
+    assert size > 1000
+    driver.execute_script(
+        "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async (text) => (window.copied = text)}, configurable: true})"
+    )
+    driver.find_element(By.CSS_SELECTOR, ".detail .code .copy").click()
+    assert wait(driver, "return window.copied") == "nn.init.xavier_normal_(model.fc.weight)\npass"
+
+
+def test_the_lines_of_runs_have_the_colours_of_tensorboard_and_can_be_seen(driver: Any, ward: str) -> None:
+    open_tab(driver, ward, "&p.torchsat.site=")
+    script = """const done = arguments[0]; import(new URL('./palette.js', document.baseURI)).then((own) => done([
+        Array.from({length: 8}, (_, place) => own.runColour(place, {name: 'light', page: '#ffffff'})),
+        Array.from({length: 8}, (_, place) => own.runColour(place, {name: 'dark', page: '#202124'}))]));"""
+    light, dark = driver.execute_async_script(script)
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    assert light[0] == light[7] == "#425066"
+    assert light[2] == "#e52592"
+    for colours, page in ((light, "#ffffff"), (dark, "#202124")):
+        for colour in colours:
+            high, low = sorted((luminance(colour), luminance(page)), reverse=True)
+            assert (high + 0.05) / (low + 0.05) >= 2.95
+
+
+def test_on_a_narrow_page_a_site_opens_where_it_is_seen(ward: str) -> None:
+    with browser(900, 700) as narrow:
+        open_tab(narrow, ward, "&p.torchsat.site=&p.torchsat.runs=sick%2Ftorchsat")
+        hover(narrow, "sick/torchsat", 7, 15, click=True)
+        wait(narrow, "return document.querySelectorAll('.detail .chart').length > 2")
+        top, height = narrow.execute_script("return [document.querySelector('.detail').getBoundingClientRect().top, window.innerHeight]")
+        assert -5 <= top <= height - 100
+
+
+def test_new_data_are_followed(driver: Any, tmp_path: Path) -> None:
+    from torchsat.tensorboard.writer import TensorBoardWriter
+
+    given = snapshots(9, sites=3)
+    writer = TensorBoardWriter(tmp_path / "live")
+    for snapshot in given[:4]:
+        writer(snapshot)
+    writer.flush()
+    with serving(tmp_path, "--reload_interval=1") as found:
+        open_tab(driver, found, "&p.torchsat.step=10&p.torchsat.site=")
+        assert "TensorBoard's own reload is off" in driver.find_element(By.CSS_SELECTOR, ".switches").text
+        driver.find_element(By.CSS_SELECTOR, "[data-control=follow]").click()
+        for snapshot in given[4:]:
+            writer(snapshot)
+        writer.flush()
+        WebDriverWait(driver, 30).until(lambda page: page.execute_script("return torchsat.grids.get('live/torchsat').steps.length === 9"))
+        assert driver.execute_script("return torchsat.view.step") is None
+        driver.find_element(By.CSS_SELECTOR, "[data-control=follow]").click()
+        assert driver.execute_script("return torchsat.following") is None
+    writer.close()

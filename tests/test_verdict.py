@@ -1,0 +1,103 @@
+"""The alert level and the verdict: figures by hand."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from tests.conftest import record
+from tests.test_tensorboard import ALERT
+from torchsat import Cause, Rule, Snapshot
+from torchsat.alert_level import alert_level
+from torchsat.alerts import Episode
+from torchsat.definitions import RULE_DEFINITIONS
+from torchsat.judge import Judge
+from torchsat.metrics import METRICS
+from torchsat.record import with_levels
+from torchsat.rules import RULES
+from torchsat.verdict import Health, summary, verdict_of, worst_first
+from torchsat.view import from_snapshots
+
+ABOVE = Rule("r", lambda record, snapshot: record.saturated, 0.4, 0.8, lambda *given: "")
+BELOW = replace(ABOVE, warning=1e-3, critical=1e-6, below=True)
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "level"),
+    [
+        (ABOVE, 0.0, 0.0),
+        (ABOVE, 0.32, 0.0),  # 0.8 of the limit: here an alert would clear
+        (ABOVE, 0.36, 0.25),  # halfway from there to the limit
+        (ABOVE, 0.4, 0.5),
+        (ABOVE, 0.4 * math.sqrt(2), 0.75),  # halfway to the critical limit, in the logarithm
+        (ABOVE, 0.8, 1.0),
+        (ABOVE, math.inf, 1.0),
+        (BELOW, 1.0, 0.0),
+        (BELOW, 1.25e-3, 0.0),
+        (BELOW, 1e-3 / 0.9, 0.25),
+        (BELOW, 1e-4, 0.5 + 0.5 / 3),
+        (BELOW, 1e-7, 1.0),
+        (BELOW, 0.0, 1.0),
+        (replace(ABOVE, critical=None), 5.0, 0.5),
+        (replace(ABOVE, warning=None), 0.72, 0.25),
+        (replace(ABOVE, warning=None, critical=None), 0.72, 0.0),
+        (replace(ABOVE, warning=0.0, critical=None), -1.0, 0.0),
+    ],
+)
+def test_the_level_is_where_a_value_stands_between_the_limits(rule: Rule, value: float, level: float) -> None:
+    assert alert_level(rule, value, record("a")) == pytest.approx(level, abs=1e-12)
+
+
+def test_the_level_of_a_place_is_that_of_its_worst_rule() -> None:
+    judge = Judge((ABOVE, replace(ABOVE, name="other", value=lambda record, snapshot: record.stuck, warning=0.5)))
+    snapshot = Snapshot(0, 0.0, (record("a", saturated=0.36, stuck=0.5), record("b", saturated=0.1, stuck=0.0)))
+    judge.judge(snapshot)
+    assert judge.levels == pytest.approx({"a": 0.5, "b": 0.0})
+    judged = with_levels(snapshot.records, judge.levels)
+    assert [each.alert_level for each in judged] == pytest.approx([0.5, 0.0])
+    assert [replace(each, alert_level=None) for each in judged] == list(snapshot.records)
+    assert [each.alert_level for each in with_levels(snapshot.records, {})] == [None, None]
+
+
+def test_what_is_not_finite_looks_like_no_number_and_like_no_gap() -> None:
+    broken = record("a", nonfinite=3, saturated=None, alert_level=1.0)
+    series = from_snapshots("run", [Snapshot(0, 0.0, (record("a", saturated=0.1, alert_level=0.0),)), Snapshot(1, 1.0, (broken,))])
+    assert series.values["saturated"][:, 0].tolist() == pytest.approx([0.1, math.inf])
+    assert series.values["alert_level"][:, 0].tolist() == [0.0, math.inf]
+    assert series.values["nonfinite"][:, 0].tolist() == [0.0, 3.0]
+    assert math.isnan(series.values["entropy_min"][0, 0])
+
+
+def test_every_rule_has_a_definition_and_a_metric_that_shows_it() -> None:
+    assert {each.rule for each in RULE_DEFINITIONS} == {rule.name for rule in RULES}
+    assert {each.metric for each in RULE_DEFINITIONS} <= {metric.name for metric in METRICS}
+
+
+def test_the_verdict_names_the_alert_that_counts_most() -> None:
+    causes = (Cause("init_too_large", 1.0, "gain 8", "draw the weights anew:\n    nn.init.xavier_normal_(w)"),)
+    sick = Episode(replace(ALERT, site="a", since=10, also=("b", "c"), causes=causes), 20, None)
+    warned = Episode(replace(ALERT, site="d", severity="warning"), 20, None)
+    over = Episode(replace(ALERT, site="e"), 0, 30)
+    verdict = verdict_of([over, warned, sick], {"a": "tanh"})
+    assert verdict.health is Health.CRITICAL
+    assert str(verdict) == "critical: a (tanh) and 2 more: saturated (init_too_large), since step 10; 1 more alert"
+    assert verdict.advice == "draw the weights anew"
+    assert verdict_of([warned]).health is Health.WARNING
+    lost = verdict_of([sick, Episode(replace(ALERT, rule="nonfinite", site="z"), 50, None)])
+    assert (lost.health, lost.where) == (Health.NOT_FINITE, "z")
+    assert str(verdict_of([over])) == "healthy: its alert has cleared"
+    assert str(verdict_of([])) == "healthy: no alert was raised"
+
+
+def test_several_runs_are_summed_up_the_worst_first() -> None:
+    fires = Episode(replace(ALERT, site="a", since=5), 20, None)
+    runs = {
+        "well": verdict_of([]),
+        "warned": verdict_of([Episode(replace(ALERT, severity="warning"), 0, None)]),
+        "sick": verdict_of([fires]),
+        "wider": verdict_of([Episode(replace(fires.alert, also=("b",)), 20, None)]),
+    }
+    assert worst_first(runs) == ["wider", "sick", "warned", "well"]
+    assert summary(runs).startswith("3 of 4 runs are sick. Worst: wider: critical: a and 1 more: saturated")
+    assert summary({"well": runs["well"]}) == "The run is healthy."
+    assert summary({"one": runs["well"], "two": runs["well"]}) == "Both runs are healthy."
