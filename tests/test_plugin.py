@@ -2,7 +2,6 @@
 
 import json
 import operator
-import os
 import re
 import struct
 from dataclasses import replace
@@ -84,14 +83,14 @@ def test_every_run_has_its_verdict_before_it_is_opened(tmp_path: Path) -> None:
     write(tmp_path / "sick", [replace(each, alerts=(fires,) if each.step == 4 else ()) for each in calm])
     write(tmp_path / "broken", [replace(each, alerts=(replace(fires, rule="nonfinite"),) if each.step == 4 else ()) for each in calm])
     server = Server(tmp_path)
-    before = {run["name"].split(os.sep)[0]: run["verdict"] for run in server.get("/runs").json}
+    before = {Path(run["name"]).parts[0]: run["verdict"] for run in server.get("/runs").json}
     assert {name: verdict["health"] for name, verdict in before.items()} == {"broken": "not finite", "calm": "healthy", "sick": "critical"}
     assert before["sick"]["where"] == "b.act (tanh) and 1 more"
     assert before["sick"]["since"] == 1
     # Once a run is opened, its verdict comes from the whole of it, and is the same.
     for name, verdict in before.items():
         assert server.get("/run", run=str(Path(name, "torchsat"))).json["verdict"] == verdict
-    assert {run["name"].split(os.sep)[0]: run["verdict"] for run in server.get("/runs").json} == before
+    assert {Path(run["name"]).parts[0]: run["verdict"] for run in server.get("/runs").json} == before
 
 
 def test_an_alert_of_a_session_that_a_later_one_made_void_is_not_in_the_verdict(tmp_path: Path) -> None:

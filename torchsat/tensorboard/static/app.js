@@ -52,7 +52,7 @@ class App {
     this.help = new Help();
     this.controls = new Controls(this.view.filter, (values) => this.change(values), this.help, (on) => this.follow(on));
     this.verdict = element("header", { className: "card verdict" });
-    this.maps = element("main", { className: "maps" });
+    this.maps = element("div", { className: "maps" });
     this.message = element("p", { className: "message", role: "status" });
     this.alerts = element("section", { className: "card alerts" });
     this.depth = element("section", { className: "card depth" });
@@ -62,8 +62,8 @@ class App {
     this.detail.setAttribute("aria-label", "Site");
     const hint = "Click: open a site. Drag: zoom in. Double click: all. Ctrl and wheel: zoom.";
     const aside = element("p", { className: "aside", textContent: hint });
-    const left = element("div", { className: "left" }, this.maps, aside, this.alerts, this.depth);
-    this.frame = element("div", { className: "torchsat" }, this.verdict, this.controls.element, this.message, element("div", { className: "columns" }, left, this.detail), this.help.element);
+    const left = element("main", { className: "left" }, this.message, this.maps, aside, this.alerts, this.depth);
+    this.frame = element("div", { className: "torchsat" }, this.verdict, this.controls.element, element("div", { className: "columns" }, left, this.detail), this.help.element);
     root.append(this.frame);
   }
 

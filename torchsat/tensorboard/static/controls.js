@@ -20,8 +20,7 @@ export class Controls {
     this.filter.dataset.control = "filter";
     this.filter.addEventListener("input", () => this.change({ filter: this.filter.value }));
     const field = element("label", {}, element("span", { textContent: "Sites" }), this.filter);
-    this.element = element("div", { className: "controls" }, this.choices, field, this.aside);
-    this.element.setAttribute("role", "toolbar");
+    this.element = element("section", { className: "controls" }, this.choices, field, this.aside);
     this.element.setAttribute("aria-label", "What is shown");
     document.addEventListener("pointerdown", (event) => this.closeRuns((list) => !list.contains(event.target)));
     document.addEventListener("keydown", (event) => {

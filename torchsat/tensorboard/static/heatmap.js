@@ -13,6 +13,7 @@ const LEAST_ROW = 3;
 const MOST_ROW = 20;
 const HEIGHT = 460; // of all rows, if they are neither too small nor too large then
 
+const [MISSING, BROKEN] = [-1, -2]; // how an observation looks that has no number, and one that is not finite
 const DRAG = 5; // how far the pointer must move until it draws a frame to zoom in on
 
 export class Heatmap {
@@ -130,34 +131,78 @@ export class Heatmap {
     return Math.floor((metric.reversed ? 1 - position : position) * (colours.length - 1) + 0.5);
   }
 
+  // What each observation of a row looks like: the index of its colour, or one of MISSING and BROKEN. It is kept as long as the numbers and the scale
+  // are the same, so that zooming need not compute it again.
+  looks(site) {
+    const { grid, metric, low, high } = this.given;
+    const kept = this.kept;
+    if (!kept || kept.grid !== grid || kept.metric !== metric || kept.low !== low || kept.high !== high) this.kept = { grid, metric, low, high, rows: new Map() };
+    if (!this.kept.rows.has(site)) {
+      const column = grid.column.get(site);
+      const found = new Int16Array(grid.steps.length).fill(MISSING);
+      for (let row = 0; column !== undefined && row < found.length; row++) {
+        const value = grid.at(row, column);
+        if (!Number.isNaN(value)) found[row] = Number.isFinite(value) ? this.shade(value) : BROKEN;
+      }
+      this.kept.rows.set(site, found);
+    }
+    return this.kept.rows.get(site);
+  }
+
+  // The pixels of a row that show the same observations, as four numbers each: first pixel, pixel behind the last, first observation, last observation.
+  spans() {
+    const { first, last, count } = this.shown;
+    const found = new Int32Array(4 * count);
+    let size = 0;
+    for (let x = 0; x < count; ) {
+      let end = x + 1;
+      while (end < count && first[end] === first[x] && last[end] === last[x]) end++;
+      if (first[x] >= 0) {
+        found.set([x, end, first[x], last[x]], size);
+        size += 4;
+      }
+      x = end;
+    }
+    return found.subarray(0, size);
+  }
+
   // The cells: one pixel per row of a buffer, enlarged to the height of a row. Where there is no number, the page shows through grey stripes.
   paint(pen) {
-    const { grid, sites, colours, theme } = this.given;
+    const { sites, colours, theme, metric } = this.given;
     this.shown = this.columns();
-    const { first, last, count } = this.shown;
+    const { count } = this.shown;
     if (!sites.length) return;
+    performance.mark("torchsat.paint.start");
     const image = new ImageData(count, sites.length);
     const pixels = new Uint32Array(image.data.buffer);
-    const packed = colours.map(word);
+    const packed = Uint32Array.from(colours, word);
     const [blank, stripe, alarm] = [word(theme.page), word(theme.missing), word(theme.critical)];
-    const hatched = []; // cells of what is not finite, as [place, pixel]
+    const hatched = []; // what is not finite, as [place, first pixel, pixel behind the last]
+    const spans = this.spans();
+    // The worst of several observations has the largest index, unless a low number is bad and its ramp is not reversed.
+    const sign = metric.worst === "low" && !metric.reversed ? -1 : 1;
+    const picks = metric.worst !== null;
     sites.forEach((site, place) => {
-      const column = grid.column.get(site);
-      let known = [-2, -2];
-      let colour = 0;
-      let broken = false;
-      for (let x = 0; x < count; x++) {
-        if (first[x] < 0) continue;
-        if (first[x] !== known[0] || last[x] !== known[1]) {
-          known = [first[x], last[x]];
-          const value = column === undefined ? NaN : grid.at(this.pick(column, first[x], last[x]), column);
-          broken = Math.abs(value) === Infinity;
-          colour = Number.isNaN(value) ? 0 : broken ? alarm : packed[this.shade(value)];
+      const looks = this.looks(site);
+      const start = place * count;
+      for (let index = 0; index < spans.length; index += 4) {
+        const x = spans[index];
+        const end = spans[index + 1];
+        const from = spans[index + 2];
+        let look = looks[spans[index + 3]];
+        for (let row = spans[index + 3] - 1; row >= from && look !== BROKEN; row--) {
+          const other = looks[row];
+          if (other === BROKEN || look === MISSING || (picks && other !== MISSING && sign * other > sign * look)) look = other;
         }
-        if (broken) hatched.push([place, x]);
-        pixels[place * count + x] = colour || (x % 6 ? blank : stripe);
+        if (look === MISSING) for (let at = x; at < end; at++) pixels[start + at] = at % 6 ? blank : stripe;
+        else {
+          const colour = look === BROKEN ? alarm : packed[look];
+          for (let at = x; at < end; at++) pixels[start + at] = colour;
+        }
+        if (look === BROKEN) hatched.push([place, x, end]);
       }
     });
+    performance.measure("torchsat.paint", "torchsat.paint.start");
     const buffer = element("canvas", { width: count, height: sites.length });
     buffer.getContext("2d").putImageData(image, 0, 0);
     pen.imageSmoothingEnabled = false;
@@ -177,13 +222,7 @@ export class Heatmap {
     pen.save();
     pen.fillStyle = pen.createPattern(tile, "repeat");
     const pixel = this.plot / count;
-    for (let at = 0; at < cells.length; ) {
-      const [place, x] = cells[at];
-      let end = at;
-      while (end + 1 < cells.length && cells[end + 1][0] === place && cells[end + 1][1] === cells[end][1] + 1) end++;
-      pen.fillRect(this.left + x * pixel, TOP + place * this.row, (cells[end][1] - x + 1) * pixel, this.row);
-      at = end + 1;
-    }
+    for (const [place, x, end] of cells) pen.fillRect(this.left + x * pixel, TOP + place * this.row, (end - x) * pixel, this.row);
     pen.restore();
   }
 

@@ -6,6 +6,8 @@ import { start } from "./app.js";
 import { fetching } from "./source.js";
 
 export async function render() {
+  document.title = "torchsat: Saturation";
+  document.documentElement.lang = "en";
   const style = document.createElement("link");
   style.rel = "stylesheet";
   style.href = "./style.css";

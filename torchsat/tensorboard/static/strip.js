@@ -27,7 +27,7 @@ export class Strip {
     this.element.hidden = !given.room && !given.curves.length && !given.alerts.length;
     const { curves, alerts, left, width, right, colour, theme } = given;
     this.plot = width - left - right;
-    const svg = drawn("svg", { width, height: TALL, class: "strip-picture", role: "img", "aria-label": `${curves.map((each) => each.name).join(", ")}, and alerts` });
+    const svg = drawn("svg", { width, height: TALL, class: "strip-picture", role: "group", "aria-label": `${curves.map((each) => each.name).join(", ")}, and alerts` });
     svg.append(drawn("line", { x1: left, x2: left + this.plot, y1: TALL - 1, y2: TALL - 1, class: "rule" }));
     this.line = drawn("line", { y1: 0, y2: TALL, class: "cross", visibility: "hidden" });
     for (const curve of curves) svg.append(drawn("path", { d: this.path(curve), stroke: curve.dash ? theme.faint : colour, class: "series", "stroke-dasharray": curve.dash }));
