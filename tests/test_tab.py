@@ -71,10 +71,11 @@ def test_the_verdict_comes_first_and_the_worst_run_is_open(driver: Any, ward: st
     open_tab(driver, ward)
     settled(driver)
     head = driver.find_element(By.CSS_SELECTOR, ".verdict").text.splitlines()
-    assert head[0] == "3 of 4 runs are sick."
-    where = "blocks.7.act1 (tanh) and 1 more \N{EM DASH} non-finite, since step 50. Cause: init_too_large."
-    assert head[1] == f"Worst: broken \N{HEAVY MULTIPLICATION X} not finite: {where}"
-    assert head[2].startswith("Try: draw the weights anew")
+    assert head[0] == "3 of 4 runs are sick. The worst first:"
+    where = "blocks.7.act1 (tanh) and 1 more \N{EM DASH} non-finite, since step 50. Cause: weights that began too large."
+    assert head[1] == f"broken \N{HEAVY MULTIPLICATION X} not finite: {where}"
+    assert head[2] == "Try: draw the weights anew copy the code"
+    assert head[3].startswith("sick \N{BLACK CIRCLE} critical: blocks.7.act1 (tanh) and 1 more \N{EM DASH} saturated, since step 50.")
     assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["broken", "sick"]
     assert driver.find_element(By.CSS_SELECTOR, ".detail h2").text == "blocks.7.act1"
     badges = [each.text.split(maxsplit=2) for each in driver.find_elements(By.CSS_SELECTOR, ".run-badge")]

@@ -1,16 +1,19 @@
 """The alert level and the verdict: figures by hand."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+import torchsat
 from tests.conftest import record
 from tests.test_tensorboard import ALERT
 from torchsat import Cause, Rule, Snapshot
 from torchsat.alert_level import alert_level
 from torchsat.alerts import Episode
-from torchsat.definitions import RULE_DEFINITIONS
+from torchsat.definitions import CAUSE_TITLES, RULE_DEFINITIONS
 from torchsat.judge import Judge
 from torchsat.metrics import METRICS
 from torchsat.record import with_levels
@@ -70,6 +73,8 @@ def test_what_is_not_finite_looks_like_no_number_and_like_no_gap() -> None:
 
 def test_every_rule_has_a_definition_and_a_metric_that_shows_it() -> None:
     assert {each.rule for each in RULE_DEFINITIONS} == {rule.name for rule in RULES}
+    sources = [path.read_text() for path in (Path(torchsat.__file__).parent / "causes").glob("*.py")]
+    assert set(CAUSE_TITLES) == {name for source in sources for name in re.findall(r'Term\(\s*"(\w+)"', source)}
     assert {each.metric for each in RULE_DEFINITIONS} <= {metric.name for metric in METRICS}
 
 

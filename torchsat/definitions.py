@@ -41,3 +41,18 @@ RULE_DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition("nonfinite", "Elements are inf or nan. Every number behind them is lost.", "nonfinite"),
 )
+
+
+CAUSE_TITLES: dict[str, str] = {
+    "activation_choice": "the choice of the activation",
+    "dead_units": "units that died",
+    "init_too_large": "weights that began too large",
+    "init_too_small": "weights that began too small",
+    "inputs_uncentred": "inputs that are not centred",
+    "inputs_unscaled": "inputs of a wrong scale",
+    "numeric_range": "numbers beyond the range of the type",
+    "softmax_logits": "logits of the softmax that are too large",
+    "weight_decay": "weight decay that is too strong",
+    "weight_growth": "weights that training has made too large",
+}
+"""The causes in words, by the name of `Cause.name`."""

@@ -91,6 +91,7 @@ class Verdict:
             "what": self.what,
             "cause": alert.causes[0].name if alert is not None and alert.causes else None,
             "advice": self.advice,
+            "code": alert.causes[0].code if alert is not None and alert.causes else "",
         }
 
 

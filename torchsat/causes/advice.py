@@ -216,11 +216,13 @@ def finite_inputs() -> str:
 def smaller_logits(record: Record, layers: Sequence[tuple[Record, Weight]], scene: Scene, update: float, rate: float | None) -> str:
     """Against logits of attention that vary too much. `layers`: those that make queries and keys too large."""
     place = attribute(record.site.partition("/")[0])
-    sentence = f"normalise queries and keys of {place} (nn.RMSNorm on each head)"
+    others = len({each.site for each, _ in layers} - {record.site})
+    more = f" and of {others} more block{'s' if others > 1 else ''}" if others else ""
+    sentence = f"normalise queries and keys of {place}{more} (nn.RMSNorm on each head)"
     if scene.trained:
         return f"{sentence}, or lower the learning rate"
     if layers:
-        return with_code(f"{sentence}, or draw its query and key weights smaller", *_drawn(layers))
+        return with_code(f"{sentence}, or begin the training anew with smaller query and key weights", *_drawn(layers))
     return f"{sentence}, or {slower(rate, update)}" if update > GOOD_UPDATE else f"{sentence}, or draw its query and key weights smaller"
 
 

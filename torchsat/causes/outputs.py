@@ -132,7 +132,14 @@ def of_attention(alert: Alert, scene: Scene) -> list[Term]:
     feeders = [weight for weight in scene.feeders(record.site) if weight.gain]
     jump = scene.jump([weight.name for weight in feeders or scene.now.weights])
     rate = next((weight.learning_rate for weight in scene.now.weights if jump is not None and weight.name == jump.weight), None)
-    large = [(record, weight) for weight in feeders if (scene.first_gain(weight.name) or weight.gain or 0.0) > LARGE]
+    # One fault mostly makes the weights of many blocks too large, and a cure of one block would leave the others as they are.
+    softmaxes = [record, *(each for each in scene.now.records if each.kind == "softmax" and each is not record and not each.output)]
+    large = [
+        (each, weight)
+        for each in softmaxes
+        for weight in scene.feeders(each.site)
+        if weight.gain and (scene.first_gain(weight.name) or weight.gain) > LARGE
+    ]
     then = f" (at the first observation by {was:.3g})" if was is not None else ""
     evidence = (
         f"the logits of {spoken(record.site)} vary by {record.logit_std:.3g} within a row{then}; beyond sqrt(2 ln T), with ln T = "

@@ -2,17 +2,18 @@
 
 import { element } from "./charts.js";
 import { copyButton } from "./export.js";
+import { titled } from "./frame.js";
 import { shownName } from "./source.js";
 
 const CODE = "    "; // what stands before each line of code in a remedy (record.py)
 
 // The section with the alerts of all runs shown, the worst first. `rows` are [run, alert]; `choose(run, alert)` is called with the alert that was
 // clicked, and `help` is the dialog of definitions.
-export function alertTable({ rows, several, print, choose, help }) {
+export function alertTable({ rows, several, choose, help, causes, about }) {
   const urgency = ([, alert]) => (alert.cleared === null ? 0 : 4) + (alert.rule === "nonfinite" ? 0 : alert.severity === "critical" ? 1 : 2);
   const ordered = [...rows].sort((one, other) => urgency(one) - urgency(other) || one[1].since - other[1].since);
   const made = ordered.map(([run, alert]) => {
-    const open = element("button", { type: "button", className: "link", textContent: alert.site, disabled: !alert.places.length });
+    const open = element("button", { type: "button", className: "link", textContent: titledIn(about.get(run), alert.site), disabled: !alert.places.length });
     open.addEventListener("click", () => choose(run, alert));
     const more = alert.also.length ? ` and ${alert.also.length} more` : "";
     return element(
@@ -22,8 +23,8 @@ export function alertTable({ rows, several, print, choose, help }) {
       several ? element("td", { textContent: shownName(run) }) : null,
       element("td", {}, open, more),
       element("td", {}, alert.rule, help.button("rule", alert.rule)),
-      element("td", { textContent: `since ${alert.since}, ${ended(alert, "")}` }),
-      element("td", { textContent: alert.causes.length ? `${alert.causes[0].name} ${print.percent(alert.causes[0].share)}` : "" }),
+      element("td", { textContent: `since step ${alert.since}, ${ended(alert, "")}` }),
+      element("td", { textContent: alert.causes.length ? (causes[alert.causes[0].name] ?? alert.causes[0].name) : "" }),
     );
   });
   const heads = ["severity", ...(several ? ["run"] : []), "site", "rule", "steps", "first cause"].map((text) => element("th", { scope: "col", textContent: text }));
@@ -36,18 +37,18 @@ export function alertTable({ rows, several, print, choose, help }) {
 }
 
 // The alerts of one site: what is wrong, since when, why and with which shares of the blame, what to try.
-export function alertArticles({ alerts, site, print, help }) {
+export function alertArticles({ alerts, site, print, help, causes: titles }) {
   const found = alerts.filter((alert) => alert.places.includes(site) || alert.also.includes(site));
   return found.map((alert) => {
     const title = element("b", { className: alert.severity, textContent: `${alert.severity}: ${alert.rule}` });
-    const head = element("p", {}, title, help.button("rule", alert.rule), ` since step ${alert.since}, raised at step ${alert.fired}, ${ended(alert, "step ")}`);
+    const head = element("p", {}, title, help.button("rule", alert.rule), ` began at step ${alert.since}, was told at step ${alert.fired}, ${ended(alert, "step ")}`);
     const causes = alert.causes.map((cause) => {
       const bar = element("span", { className: "share-of-blame" });
       bar.style.width = `${Math.round(100 * cause.share)}%`;
       return element(
         "li",
         {},
-        element("div", { className: "blame" }, bar, element("b", { textContent: `${cause.name} ${print.percent(cause.share)}` })),
+        element("div", { className: "blame" }, bar, element("b", { textContent: titles[cause.name] ?? cause.name }), ` ${cause.name}, ${print.percent(cause.share)} of the cause`),
         element("div", { textContent: cause.evidence }),
         remedy(cause.remedy),
       );
@@ -57,8 +58,14 @@ export function alertArticles({ alerts, site, print, help }) {
   });
 }
 
+// The name of a site of a run for people.
+function titledIn(about, site) {
+  const fact = about?.sites.find((each) => each.site === site);
+  return fact ? titled(fact) : site;
+}
+
 // The lines of code of a remedy, without what they are indented by; empty where there are none.
-export function codeOf(text) {
+function codeOf(text) {
   return text.split("\n").filter((line) => line.startsWith(CODE)).map((line) => line.slice(CODE.length)).join("\n");
 }
 

@@ -2,7 +2,7 @@
 // the section of one site. `window.torchsat` is the App, for tests and for the curious.
 
 import { decode, encode } from "./address.js";
-import { alertTable, codeOf } from "./alerts.js";
+import { alertTable } from "./alerts.js";
 import { element } from "./charts.js";
 import { Controls } from "./controls.js";
 import { depthProfile } from "./depth.js";
@@ -60,7 +60,7 @@ class App {
     this.alerts.setAttribute("aria-label", "Alerts");
     this.depth.setAttribute("aria-label", "Depth profile");
     this.detail.setAttribute("aria-label", "Site");
-    const hint = "Click: open a site. Drag: zoom in. Double click: all. Ctrl and wheel: zoom.";
+    const hint = "▷ alert raised, line: it fires, ○ it cleared, ● behind a row: it still fires. Click: open a site. Drag: zoom in. Double click: show all. Ctrl and wheel: zoom.";
     const aside = element("p", { className: "aside", textContent: hint });
     const left = element("main", { className: "left" }, this.message, this.maps, aside, this.alerts, this.depth);
     this.frame = element("div", { className: "torchsat" }, this.verdict, this.controls.element, element("div", { className: "columns" }, left, this.detail), this.help.element);
@@ -251,13 +251,8 @@ class App {
     const runs = this.runs.map((run) => ({ ...run, verdict: this.about.get(run.name)?.verdict ?? run.verdict }));
     const shown = new Set(this.about.keys());
     if (!this.changed("verdict", runs, [...shown])) return;
-    const code = (run) => {
-      const about = this.about.get(run);
-      const alert = about?.alerts.find((each) => each.site === about.verdict.site && each.rule === about.verdict.rule && each.cleared === null);
-      return codeOf(alert?.causes[0]?.remedy ?? "");
-    };
     const choose = (run) => this.change({ runs: [run], run: null, site: null, step: null, ...ALL });
-    const { nodes, className } = verdictSection({ runs, shown, code, choose });
+    const { nodes, className } = verdictSection({ runs, shown, causes: this.scales.causes, choose });
     this.verdict.replaceChildren(...nodes);
     this.verdict.className = `card verdict ${className}`;
     this.verdict.hidden = !nodes.length;
@@ -333,7 +328,7 @@ class App {
     if (!this.changed("alerts", [...this.about].map(([run, about]) => [run, about.alerts]))) return;
     const rows = [...this.about].flatMap(([run, about]) => about.alerts.map((alert) => [run, alert]));
     const choose = (run, alert) => this.openAlert(run, alert);
-    this.alerts.replaceChildren(...alertTable({ rows, several: this.about.size > 1, print: this.print, choose, help: this.help }));
+    this.alerts.replaceChildren(...alertTable({ rows, several: this.about.size > 1, print: this.print, choose, help: this.help, causes: this.scales.causes, about: this.about }));
   }
 
   // The step that the depth profile and the figures show: the chosen one, or else the last.

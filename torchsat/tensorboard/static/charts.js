@@ -1,6 +1,6 @@
 // Small charts: lines, and shares over time as a picture. Names are set as text, never as HTML.
 
-import { along, short, ticks } from "./numbers.js";
+import { along, level, short, ticks } from "./numbers.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -30,13 +30,13 @@ export function drawn(tag, attributes = {}, text) {
 // a y that is marked, `form` that of a metric. The values under the pointer are written beside the names, by `print`. Where x is a step, `hover(step)` is
 // called when the pointer moves, and the figure has a function `cross(step)` that marks one, so that all charts can mark the same step.
 export function lines({ title, ask, series, scale, low, high, xLow, xHigh, at, form, print, hover, xName = "step", xLabel, width = 340, height = 120, limit }) {
-  const [left, right, top, bottom] = [44, 8, 6, 20];
+  const [left, right, top, bottom] = [form === "level" ? 52 : 44, 8, 6, 20];
   const x = (value) => left + (width - left - right) * (xHigh > xLow ? (value - xLow) / (xHigh - xLow) : 0.5);
   const y = (value) => top + (height - top - bottom) * (1 - Math.min(1, Math.max(0, along(scale, value, low, high))));
   const svg = drawn("svg", { viewBox: `0 0 ${width} ${height}`, class: "lines", role: "img", "aria-label": title });
-  for (const tick of ticks(scale, low, high, 4)) {
+  for (const tick of form === "level" ? [0, 0.5, 1] : ticks(scale, low, high, 4)) {
     svg.append(drawn("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), class: "rule" }));
-    svg.append(drawn("text", { x: left - 4, y: y(tick) + 3, class: "tick", "text-anchor": "end" }, short(tick)));
+    svg.append(drawn("text", { x: left - 4, y: y(tick) + 3, class: "tick", "text-anchor": "end" }, form === "level" ? level(tick) : short(tick)));
   }
   for (const tick of ticks("linear", xLow, xHigh, 4).filter((each) => Number.isInteger(each))) {
     const anchor = x(tick) > width - 24 ? "end" : "middle";

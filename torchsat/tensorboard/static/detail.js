@@ -27,7 +27,7 @@ export function siteDetail(given) {
   const charts = element("div", { className: "charts" });
   if (spread.steps.length) charts.append(fact.kind === "softmax" ? headsOverTime(given, axis) : histogramOverTime(given, axis));
   charts.append(...curves(given, axis));
-  return [factsOf(given), ...alertArticles({ alerts: about.alerts, site: fact.site, print, help }), figures(given), charts];
+  return [factsOf(given), ...alertArticles({ alerts: about.alerts, site: fact.site, print, help, causes: given.scales.causes }), figures(given), charts];
 }
 
 function factsOf({ run, about, fact, close }) {

@@ -11,6 +11,7 @@ export const HEALTH = {
   "not finite": { word: "not finite", mark: "✖" },
 };
 const MOST_BADGES = 12;
+const MOST_TOLD = 3; // how many sick runs are told with cause and remedy
 
 // The runs, the worst first, and of runs that are equally bad the newest. Each has a `verdict` with a `rank`, of which the largest is the worst.
 export function worstFirstRuns(runs) {
@@ -32,30 +33,18 @@ function className(verdict) {
   return verdict.health.replace(" ", "-");
 }
 
-// The section. `runs`: all runs with their verdicts, `shown`: the names of those that are shown, `code(run)`: the code of the first remedy of a run that
-// is shown. `choose(run)` is called with the run that was clicked: it is to be shown, with the place of its worst alert.
-export function verdictSection({ runs, shown, code, choose }) {
+// The section. `runs`: all runs with their verdicts, `shown`: the names of those that are shown, `causes`: the names of causes in words. `choose(run)` is
+// called with the run that was clicked: it is to be shown, with the place of its worst alert.
+export function verdictSection({ runs, shown, causes, choose }) {
   const ordered = worstFirstRuns(runs);
   const sick = ordered.filter(({ verdict }) => verdict.health !== "healthy");
-  const [worst] = ordered;
-  const button = (run, text) => {
-    const made = element("button", { type: "button", className: "link", textContent: text });
-    made.addEventListener("click", () => choose(run.name));
-    return made;
-  };
-  const parts = [];
   if (!runs.length) return { nodes: [], className: "" };
-  if (!sick.length) parts.push(element("h1", { textContent: runs.length === 1 ? `${shownName(worst.name)} is healthy.` : `${runs.length === 2 ? "Both" : `All ${runs.length}`} runs are healthy.` }));
-  else {
-    const { verdict } = worst;
-    const head = runs.length === 1 ? element("h1", {}, badge(verdict), " ", shownName(worst.name)) : element("h1", { textContent: `${sick.length} of ${runs.length} runs ${sick.length === 1 ? "is" : "are"} sick.` });
-    const where = element("b", { textContent: verdict.where });
-    const cause = verdict.cause ? element("span", {}, " Cause: ", element("b", { textContent: verdict.cause }), ".") : null;
-    const others = verdict.firing > 1 ? ` ${verdict.firing - 1} more alert${verdict.firing > 2 ? "s" : ""} below.` : "";
-    const lead = runs.length === 1 ? [] : ["Worst: ", button(worst, shownName(worst.name)), " ", badge(verdict), ": "];
-    parts.push(head, element("p", {}, ...lead, where, ` — ${verdict.what}, since step ${verdict.since}.`, cause, others));
-    if (verdict.advice) parts.push(element("p", { className: "try" }, element("b", { textContent: "Try: " }), `${verdict.advice} `, code(worst.name) ? copyButton(code(worst.name), "copy the code") : null));
-  }
+  const [alone] = runs.length === 1 ? runs : [null];
+  const parts = [];
+  if (!sick.length) parts.push(element("h1", { textContent: alone ? `${shownName(alone.name)} is healthy.` : `${runs.length === 2 ? "Both" : `All ${runs.length}`} runs are healthy.` }));
+  else if (alone) parts.push(element("h1", {}, badge(alone.verdict), " ", shownName(alone.name)));
+  else parts.push(element("h1", { textContent: `${sick.length} of ${runs.length} runs ${sick.length === 1 ? "is" : "are"} sick.${sick.length > 1 ? " The worst first:" : ""}` }));
+  parts.push(...sick.slice(0, MOST_TOLD).map((run) => told(run, alone !== null, causes, choose)));
   if (runs.length > 1) {
     const badges = ordered.slice(0, MOST_BADGES).map((run) => {
       const made = element("button", { type: "button", className: "run-badge", title: run.verdict.sentence }, shownName(run.name), " ", badge(run.verdict));
@@ -66,5 +55,19 @@ export function verdictSection({ runs, shown, code, choose }) {
     if (ordered.length > MOST_BADGES) badges.push(element("span", { className: "aside", textContent: `and ${ordered.length - MOST_BADGES} more under Runs` }));
     parts.push(element("div", { className: "badges" }, ...badges));
   }
-  return { nodes: parts, className: sick.length ? className(worst.verdict) : "healthy" };
+  return { nodes: parts, className: sick.length ? className(sick[0].verdict) : "healthy" };
+}
+
+// What is wrong with one run, and what to try.
+function told(run, alone, causes, choose) {
+  const { verdict } = run;
+  const name = element("button", { type: "button", className: "link", textContent: shownName(run.name) });
+  name.addEventListener("click", () => choose(run.name));
+  const lead = alone ? [] : [name, " ", badge(verdict), ": "];
+  const cause = verdict.cause ? [" Cause: ", element("b", { textContent: causes[verdict.cause] ?? verdict.cause }), "."] : [];
+  const others = verdict.firing > 1 ? ` ${verdict.firing - 1} more alert${verdict.firing > 2 ? "s" : ""} below.` : "";
+  const first = element("p", {}, ...lead, element("b", { textContent: verdict.where }), ` — ${verdict.what}, since step ${verdict.since}.`, ...cause, others);
+  if (!verdict.advice) return first;
+  const copied = verdict.code ? copyButton(verdict.code, "copy the code") : null;
+  return element("div", { className: "told" }, first, element("p", { className: "try" }, element("b", { textContent: "Try: " }), `${verdict.advice} `, copied));
 }
