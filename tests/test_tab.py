@@ -303,7 +303,7 @@ def test_new_data_are_followed(driver: Any, tmp_path: Path) -> None:
     writer.flush()
     with serving(tmp_path, "--reload_interval=1") as found:
         open_tab(driver, found, "&p.torchsat.step=10&p.torchsat.site=")
-        assert "TensorBoard's own reload is off" in driver.find_element(By.CSS_SELECTOR, ".switches").text
+        assert "TensorBoard does not load new data by itself" in driver.find_element(By.CSS_SELECTOR, ".switches").text
         driver.find_element(By.CSS_SELECTOR, "[data-control=follow]").click()
         for snapshot in given[4:]:
             writer(snapshot)

@@ -80,7 +80,7 @@ export class Controls {
     reset.addEventListener("click", () => this.change({ from: null, to: null, top: null, bottom: null }));
     const found = [
       canFollow ? box("follow", "follow latest", following, (on) => this.follow(on), "ask for new data every few seconds, and show the latest step") : null,
-      canFollow && asleep && !following ? element("span", { className: "aside", textContent: "TensorBoard's own reload is off" }) : null,
+      canFollow && asleep && !following ? element("span", { className: "aside", textContent: "TensorBoard does not load new data by itself" }) : null,
       about.size === 2 ? box("difference", "difference", view.difference, (on) => this.change({ difference: on }), "a picture of the first run less the second") : null,
       zoomed ? reset : null,
     ].filter(Boolean);
