@@ -21,12 +21,14 @@ ARROWS = {
     "rows": {"columns", "record"},
     "percent": set(),
     "alerts": {"percent", "record"},
+    "alert_level": {"rules"},
+    "verdict": {"alerts", "record"},
     "start": {"record"},
     "flow": {"record", "start"},
     "loss_functions": {"record"},
     "harm": {"loss_functions", "record", "start"},
     "rules": {"flow", "harm", "percent", "record"},
-    "judge": {"alerts", "percent", "record", "rules", "start"},
+    "judge": {"alert_level", "alerts", "percent", "record", "rules", "start"},
     "causes": {"causes.advice", "causes.closed", "causes.gradient", "causes.outputs", "causes.scene", "record"},
     "causes.scene": {"record", "start"},
     "causes.advice": {"causes.scene", "expressions", "record"},
@@ -46,10 +48,16 @@ ARROWS = {
     "metrics": {"record"},
     "colours": {"metrics"},
     "grids": {"metrics"},
-    "view": {"alerts", "colours", "grids", "metrics", "percent", "record"},
-    "sheets": {"alerts", "percent", "record", "tensorboard", "tensorboard.reader", "tensorboard.stock"},
-    "page": {"grids", "sheets", "tensorboard", "tensorboard.reader", "view"},
-    "report": {"page", "record", "sheets", "tensorboard.reader", "view"},
+    "view": {"alerts", "colours", "grids", "metrics", "percent", "record", "verdict"},
+    "terminal": set(),
+    "sheets": {"alert_level", "alerts", "percent", "record", "tensorboard.reader", "verdict"},
+    "text": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "terminal", "verdict"},
+    "markdown": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "tensorboard.stock", "verdict"},
+    "document": {"alerts", "record", "tensorboard.reader", "verdict", "view"},
+    "page": {"grids", "tensorboard", "tensorboard.reader", "text", "view"},
+    "report": {"document", "markdown", "page", "record", "sheets", "tensorboard.reader", "text"},
+    "command": {"__init__", "alerts", "report", "tensorboard.reader", "verdict"},
+    "__main__": {"command"},
     "tensorboard": set(),
     "tensorboard.reader": {"record", "tensorboard"},
     "tensorboard.stock": {"flow", "percent", "record"},
@@ -209,6 +217,7 @@ HOST = [
     *("record", "columns", "rows", "percent", "alerts", "rules", "judge", "causes", "causes.advice", "expressions", "diagnosis"),
     *("paths", "groups", "placement", "damage"),
     *("metrics", "colours", "grids", "view", "sheets", "page", "report"),
+    *("alert_level", "verdict", "terminal", "text", "markdown", "document", "command", "__main__"),
     *("tensorboard", "tensorboard.reader", "tensorboard.stock", "tensorboard.heatmap", "tensorboard.writer"),
     *("tensorboard.plugin", "tensorboard.loader"),
 ]
@@ -275,5 +284,5 @@ def test_the_installed_distribution_has_its_name_and_command() -> None:
 
     assert metadata.version("torchsat-monitor") == torchsat.__version__
     (command,) = (entry for entry in metadata.entry_points(group="console_scripts") if entry.name == "torchsat")
-    assert command.value == "torchsat.report:main"
+    assert command.value == "torchsat.command:main"
     assert (PACKAGE / "py.typed").exists()

@@ -17,9 +17,9 @@ from typing import Any
 from urllib.parse import urlencode
 
 from torchsat.grids import Grid
-from torchsat.sheets import name_of, print_text
 from torchsat.tensorboard import SCRIPTS
 from torchsat.tensorboard.reader import Run
+from torchsat.text import print_text
 from torchsat.view import from_snapshots, heads, histograms, scales
 
 PAGE_CELLS = 200_000
@@ -37,13 +37,12 @@ def page(runs: Sequence[Run]) -> str:
             table[_key(path, query)] = (
                 {"gzip": base64.b64encode(gzip.compress(answer.pack(), mtime=0)).decode()} if isinstance(answer, Grid) else answer
             )
-        about = table[_key("run", {"run": name_of(run)})]
-        table["runs"].append({"name": name_of(run), "time": about["time"], "sites": len(about["sites"])})
+        about = table[_key("run", {"run": run.name})]
+        table["runs"].append({"name": run.name, "time": about["time"], "sites": len(about["sites"])})
     plain_text = io.StringIO()
-    for run in runs:
-        print_text(plain_text, run)
+    print_text(plain_text, runs, everything=True)
     return _PAGE.format(
-        title=_html(", ".join(name_of(run) for run in runs) or "snapshot"),
+        title=_html(", ".join(run.name for run in runs) or "snapshot"),
         style=(_STATIC / "style.css").read_text(encoding="utf-8"),
         text=_html(plain_text.getvalue()),
         data=json.dumps(table, allow_nan=False).replace("<", "\\u003c"),
@@ -58,7 +57,7 @@ def _key(path: str, query: Mapping[str, str]) -> str:
 
 def _answers(run: Run) -> Iterator[tuple[str, dict[str, str], Any]]:
     """Every query about a run that the server of the tab answers (tensorboard/plugin.py), as (path, query, answer)."""
-    name, series = name_of(run), from_snapshots(name_of(run), run.snapshots)
+    name, series = run.name, from_snapshots(run.name, run.snapshots)
     most = max(2, PAGE_CELLS // max(1, len(series.names)))
     yield "run", {"run": name}, series.describe()
     for metric in series.values:
