@@ -50,6 +50,7 @@ ARROWS = {
     "grids": {"metrics"},
     "view": {"alerts", "colours", "grids", "metrics", "percent", "record", "verdict"},
     "terminal": set(),
+    "log_lines": {"alerts", "record", "terminal", "verdict"},
     "sheets": {"alert_level", "alerts", "percent", "record", "tensorboard.reader", "verdict"},
     "text": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "terminal", "verdict"},
     "markdown": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "tensorboard.stock", "verdict"},
@@ -190,7 +191,7 @@ ARROWS = {
         "transport.ranks",
     },
     "delivery": {
-        *("alerts", "diagnosis", "faults", "judge", "observe.observation", "options", "process", "record", "rows", "sites"),
+        *("alerts", "diagnosis", "faults", "judge", "log_lines", "verdict", "observe.observation", "options", "process", "record", "rows", "sites"),
         *("tensorboard", "tensorboard.reader", "tensorboard.writer"),
         *("transport.flight", "transport.meeting", "transport.packing", "transport.parallel", "transport.route"),
     },
@@ -217,7 +218,7 @@ HOST = [
     *("record", "columns", "rows", "percent", "alerts", "rules", "judge", "causes", "causes.advice", "expressions", "diagnosis"),
     *("paths", "groups", "placement", "damage"),
     *("metrics", "colours", "grids", "view", "sheets", "page", "report"),
-    *("alert_level", "verdict", "terminal", "text", "markdown", "document", "command", "__main__"),
+    *("alert_level", "verdict", "terminal", "log_lines", "text", "markdown", "document", "command", "__main__"),
     *("tensorboard", "tensorboard.reader", "tensorboard.stock", "tensorboard.heatmap", "tensorboard.writer"),
     *("tensorboard.plugin", "tensorboard.loader"),
 ]

@@ -136,7 +136,7 @@ def test_a_run_goes_on_from_its_directory(start: Any, tmp_path: Path, caplog: py
     monitor.close()
     assert [each.step for each in kept] == sorted({first, 25, 30, 32, 35})
     assert told == []
-    assert not [message for message in caplog.messages if "saturated" in message]
+    assert not [message for message in caplog.messages if "is saturated" in message]
     (alert,) = monitor.alerts
     assert (alert.since, alert.causes[0].name) == (0, fired.causes[0].name)
     steps = [each.step for each in torchsat.read(run)]
