@@ -55,7 +55,8 @@ ARROWS = {
     "text": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "terminal", "verdict"},
     "markdown": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "tensorboard.stock", "verdict"},
     "document": {"alerts", "record", "tensorboard.reader", "verdict", "view"},
-    "page": {"grids", "tensorboard", "tensorboard.reader", "text", "view"},
+    "page_head": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "verdict"},
+    "page": {"grids", "page_head", "tensorboard", "tensorboard.reader", "text", "view"},
     "report": {"document", "markdown", "page", "record", "sheets", "tensorboard.reader", "text"},
     "command": {"__init__", "alerts", "report", "tensorboard.reader", "verdict"},
     "__main__": {"command"},
@@ -218,7 +219,7 @@ HOST = [
     *("record", "columns", "rows", "percent", "alerts", "rules", "judge", "causes", "causes.advice", "expressions", "diagnosis"),
     *("paths", "groups", "placement", "damage"),
     *("metrics", "colours", "grids", "view", "sheets", "page", "report"),
-    *("alert_level", "verdict", "terminal", "log_lines", "text", "markdown", "document", "command", "__main__"),
+    *("alert_level", "verdict", "terminal", "log_lines", "text", "markdown", "document", "page_head", "command", "__main__"),
     *("tensorboard", "tensorboard.reader", "tensorboard.stock", "tensorboard.heatmap", "tensorboard.writer"),
     *("tensorboard.plugin", "tensorboard.loader"),
 ]

@@ -14,7 +14,7 @@ import pytest
 import torchsat
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, offsets, snapshots, write
-from torchsat import Snapshot
+from torchsat import Cause, Snapshot
 from torchsat.command import main
 from torchsat.report import FORMATS, report
 from torchsat.sheets import sparkline
@@ -248,6 +248,38 @@ def test_the_page_holds_names_as_data(tmp_path: Path) -> None:
     data = json.loads(page.split('id="torchsat-data">')[1].split("</script>")[0])
     assert data[f"run?{urlencode({'run': tmp_path.name})}"]["sites"][0]["site"] == name
     assert not re.search(r"^(import|export) ", page, re.MULTILINE)
+
+
+def test_the_page_begins_with_the_verdict_and_needs_no_scripts_for_it(tmp_path: Path) -> None:
+    coded = replace(ALERT, also=tuple(f"s{k}" for k in range(9)), causes=(Cause("init_too_large", 1.0, "gain <8>", "draw anew:\n    a = b < c"),))
+    write(tmp_path / "sick", [replace(each, alerts=(coded,) if each.step == 4 else ()) for each in snapshots()])
+    out = io.StringIO()
+    report(tmp_path / "sick", out, "html")
+    before, after = out.getvalue().split('<div id="torchsat"></div>')
+    head = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", before.split("<body>")[1]))
+    assert head.startswith(
+        " sick Last observation: 1970-01-01 00:16 UTC. 6 observations, steps 0 to 5, 2 sites, 1 alert (1 firing at the end) critical : "
+    )
+    for told in (
+        "b.act and 9 more: saturated",
+        "since step 1",
+        "s5 and 3 more",
+        "Why: init_too_large",
+        "gain &lt;8&gt;",
+        "Try: draw anew:",
+        "a = b &lt; c",
+    ):
+        assert told in head
+    assert str(tmp_path) not in before + after
+    assert after.count("<details") == 1
+    assert "Why:  init_too_large: gain &lt;8&gt;" in after
+    write(tmp_path / "well", [replace(each, alerts=()) for each in snapshots()])
+    out = io.StringIO()
+    report(tmp_path, out, "html")
+    head = out.getvalue().split('<div id="torchsat"></div>')[0]
+    assert re.findall(r'<td class="(?:critical|healthy)">(\w+)</td>', head) == ["critical", "healthy"]
+    assert "<title>torchsat: 2 runs: sick, well</title>" in head
+    assert "1 of 2 runs is sick. Worst: sick: critical" in head
 
 
 def test_a_snapshot_is_reported_in_every_format() -> None:

@@ -1,7 +1,7 @@
 """The report as one HTML page: the view of the Saturation tab with all of its numbers. Never torch.
 
 The page loads nothing. It holds the scripts of the tab joined to one script, and the answer to every query that the tab could send to its server.
-Someone whose browser runs no scripts sees the report as text.
+The verdict stands before the picture and the report as text behind it (page_head.py); both are there without scripts and in print.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from torchsat.grids import Grid
+from torchsat.page_head import STYLE, head, title_of
 from torchsat.tensorboard import SCRIPTS
 from torchsat.tensorboard.reader import Run
 from torchsat.text import print_text
@@ -42,8 +43,9 @@ def page(runs: Sequence[Run]) -> str:
     plain_text = io.StringIO()
     print_text(plain_text, runs, everything=True)
     return _PAGE.format(
-        title=_html(", ".join(run.name for run in runs) or "snapshot"),
-        style=(_STATIC / "style.css").read_text(encoding="utf-8"),
+        title=_html(title_of(runs)),
+        style=(_STATIC / "style.css").read_text(encoding="utf-8") + STYLE,
+        head=head(runs),
         text=_html(plain_text.getvalue()),
         data=json.dumps(table, allow_nan=False).replace("<", "\\u003c"),
         script="\n".join(_bundled(name) for name in (*SCRIPTS, "page.js")),
@@ -87,7 +89,11 @@ _PAGE = """<!doctype html>
 <title>torchsat: {title}</title>
 <style>
 {style}</style>
-<noscript><pre>{text}</pre></noscript>
+<body>
+{head}
+<div id="torchsat"></div>
+<noscript><p class="report">The picture needs scripts. What follows does not.</p></noscript>
+<details class="report text" open><summary>The report as text</summary><pre>{text}</pre></details>
 <script type="application/json" id="torchsat-data">{data}</script>
 <script type="module">
 {script}</script>

@@ -5,7 +5,7 @@ import { embedded } from "./source.js";
 
 const night = window.matchMedia("(prefers-color-scheme: dark)");
 
-start(document.body, embedded(JSON.parse(document.getElementById("torchsat-data").textContent)), {
+start(document.getElementById("torchsat") ?? document.body, embedded(JSON.parse(document.getElementById("torchsat-data").textContent)), {
   read: () => new URLSearchParams(window.location.hash.slice(1)),
   write(view) {
     if (view.toString() !== window.location.hash.slice(1)) window.history.replaceState(null, "", `#${view}`);
