@@ -5,8 +5,10 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -16,6 +18,7 @@ from tests.conftest import record
 from tests.test_tensorboard import ALERT, offsets, snapshots, write
 from torchsat import Cause, Snapshot
 from torchsat.command import main
+from torchsat.document import SCHEMA
 from torchsat.report import FORMATS, report
 from torchsat.sheets import sparkline
 from torchsat.tensorboard.reader import read_runs
@@ -234,6 +237,54 @@ def test_json_holds_every_metric_over_time(tmp_path: Path) -> None:
     assert found["over_time"]["entropy_min"]["bad"] == [None] * 5
     assert [(alert["site"], alert["fired"], alert["cleared"]) for alert in found["alerts"]] == [("bad", 20, None), ("good", 20, 40)]
     assert [each["site"] for each in found["last"]["records"]] == ["good", "bad", "zz.out"]
+
+
+KINDS = {
+    "string": str,
+    "integer": int,
+    "number": (int, float, str),
+    "boolean": bool,
+    "object": dict,
+    "null": type(None),
+}
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a document by their path; of the numbers over time, of the sites and of the layers only the objects themselves."""
+    if isinstance(value, dict) and not re.search(r"records\[\]|weights\[\]|over_time", path):
+        for key, each in value.items():
+            yield from leaves(each, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for each in value:
+            yield from leaves(each, f"{path}[]")
+    else:
+        yield path, value
+
+
+def test_the_json_is_what_the_documentation_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    table = page.partition("<!-- schema -->")[2].partition("<!-- /schema -->")[0]
+    documented = {key: tuple(kinds.split(" or ")) for key, kinds in re.findall(r"^\| `([^`]+)` \| ([^|]+?) \|", table, re.MULTILINE)}
+    rich = replace(ALERT, also=("a.act",), causes=(Cause("init_too_large", 1.0, "gain 8", "draw:\n    x = 1"),))
+    write(tmp_path / "sick", [replace(each, alerts=(rich,) if each.step == 4 else ()) for each in snapshots()])
+    write(tmp_path / "cleared", snapshots())
+    write(tmp_path / "later", snapshots(6))
+    write(tmp_path / "later", [replace(snapshot, time=2000.0) for snapshot in snapshots(2)])
+    path = next((tmp_path / "cleared" / "torchsat").glob("*"))
+    path.write_bytes(path.read_bytes()[:-9])
+    out = io.StringIO()
+    report(tmp_path, out, "json")
+    found = json.loads(out.getvalue())
+    assert (next(iter(found)), next(iter(found["runs"][0])), found["schema"]) == ("verdict", "verdict", SCHEMA)
+    met = set()
+    for key, value in leaves(found):
+        assert key in documented, key
+        assert any(isinstance(value, KINDS[kind]) for kind in documented[key]), (key, value)
+        met.add(key)
+    assert met == set(documented)
+    assert found["verdict"] == {**found["verdict"], "health": "critical", "worst": "sick", "sick": 1, "runs": 3}
+    verdict = found["runs"][0]["verdict"]
+    assert (verdict["where"], verdict["advice"], verdict["code"], verdict["since"]) == ("b.act and 1 more", "draw", "x = 1", 1)
 
 
 def test_the_page_holds_names_as_data(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torchsat.alerts import episodes_of
 from torchsat.record import Cause
 from torchsat.tensorboard.reader import Run
-from torchsat.verdict import Health, summary, verdict_of, worst_first
+from torchsat.verdict import Health, Verdict, summary, verdict_of, worst_first
 from torchsat.view import from_snapshots, plain
 
 SCHEMA = 1
@@ -33,11 +33,11 @@ def document(runs: Sequence[Run]) -> dict[str, Any]:
             "runs": len(runs),
         },
         "schema": SCHEMA,
-        "runs": [_run(by_name[name]) for name in order],
+        "runs": [_run(by_name[name], verdicts[name]) for name in order],
     }
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(run: Run, verdict: Verdict) -> dict[str, Any]:
     """The verdict on a run, its alerts, its last observation, and every metric of every site over time."""
     last, series = run.snapshots[-1], from_snapshots(run.name, run.snapshots)
     described = series.describe()
@@ -45,7 +45,7 @@ def _run(run: Run) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(bare).items() if name != "alerts"}
     found: dict[str, Any] = plain(
         {
-            "verdict": described["verdict"],
+            "verdict": {**verdict.as_dict(), "code": verdict.alert.causes[0].code if verdict.alert is not None and verdict.alert.causes else ""},
             "run": run.name,
             "directory": run.directory,
             "observations": len(run.snapshots),

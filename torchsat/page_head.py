@@ -27,13 +27,16 @@ STYLE = """
 .report h2 { font-size: 15px; margin: 16px 0 2px; }
 .report p { margin: 2px 0 8px; overflow-wrap: anywhere; }
 .report .extent { color: var(--faint); font-size: 13px; }
-.report .state { border-left: 6px solid var(--state); padding: 6px 12px; background: var(--card); font-size: 17px; margin: 10px 0; }
+.report .state { border-left: 6px solid var(--state); padding: 6px 12px; background: var(--card); color: var(--ink); font-size: 17px;
+  margin: 10px 0; }
 .report .state b { color: var(--state); text-transform: uppercase; letter-spacing: .03em; }
 .report .healthy { --state: var(--healthy); }
 .report .warning { --state: var(--warning); }
 .report .critical, .report .not-finite { --state: var(--critical); }
 .report td.warning, .report td.critical, .report td.not-finite, .report td.healthy { color: var(--state); font-weight: 600; }
-.report pre { background: var(--card); border: 1px solid var(--rule); border-radius: 6px; padding: 10px 12px; overflow-x: auto; font-size: 13px; }
+.report pre { background: var(--card); border: 1px solid var(--rule); border-radius: 6px; padding: 10px 12px; overflow: auto;
+  max-height: 300px; font-size: 13px; }
+.report.text pre { max-height: none; }
 .report table { border-collapse: collapse; font-size: 14px; margin: 4px 0 10px; }
 .report th { text-align: left; color: var(--faint); font-weight: normal; border-bottom: 1px solid var(--rule); }
 .report td, .report th { padding: 3px 18px 3px 0; vertical-align: top; overflow-wrap: anywhere; }
@@ -42,10 +45,10 @@ STYLE = """
 #torchsat .card.verdict { display: none; }
 @media print {
   .report, .torchsat { padding: 0 !important; max-width: none; }
-  .report pre { white-space: pre-wrap; overflow: visible; }
+  .report pre { white-space: pre-wrap; overflow: visible; max-height: none; }
   .report .state, .report pre, .report tr, .panel, .card { break-inside: avoid; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   .report.text pre { break-inside: auto; font-size: 9px; border: 0; }
-  .controls, .asked-of, .close, .torchsat button, .torchsat .aside, .tip, .torchsat input { display: none !important; }
+  .controls label, .controls details, .controls fieldset, .switches, .torchsat button:not(.link), .torchsat .aside, .tip { display: none !important; }
   .columns { display: block !important; }
   .detail { position: static !important; max-height: none !important; overflow: visible !important; margin-top: 14px; }
 }
