@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import io
+import logging
 import os
 import re
 import shutil
@@ -47,15 +49,23 @@ def test_an_example_of_the_docs_runs(code: str, tmp_path: Path, monkeypatch: pyt
     exec(compile(code, "example", "exec"), {"__name__": "example"})
 
 
-def test_the_alert_that_the_readme_shows_is_the_one_you_get(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_alert_that_the_readme_shows_is_the_one_you_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a terminal, without its colours."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_COLOR", "1")
+    log, terminal = logging.getLogger("torchsat"), Terminal()
+    log.propagate = False
+    log.addHandler(logging.StreamHandler(terminal))
     text = (ROOT / "README.md").read_text()
     (code, *_) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     exec(compile(code, "README.md", "exec"), {"__name__": "example"})
     (shown,) = re.findall(r"^    torchsat: step .*\n(?:    .*\n)*", text, re.MULTILINE)
-    assert caplog.messages == [textwrap.dedent(shown).rstrip()]
+    assert terminal.getvalue().rstrip() == textwrap.dedent(shown).rstrip()
 
 
 def load(path: Path) -> ModuleType:

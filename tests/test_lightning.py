@@ -201,7 +201,7 @@ def test_several_optimizers_count_as_one_step_as_on_the_axis_of_lightnings_logge
     assert figures(seen) == figures(plain())
     rows = list(csv.DictReader((Path(running.log_dir) / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in rows if row["loss"]] == [str(step) for step in range(12)]
-    assert [row["step"] for row in rows if row["torchsat/saturated_max"]] == ["0", "1", "2", "4", "8"]
+    assert [row["step"] for row in rows if row["torchsat/excess_max"]] == ["0", "1", "2", "4", "8"]
 
 
 def test_other_loggers_get_the_scalars(tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ ARROWS = {
     "rows": {"columns", "record"},
     "percent": set(),
     "alerts": {"percent", "record"},
+    "alert_level": {"rules"},
+    "verdict": {"alerts", "record"},
     "start": {"record"},
     "flow": {"record", "start"},
     "loss_functions": {"record"},
     "harm": {"loss_functions", "record", "start"},
     "rules": {"flow", "harm", "percent", "record"},
-    "alert_level": {"rules"},
     "judge": {"alert_level", "alerts", "percent", "record", "rules", "start"},
     "causes": {"causes.advice", "causes.closed", "causes.gradient", "causes.outputs", "causes.scene", "record"},
     "causes.scene": {"record", "start"},
@@ -47,16 +48,23 @@ ARROWS = {
     "metrics": {"record"},
     "colours": {"metrics"},
     "grids": {"metrics"},
-    "verdict": {"alerts", "record"},
     "definitions": set(),
     "view": {"alerts", "colours", "definitions", "grids", "metrics", "percent", "record", "verdict"},
-    "sheets": {"alerts", "percent", "record", "tensorboard", "tensorboard.reader", "tensorboard.stock"},
-    "page": {"grids", "sheets", "tensorboard", "tensorboard.reader", "view"},
-    "report": {"page", "record", "sheets", "tensorboard.reader", "view"},
+    "terminal": set(),
+    "log_lines": {"alerts", "record", "terminal", "verdict"},
+    "sheets": {"alert_level", "alerts", "percent", "record", "tensorboard.reader", "verdict"},
+    "text": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "terminal", "verdict"},
+    "markdown": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "tensorboard.stock", "verdict"},
+    "document": {"alerts", "record", "tensorboard.reader", "verdict", "view"},
+    "page_head": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "verdict"},
+    "page": {"grids", "page_head", "tensorboard", "tensorboard.reader", "text", "view"},
+    "report": {"document", "markdown", "page", "record", "sheets", "tensorboard.reader", "text"},
+    "command": {"__init__", "alerts", "report", "tensorboard.reader", "verdict"},
+    "__main__": {"command"},
     "tensorboard": set(),
     "tensorboard.reader": {"record", "tensorboard"},
-    "tensorboard.stock": {"flow", "percent", "record"},
-    "tensorboard.heatmap": {"colours", "grids", "metrics", "record"},
+    "tensorboard.stock": {"alert_level", "alerts", "flow", "metrics", "percent", "record", "verdict"},
+    "tensorboard.heatmap": {"colours", "grids", "metrics", "record", "tensorboard.stock"},
     "tensorboard.writer": {"alerts", "record", "tensorboard", "tensorboard.heatmap", "tensorboard.stock"},
     "tensorboard.scalars": {"grids"},
     "tensorboard.plugin": {"alerts", "grids", "metrics", "record", "tensorboard", "tensorboard.scalars", "verdict", "view"},
@@ -186,7 +194,7 @@ ARROWS = {
         "transport.ranks",
     },
     "delivery": {
-        *("alerts", "diagnosis", "faults", "judge", "observe.observation", "options", "process", "record", "rows", "sites"),
+        *("alerts", "diagnosis", "faults", "judge", "log_lines", "verdict", "observe.observation", "options", "process", "record", "rows", "sites"),
         *("tensorboard", "tensorboard.reader", "tensorboard.writer"),
         *("transport.flight", "transport.meeting", "transport.packing", "transport.parallel", "transport.route"),
     },
@@ -227,6 +235,7 @@ HOST = [
     ),
     *("paths", "groups", "placement", "damage"),
     *("metrics", "colours", "grids", "definitions", "view", "sheets", "page", "report"),
+    *("terminal", "log_lines", "text", "markdown", "document", "page_head", "command", "__main__"),
     *("tensorboard", "tensorboard.reader", "tensorboard.stock", "tensorboard.heatmap", "tensorboard.writer"),
     *("tensorboard.scalars", "tensorboard.plugin", "tensorboard.loader"),
 ]
@@ -293,5 +302,5 @@ def test_the_installed_distribution_has_its_name_and_command() -> None:
 
     assert metadata.version("torchsat-monitor") == torchsat.__version__
     (command,) = (entry for entry in metadata.entry_points(group="console_scripts") if entry.name == "torchsat")
-    assert command.value == "torchsat.report:main"
+    assert command.value == "torchsat.command:main"
     assert (PACKAGE / "py.typed").exists()

@@ -5,17 +5,23 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
 
+import torchsat
 from tests.conftest import record
 from tests.test_tensorboard import ALERT, offsets, snapshots, write
-from torchsat import Snapshot
-from torchsat.report import FORMATS, main, report
+from torchsat import Cause, Snapshot
+from torchsat.command import main
+from torchsat.document import SCHEMA
+from torchsat.report import FORMATS, report
 from torchsat.sheets import sparkline
+from torchsat.tensorboard.reader import read_runs
 
 
 def text(directory: Path) -> str:
@@ -31,13 +37,19 @@ def rows(printed: str, title: str) -> list[list[str]]:
     return [line.split() for line in lines[:end]]
 
 
+@pytest.fixture(autouse=True)
+def _width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
 def run(tmp_path: Path) -> Path:
     """A run in which `bad` closes while `good` stays open, and one alert fires and clears."""
     series = []
     for step, share in enumerate((0.0, 0.3, 0.6, 0.9, 1.0)):
-        bad = record("bad", saturated=share, low=share, high=0.0, relative_derivative=0.6 * (1 - share), stuck=0.25)
+        bad = record("bad", alert_level=min(1.0, share), saturated=share, low=share, high=0.0, relative_derivative=0.6 * (1 - share), stuck=0.25)
         output = record("zz.out", output=True, saturated=1.0, relative_derivative=0.0)
-        series.append(Snapshot(step * 10, 0.0, (record("good"), bad, output), snapshots(1)[0].weights))
+        series.append(Snapshot(step * 10, 0.0, (record("good", alert_level=0.0), bad, output), snapshots(1)[0].weights))
     fired = replace(ALERT, site="bad", since=10, step=20, message="bad (tanh) is saturated")
     series[2] = replace(series[2], alerts=(fired, replace(fired, site="good", severity="warning", since=20, message="good was odd")))
     series[4] = replace(series[4], alerts=(replace(fired, site="good", step=40, firing=False, message="good: no longer odd"),))
@@ -45,39 +57,127 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_worst_site_stands_first_and_outputs_last(tmp_path: Path) -> None:
-    table = rows(text(run(tmp_path)), "Sites, worst first")
+def test_the_worst_site_stands_first_and_outputs_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    table = rows(text(run(tmp_path)), "Sites at the last step, worst first")
     assert [cells[0] for cells in table] == ["bad", "good", "zz.out"]
-    assert table[0][1:] == ["tanh", "100.0", "%", "100.0", "%", "0.0", "%", "-", "-", "0.000", "25", "%", "0.68", "7.00e-04", "▁▃▅██"]
-    assert table[2][1:3] == ["tanh", "(output)"]
+    numbers = ["100.0", "%", "100.0", "%", "0.0", "%", "0.000", "25", "%", "0.68", "7.00e-04"]
+    assert table[0][1:] == ["tanh", "critical", *numbers, "▁▃▅██"]
+    assert table[2][1:4] == ["tanh", "(output)", "-"]
 
 
-def test_alerts_have_their_first_and_last_step(tmp_path: Path) -> None:
-    printed = text(run(tmp_path))
-    assert printed.startswith(f"{tmp_path}: 5 observations, steps 0 to 40, 3 sites, 2 alerts (1 firing at the end)\n")
-    table = rows(printed, "Alerts")
-    assert " ".join(table[0]) == "critical saturated 10 40, still firing bad (tanh) is saturated"
-    assert " ".join(table[1]) == "why: init_too_large (50 %): gain 8"
-    assert " ".join(table[2]) == "try: Xavier"
-    assert " ".join(table[3]) == "warning saturated 20 40 good was odd"
+def test_the_report_begins_with_the_verdict(tmp_path: Path) -> None:
+    printed = text(run(tmp_path / "digits"))
+    assert printed.splitlines()[:7] == [
+        "digits is critical: bad is saturated, since step 10",
+        "5 observations, steps 0 to 40, 3 sites, 2 alerts (1 firing at the end)",
+        "",
+        "What: bad (tanh) is saturated",
+        "",
+        "Why:  init_too_large: gain 8",
+        "Try:  Xavier",
+    ]
+    assert "Alerts that are over\nsteps 20 to 40: warning: good was odd\n" in printed
 
 
 def test_a_run_without_alerts_says_so(tmp_path: Path) -> None:
     write(tmp_path, [Snapshot(0, 0.0, (record(),))])
-    assert "\nno alerts\n" in text(tmp_path)
+    assert f"{tmp_path.name} is healthy: no alert was raised\n" in text(tmp_path)
 
 
 def test_damage_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path, snapshots())
     path.write_bytes(path.read_bytes()[: offsets(path)[4] + 100])
-    assert f"damaged: {path.name}: read 4 records, stopped at byte" in " ".join(text(tmp_path).split())
+    assert f"Damaged: {path.name}: read 4 records, stopped at byte" in " ".join(text(tmp_path).split())
 
 
-def test_several_runs_are_reported_one_after_the_other(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        write(tmp_path / name, snapshots(1))
-    printed = text(tmp_path)
-    assert printed.index("one: 1 observations") < printed.index("two: 1 observations")
+def test_several_runs_are_compared_and_the_worst_is_told(tmp_path: Path) -> None:
+    write(tmp_path / "well", snapshots(1))
+    write(tmp_path / "sweep" / "lr 1", [replace(each, alerts=()) for each in snapshots(2)])
+    broken = replace(ALERT, rule="nonfinite", site="a.act", since=2, message="a.act is nan")
+    for name, alert in (("sick", ALERT), ("mild", replace(ALERT, severity="warning")), ("nan", broken)):
+        write(tmp_path / name, [replace(each, alerts=(alert,) if each.step == 4 else ()) for each in snapshots()])
+    lines = text(tmp_path).splitlines()
+    assert lines[0].startswith("3 of 5 runs are sick. Worst: nan: not finite: a.act: non-finite")
+    table = rows("\n".join(lines), "Runs, worst first")
+    assert [each[0] for each in table] == ["nan", "sick", "mild", "sweep/lr", "well"]
+    assert [" ".join(each[1:3]) for each in table[:3]] == ["not finite", "critical 5", "warning 5"]
+    assert sum(line.startswith("What:") for line in lines) == 1
+    assert lines[-2:] == [f"Any other run:  torchsat report {tmp_path}/sick", f"All of them:    torchsat report {tmp_path} --all"]
+    assert str(tmp_path) not in "".join(lines[:-2])
+    out = io.StringIO()
+    report(tmp_path, out, everything=True)
+    assert [line for line in out.getvalue().splitlines() if re.match(r"(nan|sick|mild|sweep/lr 1|well) (is|has) ", line)] == [
+        "nan is not finite: a.act is non-finite, since step 2",
+        "sick is critical: b.act is saturated, since step 1",
+        "mild has a warning: b.act is saturated, since step 1",
+        "sweep/lr 1 is healthy: no alert was raised",
+        "well is healthy: no alert was raised",
+    ]
+
+
+def test_a_run_is_named_by_the_directory_that_was_given_to_watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "runs" / "exp", snapshots(1))
+    monkeypatch.chdir(tmp_path / "runs" / "exp")
+    for given in (".", "../exp", str(tmp_path / "runs" / "exp"), str(tmp_path / "runs" / "exp" / "torchsat")):
+        assert [each.name for each in read_runs(given)] == ["exp"]
+    assert [each.name for each in read_runs(tmp_path)] == ["runs/exp"]
+
+
+def large(tmp_path: Path, sites: int = 500, sick: int = 40, path: str = "model.decoder.layers.{}.self_attn") -> Path:
+    """A large network of which some sites are critical."""
+    records = [record(f"{path.format(at)}.act", alert_level=float(at < sick), saturated=0.9 if at < sick else 0.03) for at in range(sites)]
+    also = tuple(each.site for each in records[1:sick])
+    alert = replace(
+        ALERT, site=records[0].site, also=also, step=0, since=0, message=f"{sick} of {sites} tanh layers are saturated " + "and so on " * 9
+    )
+    write(tmp_path, [Snapshot(step, 0.0, tuple(records), (), (alert,) if not step else ()) for step in range(3)])
+    return tmp_path
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 200])
+def test_no_line_is_wider_than_the_terminal_and_no_word_is_cut(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    printed = text(large(tmp_path / "a_run_of_a_long_name_that_says_little", sites=30))
+    assert max(map(len, printed.splitlines())) <= width
+    words = set(re.findall(r"[\w%.]+", "".join(printed.split("Sites")[0])))
+    assert {"saturated", "layers", "critical"} <= words
+    table = printed.split("worst first", 1)[1]
+    assert len(re.findall(r"\b90 %", table)) == 24
+    assert len(re.findall(r"critical", table)) == 24
+
+
+def test_a_large_network_is_summed_up(tmp_path: Path) -> None:
+    lines = text(large(tmp_path, sick=40)).splitlines()
+    assert len(lines) < 70
+    assert lines[-1] == "and 476 more sites; --all shows them"
+    assert any("and 33 more" in line for line in lines)
+    out = io.StringIO()
+    report(tmp_path, out, everything=True)
+    assert out.getvalue().count(" healthy ") == 460
+    (tmp_path / "well").mkdir()
+    assert text(large(tmp_path / "well", sick=0)).splitlines()[-1] == "and 497 more healthy sites; --all shows them"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_only_a_terminal_gets_colours_and_the_user_may_forbid_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    given = run(tmp_path)
+    plain, coloured = text(given), Terminal()
+    report(given, coloured)
+    assert "\033" not in plain
+    assert f"\033[1;31m{tmp_path.name} is critical: bad is saturated, since step 10\033[0m" in coloured.getvalue()
+    assert re.sub(r"\033\[[\d;]*m", "", coloured.getvalue()) == plain
+    for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            out = Terminal()
+            report(given, out)
+            assert out.getvalue() == plain
 
 
 def test_names_are_text_not_markup(tmp_path: Path) -> None:
@@ -88,20 +188,20 @@ def test_names_are_text_not_markup(tmp_path: Path) -> None:
     assert "[link=x]m[/]" in printed
 
 
-def test_long_names_are_not_cut(tmp_path: Path) -> None:
+def test_long_names_are_folded_where_their_parts_meet(tmp_path: Path) -> None:
     name = ".".join(f"block{k}" for k in range(30))
     write(tmp_path, [Snapshot(0, 0.0, (record(name),))])
-    printed = text(tmp_path)
-    cells = [line.split()[0] for line in printed.split("Sites, worst first")[1].splitlines()[2:] if line.strip()]
-    assert "".join(cells) == name
-    assert "…" not in printed
+    lines = text(tmp_path).split("Sites at the last step")[1].splitlines()[2:]
+    pieces = [line[:1] + line[1:].split("  ")[0].strip() for line in lines if line.strip()]
+    assert "".join(piece.strip() for piece in pieces) == name
+    assert all(piece.endswith(".") for piece in pieces[:-1])
 
 
 def test_an_encoding_without_bars_gets_plain_ones(tmp_path: Path) -> None:
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     report(run(tmp_path), out)
     out.flush()
-    assert rows(out.buffer.getvalue().decode("ascii"), "Sites, worst first")[0][-1] == ":=##"
+    assert rows(out.buffer.getvalue().decode("ascii"), "Sites at the last step")[0][-1] == ":=##"
 
 
 def test_the_sparkline_keeps_both_ends() -> None:
@@ -113,10 +213,11 @@ def test_markdown_holds_the_same_cells(tmp_path: Path) -> None:
     out = io.StringIO()
     report(run(tmp_path), out, "markdown")
     lines = out.getvalue().splitlines()
-    assert lines[0] == f"## {tmp_path}: 5 observations, steps 0 to 40, 3 sites, 2 alerts (1 firing at the end)".replace("_", "\\_")
-    table = lines[lines.index("### Sites, worst first, at the last step") + 2 :][:5]
-    assert table[1] == "| :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: | :-- |"
-    assert table[2] == "| bad | tanh | 100.0 % | 100.0 % | 0.0 % | - | - | 0.000 | 25 % | 0.68 | 7.00e-04 | ▁▃▅██ |"
+    assert lines[0] == f"## {tmp_path.name}: critical: bad: saturated (init_too_large), since step 10".replace("_", "\\_")
+    assert lines[2] == "5 observations, steps 0 to 40, 3 sites, 2 alerts (1 firing at the end)"
+    table = lines[next(at for at, line in enumerate(lines) if line.startswith("### Sites")) + 2 :][:5]
+    assert table[1] == "| :-- | :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: | :-- |"
+    assert table[2] == "| bad | tanh | critical | 100.0 % | 100.0 % | 0.0 % | - | - | 0.000 | 25 % | 0.68 | 7.00e-04 | ▁▃▅██ |"
     assert table[0].count(" | ") == table[2].count(" | ")
 
 
@@ -130,12 +231,60 @@ def test_markdown_escapes_names(tmp_path: Path) -> None:
 def test_json_holds_every_metric_over_time(tmp_path: Path) -> None:
     out = io.StringIO()
     report(run(tmp_path), out, "json")
-    (found,) = json.loads(out.getvalue())
+    (found,) = json.loads(out.getvalue())["runs"]
     assert found["steps"] == [0, 10, 20, 30, 40]
     assert found["over_time"]["saturated"]["bad"] == pytest.approx([0.0, 0.3, 0.6, 0.9, 1.0])
     assert found["over_time"]["entropy_min"]["bad"] == [None] * 5
     assert [(alert["site"], alert["fired"], alert["cleared"]) for alert in found["alerts"]] == [("bad", 20, None), ("good", 20, 40)]
     assert [each["site"] for each in found["last"]["records"]] == ["good", "bad", "zz.out"]
+
+
+KINDS = {
+    "string": str,
+    "integer": int,
+    "number": (int, float, str),
+    "boolean": bool,
+    "object": dict,
+    "null": type(None),
+}
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a document by their path; of the numbers over time, of the sites and of the layers only the objects themselves."""
+    if isinstance(value, dict) and not re.search(r"records\[\]|weights\[\]|over_time", path):
+        for key, each in value.items():
+            yield from leaves(each, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for each in value:
+            yield from leaves(each, f"{path}[]")
+    else:
+        yield path, value
+
+
+def test_the_json_is_what_the_documentation_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    table = page.partition("<!-- schema -->")[2].partition("<!-- /schema -->")[0]
+    documented = {key: tuple(kinds.split(" or ")) for key, kinds in re.findall(r"^\| `([^`]+)` \| ([^|]+?) \|", table, re.MULTILINE)}
+    rich = replace(ALERT, also=("a.act",), causes=(Cause("init_too_large", 1.0, "gain 8", "draw:\n    x = 1"),))
+    write(tmp_path / "sick", [replace(each, alerts=(rich,) if each.step == 4 else ()) for each in snapshots()])
+    write(tmp_path / "cleared", snapshots())
+    write(tmp_path / "later", snapshots(6))
+    write(tmp_path / "later", [replace(snapshot, time=2000.0) for snapshot in snapshots(2)])
+    path = next((tmp_path / "cleared" / "torchsat").glob("*"))
+    path.write_bytes(path.read_bytes()[:-9])
+    out = io.StringIO()
+    report(tmp_path, out, "json")
+    found = json.loads(out.getvalue())
+    assert (next(iter(found)), next(iter(found["runs"][0])), found["schema"]) == ("verdict", "verdict", SCHEMA)
+    met = set()
+    for key, value in leaves(found):
+        assert key in documented, key
+        assert any(isinstance(value, KINDS[kind]) for kind in documented[key]), (key, value)
+        met.add(key)
+    assert met == set(documented)
+    assert found["verdict"] == {**found["verdict"], "health": "critical", "worst": "sick", "sick": 1, "runs": 3}
+    verdict = found["runs"][0]["verdict"]
+    assert (verdict["where"], verdict["advice"], verdict["code"], verdict["since"]) == ("b.act and 1 more", "draw", "x = 1", 1)
 
 
 def test_the_page_holds_names_as_data(tmp_path: Path) -> None:
@@ -148,8 +297,40 @@ def test_the_page_holds_names_as_data(tmp_path: Path) -> None:
     assert "<img" not in page
     assert "src=" not in page.replace("<img src=x>".replace("<", "\\u003c"), "").replace("&lt;img src=x&gt;", "")
     data = json.loads(page.split('id="torchsat-data">')[1].split("</script>")[0])
-    assert data[f"run?{urlencode({'run': str(tmp_path)})}"]["sites"][0]["site"] == name
+    assert data[f"run?{urlencode({'run': tmp_path.name})}"]["sites"][0]["site"] == name
     assert not re.search(r"^(import|export) ", page, re.MULTILINE)
+
+
+def test_the_page_begins_with_the_verdict_and_needs_no_scripts_for_it(tmp_path: Path) -> None:
+    coded = replace(ALERT, also=tuple(f"s{k}" for k in range(9)), causes=(Cause("init_too_large", 1.0, "gain <8>", "draw anew:\n    a = b < c"),))
+    write(tmp_path / "sick", [replace(each, alerts=(coded,) if each.step == 4 else ()) for each in snapshots()])
+    out = io.StringIO()
+    report(tmp_path / "sick", out, "html")
+    before, after = out.getvalue().split('<div id="torchsat"></div>')
+    head = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", before.split("<body>")[1]))
+    assert head.startswith(
+        " sick Last observation: 1970-01-01 00:16 UTC. 6 observations, steps 0 to 5, 2 sites, 1 alert (1 firing at the end) critical : "
+    )
+    for told in (
+        "b.act and 9 more: saturated",
+        "since step 1",
+        "s5 and 3 more",
+        "Why: init_too_large",
+        "gain &lt;8&gt;",
+        "Try: draw anew:",
+        "a = b &lt; c",
+    ):
+        assert told in head
+    assert str(tmp_path) not in before + after
+    assert after.count("<details") == 1
+    assert "Why:  init_too_large: gain &lt;8&gt;" in after
+    write(tmp_path / "well", [replace(each, alerts=()) for each in snapshots()])
+    out = io.StringIO()
+    report(tmp_path, out, "html")
+    head = out.getvalue().split('<div id="torchsat"></div>')[0]
+    assert re.findall(r'<td class="(?:critical|healthy)">(\w+)</td>', head) == ["critical", "healthy"]
+    assert "<title>torchsat: 2 runs: sick, well</title>" in head
+    assert "1 of 2 runs is sick. Worst: sick: critical" in head
 
 
 def test_a_snapshot_is_reported_in_every_format() -> None:
@@ -179,12 +360,42 @@ def test_the_command_prints_and_explains_itself(tmp_path: Path, capsys: pytest.C
     captured = capsys.readouterr()
     assert captured.err.startswith("torchsat: ")
     assert "is not a directory" in captured.err
+    assert main([]) == 2
+    assert "report" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"torchsat {torchsat.__version__}\n"
     with pytest.raises(SystemExit, match="2"):
-        main([])
+        main(["report"])
+
+
+def test_a_sick_run_fails_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, alert in (
+        ("well", replace(ALERT, firing=False)),
+        ("mild", replace(ALERT, severity="warning")),
+        ("sick", ALERT),
+        ("nan", replace(ALERT, rule="nonfinite")),
+    ):
+        write(tmp_path / name, [replace(each, alerts=(alert,) if each.step == 4 else ()) for each in snapshots()])
+    found = {name: tuple(main(["report", str(tmp_path / name), *given]) for given in FAIL_ON) for name in ("well", "mild", "sick", "nan")}
+    assert found == {"well": (0, 0, 0), "mild": (0, 3, 0), "sick": (0, 3, 3), "nan": (0, 3, 3)}
+    assert "torchsat: sick is critical: b.act: saturated (init_too_large), since step 1\n" in capsys.readouterr().err
+    assert main(["report", str(tmp_path), "--fail-on", "critical", "--json", "-o", str(tmp_path / "all.json")]) == 3
+    assert json.loads((tmp_path / "all.json").read_text())["verdict"]["worst"] == "nan"
+    assert main(["report", str(tmp_path / "nowhere"), "--fail-on", "critical"]) == 1
+
+
+FAIL_ON = ([], ["--fail-on", "warning"], ["--fail-on", "critical"])
+
+
+def test_the_report_needs_no_import_of_its_own() -> None:
+    code = "import sys, torchsat; print(torchsat.report.report.__module__, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "torchsat.report False\n"
 
 
 def test_the_command_is_installed_and_survives_a_closed_pipe(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m torchsat.report report {run(tmp_path)} | head -1"
+    command = f"{sys.executable} -m torchsat report {run(tmp_path)} | head -1"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.startswith(str(tmp_path))
+    assert done.stdout.startswith(f"{tmp_path.name} is critical")
     assert "Traceback" not in done.stderr

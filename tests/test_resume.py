@@ -136,14 +136,14 @@ def test_a_run_goes_on_from_its_directory(start: Any, tmp_path: Path, caplog: py
     monitor.close()
     assert [each.step for each in kept] == sorted({first, 25, 30, 32, 35})
     assert told == []
-    assert not [message for message in caplog.messages if "saturated" in message]
+    assert not [message for message in caplog.messages if "is saturated" in message]
     (alert,) = monitor.alerts
     assert (alert.since, alert.causes[0].name) == (0, fired.causes[0].name)
     steps = [each.step for each in torchsat.read(run)]
     assert steps == sorted({0, 1, 2, 4, 5, 8, 10, 15, 16, 20, first, 25, 30, 32, 35})
     accumulator = EventAccumulator(str(run / "torchsat"))
     accumulator.Reload()
-    assert [event.step for event in accumulator.Scalars("torchsat/saturated_max")] == steps
+    assert [event.step for event in accumulator.Scalars("torchsat/excess_max")] == steps
     # The last word on the alert is that it fires, since the first step.
     (event,) = [alert for snapshot in torchsat.read(run) for alert in snapshot.alerts]
     assert (event.step, event.since, event.firing) == (2, 0, True)

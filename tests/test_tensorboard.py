@@ -34,7 +34,7 @@ from tests.training import train
 from torchsat import Alert, Cause, Rule, Snapshot, Weight
 from torchsat.colours import shades
 from torchsat.record import HISTOGRAM_BINS, Head
-from torchsat.tensorboard.heatmap import Heatmap
+from torchsat.tensorboard.heatmap import HATCH, MISSING, Heatmap
 from torchsat.tensorboard.reader import read_runs
 from torchsat.tensorboard.stock import NETWORK
 from torchsat.tensorboard.writer import QUEUED, TensorBoardWriter
@@ -94,18 +94,24 @@ def test_tensorboards_own_reader_sees_the_scalars_and_the_text(tmp_path: Path) -
     reader.Reload()
     tags = reader.Tags()
     network = [tag for tag in tags["scalars"] if tag.startswith("torchsat/")]
-    assert set(network) == {f"torchsat/{name}" for name in NETWORK} - {"torchsat/entropy_min", "torchsat/overhead"}
+    assert set(network) == {f"torchsat/{name}" for name in NETWORK} - {
+        f"torchsat/{name}" for name in ("entropy_min", "health_worst", "overhead", "unhealthy")
+    }
     assert sorted(tag for tag in tags["scalars"] if not tag.startswith("torchsat/")) == [
         *("torchsat.attenuation/000_a.act", "torchsat.derivative/000_a.act", "torchsat.derivative/001_b.act"),
-        *("torchsat.saturated/000_a.act", "torchsat.saturated/001_b.act"),
+        *("torchsat.excess/000_a.act", "torchsat.excess/001_b.act"),
     ]
-    assert [(event.step, event.value) for event in reader.Scalars("torchsat.saturated/001_b.act")] == [(step, 0.0625) for step in range(6)]
+    beyond = pytest.approx(0.0625 - 2 * 0.0147)
+    assert [(event.step, event.value) for event in reader.Scalars("torchsat.excess/001_b.act")] == [(step, beyond) for step in range(6)]
+    assert reader.Scalars("torchsat.derivative/001_b.act")[0].value == pytest.approx(0.6 / 0.6057)
     assert [event.value for event in reader.Scalars("torchsat/alerts")] == [0, 0, 0, 0, 1, 0]
-    metadata = reader.SummaryMetadata("torchsat/saturated_max")
+    metadata = reader.SummaryMetadata("torchsat/excess_max")
     assert metadata.data_class == 1
-    assert metadata.summary_description == NETWORK["saturated_max"]
+    assert metadata.summary_description == NETWORK["excess_max"]
     text = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors("torchsat/alerts/text_summary")]
-    assert text[-1].splitlines()[2:] == [
+    assert text[-2].splitlines()[0] == "**critical: b.act: saturated (init\\_too\\_large), since step 1**. Try: Xavier"
+    assert text[-1].splitlines()[0] == "**healthy: its alert has cleared**"
+    assert text[-1].splitlines()[4:] == [
         "step 5: cleared: b.act is saturated | init_too_large 50 %: gain 8 | Xavier",
         "step 4: **critical**: b.act is saturated | init_too_large 50 %: gain 8 | Xavier",
     ]
@@ -131,13 +137,44 @@ def test_the_spread_over_the_sites_is_that_of_numpy(tmp_path: Path) -> None:
     records = [record(f"s{k}", saturated=share) for k, share in enumerate(shares)]
     write(tmp_path, [Snapshot(0, 1.0, (*records, record("out", saturated=1.0, output=True)))])
     found = reader(tmp_path / "torchsat")
-    values = {name: found.Scalars(f"torchsat/saturated_{name}")[0].value for name in ("p10", "median", "p90", "max")}
-    assert values == pytest.approx(dict(zip(values, np.quantile(shares, [0.1, 0.5, 0.9, 1.0]), strict=True)), rel=1e-6)
+    values = {name: found.Scalars(f"torchsat/excess_{name}")[0].value for name in ("p10", "median", "p90", "max")}
+    assert values == pytest.approx(dict(zip(values, np.quantile(shares, [0.1, 0.5, 0.9, 1.0]) - 2 * 0.0147, strict=True)), rel=1e-5)
 
 
-def test_the_layout_names_tags_that_are_there(tmp_path: Path) -> None:
+def test_a_healthy_relu_does_not_look_worse_than_a_sick_sigmoid(tmp_path: Path) -> None:
+    """By the raw share it would: 50 % against 45 %."""
+    relu = record("relu", activation="relu", saturated=0.5, normal_low=0.5, normal_high=0.0, normal_derivative=0.5, relative_derivative=0.5)
+    sigmoid = record(
+        "sigmoid", activation="sigmoid", saturated=0.45, normal_low=0.0, normal_high=0.0, normal_derivative=0.83, relative_derivative=0.1
+    )
+    layer = replace(snapshots(1)[0].weights[0], feeds=("fed",), alert_level=0.75)
+    given = (
+        replace(relu, alert_level=0.0),
+        replace(sigmoid, alert_level=0.6),
+        record("fed", alert_level=0.2),
+        record("out", output=True, alert_level=1.0),
+    )
+    write(tmp_path, [Snapshot(0, 1.0, given, (layer,))])
+    found = reader(tmp_path / "torchsat")
+    values = {tag: found.Scalars(tag)[0].value for tag in found.Tags()["scalars"]}
+    assert values["torchsat.health/000_relu"] == 0.0
+    assert values["torchsat.health/001_sigmoid"] == pytest.approx(0.6)
+    assert values["torchsat.health/002_fed"] == pytest.approx(0.75)  # by the layer that feeds it
+    assert (values["torchsat.excess/000_relu"], values["torchsat.excess/001_sigmoid"]) == (0.0, pytest.approx(0.45))
+    assert (values["torchsat.derivative/000_relu"], values["torchsat.derivative/001_sigmoid"]) == (1.0, pytest.approx(0.1 / 0.83))
+    assert (values["torchsat/health_worst"], values["torchsat/unhealthy"]) == (1.0, 0.75)
+    assert (values["torchsat/excess_max"], values["torchsat/derivative_min"]) == (pytest.approx(0.45), pytest.approx(0.1 / 0.83))
+
+
+@pytest.mark.parametrize("group", ["health", "excess"])
+def test_the_layout_names_tags_that_are_there(group: str, tmp_path: Path) -> None:
+    """Of a run without rules no site has a health."""
+
+    def level(k: int) -> dict[str, float]:
+        return {"alert_level": k / 40} if group == "health" else {}
+
     given = [
-        Snapshot(step, 1000.0 + step, tuple(record(f"b.{k}", saturated=k / 40, entropy_min=0.5 if k == 3 else None) for k in range(35)))
+        Snapshot(step, 1000.0 + step, tuple(record(f"b.{k}", saturated=k / 40, entropy_min=0.5 if k == 3 else None, **level(k)) for k in range(35)))
         for step in range(3)
     ]
     write(tmp_path, given)
@@ -148,11 +185,11 @@ def test_the_layout_names_tags_that_are_there(tmp_path: Path) -> None:
     (margin,) = [chart.margin.series[0] for chart in charts.values() if chart.HasField("margin")]
     assert {margin.value, margin.lower, margin.upper} <= set(scalars)
     matched = {title: [tag for tag in scalars for wanted in chart.multiline.tag if re.match(wanted, tag)] for title, chart in charts.items()}
-    assert matched["Saturated share of the 8 sites furthest beyond normal"] == [f"torchsat.saturated/{k:03d}_b.{k}" for k in range(27, 35)]
-    by_depth = [tags for title, tags in matched.items() if title.startswith("Saturated share, ")]
+    assert matched["The 8 worst sites"] == [f"torchsat.{group}/{k:03d}_b.{k}" for k in range(27, 35)]
+    by_depth = [tags for title, tags in matched.items() if title.startswith("Health, " if group == "health" else "Saturated beyond normal, ")]
     assert [len(tags) for tags in by_depth] == [10, 10, 10, 5]
     assert matched["Attention entropy, 1 sites from 003_b.3"] == ["torchsat.entropy/003_b.3"]
-    assert all(tags for title, tags in matched.items() if "gradient" not in title.lower() and not charts[title].HasField("margin"))
+    assert all(tags for title, tags in matched.items() if not re.search("(?i)gradient|health of", title) and not charts[title].HasField("margin"))
 
 
 def test_the_picture_shows_the_stored_values(tmp_path: Path) -> None:
@@ -173,6 +210,29 @@ def test_the_picture_shows_the_stored_values(tmp_path: Path) -> None:
     assert after[0] == heat[0]
     assert after[1] in heat[127:129]
     assert after[2] == heat[255]
+
+
+def test_the_picture_shows_health_and_hatches_what_is_not_finite(tmp_path: Path) -> None:
+    series = [
+        Snapshot(
+            step,
+            1000.0 + step,
+            (
+                record("well", alert_level=0.0),
+                record("sick", alert_level=1.0),
+                *([record("nan", nonfinite=9, saturated=None, alert_level=1.0)] * (step > 3)),
+            ),
+        )
+        for step in range(8)
+    ]
+    write(tmp_path, series)
+    (image,) = reader(tmp_path / "torchsat").Images("torchsat/heatmap")
+    picture = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+    bottom, right, third = Heatmap.HEIGHT - Heatmap.BOTTOM, Heatmap.WIDTH - Heatmap.RIGHT, (Heatmap.HEIGHT - Heatmap.BOTTOM - Heatmap.TOP) // 3
+    cells = [picture[Heatmap.TOP + at * third + 10 : Heatmap.TOP + (at + 1) * third - 10, right - 40 : right - 10].reshape(-1, 3) for at in range(3)]
+    assert [set(map(tuple, each.tolist())) for each in cells] == [{shades("heat")[0]}, {shades("heat")[255]}, set(HATCH)]
+    before = picture[bottom - third + 10 : bottom - 10, Heatmap.LEFT + 10 : Heatmap.LEFT + 40].reshape(-1, 3)
+    assert set(map(tuple, before.tolist())) == {MISSING}
 
 
 def test_pictures_come_at_a_low_cadence(tmp_path: Path) -> None:
@@ -448,11 +508,11 @@ def test_tensorboard_serves_the_run(load_fast: str, tmp_path: Path) -> None:
             time.sleep(0.1)
         (run,) = tags
         assert run == str(Path("run", "torchsat"))
-        assert "torchsat/saturated_max" in tags[run]
-        assert tags[run]["torchsat/saturated_max"]["description"]
-        url = f"http://{address}/data/plugin/scalars/scalars?run={run.replace('/', '%2F')}&tag=torchsat.saturated%2F001_b.act"
+        assert "torchsat/excess_max" in tags[run]
+        assert tags[run]["torchsat/excess_max"]["description"]
+        url = f"http://{address}/data/plugin/scalars/scalars?run={run.replace('/', '%2F')}&tag=torchsat.excess%2F001_b.act"
         with urllib.request.urlopen(url, timeout=10) as answer:
-            assert [point[1:] for point in json.load(answer)] == [[step, 0.0625] for step in range(6)]
+            assert [point[1:] for point in json.load(answer)] == [[step, pytest.approx(0.0625 - 2 * 0.0147)] for step in range(6)]
     finally:
         server.terminate()
         server.wait(20)

@@ -54,8 +54,8 @@ def test_a_probe_gives_the_verdict_and_leaves_no_trace(caplog: pytest.LogCapture
     assert snapshot["2.act"].grad_n == snapshot["2.act"].elements == 32 * 64
     out = io.StringIO()
     report(snapshot, out)
-    assert "why: init_too_large" in out.getvalue()
-    assert "try: draw the weights anew as their activation needs them:" in out.getvalue()
+    assert "Why:  init_too_large" in out.getvalue()
+    assert "Try:  draw the weights anew as their activation needs them:" in out.getvalue()
     assert "for weight in (model[2].fc.weight, model[3].fc.weight, model[4].fc.weight):" in out.getvalue()
 
 

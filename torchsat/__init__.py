@@ -71,7 +71,13 @@ __all__ = [
 ]
 
 
+_MODULES = ("report",)
+"""Modules that need no import of their own: `torchsat.report.report(snapshot)`."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"torchsat.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'torchsat' has no attribute {name!r}; it has {', '.join(__all__)}")
     return getattr(import_module(f"torchsat.{_HOME[name]}"), name)

@@ -1,4 +1,4 @@
-"""Alerts over time: which fire now, in which order they are shown, from when to when each fired, and its text in the log; standard library only.
+"""Alerts over time: which fire now, in which order they are shown, from when to when each fired, and its sentences; standard library only.
 
 An alert is told as events. `Snapshot.alerts` holds those of one observation: an event whose `firing` is true raises an alert or says that it got
 worse, one whose `firing` is false clears it. Whoever wants to know what fires now (the judge, the diagnosis, the event file, the report, the
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torchsat.percent import percent
-from torchsat.record import CODE_INDENT, Alert, Snapshot
+from torchsat.record import Alert, Snapshot
 
 Key = tuple[str, str]
 """The place and the rule of an alert. No two alerts that fire at the same time have the same key."""
@@ -118,12 +118,10 @@ def episodes_of(snapshots: Sequence[Snapshot]) -> list[Episode]:
     return episodes((alert for each in snapshots for alert in each.alerts), seen, snapshots[-1].step)
 
 
-def verdict(alert: Alert) -> str:
-    """An alert as a paragraph of the log. What is wrong, the causes, and the remedy of the first cause have a line each, so that the remedy can be
-    copied."""
+def sentences(alert: Alert) -> list[str]:
+    """An alert in a few words: what is wrong; where it has causes, also why (`Why: ...`), and what to try (`Try: ...`, without code)."""
     if not alert.firing or not alert.causes:
-        return alert.message
+        return [alert.message]
     several = len(alert.causes) > 1
     why = ", ".join(f"{cause.name} {percent(cause.share)}" if several else cause.name for cause in alert.causes)
-    remedy = alert.causes[0].remedy.replace("\n", f"\n{CODE_INDENT}")
-    return f"{alert.message}\n    Why: {why}: {alert.causes[0].evidence}\n    Try: {remedy}"
+    return [alert.message, f"Why: {why}: {alert.causes[0].evidence}", f"Try: {alert.causes[0].advice.rstrip(':')}"]

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from torchsat.alerts import verdict
+from torchsat.alerts import Episode
 from torchsat.diagnosis import Diagnosis
 from torchsat.faults import Faults
 from torchsat.judge import Judge
+from torchsat.log_lines import alert_line, end_line, form_for, level_of
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.process import undisturbed
@@ -32,6 +33,7 @@ from torchsat.transport.flight import Flight
 from torchsat.transport.packing import Numbers
 from torchsat.transport.parallel import default_group
 from torchsat.transport.route import Route
+from torchsat.verdict import verdict_of
 
 log = logging.getLogger("torchsat")
 
@@ -63,6 +65,10 @@ class Delivery:
         """The observations that are on their way to the host, oldest first."""
         self._delivering = threading.RLock()
         """Held by the thread that delivers. At SIGTERM that may be another one than the training thread (process.py)."""
+        directory = options.log_dir if options.writer is None else getattr(options.writer, "log_dir", None)
+        self._directory = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else None
+        self._over: list[Episode] = []
+        """The alerts that have cleared, in this session."""
         self._announced = False
         self._told_unregistered = False
         self._moved = False
@@ -172,6 +178,8 @@ class Delivery:
             for sink in list(self._sinks):
                 self._to_sink(sink, functools.partial(sink, snapshot))
             for alert in snapshot.alerts:
+                if not alert.firing:
+                    self._over.append(Episode(alert, alert.since, alert.step))
                 self._alert(alert)
         return None
 
@@ -248,8 +256,9 @@ class Delivery:
                     sink.move(f"rank{self._route.rank}")
 
     def _alert(self, alert: Alert) -> None:
-        level = logging.INFO if not alert.firing else logging.ERROR if alert.severity == "critical" else logging.WARNING
-        log.log(level, "torchsat: step %d: %s", alert.step, verdict(alert))
+        level = level_of(alert)
+        if log.isEnabledFor(level):
+            log.log(level, "%s", alert_line(alert, form_for(log, level)))
         if self._on_alert is not None:
             try:
                 self._on_alert(alert)
@@ -261,6 +270,13 @@ class Delivery:
         """Wait for the sinks."""
         for sink in list(self._sinks):
             self._to_sink(sink, getattr(sink, "flush", None))
+
+    def say_end(self) -> None:
+        """Log one line with the verdict on the run, if anything was observed."""
+        if self.latest is None or not self._route.speaks:
+            return
+        level, line = end_line(verdict_of([*(Episode(alert, alert.step, None) for alert in self.alerts), *self._over]), self._directory)
+        log.log(level, "%s", line)
 
     def close(self) -> None:
         """Close the sinks."""

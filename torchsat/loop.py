@@ -128,6 +128,8 @@ class Loop:
         self._stop()
         self.flush()
         self.observer.route.leave()
+        with self.observer.never_raising():
+            self.observer.delivery.say_end()
         self.observer.delivery.close()
 
     def flush(self) -> None:

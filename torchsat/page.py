@@ -1,7 +1,7 @@
 """The report as one HTML page: the view of the Saturation tab with all of its numbers. Never torch.
 
 The page loads nothing. It holds the scripts of the tab joined to one script, and the answer to every query that the tab could send to its server.
-Someone whose browser runs no scripts sees the report as text.
+The verdict stands before the picture and the report as text behind it (page_head.py); both are there without scripts and in print.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 from urllib.parse import urlencode
 
 from torchsat.grids import Grid
-from torchsat.sheets import name_of, print_text
+from torchsat.page_head import STYLE, head, title_of
 from torchsat.tensorboard import SCRIPTS
 from torchsat.tensorboard.reader import Run
+from torchsat.text import print_text
 from torchsat.view import from_snapshots, heads, histograms, scales
 
 PAGE_CELLS = 200_000
@@ -37,15 +38,15 @@ def page(runs: Sequence[Run]) -> str:
             table[_key(path, query)] = (
                 {"gzip": base64.b64encode(gzip.compress(answer.pack(), mtime=0)).decode()} if isinstance(answer, Grid) else answer
             )
-        about = table[_key("run", {"run": name_of(run)})]
-        place = len(table["runs"])
-        table["runs"].append({"name": name_of(run), "time": about["time"], "sites": len(about["sites"]), "place": place, "verdict": about["verdict"]})
+        about = table[_key("run", {"run": run.name})]
+        known = {"time": about["time"], "sites": len(about["sites"]), "verdict": about["verdict"]}
+        table["runs"].append({"name": run.name, "place": len(table["runs"]), **known})
     plain_text = io.StringIO()
-    for run in runs:
-        print_text(plain_text, run)
+    print_text(plain_text, runs, everything=True)
     return _PAGE.format(
-        title=_html(", ".join(name_of(run) for run in runs) or "snapshot"),
-        style=(_STATIC / "style.css").read_text(encoding="utf-8"),
+        title=_html(title_of(runs)),
+        style=(_STATIC / "style.css").read_text(encoding="utf-8") + STYLE,
+        head=head(runs),
         text=_html(plain_text.getvalue()),
         data=json.dumps(table, allow_nan=False).replace("<", "\\u003c"),
         script="\n".join(_bundled(name) for name in (*SCRIPTS, "page.js")),
@@ -59,7 +60,7 @@ def _key(path: str, query: Mapping[str, str]) -> str:
 
 def _answers(run: Run) -> Iterator[tuple[str, dict[str, str], Any]]:
     """Every query about a run that the server of the tab answers (tensorboard/plugin.py), as (path, query, answer)."""
-    name, series = name_of(run), from_snapshots(name_of(run), run.snapshots)
+    name, series = run.name, from_snapshots(run.name, run.snapshots)
     most = max(2, PAGE_CELLS // max(1, len(series.names)))
     yield "run", {"run": name}, series.describe()
     yield "scalars", {"run": name}, {"tags": [], "loss": None, "rate": None}
@@ -90,7 +91,11 @@ _PAGE = """<!doctype html>
 <title>torchsat: {title}</title>
 <style>
 {style}</style>
-<noscript><pre>{text}</pre></noscript>
+<body>
+{head}
+<div id="torchsat"></div>
+<noscript><p class="report">The picture needs scripts. What follows does not.</p></noscript>
+<details class="report text" open><summary>The report as text</summary><pre>{text}</pre></details>
 <script type="application/json" id="torchsat-data">{data}</script>
 <script type="module">
 {script}</script>

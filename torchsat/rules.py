@@ -99,20 +99,25 @@ def _nonfinite_grad(record: Record, snapshot: Snapshot) -> float:
 
 def _says_share(record: Record, value: float, limit: float) -> str:
     return (
-        f"{record.site} ({record.activation}) is saturated: {percent(value)} of its inputs lie on a plateau ({percent(record.low or 0.0)} low, "
-        f"{percent(record.high or 0.0)} high; limit {percent(limit)}, N(0, 1) inputs give {percent(harm.normal(record))})"
+        f"{record.site} ({record.activation}) is saturated: {percent(value)} of its inputs lie on a plateau "
+        f"(limit {percent(limit)}, normal {percent(harm.normal(record))})"
     )
 
 
 def _says_slope(record: Record, value: float, limit: float) -> str:
     return (
         f"{record.site} ({record.activation}) is saturated: its mean derivative is {percent(record.relative_derivative or 0.0)} of the peak (limit "
-        f"{percent(limit)}); it outputs {record.a_mean:.3g} +- {record.a_std:.2g}"
+        f"{percent(limit)})"
     )
 
 
+def _fed_by(weight: Weight) -> str:
+    """A layer and what it feeds. The gates of a recurrent layer, or the branches of a block, are not all named."""
+    return f"{weight.name}, which feeds {weight.feeds[0]}{f' and {len(weight.feeds) - 1} more' if len(weight.feeds) > 1 else ''}"
+
+
 def _says_shrunk(weight: Weight, value: float, limit: float) -> str:
-    return f"{weight.name}, which feeds {', '.join(weight.feeds)}, has shrunk to {percent(value)} of its first gain (limit {percent(limit)})"
+    return f"{_fed_by(weight)}, has shrunk to {percent(value)} of its first gain (limit {percent(limit)})"
 
 
 def _says_gates_at_start(record: Record, value: float, limit: float) -> str:
@@ -150,8 +155,8 @@ RULES: tuple[Rule, ...] = (
         harm.blocked_limit,
         harm.blocked_limit_critical,
         lambda r, value, limit: (
-            f"{r.site} ({r.activation}) is saturated: {percent(r.saturated)} of its inputs lie on a plateau, and {percent(value)} of the gradient's "
-            f"demand with them (limit {percent(limit)})"
+            f"{r.site} ({r.activation}) is saturated: {percent(r.saturated)} of its inputs lie on a plateau, and {percent(value)} of the "
+            f"gradient is lost there (limit {percent(limit)})"
         ),
         compares=True,
     ),
@@ -161,8 +166,8 @@ RULES: tuple[Rule, ...] = (
         harm.trapped_limit,
         harm.trapped_limit_critical,
         lambda r, value, limit: (
-            f"{r.site} ({r.activation}) is saturated: {percent(r.saturated)} of its inputs lie on a plateau, and {percent(value)} of the gradient's "
-            f"demand asks them to leave it (limit {percent(limit)})"
+            f"{r.site} ({r.activation}) is saturated: {percent(r.saturated)} of its inputs lie on a plateau, and {percent(value)} of the "
+            f"gradient asks them to leave it (limit {percent(limit)})"
         ),
         compares=True,
     ),
@@ -201,7 +206,7 @@ RULES: tuple[Rule, ...] = (
         0.1,
         None,
         lambda r, value, limit: (
-            f"{r.site} ({r.activation}), an output, is asked for values beyond its range: {percent(value)} of the gradient's demand pushes elements "
+            f"{r.site} ({r.activation}), an output, is asked for values beyond its range: {percent(value)} of the gradient pushes elements "
             f"on a plateau further (limit {percent(limit)})"
         ),
         compares=True,
@@ -224,7 +229,7 @@ RULES: tuple[Rule, ...] = (
         harm.gate_limit,
         None,
         lambda r, value, limit: (
-            f"{r.site} ({r.activation}), a gate, is stuck: {percent(r.blocked)} of the gradient's demand falls to its plateaus, and {percent(value)} "
+            f"{r.site} ({r.activation}), a gate, is stuck: {percent(r.blocked)} of the gradient is lost on its plateaus, and {percent(value)} "
             f"asks to leave them (limit {percent(limit)})"
         ),
         compares=True,
@@ -269,8 +274,8 @@ RULES: tuple[Rule, ...] = (
         harm.stuck_limit,
         harm.stuck_limit_critical,
         lambda r, value, limit: (
-            f"{r.site} ({r.activation}): {percent(value)} of its {r.units} units are {'dead' if r.tails == 'low' else 'stuck on a plateau'}, "
-            f"saturated in at least 99 % of {r.stuck_n} samples (limit {percent(limit)} of the units)"
+            f"{r.site} ({r.activation}): {percent(value)} of its {r.units} units are {'dead' if r.tails == 'low' else 'stuck on a plateau'} "
+            f"(in {r.stuck_n} samples; limit {percent(limit)})"
         ),
         patience=1,
     ),
@@ -319,7 +324,7 @@ RULES: tuple[Rule, ...] = (
         1e-3,
         1e-5,
         lambda w, value, limit: (
-            f"{w.name}, which feeds {', '.join(w.feeds)}, is frozen: {'without weight decay, ' if w.decays else ''}a step changes it by "
+            f"{_fed_by(w)}, is frozen: {'without weight decay, ' if w.decays else ''}a step changes it by "
             f"{w.learned:.1e} of itself, {value:.1e} of what the median layer gets (limit {limit:.0e})"
         ),
         below=True,
@@ -357,7 +362,7 @@ RULES: tuple[Rule, ...] = (
         0.1,
         0.01,
         lambda w, value, limit: (
-            f"{w.name}, which feeds {', '.join(w.feeds)}, has lost its input: its rms is {w.input_rms:.3g}, {percent(value)} of what it was at the "
+            f"{_fed_by(w)}, has lost its input: its rms is {w.input_rms:.3g}, {percent(value)} of what it was at the "
             f"first observation (limit {percent(limit)})"
         ),
         below=True,
@@ -371,7 +376,7 @@ RULES: tuple[Rule, ...] = (
         0.03,
         lambda r, value, limit: (
             f"{r.site}: the attention has collapsed: half of its {len(r.heads)} heads have an entropy of {percent(value)} of ln T or less "
-            f"(limit {percent(limit)}); its logits reach {r.z_max:.3g} and vary by {r.logit_std:.3g} within a row"
+            f"(limit {percent(limit)})"
         ),
         below=True,
     ),
@@ -382,7 +387,7 @@ RULES: tuple[Rule, ...] = (
         0.4,
         lambda r, value, limit: (
             f"{r.site}: the attention has collapsed: in its worst head {percent(value)} of the rows look at one key alone, and the gradient asks "
-            f"for another one (limit {percent(limit)}); its logits reach {r.z_max:.3g} and vary by {r.logit_std:.3g} within a row"
+            f"for another one (limit {percent(limit)})"
         ),
     ),
     Rule(

@@ -1,27 +1,24 @@
-"""The tables of the report, and how they are printed as text and as Markdown. Never torch.
+"""The tables of the report, before they are printed as text (text.py) or as Markdown (markdown.py). Never torch.
 
-Both forms are printed from the same `Sheet`s, so that their cells agree. Only the alerts differ: text has several lines per alert, Markdown one row.
+A table says of each column how much it matters and of each row whether it is healthy. The printers decide by that what there is room for: a narrow
+terminal shows fewer columns, and the healthy sites of a large network are one line.
 """
 
 from __future__ import annotations
 
-import itertools
-import os
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TextIO
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from torchsat.alerts import Episode, episodes_of
+from torchsat.alert_level import WARNING
+from torchsat.alerts import Episode
 from torchsat.percent import percent
-from torchsat.record import CODE_INDENT, Alert, Record, Snapshot
-from torchsat.tensorboard import SUBRUN
+from torchsat.record import Record, Snapshot, Weight
 from torchsat.tensorboard.reader import Run
-from torchsat.tensorboard.stock import code_in_cell
+from torchsat.verdict import Health, Verdict, worst_first
 
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = " .:-=+*#"
@@ -33,49 +30,49 @@ _LEAST_WIDTH = 110
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """A table before it is printed. Its cells are text."""
+class Column:
+    """One column of a table.
+
+    Args:
+        title: what stands above it.
+        rank: 0 if it is always shown; of the others the one of the lowest rank is shown first where there is not room for all.
+        left: it is aligned to the left.
+        name: its cells are names, which may be folded into several lines.
+    """
 
     title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    left: int = 1
-    """This many first columns are aligned to the left, the others to the right."""
-    trend: bool = False
-    """The last column is a sparkline, aligned to the left too."""
-
-    def to_left(self, column: int) -> bool:
-        """Whether the column of this index is aligned to the left."""
-        return column < self.left or (self.trend and column == len(self.columns) - 1)
+    rank: int = 0
+    left: bool = False
+    name: bool = False
 
 
-def name_of(run: Run) -> str:
-    """The name of a run: the directory that was given to `watch`."""
-    return run.directory.removesuffix(os.sep + SUBRUN)
+@dataclass(frozen=True)
+class Row:
+    """One row of a table."""
+
+    cells: tuple[str, ...]
+    notable: bool = True
+    """Whether it is shown where there is not room for all rows."""
 
 
-def print_text(out: TextIO, run: Run) -> None:
-    """Print the report of one run as text, with colours if `out` is a terminal."""
-    found, end = episodes_of(run.snapshots), run.snapshots[-1].step
-    console = console_for(out)
-    if run.directory:
-        console.print(Text(name_of(run), "bold").append(f": {_summary(run, found)}", "not bold"))
-    for word, sentence in _asides(run):
-        console.print(Text(f"{word}:", "yellow").append(f" {sentence}", "default"))
-    if run.directory:
-        console.print()
-    console.print(_alert_table(found, end) if found else "no alerts")
-    for sheet in _sheets(run, out):
-        console.print()
-        console.print(_rich(sheet))
+@dataclass(frozen=True)
+class Sheet:
+    """A table before it is printed."""
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: Sequence[Row]
+    noun: str = "row"
+    """What a row is, in the singular."""
 
 
-def print_markdown(out: TextIO, run: Run) -> None:
-    """Print the report of one run as Markdown."""
-    found, end = episodes_of(run.snapshots), run.snapshots[-1].step
-    title = [f"## {_escaped(name_of(run))}: {_summary(run, found)}"] if run.directory else []
-    parts = [*title, *(f"**{word}:** {_escaped(sentence)}" for word, sentence in _asides(run)), _markdown(_alert_sheet(found, end))]
-    out.write("\n\n".join([*parts, *map(_markdown, _sheets(run, out))]) + "\n")
+def bars_for(out: IO[str]) -> str:
+    """The characters of a sparkline that this output can show, the lowest first."""
+    try:
+        _BARS.encode(getattr(out, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return _PLAIN_BARS
+    return _BARS
 
 
 def console_for(file: TextIO) -> Console:
@@ -85,109 +82,95 @@ def console_for(file: TextIO) -> Console:
     return console
 
 
-def _asides(run: Run) -> list[tuple[str, str]]:
-    """What a reader should know of the files, as (kind, sentence)."""
-    return [(word, sentence) for word, sentences in (("damaged", run.damage), ("note", run.notes)) for sentence in sentences]
-
-
-def _summary(run: Run, found: list[Episode]) -> str:
+def extent(run: Run, found: Sequence[Episode]) -> str:
     """The extent of a run, in one line."""
     first, last, firing = run.snapshots[0], run.snapshots[-1], sum(each.cleared is None for each in found)
-    return (
-        f"{len(run.snapshots)} observations, steps {first.step} to {last.step}, "
-        f"{len(last.records)} sites, {len(found)} alert{'' if len(found) == 1 else 's'} ({firing} firing at the end)"
+    steps = f"step {first.step}" if first.step == last.step else f"steps {first.step} to {last.step}"
+    counts = (
+        _count(len(run.snapshots), "observation"),
+        _count(len(last.records), "site"),
+        f"{_count(len(found), 'alert')}{f' ({firing} firing at the end)' if found else ''}",
     )
+    return f"{counts[0]}, {steps}, {counts[1]}, {counts[2]}"
 
 
-def _sheets(run: Run, out: IO[str]) -> list[Sheet]:
-    """The tables that have rows."""
-    bars = _PLAIN_BARS if _lacks_bars(out) else _BARS
-    sheets = [_site_sheet(run.snapshots, bars), _attention_sheet(run.snapshots, bars), _weight_sheet(run.snapshots[-1])]
-    return [sheet for sheet in sheets if sheet.rows]
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _rich(sheet: Sheet) -> Table:
-    """A table for the terminal. The names in the columns on the left are folded if there is no room, never cut."""
-    table = Table(box=None, pad_edge=False, title=sheet.title, title_justify="left", title_style="bold")
-    for index, column in enumerate(sheet.columns):
-        table.add_column(column, justify="left" if sheet.to_left(index) else "right", overflow="fold" if index < sheet.left else "ellipsis")
-    for row in sheet.rows:
-        table.add_row(*map(Text, row))
-    return table
+def comparison(verdicts: Mapping[str, Verdict], runs: Iterable[Run]) -> Sheet:
+    """Several runs side by side, the worst first."""
+    by_name = {run.name: run for run in runs}
+    columns = (
+        Column("run", name=True, left=True),
+        Column("health", left=True),
+        Column("steps", rank=3),
+        Column("observations", rank=5),
+        Column("since", rank=1),
+        Column("where", name=True, left=True),
+        Column("what", left=True, rank=4),
+        Column("cause", left=True, rank=2),
+    )
+    rows = []
+    for name in worst_first(verdicts):
+        verdict, last = verdicts[name], by_name[name].snapshots[-1]
+        alert = verdict.alert
+        cause = alert.causes[0].name if alert is not None and alert.causes else "-"
+        since = str(alert.since) if alert is not None else "-"
+        counts = (str(last.step), str(len(by_name[name].snapshots)))
+        rows.append(Row((name, verdict.health.value, *counts, since, verdict.where or "-", verdict.what or "-", cause)))
+    return Sheet("Runs, worst first", columns, rows, "run")
 
 
-def _markdown(sheet: Sheet) -> str:
-    """A heading and a table in Markdown."""
-    if not sheet.rows:
-        return f"### {sheet.title}\n\nnone"
-    rules = [":--" if sheet.to_left(index) else "--:" for index in range(len(sheet.columns))]
-    rows = [[_escaped(cell) for cell in row] for row in (sheet.columns, *sheet.rows)]
-    return "\n".join([f"### {sheet.title}", "", *(f"| {' | '.join(row)} |" for row in (rows[0], rules, *rows[1:]))])
+def sheets(run: Run, found: Sequence[Episode], bars: str = _BARS, trend: int = 24) -> list[Sheet]:
+    """The tables of a run that have rows.
+
+    Args:
+        found: the alerts of the run.
+        trend: the most characters of a sparkline.
+    """
+    firing = {place for each in found if each.cleared is None for place in (each.alert.site, *each.alert.also)}
+    made = [_site_sheet(run.snapshots, firing, bars, trend), _attention_sheet(run.snapshots, firing, bars, trend)]
+    return [sheet for sheet in (*made, _weight_sheet(run.snapshots[-1], firing)) if sheet.rows]
 
 
-def _escaped(text: str) -> str:
-    """The text with every character escaped that Markdown would take for markup, and with code that stands on lines of its own kept as it is."""
-    found = []
-    for is_code, lines in itertools.groupby(text.split("\n"), lambda line: line.startswith(CODE_INDENT)):
-        if is_code:
-            found.append(code_in_cell("\n".join(line.removeprefix(CODE_INDENT) for line in lines)))
-        else:
-            found.append(re.sub(r"([\\|<>*_`\[\]])", r"\\\1", " ".join(lines)))
-    return "".join(found)
+def health_of(item: Record | Weight, firing: Iterable[str] = ()) -> str:
+    """How a site or a layer is in one observation, in a word; a dash where no rule judges it.
+
+    Args:
+        firing: the places of the alerts that fire. One that is healthy now and is among them is recovering: its alert waits before it clears.
+    """
+    if isinstance(item, Record) and (item.nonfinite or item.grad_nonfinite):
+        return Health.NOT_FINITE.value
+    if isinstance(item, Weight) and not math.isfinite(item.norm or 0.0):
+        return Health.NOT_FINITE.value
+    if item.alert_level is None:
+        return "-"
+    if item.alert_level >= 1:
+        return Health.CRITICAL.value
+    if item.alert_level >= WARNING:
+        return Health.WARNING.value
+    place = item.site if isinstance(item, Record) else item.name
+    return "recovering" if place in firing else Health.HEALTHY.value
 
 
-def _alert_table(found: list[Episode], end: int) -> Table:
-    """The alerts for the terminal."""
-    table = Table("", "rule", "from step", "to step", "what", box=None, pad_edge=False, title="Alerts", title_justify="left", title_style="bold")
-    for each in found:
-        style = "red" if each.alert.severity == "critical" else "yellow"
-        what = Text("\n".join(_lines(each.alert)), overflow="fold")
-        table.add_row(Text(each.alert.severity, style), each.alert.rule, str(each.alert.since), _until(each, end), what)
-    return table
+def _notable(health: str, record: Record | None = None) -> bool:
+    """Whether a row is worth a line in a large network. Where no rule judges a site, one that is far from normal is."""
+    return health != Health.HEALTHY.value and (health != "-" or (record is not None and badness(record) >= 0.3))
 
 
-def _alert_sheet(found: list[Episode], end: int) -> Sheet:
-    """The alerts for Markdown."""
-    rows = [(each.alert.severity, each.alert.rule, str(each.alert.since), _until(each, end), _in_a_cell(each.alert)) for each in found]
-    return Sheet("Alerts", ("", "rule", "from step", "to step", "what"), rows, left=5)
-
-
-def _in_a_cell(alert: Alert) -> str:
-    """The lines of an alert as sentences in a row, with code on lines of its own."""
-    text = ". ".join(line.strip() for line in _lines(alert))
-    return "\n".join(re.sub(r"^( {4}.*)\. (why: )", r"\1\n\2", line) for line in text.split("\n"))
-
-
-def _until(episode: Episode, end: int) -> str:
-    """When an alert ended. `end`: the last step of the run."""
-    return f"{end}, still firing" if episode.cleared is None else f"{episode.cleared}{', then its place is gone' if episode.gone else ''}"
-
-
-def _lines(alert: Alert) -> list[str]:
-    """An alert in a few lines: what is wrong, which other places suffer, the causes with their remedies."""
-    lines = [alert.message]
-    if alert.also:
-        lines.append(f"also: {', '.join(alert.also[:6])}" + (f" and {len(alert.also) - 6} more" if len(alert.also) > 6 else ""))
-    for cause in alert.causes:
-        lines += [f"why: {cause.name} ({percent(cause.share)}): {cause.evidence}", f"     try: {cause.remedy}"]
-    return lines
+def _severity(item: Record | Weight, health: str) -> tuple[bool, float]:
+    """The sort key of rows, of which the largest is the worst: what is not finite, then by level."""
+    return health == Health.NOT_FINITE.value, -1.0 if item.alert_level is None else item.alert_level
 
 
 def badness(record: Record) -> float:
-    """The sort key of sites: how much less open than normal the site is. Outputs and gates, which saturate by design, come last."""
+    """The sort key of sites of equal health: how much less open than normal the site is. Outputs and gates, which saturate by design, come last."""
     if record.output or record.gate:
         return -1.0
     closed = 0.0 if record.relative_derivative is None else 1 - record.relative_derivative
     normal = 0.0 if record.normal_derivative is None else 1 - record.normal_derivative
     return max(closed - normal, record.stuck or 0.0, 1.0 if record.nonfinite else 0.0)
-
-
-def _lacks_bars(file: IO[str]) -> bool:
-    try:
-        _BARS.encode(getattr(file, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def sparkline(values: Sequence[float | None], width: int = 24, bars: str = _BARS) -> str:
@@ -209,55 +192,113 @@ def _latest(snapshots: Sequence[Snapshot], softmaxes: bool, trend: str) -> list[
     return [(record, series[site]) for site, record in latest.items()]
 
 
-def _site_sheet(snapshots: Sequence[Snapshot], bars: str) -> Sheet:
-    found = sorted(_latest(snapshots, False, "saturated"), key=lambda pair: badness(pair[0]), reverse=True)
-    columns = ("saturated", "low", "high", "blocked", "trapped", "E|f'|/peak", "stuck units", "attenuation", "rms dL/dz", "saturated over time")
+_SITE_COLUMNS = (
+    Column("site", left=True, name=True),
+    Column("activation", left=True, rank=2),
+    Column("health", left=True),
+    Column("saturated", rank=1),
+    Column("low", rank=10),
+    Column("high", rank=11),
+    Column("blocked", rank=5),
+    Column("trapped", rank=8),
+    Column("E|f'|/peak", rank=4),
+    Column("stuck", rank=6),
+    Column("attenuation", rank=7),
+    Column("rms dL/dz", rank=9),
+    Column("trend", left=True, rank=3),
+)
+
+
+def _site_sheet(snapshots: Sequence[Snapshot], firing: set[str], bars: str, trend: int) -> Sheet:
+    found = [(health_of(record, firing), record, series) for record, series in _latest(snapshots, False, "saturated")]
+    found.sort(key=lambda each: (*_severity(each[1], each[0]), badness(each[1])), reverse=True)
     rows = [
-        (
-            record.site,
-            record.activation + (" (output)" if record.output else " (gate)" if record.gate else ""),
-            *(percent_or_dash(value) for value in (record.saturated, record.low, record.high, record.blocked, record.trapped)),
-            number_or_dash(record.relative_derivative, "{:.3f}"),
-            percent_or_dash(record.stuck),
-            number_or_dash(record.attenuation, "{:.3g}"),
-            number_or_dash(record.grad_z_rms, "{:.2e}"),
-            sparkline(series, bars=bars),
+        Row(
+            (
+                record.site,
+                record.activation + (" (output)" if record.output else " (gate)" if record.gate else ""),
+                health,
+                *(percent_or_dash(value) for value in (record.saturated, record.low, record.high, record.blocked, record.trapped)),
+                number_or_dash(record.relative_derivative, "{:.3f}"),
+                percent_or_dash(record.stuck),
+                number_or_dash(record.attenuation, "{:.3g}"),
+                number_or_dash(record.grad_z_rms, "{:.2e}"),
+                sparkline(series, trend, bars),
+            ),
+            _notable(health, record),
         )
-        for record, series in found
+        for health, record, series in found
     ]
-    return Sheet("Sites, worst first, at the last step", ("site", "activation", *columns), rows, left=2, trend=True)
+    return Sheet("Sites at the last step, worst first (trend: the saturated share over time)", _SITE_COLUMNS, rows, "site")
 
 
-def _attention_sheet(snapshots: Sequence[Snapshot], bars: str) -> Sheet:
-    found = sorted(_latest(snapshots, True, "entropy_min"), key=lambda pair: 1.0 if pair[0].entropy_min is None else pair[0].entropy_min)
+_ATTENTION_COLUMNS = (
+    Column("softmax", left=True, name=True),
+    Column("health", left=True),
+    Column("heads", rank=3),
+    Column("entropy", rank=7),
+    Column("lowest head", rank=1),
+    Column("blocked", rank=4),
+    Column("Jacobian", rank=8),
+    Column("logit std", rank=5),
+    Column("largest logit", rank=6),
+    Column("trend", left=True, rank=2),
+)
+
+
+def _attention_sheet(snapshots: Sequence[Snapshot], firing: set[str], bars: str, trend: int) -> Sheet:
+    found = [(health_of(record, firing), record, series) for record, series in _latest(snapshots, True, "entropy_min")]
+    found.sort(key=lambda each: (*_severity(each[1], each[0]), -(1.0 if each[1].entropy_min is None else each[1].entropy_min)), reverse=True)
     rows = [
-        (
-            record.site + (" (output)" if record.output else ""),
-            str(len(record.heads or ())),
-            *(number_or_dash(value, "{:.3g}") for value in (record.entropy, record.entropy_min, record.jacobian, record.logit_std, record.z_max)),
-            sparkline(series, bars=bars),
+        Row(
+            (
+                record.site + (" (output)" if record.output else ""),
+                health,
+                str(len(record.heads or ())),
+                *(number_or_dash(value, "{:.3g}") for value in (record.entropy, record.entropy_min)),
+                percent_or_dash(record.blocked),
+                *(number_or_dash(value, "{:.3g}") for value in (record.jacobian, record.logit_std, record.z_max)),
+                sparkline(series, trend, bars),
+            ),
+            _notable(health),
         )
-        for record, series in found
+        for health, record, series in found
     ]
-    columns = ("site", "heads", "entropy", "lowest head", "Jacobian", "logit std", "largest logit", "lowest entropy over time")
-    return Sheet("Attention and softmax, at the last step", columns, rows, trend=True)
+    return Sheet("Attention and softmax at the last step (trend: the entropy of the lowest head)", _ATTENTION_COLUMNS, rows, "softmax")
 
 
-def _weight_sheet(snapshot: Snapshot) -> Sheet:
+_WEIGHT_COLUMNS = (
+    Column("layer", left=True, name=True),
+    Column("health", left=True),
+    Column("gain", rank=1),
+    Column("rms input", rank=3),
+    Column("centred", rank=6),
+    Column("gradient norm", rank=5),
+    Column("update ratio", rank=2),
+    Column("feeds", left=True, name=True, rank=4),
+)
+
+
+def _weight_sheet(snapshot: Snapshot, firing: set[str]) -> Sheet:
+    found = [(health_of(weight, firing), weight) for weight in snapshot.weights]
+    found.sort(key=lambda each: _severity(each[1], each[0]), reverse=True)
     rows = [
-        (
-            weight.name,
-            ", ".join(weight.feeds),
-            number_or_dash(weight.gain, "{:.3g}"),
-            number_or_dash(weight.input_rms, "{:.3g}"),
-            percent_or_dash(weight.input_centred_share),
-            number_or_dash(weight.grad_norm, "{:.2e}"),
-            number_or_dash(weight.update_ratio, "{:.1e}"),
+        Row(
+            (
+                weight.titled,
+                health,
+                number_or_dash(weight.gain, "{:.3g}"),
+                number_or_dash(weight.input_rms, "{:.3g}"),
+                percent_or_dash(weight.input_centred_share),
+                number_or_dash(weight.grad_norm, "{:.2e}"),
+                number_or_dash(weight.update_ratio, "{:.1e}"),
+                ", ".join(weight.feeds),
+            ),
+            _notable(health),
         )
-        for weight in snapshot.weights
+        for health, weight in found
     ]
-    columns = ("layer", "feeds", "gain", "rms input", "centred share", "gradient norm", "update ratio")
-    return Sheet("Layers that feed them", columns, rows, left=2)
+    return Sheet("Layers that feed them", _WEIGHT_COLUMNS, rows, "layer")
 
 
 def percent_or_dash(share: float | None) -> str:

@@ -1,7 +1,7 @@
 """Everything that knows TensorBoard. This file: the names that writer, reader and plugin share; standard library only.
 
 Each observation is one `Summary`. It holds a dozen scalars of the whole network under `torchsat/`, a few scalars of each site in groups such as
-`torchsat.saturated/` (stock.py), and all numbers as packed float64 tensors. People never see those tensors; `torchsat.read` and the Saturation tab
+`torchsat.health/` (stock.py), and all numbers as packed float64 tensors. People never see those tensors; `torchsat.read` and the Saturation tab
 read them:
 
     torchsat/records.<hash>     [metrics, sites]     torchsat/histogram.<hash>   [sites, bins]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,34 +17,40 @@ from PIL import Image, ImageDraw, ImageFont
 
 from torchsat.colours import SHADES, shade, shades
 from torchsat.grids import Grid, Table, join
-from torchsat.metrics import METRICS, excess
-from torchsat.record import Snapshot
+from torchsat.metrics import METRICS, Metric
+from torchsat.record import Snapshot, to_float
+from torchsat.tensorboard.stock import excess_of, levels_of
 
 MISSING = (200, 204, 208)
 """The colour where there is no number."""
+HATCH = ((0, 0, 0), (255, 255, 255))
+"""The colours of the stripes where elements are inf or nan. No ramp has them, so this looks neither healthy nor as if nothing had been measured."""
 WORST = 8
 """How many sites `Heatmap.worst` names."""
+_LEVEL, _EXCESS = METRICS[0], METRICS[1]
 
 
 class Heatmap:
-    """The picture of all observations so far. Add each snapshot, then ask for the picture."""
+    """The picture of all observations so far: the health of each site; of a run without rules, how far it is saturated beyond normal. Add each
+    snapshot, then ask for the picture."""
 
     WIDTH, HEIGHT, LEFT, TOP, BOTTOM, RIGHT = 350, 270, 106, 24, 40, 8
     KEPT = 512
     """The most observations that are kept. Beyond that every second one is left out."""
 
     def __init__(self) -> None:
-        self._observed: list[tuple[int, float, list[tuple[str, float]]]] = []
+        self._observed: list[tuple[int, float, list[tuple[str, float, float]]]] = []
         self._spared: set[str] = set()
-        self._metric = METRICS[0]
 
     def add(self, snapshot: Snapshot) -> None:
         """Take in one observation."""
-        values = [
-            (record.site, excess(record.saturated, record.normal_low, record.normal_high))
-            for record in snapshot.records
-            if record.saturated is not None
-        ]
+        levels, values = levels_of(snapshot), []
+        for record in snapshot.records:
+            level, beyond = levels.get(record.site), excess_of(record)
+            if record.nonfinite or record.grad_nonfinite:
+                level = beyond = math.inf
+            if level is not None or beyond is not None:
+                values.append((record.site, to_float(level), to_float(beyond)))
         self._observed.append((snapshot.step, snapshot.time, values))
         self._spared = {record.site for record in snapshot.records if record.output or record.gate}
         if len(self._observed) > self.KEPT:
@@ -55,43 +62,49 @@ class Heatmap:
         return self._observed[-1][:2]
 
     def worst(self) -> list[str]:
-        """The hidden sites that are furthest beyond normal at the last observation, the worst first; WORST of them at most."""
-        found = [(value, site) for site, value in self._observed[-1][2] if site not in self._spared]
-        return [site for _, site in sorted(found, key=lambda pair: -pair[0])[:WORST]]
+        """The sites that are worst at the last observation, the worst first; WORST of them at most. They are compared by health, and where that is
+        equal, hidden ones by how far they are beyond normal."""
+        found = [
+            (-1.0 if math.isnan(level) else level, -1.0 if site in self._spared or math.isnan(beyond) else beyond, site)
+            for site, level, beyond in self._observed[-1][2]
+        ]
+        return [site for level, beyond, site in sorted(found, key=lambda each: (-each[0], -each[1]))[:WORST] if level > 0 or beyond > -1]
 
     def png(self) -> bytes | None:
-        """The picture as a PNG file; None if no site has a function that can saturate."""
-        names, steps, times, values = join(
-            [Table.of([site for site, _ in row], step, time, [[value for _, value in row]]) for step, time, row in self._observed], 1
-        )
+        """The picture as a PNG file; None if no site is judged by a rule or has a function that can saturate."""
+        rows = [(step, time, [each[0] for each in row], [[each[at] for each in row] for at in (1, 2)]) for step, time, row in self._observed]
+        names, steps, times, values = join([Table.of(names, step, time, table) for step, time, names, table in rows], 2)
         if not names:
             return None
-        grid = Grid(steps, times, names, values[:, 0])
+        has_levels = bool(np.isfinite(values[:, 0]).any())
+        metric, grid = (_LEVEL, Grid(steps, times, names, values[:, 0])) if has_levels else (_EXCESS, Grid(steps, times, names, values[:, 1]))
         image = Image.new("RGB", (self.WIDTH, self.HEIGHT), "white")
         width, height = self.WIDTH - self.LEFT - self.RIGHT, self.HEIGHT - self.TOP - self.BOTTOM
-        heat = Image.fromarray(self._pixels(grid, width)).resize((width, height), Image.Resampling.NEAREST)
-        image.paste(heat, (self.LEFT, self.TOP))
-        self._letter(image, grid, width, height)
+        image.paste(self._heat(metric, grid, width, height), (self.LEFT, self.TOP))
+        self._letter(image, metric, grid, width, height)
         encoded = io.BytesIO()
         image.save(encoded, "png")
         return encoded.getvalue()
 
-    def _pixels(self, grid: Grid, width: int) -> NDArray[np.uint8]:
-        """The colours [sites, columns of pixels, 3]. A column shows the worst of the observations that begin in it; if none does, the one before
-        it."""
-        metric, colours = self._metric, np.array([*shades(self._metric.ramp), MISSING], np.uint8)
+    @staticmethod
+    def _heat(metric: Metric, grid: Grid, width: int, height: int) -> Image.Image:
+        """The cells. A column of pixels shows the worst of the observations that begin in it; if none does, the one before it."""
+        colours = np.array([*shades(metric.ramp), MISSING], np.uint8)
         last = grid.steps[-1] + (grid.steps[-1] - grid.steps[-2] if len(grid.steps) > 1 else 1)
         starts = np.linspace(grid.steps[0], last, width + 1)
         first = np.searchsorted(grid.steps, starts[:-1], "right") - 1
         until = np.searchsorted(grid.steps, starts[1:], "left")
         found = np.stack([np.fmax.reduce(grid.values[at : max(at + 1, end)], axis=0) for at, end in zip(first, until, strict=True)], 1)
-        pixels: NDArray[np.uint8] = colours[np.where(np.isnan(found), len(colours) - 1, shade(metric, np.nan_to_num(found), 0.0, 1.0))]
-        return pixels
+        known = np.nan_to_num(found, posinf=0.0, neginf=0.0)
+        cells = np.where(np.isnan(found), len(colours) - 1, shade(metric, known, 0.0, 1.0))
+        rows = np.arange(height) * len(grid.names) // height
+        pixels = np.where(np.isinf(found[rows])[..., None], _hatched(width, height), colours[cells[rows]])
+        return Image.fromarray(pixels.astype(np.uint8))
 
-    def _letter(self, image: Image.Image, grid: Grid, width: int, height: int) -> None:
+    def _letter(self, image: Image.Image, metric: Metric, grid: Grid, width: int, height: int) -> None:
         """Write the title, the names of sites, the first and last step, and the key of the colours round the picture."""
         pen, font, ink, faint = ImageDraw.Draw(image), _font(12), "#202124", "#5f6368"
-        pen.text((4, 4), f"{self._metric.title}, {len(grid.names)} sites", ink, font)
+        pen.text((4, 4), f"{metric.title}, {len(grid.names)} sites", ink, font)
         row, every = height / len(grid.names), -(-15 * len(grid.names) // height)
         shared = _shared(grid.names)
         for place, name in enumerate(grid.names):
@@ -107,10 +120,22 @@ class Heatmap:
         below = self.TOP + height + 4
         pen.text((self.LEFT, below), f"step {grid.steps[0]:.0f}", faint, font)
         pen.text((self.LEFT + width, below), f"{grid.steps[-1]:.0f}", faint, font, anchor="ra")
-        for at, colour in enumerate(shades(self._metric.ramp)):
-            pen.line((self.LEFT + at * 140 // SHADES + 40, below + 18, self.LEFT + at * 140 // SHADES + 40, below + 28), fill=colour)
-        pen.text((self.LEFT + 34, below + 23), "0 %", faint, font, anchor="rm")
-        pen.text((self.LEFT + 186, below + 23), "100 %", faint, font, anchor="lm")
+        low, high = ("healthy", "critical") if metric.form == "level" else ("0 %", "100 %")
+        left = 10 + round(font.getlength(low))
+        pen.text((4, below + 23), low, faint, font, anchor="lm")
+        for at, colour in enumerate(shades(metric.ramp)):
+            pen.line((left + at * 100 // SHADES, below + 18, left + at * 100 // SHADES, below + 28), fill=colour)
+        pen.text((left + 106, below + 23), high, faint, font, anchor="lm")
+        if np.isinf(grid.values).any():
+            at = left + 118 + round(font.getlength(high))
+            image.paste(Image.fromarray(_hatched(16, 11)), (at, below + 18))
+            pen.text((at + 22, below + 23), "inf or nan", faint, font, anchor="lm")
+
+
+def _hatched(width: int, height: int) -> NDArray[np.uint8]:
+    """Diagonal stripes, [height, width, 3]."""
+    dark = (np.arange(height)[:, None] + np.arange(width)) % 6 < 3
+    return np.where(dark[..., None], *(np.array(colour, np.uint8) for colour in HATCH))
 
 
 def _font(size: int) -> Any:

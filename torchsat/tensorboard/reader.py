@@ -24,7 +24,7 @@ from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from torchsat.record import HISTOGRAM_BINS, Alert, Head, Record, Snapshot, Weight, from_float
-from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, OVERHEAD, PLUGIN, READABLE, RECORDS, WEIGHTS, WHOLE
+from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, OVERHEAD, PLUGIN, READABLE, RECORDS, SUBRUN, WEIGHTS, WHOLE
 
 Made = TypeVar("Made", Record, Weight, Head)
 
@@ -34,11 +34,14 @@ class Run:
     """What was read from the event files of one directory."""
 
     directory: str
+    """The directory of the event files; where several runs share one, followed by the name of the file in brackets."""
     snapshots: list[Snapshot] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
     """One sentence for each file that could not be read to its end, and for each kind of event that could not be understood."""
     notes: list[str] = field(default_factory=list)
     """Sentences about anything else that was left out."""
+    name: str = ""
+    """The directory that was given to `watch`, relative to the one that was asked for; of that one itself its last part."""
 
 
 def read(run_dir: str | os.PathLike[str]) -> list[Snapshot]:
@@ -73,7 +76,20 @@ def read_runs(run_dir: str | os.PathLike[str]) -> list[Run]:
         damage = "".join(f" {sentence}" for run in runs for sentence in run.damage)
         count = sum(map(len, folders.values()))
         raise FileNotFoundError(f"no torchsat data below {top} ({count} event files there).{damage}")
-    return [run for run in runs if run.snapshots]
+    found = [run for run in runs if run.snapshots]
+    for run in found:
+        run.name = _name(run.directory, top)
+    return found
+
+
+def _name(directory: str, top: Path) -> str:
+    """The name of a run: the directory that was given to `watch`, relative to `top`. The name of `top` itself is its last part."""
+    folder, bracket, file = directory.partition(" (")
+    own, where = Path(os.path.abspath(top)), Path(os.path.abspath(folder))
+    if where.name == SUBRUN:
+        where = where.parent
+    name = str(where.relative_to(own)) if own in where.parents else where.name
+    return f"{name}{bracket}{file}"
 
 
 def _read_folder(folder: Path, files: list[Path]) -> list[Run]:

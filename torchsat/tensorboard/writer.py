@@ -32,7 +32,7 @@ from torchsat.alerts import Firing
 from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot, to_float
 from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, WHOLE, as_json, content, tag
 from torchsat.tensorboard.heatmap import Heatmap
-from torchsat.tensorboard.stock import NETWORK, SITES, Group, alert_table, layout, network
+from torchsat.tensorboard.stock import NETWORK, SITES, Group, alert_table, layout, levels_of, network
 
 QUEUED = 10
 """How many snapshots may wait to be written. If there are more, training waits."""
@@ -166,13 +166,14 @@ class TensorBoardWriter:
 
     def _values(self, snapshot: Snapshot) -> Iterable[Summary.Value]:
         """All values of one observation: scalars, packed tensors, and the events of alerts."""
-        for name, value in network(snapshot, len(self._firing)).items():
+        levels = levels_of(snapshot)
+        for name, value in network(snapshot, len(self._firing), levels).items():
             if value is not None:
                 yield self._scalar(f"torchsat/{name}", value, NETWORK[name])
         for group in SITES:
             tags = self._tags.setdefault(group, {})
             for record in snapshot.records:
-                value = getattr(record, group.metric)
+                value = group.value(record, levels)
                 if value is not None:
                     yield self._scalar(tags.get(record.site) or self._tag(group, record.site), value, group.says, record)
         sites = tuple(map(_SITE_FACTS, snapshot.records))
@@ -194,7 +195,7 @@ class TensorBoardWriter:
         if snapshot.alerts:
             events = as_json([alert.as_dict() for alert in snapshot.alerts])
             yield self._string(EVENTS, events.encode(), PLUGIN, content("events"))
-            yield self._string("torchsat/alerts/text_summary", alert_table(self._history).encode("utf-8", "replace"), "text", "")
+            yield self._string("torchsat/alerts/text_summary", alert_table(self._history, self._firing).encode("utf-8", "replace"), "text", "")
 
     def _pictures(self) -> Iterable[Summary.Value]:
         """The heatmap so far. In a run of our own also the layout of the charts; in the user's run it would replace a layout of the user's."""
@@ -205,7 +206,10 @@ class TensorBoardWriter:
             yield Summary.Value(tag="torchsat/heatmap", image=image)
         if self._ours is not None:
             tags = [(group, sorted(self._tags[group].values())) for group in SITES]
-            described = layout(tags, [self._tags[SITES[0]][site] for site in self._heatmap.worst()])
+            worst = self._heatmap.worst()
+            # Of a run without rules no site has a health, and the excess is drawn.
+            drawn = [self._tags[group] for group in SITES if all(site in self._tags[group] for site in worst)]
+            described = layout(tags, [drawn[0][site] for site in worst] if drawn else [])
             if described != self._layout:
                 self._layout = described
                 yield self._string("custom_scalars__config__", described, "custom_scalars", "")

@@ -1,0 +1,270 @@
+"""The report as text, for a terminal, a log or a mail. Never torch.
+
+It begins with the verdict: what is wrong, where, since when, why, and what to try. The tables follow. Nothing is cut: where a line is too narrow, the
+columns that matter least are left out and names are folded where their parts meet. The healthy sites of a large network are one line.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from torchsat.alerts import ADJECTIVE, Episode, episodes_of
+from torchsat.percent import percent
+from torchsat.record import Alert
+from torchsat.sheets import Column, Row, Sheet, bars_for, comparison, extent, sheets
+from torchsat.tensorboard.reader import Run
+from torchsat.terminal import Style, folded, painted, shows_colours, width_of, wrapped
+from torchsat.verdict import Health, Verdict, summary, verdict_of, worst_first
+
+ROWS = 12
+"""A table of no more rows than this is printed whole."""
+MOST_ROWS = 24
+"""Of a larger table no more rows than these are printed, the worst ones."""
+MOST_NAMES = 6
+"""So many places are named behind an alert."""
+MOST_CODE = 16
+"""So many lines of code are printed of one remedy."""
+MOST_OVER = 5
+"""So many alerts that are over are printed."""
+_GAP = "  "
+_NAME = 1 / 3
+"""A name that takes more than this part of a line is folded where that makes room for a column."""
+_STYLES = {
+    Health.HEALTHY.value: (Style.GREEN,),
+    Health.WARNING.value: (Style.YELLOW,),
+    Health.CRITICAL.value: (Style.RED,),
+    Health.NOT_FINITE.value: (Style.RED, Style.BOLD),
+}
+
+_IS = {Health.HEALTHY: "is healthy", Health.WARNING: "has a warning", Health.CRITICAL: "is critical", Health.NOT_FINITE: "is not finite"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """How a report is set.
+
+    Args:
+        width: in characters.
+        colours: whether escape codes may be used.
+        bars: the characters of sparklines.
+        everything: nothing is summed up.
+    """
+
+    width: int
+    colours: bool
+    bars: str
+    everything: bool
+
+    def styled(self, text: str, *styles: Style) -> str:
+        """The text in these styles, if the page has any."""
+        return painted(text, *styles) if self.colours else text
+
+
+def page_for(out: TextIO, everything: bool = False) -> Page:
+    """The page of an output."""
+    return Page(width_of(out), shows_colours(out), bars_for(out), everything)
+
+
+def print_text(out: TextIO, runs: Sequence[Run], source: str = "", everything: bool = False) -> None:
+    """Print the report of one run; or a table of several runs, the details of the worst one, and how to print those of the others.
+
+    Args:
+        source: the directory that the runs were read from, for the command.
+        everything: print the details of all runs, and all rows of every table.
+    """
+    page = page_for(out, everything)
+    verdicts = {run.name: verdict_of(episodes_of(run.snapshots)) for run in runs}
+    by_name = {run.name: run for run in runs}
+    lines: list[str] = []
+    if len(runs) > 1:
+        lines += _several(page, verdicts, runs)
+    order = worst_first(verdicts)
+    shown = order if everything or len(runs) == 1 else [name for name in order[:1] if verdicts[name].health is not Health.HEALTHY]
+    for name in shown:
+        lines += ["", ""] if lines else []
+        lines += _details(page, by_name[name], verdicts[name])
+    if len(shown) < len(order):
+        other = next(name for name in order if name not in shown)
+        lines += ["", f"{'Any other run' if shown else 'One of them'}:  {_command(source, other)}", f"All of them:    {_command(source)} --all"]
+    out.write("\n".join(line.rstrip() for line in lines) + "\n")
+
+
+def _command(*path: str) -> str:
+    """The command that prints the report of this directory."""
+    return f"torchsat report {shlex.quote(str(Path(*path)))}"
+
+
+def _several(page: Page, verdicts: dict[str, Verdict], runs: Sequence[Run]) -> list[str]:
+    """Several runs side by side."""
+    text = wrapped(summary(verdicts), page.width)
+    worst = verdicts[worst_first(verdicts)[0]].health
+    return [*(page.styled(line, Style.BOLD, *_STYLES[worst.value]) for line in text), "", *_table(page, comparison(verdicts, runs), whole=True)]
+
+
+def _details(page: Page, run: Run, verdict: Verdict) -> list[str]:
+    """Everything about one run."""
+    found = episodes_of(run.snapshots)
+    lines = _head(page, run, verdict, found)
+    for word, sentences in (("Damaged", run.damage), ("Note", run.notes)):
+        for sentence in sentences:
+            first, *rest = wrapped(sentence, page.width, f"{word}: ", "  ")
+            lines += ["", page.styled(first, Style.YELLOW), *rest]
+    lines += _other_alerts(page, [each for each in found if each.alert is not verdict.alert])
+    for sheet in sheets(run, found, page.bars, 24 if page.width >= 100 else 10):
+        lines += ["", *_table(page, sheet)]
+    return lines
+
+
+def _head(page: Page, run: Run, verdict: Verdict, found: Sequence[Episode]) -> list[str]:
+    """The verdict on a run: what is wrong, where, since when, why, and what to try."""
+    about = f"{run.name} {_IS[verdict.health]}" if run.name else verdict.health.value.capitalize()
+    if verdict.alert is None:
+        over = "its alert has cleared" if verdict.over == 1 else f"its {verdict.over} alerts have cleared" if verdict.over else "no alert was raised"
+        told = f"{about}: {over}"
+    else:
+        told = f"{about}: {_subject(verdict)}, since step {verdict.alert.since}"
+    lines = [page.styled(line, Style.BOLD, *_STYLES[verdict.health.value]) for line in wrapped(told, page.width)]
+    if run.directory:
+        lines += [page.styled(line, Style.FAINT) for line in wrapped(extent(run, found), page.width)]
+    if verdict.alert is not None:
+        lines += ["", *_alert(page, verdict.alert)]
+    return lines
+
+
+def _subject(verdict: Verdict) -> str:
+    """The places that suffer and what they are, as in `hidden1 and 3 more are saturated`. A rule of the user's is named."""
+    assert verdict.alert is not None
+    if verdict.alert.rule not in ADJECTIVE:
+        return f"{verdict.where}: {verdict.what}"
+    return f"{verdict.where} {'are' if verdict.alert.also else 'is'} {verdict.what}"
+
+
+def _alert(page: Page, alert: Alert) -> list[str]:
+    """One alert: what is wrong, which other places suffer, and the causes with their remedies."""
+
+    def labelled(label: str, text: str) -> list[str]:
+        first, *rest = wrapped(text, page.width, f"{label:6}", " " * 6)
+        return [page.styled(first[:6], Style.BOLD) + first[6:], *rest]
+
+    lines = labelled("What:", alert.message)
+    if alert.also:
+        most = len(alert.also) if page.everything else MOST_NAMES
+        left = len(alert.also) - most
+        lines += labelled("Also:", ", ".join(alert.also[:most]) + (f" and {left} more" if left > 0 else ""))
+    for cause in alert.causes:
+        share = f" ({percent(cause.share)})" if len(alert.causes) > 1 else ""
+        lines += ["", *labelled("Why:", f"{cause.name}{share}: {cause.evidence}"), *labelled("Try:", cause.advice)]
+        code = cause.code.splitlines()
+        most = len(code) if page.everything or len(code) <= MOST_CODE + 1 else MOST_CODE
+        lines += ["", *(f"      {line}" for line in code[:most])] if code else []
+        lines += [f"      ... {len(code) - most} more lines of code; --all prints them"] if most < len(code) else []
+    return lines
+
+
+def _other_alerts(page: Page, found: Sequence[Episode]) -> list[str]:
+    """The alerts that the verdict is not about."""
+    lines: list[str] = []
+    firing, over = [each for each in found if each.cleared is None], [each for each in found if each.cleared is not None]
+    if firing:
+        lines += ["", page.styled("Other alerts that fire", Style.BOLD)]
+    for each in firing:
+        title = f"{each.alert.severity}: {each.alert.site}, {each.alert.rule}, since step {each.alert.since}"
+        lines += ["", *(page.styled(line, *_STYLES[each.alert.severity]) for line in wrapped(title, page.width)), *_alert(page, each.alert)]
+    if over:
+        lines += ["", page.styled("Alerts that are over", Style.BOLD)]
+    shown = over if page.everything else over[:MOST_OVER]
+    for each in shown:
+        ended = f"{each.cleared}{', where its place ends' if each.gone else ''}"
+        lines += wrapped(f"steps {each.alert.since} to {ended}: {each.alert.severity}: {each.alert.message}", page.width, "", "  ")
+        if page.everything:
+            lines += ["", *_alert(page, each.alert), ""]
+    if len(shown) < len(over):
+        lines.append(f"and {len(over) - len(shown)} more that are over; --all shows them")
+    return lines
+
+
+def _table(page: Page, sheet: Sheet, whole: bool = False) -> list[str]:
+    """A table: its title, its columns as far as there is room, its rows."""
+    shown = _rows(page, sheet) if not whole else list(sheet.rows)
+    columns, widths = _fitting(sheet, page.width, shown)
+    title = [page.styled(line, Style.BOLD) for line in wrapped(sheet.title, page.width)]
+    lines = [*title, page.styled(_line([sheet.columns[at].title for at in columns], columns, widths, sheet), Style.FAINT)]
+    for row in shown:
+        lines += _set(page, row, columns, widths, sheet)
+    left = [row for row in sheet.rows if not any(row is each for each in shown)]
+    if left:
+        healthy = not any(row.notable for row in left)
+        noun = f"{'healthy ' if healthy else ''}{sheet.noun}{'' if len(left) == 1 else 'es' if sheet.noun.endswith('x') else 's'}"
+        lines.append(f"and {len(left)} more {noun}; --all shows {'it' if len(left) == 1 else 'them'}")
+    return lines
+
+
+def _rows(page: Page, sheet: Sheet) -> list[Row]:
+    """The rows that are printed: all of a small table; of a large one the notable ones, as far as there is room."""
+    if page.everything or len(sheet.rows) <= ROWS:
+        return list(sheet.rows)
+    notable = [row for row in sheet.rows if row.notable]
+    return notable[:MOST_ROWS] if len(notable) > 2 else list(sheet.rows[:3])
+
+
+def _fitting(sheet: Sheet, width: int, rows: Sequence[Row]) -> tuple[list[int], dict[int, int]]:
+    """The columns that are printed, and the width of each.
+
+    The columns of rank 0 always are; names among them are folded as far as needed. Others follow by rank as long as there is room for all.
+    """
+    wanted = {at: max(len(column.title), *(len(row.cells[at]) for row in rows)) for at, column in enumerate(sheet.columns)}
+    blank = {at for at in wanted if all(row.cells[at].strip() in ("", "-") for row in rows)}
+    chosen = {at for at, column in enumerate(sheet.columns) if not column.rank and at not in blank}
+    widths = {at: wanted[at] if not sheet.columns[at].name else min(wanted[at], int(_NAME * width)) for at in wanted}
+
+    def taken() -> int:
+        return sum(widths[at] for at in chosen) + len(_GAP) * (len(chosen) - 1)
+
+    for at in sorted((at for at in wanted if sheet.columns[at].rank and at not in blank), key=lambda at: sheet.columns[at].rank):
+        if taken() + len(_GAP) + widths[at] <= width:
+            chosen.add(at)
+    names = [at for at in chosen if sheet.columns[at].name]
+    while taken() > width and any(widths[at] > 12 for at in names):
+        widths[max(names, key=lambda at: widths[at])] -= 1
+    while taken() < width and any(widths[at] < wanted[at] for at in names):
+        widths[max(names, key=lambda at: wanted[at] - widths[at])] += 1
+    return sorted(chosen), widths
+
+
+def _line(cells: Sequence[str], columns: Sequence[int], widths: dict[int, int], sheet: Sheet) -> str:
+    """One line of a table."""
+    return _GAP.join(
+        cell.ljust(widths[at]) if sheet.columns[at].left else cell.rjust(widths[at]) for cell, at in zip(cells, columns, strict=True)
+    ).rstrip()
+
+
+def _set(page: Page, row: Row, columns: Sequence[int], widths: dict[int, int], sheet: Sheet) -> list[str]:
+    """A row in one line; in several lines where a name is folded."""
+
+    def pieces(at: int) -> list[str]:
+        if not sheet.columns[at].name or len(row.cells[at]) <= widths[at]:
+            return [row.cells[at]]
+        first, *rest = folded(row.cells[at], widths[at] - 1)
+        return [first, *(f" {piece}" for piece in rest)]
+
+    found = [pieces(at) for at in columns]
+    lines = []
+    for line in range(max(map(len, found))):
+        cells = [each[line] if line < len(each) else "" for each in found]
+        text = _line(cells, columns, widths, sheet)
+        health = _health(sheet.columns, columns)
+        if page.colours and health is not None and cells[health] in _STYLES:
+            start = sum(widths[at] + len(_GAP) for at in columns[:health])
+            end = start + len(cells[health])
+            text = text[:start] + painted(cells[health], *_STYLES[cells[health]]) + text[end:]
+        lines.append(text)
+    return lines
+
+
+def _health(all_columns: Sequence[Column], columns: Sequence[int]) -> int | None:
+    """Which of the printed columns is that of the health."""
+    return next((place for place, at in enumerate(columns) if all_columns[at].title == "health"), None)
