@@ -141,7 +141,7 @@ def test_a_step_is_marked_in_all_charts(driver: Any, ward: str) -> None:
     assert len(lines) > 2
     assert set(lines) == {"visible"}
     step = int(driver.execute_script("return torchsat.hovered"))
-    assert driver.find_element(By.CSS_SELECTOR, ".strip-said").text == f"train/loss {1 / (1 + step):.3g}\nlr 0.5"
+    assert driver.find_element(By.CSS_SELECTOR, ".strip-said").text == f"train/loss {1 / (1 + step):.3g} (0.005 to 1)\nlr 0.5"
 
 
 def test_blocks_are_folded_and_show_the_worst_of_their_sites(driver: Any, ward: str) -> None:

@@ -36,8 +36,9 @@ export function alertTable({ rows, several, choose, help, causes, about }) {
   ];
 }
 
-// The alerts of one site: what is wrong, since when, why and with which shares of the blame, what to try.
-export function alertArticles({ alerts, site, print, help, causes: titles }) {
+// The alerts of one site: what is wrong, since when, why and with which shares of the blame, what to try. `choose(site)` is called when another place is
+// clicked.
+export function alertArticles({ alerts, site, print, help, choose, causes: titles }) {
   const found = alerts.filter((alert) => alert.places.includes(site) || alert.also.includes(site));
   return found.map((alert) => {
     const title = element("b", { className: alert.severity, textContent: `${alert.severity}: ${alert.rule}` });
@@ -54,7 +55,7 @@ export function alertArticles({ alerts, site, print, help, causes: titles }) {
       );
     });
     const origin = alert.places.includes(site) ? null : element("p", { textContent: `It began at ${alert.site}; this site suffers from the same.` });
-    return element("article", { className: `alert ${alert.severity}` }, head, origin, element("p", { textContent: alert.message }), causes.length ? element("ol", {}, ...causes) : null, also(alert.also));
+    return element("article", { className: `alert ${alert.severity}` }, head, origin, element("p", { textContent: alert.message }), causes.length ? element("ol", {}, ...causes) : null, others(alert.also, choose));
   });
 }
 
@@ -77,11 +78,16 @@ function remedy(text) {
   return element("div", { className: "remedy" }, element("b", { textContent: "Try: " }), `${sentence} `, shown);
 }
 
-// The other places that suffer, folded.
-function also(names) {
+// The other places that suffer, folded. A click on one opens it.
+function others(names, choose) {
   if (!names.length) return null;
   const summary = element("summary", { textContent: `Also ${names.length} more place${names.length > 1 ? "s" : ""}` });
-  return element("details", {}, summary, element("p", { textContent: names.join(", ") }));
+  const links = names.map((name) => {
+    const made = element("button", { type: "button", className: "link", textContent: name });
+    made.addEventListener("click", () => choose(name));
+    return element("li", {}, made);
+  });
+  return element("details", {}, summary, element("ul", {}, ...links));
 }
 
 // How an alert ended. `word` stands before the number of the step.

@@ -60,7 +60,7 @@ class App {
     this.alerts.setAttribute("aria-label", "Alerts");
     this.depth.setAttribute("aria-label", "Depth profile");
     this.detail.setAttribute("aria-label", "Site");
-    const hint = "▷ alert raised, line: it fires, ○ it cleared, ● behind a row: it still fires. Click: open a site. Drag: zoom in. Double click: show all. Ctrl and wheel: zoom.";
+    const hint = "▷ alert raised, line: it fires, ○ it cleared; behind a row: ● it fires still, ○ the site suffers from it. Click: open a site. Drag: zoom in. Double click: show all. Ctrl and wheel: zoom.";
     const aside = element("p", { className: "aside", textContent: hint });
     const left = element("main", { className: "left" }, this.message, this.maps, aside, this.alerts, this.depth);
     this.frame = element("div", { className: "torchsat" }, this.verdict, this.controls.element, element("div", { className: "columns" }, left, this.detail), this.help.element);
@@ -227,6 +227,7 @@ class App {
     this.fillVerdict();
     this.controls.fill({ view: this.view, runs: this.runs, about: this.about, metrics: this.scales.metrics, metric: this.metric, colours, low, high, ...follow });
     this.fillMaps();
+    this.alerts.hidden = this.depth.hidden = !this.about.size;
     this.fillAlerts();
     this.fillDepth();
     performance.measure("torchsat.fill", "torchsat.fill.start");
@@ -340,7 +341,7 @@ class App {
   fillDepth() {
     const runs = [...this.about.keys()].map((run) => {
       const { facts, sites, grid } = this.rows.get(run);
-      return { ...this.line(run), grid, sites: sites.filter((site) => !(facts.get(site).members && this.view.unfolded.has(facts.get(site).block))) };
+      return { ...this.line(run), grid, facts, sites: sites.filter((site) => !(facts.get(site).members && this.view.unfolded.has(facts.get(site).block))) };
     });
     const [low, high] = this.ends;
     const refocus = document.activeElement?.dataset?.control === "step";
@@ -386,6 +387,7 @@ class App {
         print: this.print,
         help: this.help,
         hover: (step) => this.hover(step),
+        choose: (other) => this.open({ run, site: other }),
         close: () => this.change({ site: "", run: null }),
       }),
     );

@@ -44,7 +44,7 @@ export class Controls {
     const present = new Set([...about.values()].flatMap((each) => each.metrics));
     const offered = metrics.filter((each) => present.has(each.name) || each === metric);
     this.choices.replaceChildren(
-      this.select("metric", "Metric", offered.map((each) => [each.name, each.title]), metric.name, this.help.button("metric", metric.name)),
+      this.select("metric", "Metric", offered.map((each) => [each.name, each.title, each.over === "weights" ? "layers that feed the sites" : "sites"]), metric.name, this.help.button("metric", metric.name)),
       this.runs(given),
       this.select("order", "Order", Object.entries(ORDERS), view.order),
       this.select("fold", "Rows", Object.entries(FOLDS), view.fold),
@@ -59,7 +59,9 @@ export class Controls {
   }
 
   select(name, title, options, value, ask = null) {
-    const made = element("select", { title }, ...options.map(([key, text]) => element("option", { value: key, textContent: text, selected: key === value })));
+    const option = ([key, text]) => element("option", { value: key, textContent: text, selected: key === value });
+    const groups = Map.groupBy(options, ([, , group]) => group);
+    const made = element("select", { title }, ...[...groups].flatMap(([group, members]) => (group ? [element("optgroup", { label: group }, ...members.map(option))] : members.map(option))));
     made.dataset.control = name;
     made.addEventListener("change", () => this.change({ [name]: made.value }));
     const field = element("label", {}, element("span", { textContent: title }), made);

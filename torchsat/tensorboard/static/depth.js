@@ -36,13 +36,19 @@ function profiles({ runs, metric, low, high, step, open, print, width }) {
   return [...alike.values()].flatMap((group) => {
     const { sites: names } = group[0];
     const place = new Map(names.map((name, index) => [name, index]));
-    const series = group.filter(({ grid }) => grid.steps.length && grid.steps[0] <= step).map(({ name, colour, dash, grid }) => {
+    const series = group.filter(({ grid }) => grid.steps.length && grid.steps[0] <= step).flatMap(({ name, colour, dash, grid, facts }) => {
       const row = grid.row(step);
-      const points = names.map((site, index) => {
-        const value = grid.at(row, grid.column.get(site));
-        return [index, Math.abs(value) === Infinity ? (metric.worst === "low" ? low : high) : value];
+      const then = grid.steps[row] === step ? "" : `, step ${grid.steps[row]}`;
+      // Softmaxes have a line of their own: joined with the activations between them they would make a saw.
+      const kinds = Map.groupBy(names.entries(), ([, site]) => facts.get(site)?.kind === "softmax");
+      return [...kinds].map(([softmax, entries]) => {
+        const points = entries.map(([index, site]) => {
+          const value = grid.at(row, grid.column.get(site));
+          return [index, Math.abs(value) === Infinity ? (metric.worst === "low" ? low : high) : value];
+        });
+        const kind = kinds.size > 1 ? (softmax ? ", softmaxes" : ", activations") : "";
+        return { name: name + kind + then, colour, dash: softmax && kinds.size > 1 ? "2 3" : dash, points };
       });
-      return { name: name + (grid.steps[row] === step ? "" : `, step ${grid.steps[row]}`), colour, dash, points };
     });
     if (!series.length) return [];
     const title = `${metric.title} by depth${alike.size > 1 ? ` of ${group.map(({ name }) => name).join(", ")}` : ""}: from the first site to the last`;

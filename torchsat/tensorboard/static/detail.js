@@ -19,6 +19,7 @@ const CURVES = ["relative_derivative", "attenuation", "grad_z_rms", "update_rati
 //   scales, shade      the scales, and "light" or "dark"
 //   theme, print       the colours of the page, and the printer
 //   help, hover        the dialog of definitions, and what is called with the step under the pointer
+//   choose             is called with the name of another site that is clicked
 //   close              is called when the user closes the section
 export function siteDetail(given) {
   const { about, fact, spread, compared, at, print, help, hover, from, to } = given;
@@ -27,7 +28,7 @@ export function siteDetail(given) {
   const charts = element("div", { className: "charts" });
   if (spread.steps.length) charts.append(fact.kind === "softmax" ? headsOverTime(given, axis) : histogramOverTime(given, axis));
   charts.append(...curves(given, axis));
-  return [factsOf(given), ...alertArticles({ alerts: about.alerts, site: fact.site, print, help, causes: given.scales.causes }), figures(given), charts];
+  return [factsOf(given), ...alertArticles({ alerts: about.alerts, site: fact.site, print, help, causes: given.scales.causes, choose: given.choose }), figures(given), charts];
 }
 
 function factsOf({ run, about, fact, close }) {
@@ -44,7 +45,7 @@ function figures({ own, fact, step, scales, print, help }) {
   const row = own.row(step);
   const cells = scales.metrics
     .map((metric) => [metric, own.at(row, own.column.get(metric.name))])
-    .filter(([, value]) => !Number.isNaN(value))
+    .filter(([metric, value]) => !Number.isNaN(value) && (value !== 0 || !metric.name.endsWith("nonfinite")))
     .map(([metric, value]) => element("div", { title: metric.says }, element("span", {}, metric.title, help.button("metric", metric.name)), element("b", { textContent: print.value(metric, value) })));
   const normal = fact.normal_derivative === null ? "" : ` On N(0, 1) inputs ${fact.activation} has E|f'| / peak ${number(fact.normal_derivative)} and ${print.percent(fact.normal_saturated)} saturated.`;
   return element("div", { className: "figures" }, element("p", { textContent: `At step ${own.steps[row]}.${normal}` }), element("div", { className: "cells" }, ...cells));

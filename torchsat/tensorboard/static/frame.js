@@ -123,6 +123,18 @@ export function drawAlerts(pen, map) {
       }
     }
   }
+  // Places that suffer from a fault that began elsewhere have a hollow dot.
+  for (const alert of alerts.filter((each) => each.cleared === null)) {
+    pen.strokeStyle = alert.severity === "critical" ? theme.critical : theme.warning;
+    for (const name of new Set(alert.also.map((site) => row.get(site)))) {
+      const place = sites.indexOf(name);
+      if (place < 0 || alert.places.some((site) => row.get(site) === name)) continue;
+      pen.lineWidth = 1.5;
+      pen.beginPath();
+      pen.arc(map.left + map.plot + 9, TOP + (place + 0.5) * map.row, Math.min(3.5, map.row / 2), 0, 7);
+      pen.stroke();
+    }
+  }
   pen.lineWidth = 1;
 }
 

@@ -55,7 +55,7 @@ export class Panel {
   // Say why there is no row.
   empty(rows, measured) {
     this.heatmap.element.classList.toggle("empty", !rows);
-    this.heatmap.element.dataset.why = rows ? "" : measured ? "The filter leaves no site." : `No site of this run has the metric ${this.given.metric.title}.`;
+    this.heatmap.element.dataset.why = rows ? "" : this.given.about.verdict === null ? "The two runs have no site in common." : measured ? "The filter leaves no site." : `No site of this run has the metric ${this.given.metric.title}.`;
   }
 
   get name() {

@@ -97,7 +97,10 @@ export class Strip {
       const point = points.findLast(([at, value]) => (step === null || at <= step) && !Number.isNaN(value));
       const key = element("i", { className: "key" });
       key.style.borderTop = `2px ${dash ? "dashed" : "solid"} ${dash ? theme.faint : colour}`;
-      return [key, element("span", { textContent: `${name} ${point ? (Number.isFinite(point[1]) ? number(point[1]) : "not finite") : ""}` })];
+      const values = points.map(([, value]) => value).filter(Number.isFinite);
+      const [low, high] = [Math.min(...values), Math.max(...values)];
+      const span = low < high ? ` (${number(low)} to ${number(high)})` : "";
+      return [element("span", {}, key, element("span", { textContent: `${name} ${point ? (Number.isFinite(point[1]) ? number(point[1]) : "not finite") : ""}${span}` }))];
     });
     this.said.replaceChildren(...nodes);
     this.said.style.paddingLeft = `${this.given.left}px`;
