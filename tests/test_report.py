@@ -239,7 +239,7 @@ def test_json_holds_every_metric_over_time(tmp_path: Path) -> None:
     assert [each["site"] for each in found["last"]["records"]] == ["good", "bad", "zz.out"]
 
 
-KINDS = {
+KINDS: dict[str, Any] = {
     "string": str,
     "integer": int,
     "number": (int, float, str),
@@ -385,7 +385,7 @@ def test_a_sick_run_fails_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", str(tmp_path / "nowhere"), "--fail-on", "critical"]) == 1
 
 
-FAIL_ON = ([], ["--fail-on", "warning"], ["--fail-on", "critical"])
+FAIL_ON: tuple[list[str], ...] = ([], ["--fail-on", "warning"], ["--fail-on", "critical"])
 
 
 def test_the_report_needs_no_import_of_its_own() -> None:

@@ -105,7 +105,7 @@ def test_the_excess_is_what_is_beyond_the_normal_share_wherever_it_is_shown() ->
         assert each.saturated - normal_saturated(each.normal_low, each.normal_high) == expected
         assert excess(each.saturated, each.normal_low, each.normal_high) == expected
     assert found.values["excess"].tolist() == [[0.25, 0.25]]
-    assert picture._observed[0][2] == [("relu", 0.25), ("odd", 0.25)]
+    assert [(site, beyond) for site, _, beyond in picture._observed[0][2]] == [("relu", 0.25), ("odd", 0.25)]
     assert [site["normal_saturated"] for site in found.describe()["sites"]] == [0.5, 0.0]
 
 
