@@ -58,6 +58,7 @@ def test_the_alert_that_the_readme_shows_is_the_one_you_get(tmp_path: Path, monk
     """At a terminal, without its colours."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
     log, terminal = logging.getLogger("torchsat"), Terminal()
     log.propagate = False
     log.addHandler(logging.StreamHandler(terminal))

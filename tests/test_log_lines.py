@@ -15,7 +15,7 @@ from torch import nn
 import torchsat
 from tests.test_tensorboard import ALERT
 from torchsat import Cause
-from torchsat.log_lines import Form, alert_line, end_line, form_for
+from torchsat.log_lines import Form, alert_line, end_line, form_for, tell, tell_end
 from torchsat.verdict import Health, Verdict
 
 SICK = replace(
@@ -55,16 +55,35 @@ def handler(stream: Any, level: int = logging.NOTSET) -> logging.Handler:
 def test_an_alert_is_three_lines_without_code_or_one_line() -> None:
     what = "torchsat: step 4: critical: 2 of 4 tanh layers are saturated since step 0, worst hidden2 (tanh): 90 % of its inputs lie on a plateau"
     why, remedy = "Why: init_too_large 60 %, weight_growth 40 %: gain 8", "Try: draw them anew"
-    assert alert_line(SICK, Form.PARAGRAPH).splitlines() == [what, f"    {why}", f"    {remedy}"]
-    assert alert_line(SICK, Form.LINE) == f"{what}. {why}. {remedy}"
-    coloured = alert_line(SICK, Form.COLOURED).splitlines()
+    assert alert_line(SICK, Form.PARAGRAPH, 200).splitlines() == [what, f"    {why}", f"    {remedy}"]
+    assert alert_line(SICK, Form.LINE, 40) == f"{what}. {why}. {remedy}"
+    coloured = alert_line(SICK, Form.COLOURED, 200).splitlines()
     assert coloured[0].startswith("torchsat: step 4: \033[1;31mcritical\033[0m: 2 of 4 tanh layers")
     assert "worst \033[1mhidden2\033[0m (tanh)" in coloured[0]
     assert coloured[2] == "    \033[1mTry:\033[0m draw them anew"
-    assert "\033[1;33mwarning\033[0m" in alert_line(replace(SICK, severity="warning"), Form.COLOURED)
-    assert alert_line(replace(SICK, firing=False, message="hidden1 is no longer saturated"), Form.COLOURED) == (
+    assert "\033[1;33mwarning\033[0m" in alert_line(replace(SICK, severity="warning"), Form.COLOURED, 80)
+    assert alert_line(replace(SICK, firing=False, message="hidden1 is no longer saturated"), Form.COLOURED, 80) == (
         "torchsat: step 4: hidden1 is no longer saturated"
     )
+
+
+def test_lines_are_broken_between_words_where_the_terminal_is_narrow(logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert alert_line(SICK, Form.PARAGRAPH, 60).splitlines() == [
+        "torchsat: step 4: critical: 2 of 4 tanh layers are saturated",
+        "    since step 0, worst hidden2 (tanh): 90 % of its inputs",
+        "    lie on a plateau",
+        "    Why: init_too_large 60 %, weight_growth 40 %: gain 8",
+        "    Try: draw them anew",
+    ]
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = Terminal()
+    logger.handlers[:], logger.propagate = [handler(out)], False
+    tell(logger, SICK)
+    tell_end(logger, Verdict(Health.CRITICAL, SICK, 3), "runs/exp")
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 50
+    assert " ".join(line.strip() for line in lines).endswith("2 more alerts. More: torchsat report runs/exp")
 
 
 def test_the_form_is_that_which_suits_every_handler(logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +92,7 @@ def test_the_form_is_that_which_suits_every_handler(logger: logging.Logger, monk
 
     def form(*handlers: logging.Handler) -> Form:
         above.handlers[:] = handlers
-        return form_for(logger, logging.WARNING)
+        return form_for(logger, logging.WARNING)[0]
 
     assert form(handler(Terminal())) is Form.COLOURED
     assert form(handler(io.StringIO())) is Form.LINE
@@ -105,7 +124,8 @@ def test_the_form_is_that_which_suits_every_handler(logger: logging.Logger, monk
 def test_a_notebook_gets_three_lines(logger: logging.Logger) -> None:
     stream = type("OutStream", (io.StringIO,), {"__module__": "ipykernel.iostream"})()
     logger.handlers[:], logger.propagate = [handler(stream)], False
-    assert form_for(logger, logging.ERROR) is Form.PARAGRAPH
+    form, width = form_for(logger, logging.ERROR)
+    assert (form, width > 1000) == (Form.PARAGRAPH, True)
 
 
 def test_the_end_of_a_run_is_a_warning_only_where_it_is_sick() -> None:

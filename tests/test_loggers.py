@@ -99,7 +99,7 @@ def test_wandb_syncs_the_scalars_of_our_event_file(tmp_path: Path) -> None:
     rows = {row["global_step"]: row for row in wandb_rows(tmp_path)}
     for snapshot in torchsat.read(tmp_path / "runs" / "exp1"):
         row = rows[snapshot.step]
-        found = snapshot.records[0]
+        found: Any = snapshot.records[0]
         assert row["torchsat/excess_max"] == pytest.approx(found.saturated - found.normal_low - found.normal_high)
         assert row["torchsat.derivative/000_1"] == pytest.approx(found.relative_derivative / found.normal_derivative)
 
@@ -167,7 +167,7 @@ print(json.dumps([list(runs) == [active] and "torchsat.derivative/000_1" not in 
     printed = run(code, tmp_path, MLFLOW_ALLOW_FILE_STORE="true", MLFLOW_DISABLE_TELEMETRY="true")
     alone, history = json.loads(printed.splitlines()[-1])
     assert alone
-    found = [(snapshot.step, snapshot.records[0]) for snapshot in torchsat.read(tmp_path / "run")]
+    found: list[tuple[int, Any]] = [(snapshot.step, snapshot.records[0]) for snapshot in torchsat.read(tmp_path / "run")]
     assert history == [[step, pytest.approx(each.relative_derivative / each.normal_derivative)] for step, each in found]
 
 

@@ -239,7 +239,7 @@ def test_json_holds_every_metric_over_time(tmp_path: Path) -> None:
     assert [each["site"] for each in found["last"]["records"]] == ["good", "bad", "zz.out"]
 
 
-KINDS = {
+KINDS: dict[str, Any] = {
     "string": str,
     "integer": int,
     "number": (int, float, str),
@@ -379,13 +379,13 @@ def test_a_sick_run_fails_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixtu
         write(tmp_path / name, [replace(each, alerts=(alert,) if each.step == 4 else ()) for each in snapshots()])
     found = {name: tuple(main(["report", str(tmp_path / name), *given]) for given in FAIL_ON) for name in ("well", "mild", "sick", "nan")}
     assert found == {"well": (0, 0, 0), "mild": (0, 3, 0), "sick": (0, 3, 3), "nan": (0, 3, 3)}
-    assert "torchsat: sick is critical: b.act: saturated (init_too_large), since step 1\n" in capsys.readouterr().err
+    assert "torchsat: sick: critical: b.act: saturated (init_too_large), since step 1\n" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--fail-on", "critical", "--json", "-o", str(tmp_path / "all.json")]) == 3
     assert json.loads((tmp_path / "all.json").read_text())["verdict"]["worst"] == "nan"
     assert main(["report", str(tmp_path / "nowhere"), "--fail-on", "critical"]) == 1
 
 
-FAIL_ON = ([], ["--fail-on", "warning"], ["--fail-on", "critical"])
+FAIL_ON: tuple[list[str], ...] = ([], ["--fail-on", "warning"], ["--fail-on", "critical"])
 
 
 def test_the_report_needs_no_import_of_its_own() -> None:

@@ -89,4 +89,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _sick(runs: Sequence[Run], limit: str) -> list[str]:
     """A sentence for each run that is as sick as this severity or worse."""
     verdicts = [(run.name, verdict_of(episodes_of(run.snapshots))) for run in runs]
-    return [f"{name} is {verdict}" for name, verdict in verdicts if verdict.health.rank >= Health(limit).rank]
+    return [f"{name}: {verdict}" for name, verdict in verdicts if verdict.health.rank >= Health(limit).rank]

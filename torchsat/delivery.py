@@ -20,7 +20,7 @@ from torchsat.alerts import Episode
 from torchsat.diagnosis import Diagnosis
 from torchsat.faults import Faults
 from torchsat.judge import Judge
-from torchsat.log_lines import alert_line, end_line, form_for, level_of
+from torchsat.log_lines import directory_of, tell, tell_end
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.process import undisturbed
@@ -65,8 +65,7 @@ class Delivery:
         """The observations that are on their way to the host, oldest first."""
         self._delivering = threading.RLock()
         """Held by the thread that delivers. At SIGTERM that may be another one than the training thread (process.py)."""
-        directory = options.log_dir if options.writer is None else getattr(options.writer, "log_dir", None)
-        self._directory = os.fspath(directory) if isinstance(directory, (str, os.PathLike)) else None
+        self._directory = directory_of(options.log_dir, options.writer)
         self._over: list[Episode] = []
         """The alerts that have cleared, in this session."""
         self._announced = False
@@ -256,9 +255,7 @@ class Delivery:
                     sink.move(f"rank{self._route.rank}")
 
     def _alert(self, alert: Alert) -> None:
-        level = level_of(alert)
-        if log.isEnabledFor(level):
-            log.log(level, "%s", alert_line(alert, form_for(log, level)))
+        tell(log, alert)
         if self._on_alert is not None:
             try:
                 self._on_alert(alert)
@@ -275,8 +272,7 @@ class Delivery:
         """Log one line with the verdict on the run, if anything was observed."""
         if self.latest is None or not self._route.speaks:
             return
-        level, line = end_line(verdict_of([*(Episode(alert, alert.step, None) for alert in self.alerts), *self._over]), self._directory)
-        log.log(level, "%s", line)
+        tell_end(log, verdict_of([*(Episode(alert, alert.step, None) for alert in self.alerts), *self._over]), self._directory)
 
     def close(self) -> None:
         """Close the sinks."""

@@ -12,6 +12,8 @@ gets its line at the level INFO, which is not shown by default: a script that tr
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shlex
 import sys
 from enum import Enum
@@ -19,9 +21,12 @@ from typing import Any
 
 from torchsat.alerts import sentences
 from torchsat.record import Alert
-from torchsat.terminal import Style, is_terminal, painted, shows_colours
+from torchsat.terminal import Style, is_terminal, painted, shows_colours, width_of, wrapped
 from torchsat.verdict import Health, Verdict
 
+_INDENT = "    "
+_WIDE = 10_000
+"""The width of what breaks lines by itself, in characters."""
 _COLOUR = {"critical": Style.RED, "warning": Style.YELLOW}
 
 
@@ -33,17 +38,41 @@ class Form(Enum):
     COLOURED = "three lines in colours"
 
 
-def level_of(alert: Alert) -> int:
-    """The level of the line of an alert."""
-    return logging.INFO if not alert.firing else logging.ERROR if alert.severity == "critical" else logging.WARNING
+def tell(logger: logging.Logger, alert: Alert) -> None:
+    """Log an alert."""
+    level = logging.INFO if not alert.firing else logging.ERROR if alert.severity == "critical" else logging.WARNING
+    if logger.isEnabledFor(level):
+        form, width = form_for(logger, level)
+        logger.log(level, "%s", alert_line(alert, form, width))
 
 
-def form_for(logger: logging.Logger, level: int) -> Form:
-    """The form that suits all handlers which write a line of this level."""
+def tell_end(logger: logging.Logger, verdict: Verdict, directory: str | None) -> None:
+    """Log the verdict on a run that ends.
+
+    Args:
+        directory: where it was written; None where nothing was written.
+    """
+    level, line = end_line(verdict, directory)
+    form, width = form_for(logger, level)
+    if form is not Form.LINE:
+        line = "\n".join(wrapped(line, width, rest=_INDENT, most=width))
+    logger.log(level, "%s", line)
+
+
+def directory_of(log_dir: Any, writer: Any) -> str | None:
+    """The directory that was given to `watch`, or that of the writer that was given; None where there is none."""
+    directory = log_dir if writer is None else getattr(writer, "log_dir", None)
+    return os.fsdecode(directory) if isinstance(directory, (str, os.PathLike)) else None
+
+
+def form_for(logger: logging.Logger, level: int) -> tuple[Form, int]:
+    """The form that suits all handlers which write a line of this level, and the width in characters of the narrowest of their terminals."""
     streams = _streams(logger, level)
     if not streams or not all(is_terminal(stream) or _is_notebook(stream) for stream in streams):
-        return Form.LINE
-    return Form.COLOURED if all(map(shows_colours, streams)) else Form.PARAGRAPH
+        return Form.LINE, _WIDE
+    # A browser breaks lines by itself.
+    width = min((width_of(stream) for stream in streams if not _is_notebook(stream)), default=_WIDE)
+    return Form.COLOURED if all(map(shows_colours, streams)) else Form.PARAGRAPH, width
 
 
 def _streams(logger: logging.Logger, level: int) -> list[Any]:
@@ -64,19 +93,21 @@ def _is_notebook(stream: Any) -> bool:
     return type(stream).__module__.partition(".")[0] == "ipykernel"
 
 
-def alert_line(alert: Alert, form: Form) -> str:
-    """The message of the log record of an alert."""
+def alert_line(alert: Alert, form: Form, width: int) -> str:
+    """The message of the log record of an alert. At a terminal of so many characters its lines are broken between words."""
     what, *more = sentences(alert)
     if not alert.firing:
         return f"torchsat: step {alert.step}: {what}"
     if form is Form.LINE:
         return ". ".join([f"torchsat: step {alert.step}: {alert.severity}: {what}", *more])
-    severity = alert.severity
+    first = wrapped(f"torchsat: step {alert.step}: {alert.severity}: {what}", width, rest=_INDENT, most=width)
+    rest = [line for each in more for line in wrapped(each, width, _INDENT, f"{_INDENT}     ", most=width)]
     if form is Form.COLOURED:
-        place = next((each for each in (alert.worst, alert.site) if each and each in what), "")
-        what = what.replace(place, painted(place, Style.BOLD), 1)
-        severity, more = painted(severity, Style.BOLD, _COLOUR[severity]), [painted(each[:4], Style.BOLD) + each[4:] for each in more]
-    return "\n    ".join([f"torchsat: step {alert.step}: {severity}: {what}", *more])
+        first[0] = first[0].replace(alert.severity, painted(alert.severity, Style.BOLD, _COLOUR[alert.severity]), 1)
+        place = next((each for each in (alert.worst, alert.site) if each and any(f" {each} " in line for line in first)), None)
+        first = [line.replace(f" {place} ", f" {painted(place, Style.BOLD)} ", 1) if place else line for line in first]
+        rest = [re.sub(f"^{_INDENT}(Why:|Try:)", lambda found: _INDENT + painted(found[1], Style.BOLD), line) for line in rest]
+    return "\n".join([*first, *rest])
 
 
 def end_line(verdict: Verdict, directory: str | None) -> tuple[int, str]:

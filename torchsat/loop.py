@@ -127,10 +127,7 @@ class Loop:
             self._say_no_step(observation)
         self._stop()
         self.flush()
-        self.observer.route.leave()
-        with self.observer.never_raising():
-            self.observer.delivery.say_end()
-        self.observer.delivery.close()
+        self.observer.close()
 
     def flush(self) -> None:
         """Wait for every observation in flight, and for the sinks."""

@@ -262,6 +262,13 @@ class Observer:
         # Otherwise the other ranks would wait for numbers that never come.
         self.route.leave()
 
+    def close(self) -> None:
+        """Leave the other ranks, say how the run ends, and close the sinks."""
+        self.route.leave()
+        with self.never_raising():
+            self.delivery.say_end()
+        self.delivery.close()
+
     def never_raising(self) -> NeverRaising:
         """A context whose body runs without gradients, and whose errors end the monitor and not training."""
         return NeverRaising(self)

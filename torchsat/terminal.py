@@ -16,7 +16,7 @@ from typing import Any
 NARROW = 80
 """The width, in characters, where the output is no terminal and COLUMNS is not set: that of most terminals, mails and logs of CI."""
 _LEAST = 40
-_PROSE = 100
+PROSE = 100
 """Sentences are not set wider than this, since long lines are hard to read."""
 
 
@@ -62,17 +62,18 @@ def painted(text: str, *styles: Style) -> str:
     return f"\033[{';'.join(style.value for style in styles)}m{text}\033[0m" if styles and text else text
 
 
-def wrapped(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+def wrapped(text: str, width: int, first: str = "", rest: str = "", most: int = PROSE) -> list[str]:
     """The lines of a paragraph. A number keeps its per cent sign, and a name that is wider than a line is folded where its parts meet.
 
     Args:
         first, rest: what the first line and the others begin with.
+        most: no line is longer, however wide the output is.
     """
     # textwrap breaks at spaces only, not at those that keep words together.
     kept = re.sub(r"(\d) %", "\\1\N{NO-BREAK SPACE}%", text)
-    room = min(width, _PROSE) - max(len(first), len(rest))
+    room = min(width, most) - max(len(first), len(rest))
     words = " ".join(part for word in kept.split(" ") for part in folded(word, room))
-    lines = textwrap.wrap(words, min(width, _PROSE), initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
+    lines = textwrap.wrap(words, min(width, most), initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines] or [first.rstrip()]
 
 

@@ -72,7 +72,7 @@ class Heatmap:
 
     def png(self) -> bytes | None:
         """The picture as a PNG file; None if no site is judged by a rule or has a function that can saturate."""
-        rows = [(step, time, [each[0] for each in row], [[each[at] for each in row] for at in (1, 2)]) for step, time, row in self._observed]
+        rows = [(step, time, [each[0] for each in row], [[each[1] for each in row], [each[2] for each in row]]) for step, time, row in self._observed]
         names, steps, times, values = join([Table.of(names, step, time, table) for step, time, names, table in rows], 2)
         if not names:
             return None
