@@ -14,9 +14,11 @@ PACKAGE = Path(torchsat.__file__).parent
 
 # What each module imports, wherever the import stands: at the top, inside a function or for type checkers only.
 ARROWS = {
-    "__init__": {"activations", "monitor", "record", "remedies", "rules", "tensorboard.reader", "tensorboard.stock", "trial"},
+    "__init__": {"activations", "coverage", "monitor", "record", "remedies", "rules", "tensorboard.reader", "tensorboard.stock", "trial"},
     # The host half, which never loads torch.
-    "record": set(),
+    "shown": set(),
+    "record": {"shown"},
+    "coverage": {"record", "shown"},
     "columns": {"record"},
     "rows": {"columns", "record"},
     "percent": set(),
@@ -26,7 +28,9 @@ ARROWS = {
     "loss_functions": {"record"},
     "harm": {"loss_functions", "record", "start"},
     "rules": {"flow", "harm", "percent", "record"},
-    "judge": {"alerts", "percent", "record", "rules", "start"},
+    "alert_level": {"rules"},
+    "verdict": {"alerts", "record"},
+    "judge": {"alert_level", "alerts", "percent", "record", "rules", "start"},
     "causes": {"causes.advice", "causes.closed", "causes.gradient", "causes.outputs", "causes.scene", "record"},
     "causes.scene": {"record", "start"},
     "causes.advice": {"causes.scene", "expressions", "record"},
@@ -46,7 +50,9 @@ ARROWS = {
     "metrics": {"record"},
     "colours": {"metrics"},
     "grids": {"metrics"},
-    "view": {"alerts", "colours", "grids", "metrics", "percent", "record"},
+    "history": {"alerts", "grids", "metrics", "record", "verdict", "view"},
+    "cards": {"alerts", "coverage", "percent", "record", "shown", "verdict"},
+    "view": {"alerts", "colours", "grids", "metrics", "percent", "record", "verdict"},
     "sheets": {"alerts", "percent", "record", "tensorboard", "tensorboard.reader", "tensorboard.stock"},
     "page": {"grids", "sheets", "tensorboard", "tensorboard.reader", "view"},
     "report": {"page", "record", "sheets", "tensorboard.reader", "view"},
@@ -82,7 +88,7 @@ ARROWS = {
     "structure": {"activations", "internals", "internals_distributed", "weights"},
     "unregistered": set(),
     "parts": {"record"},
-    "sites": {"activations", "elementwise", "parts", "record", "structure", "unregistered"},
+    "sites": {"activations", "coverage", "elementwise", "parts", "record", "structure", "unregistered"},
     # One observation.
     "observe": set(),
     "observe.marks": {"internals"},
@@ -182,6 +188,7 @@ ARROWS = {
         "transport.ranks",
     },
     "delivery": {
+        *("coverage", "history"),
         *("alerts", "diagnosis", "faults", "judge", "observe.observation", "options", "process", "record", "rows", "sites"),
         *("tensorboard", "tensorboard.reader", "tensorboard.writer"),
         *("transport.flight", "transport.meeting", "transport.packing", "transport.parallel", "transport.route"),
@@ -195,7 +202,10 @@ ARROWS = {
         *("compiling", "internals", "observe.hooks", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps"),
         *("patience", "transport.meeting"),
     },
-    "monitor": {"internals", "loop", "options", "record", "schedule", "statistics", "structure"},
+    "monitor": {
+        *("cards", "coverage", "percent", "verdict"),
+        *("internals", "loop", "options", "record", "schedule", "statistics", "structure"),
+    },
     "picture": set(),
     "remedies": {"internals", "record", "weights"},
     "trial": {"internals", "monitor", "options", "picture", "record", "remedies", "report", "rules", "structure"},
@@ -208,7 +218,7 @@ ARROWS = {
 HOST = [
     *("record", "columns", "rows", "percent", "alerts", "rules", "judge", "causes", "causes.advice", "expressions", "diagnosis"),
     *("paths", "groups", "placement", "damage"),
-    *("metrics", "colours", "grids", "view", "sheets", "page", "report"),
+    *("metrics", "colours", "grids", "view", "sheets", "page", "report", "shown", "coverage", "history", "cards"),
     *("tensorboard", "tensorboard.reader", "tensorboard.stock", "tensorboard.heatmap", "tensorboard.writer"),
     *("tensorboard.plugin", "tensorboard.loader"),
 ]

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchsat.activations import ACTIVATIONS, Activation
+    from torchsat.coverage import Coverage
     from torchsat.monitor import Monitor, watch
-    from torchsat.record import Alert, Cause, Coverage, Head, Record, Snapshot, Weight
+    from torchsat.record import Alert, Cause, Head, Record, Snapshot, Weight
     from torchsat.remedies import REMEDIES, Remedy
     from torchsat.rules import RULES, Rule
     from torchsat.tensorboard.reader import read
@@ -27,7 +28,7 @@ _HOME = {
     "Activation": "activations",
     "Alert": "record",
     "Cause": "record",
-    "Coverage": "record",
+    "Coverage": "coverage",
     "Head": "record",
     "Monitor": "monitor",
     "REMEDIES": "remedies",

@@ -17,13 +17,15 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from torchsat.alerts import verdict
+from torchsat.coverage import Coverage
 from torchsat.diagnosis import Diagnosis
 from torchsat.faults import Faults
+from torchsat.history import History
 from torchsat.judge import Judge
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.process import undisturbed
-from torchsat.record import Alert, Coverage, Snapshot, with_levels
+from torchsat.record import Alert, Snapshot, with_levels
 from torchsat.rows import Stuck, to_record, to_weight
 from torchsat.sites import Sites
 from torchsat.tensorboard import SUBRUN
@@ -57,6 +59,8 @@ class Delivery:
         self._sinks: list[Sink] = list(options.sinks or ())
         self._judge = Judge(options.rules, faults.report)
         self._diagnosis = Diagnosis()
+        self.remembered = History()
+        """What the figures and the card of the monitor show."""
         self._stuck: dict[str, Stuck] = {}
         """For each site, its stuck units as far as they are known (rows.py)."""
         self.in_flight: list[Flight] = []
@@ -99,6 +103,7 @@ class Delivery:
         self._judge.load_state_dict(history["judge"])
         self._diagnosis.load_state_dict(history["diagnosis"])
         self._stuck = stuck
+        self.remembered.take_up(self._diagnosis.firing)
 
     def resume(self, log_dir: str | os.PathLike[str] | None, start: int | Literal["resume"]) -> int:
         """Continue with the alerts that the event files of an earlier session show. Returns the number of the first step."""
@@ -120,6 +125,7 @@ class Delivery:
         if history:
             self._judge.resume(list(told.values()), len(history), history[0])
             self._diagnosis.resume(told.values(), history[0], history[-1])
+            self.remembered.take_up(told.values())
         return step
 
     def add(self, flight: Flight | None) -> None:
@@ -165,6 +171,7 @@ class Delivery:
         if snapshot is None:
             return None
         self.latest = snapshot
+        self.remembered.add(snapshot)
         if self._route.speaks:
             self._announce(snapshot)
             self._move_files()

@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from torchsat import internals, schedule
+from torchsat.cards import STRIP, State, card
+from torchsat.coverage import Coverage
 from torchsat.loop import Loop
 from torchsat.options import Directory, Options, WatchOptions, options_of
-from torchsat.record import Alert, Coverage, Snapshot
+from torchsat.percent import percent
+from torchsat.record import Alert, Snapshot
 from torchsat.schedule import Account, Clock
 from torchsat.statistics import trust_kernels
 from torchsat.structure import Stages, stages_of, unwrap
+from torchsat.verdict import Verdict
 
 if TYPE_CHECKING:
     from torch.distributed.pipelining import PipelineStage
@@ -115,6 +119,11 @@ class Monitor:
         return self._loop.observer.delivery.alerts
 
     @property
+    def verdict(self) -> Verdict:
+        """What is wrong with the run so far: `print(monitor.verdict)`. It is that of a healthy run as long as nothing has been observed."""
+        return self._loop.observer.delivery.remembered.verdict(self.alerts)
+
+    @property
     def overhead(self) -> float | None:
         """The measured share of training time that the last observations took, from step `every` on; None before it is known. It may lie above the
         budget as long as the allowance of 2 s lasts. With `every=1` on a GPU it is the time of our own code on the host."""
@@ -182,8 +191,18 @@ class Monitor:
         return type(None), ()
 
     def __repr__(self) -> str:
-        state = "closed" if self._loop.is_closed else f"step {self._loop.step}"
-        return f"<torchsat.Monitor: {len(self._loop.observer.sites.ran)} sites, {len(self.alerts)} alerts, {state}>"
+        verdict = "nothing observed yet" if self.latest is None else str(self.verdict)
+        return f"<torchsat.Monitor: {verdict}; {len(self._loop.observer.sites.ran)} sites, {self._extent}>"
+
+    @property
+    def _extent(self) -> str:
+        return f"step {self._loop.step}{', closed' if self._loop.is_closed else ''}"
+
+    def _repr_html_(self) -> str:
+        overhead = "" if self.overhead is None else f", observing takes {percent(self.overhead)} of the training time"
+        delivery = self._loop.observer.delivery
+        levels = delivery.remembered.levels(STRIP)
+        return card(State(self.verdict, self.alerts, self.latest, self.coverage, levels, f"{self._extent}{overhead}"))
 
 
 def _trust_kernels(model: nn.Module) -> None:
