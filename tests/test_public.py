@@ -14,7 +14,19 @@ PACKAGE = Path(torchsat.__file__).parent
 
 # What each module imports, wherever the import stands: at the top, inside a function or for type checkers only.
 ARROWS = {
-    "__init__": {"activations", "coverage", "monitor", "record", "remedies", "rules", "tensorboard.reader", "tensorboard.stock", "trial"},
+    "__init__": {
+        "activations",
+        "coverage",
+        "monitor",
+        "plotting",
+        "record",
+        "remedies",
+        "rules",
+        "tensorboard.reader",
+        "tensorboard.stock",
+        "trial",
+        "trials",
+    },
     # The host half, which never loads torch.
     "shown": set(),
     "record": {"shown"},
@@ -51,6 +63,11 @@ ARROWS = {
     "colours": {"metrics"},
     "grids": {"metrics"},
     "history": {"alerts", "grids", "metrics", "record", "verdict", "view"},
+    "figures": {"alerts", "colours", "grids", "metrics", "record", "verdict", "view"},
+    "plotting": {"figures", "grids", "metrics", "record", "tensorboard.reader", "view"},
+    "notebook": set(),
+    "comparison": {"cards", "sheets"},
+    "trials": {"cards", "comparison", "figures", "percent", "record", "shown"},
     "cards": {"alerts", "coverage", "percent", "record", "shown", "verdict"},
     "view": {"alerts", "colours", "grids", "metrics", "percent", "record", "verdict"},
     "sheets": {"alerts", "percent", "record", "tensorboard", "tensorboard.reader", "tensorboard.stock"},
@@ -203,12 +220,11 @@ ARROWS = {
         *("patience", "transport.meeting"),
     },
     "monitor": {
-        *("cards", "coverage", "percent", "verdict"),
+        *("cards", "coverage", "percent", "plotting", "verdict"),
         *("internals", "loop", "options", "record", "schedule", "statistics", "structure"),
     },
-    "picture": set(),
     "remedies": {"internals", "record", "weights"},
-    "trial": {"internals", "monitor", "options", "picture", "record", "remedies", "report", "rules", "structure"},
+    "trial": {"internals", "monitor", "notebook", "options", "record", "remedies", "rules", "structure", "trials"},
     # The libraries that train.
     "integrations": {"monitor"},
     "integrations.accelerate": {"monitor", "options", "record", "tensorboard.stock"},
@@ -218,7 +234,23 @@ ARROWS = {
 HOST = [
     *("record", "columns", "rows", "percent", "alerts", "rules", "judge", "causes", "causes.advice", "expressions", "diagnosis"),
     *("paths", "groups", "placement", "damage"),
-    *("metrics", "colours", "grids", "view", "sheets", "page", "report", "shown", "coverage", "history", "cards"),
+    *(
+        "metrics",
+        "colours",
+        "grids",
+        "view",
+        "sheets",
+        "page",
+        "report",
+        "shown",
+        "coverage",
+        "history",
+        "cards",
+        "plotting",
+        "notebook",
+        "comparison",
+        "trials",
+    ),
     *("tensorboard", "tensorboard.reader", "tensorboard.stock", "tensorboard.heatmap", "tensorboard.writer"),
     *("tensorboard.plugin", "tensorboard.loader"),
 ]
@@ -250,7 +282,7 @@ def test_the_public_names_are_these() -> None:
     assert torchsat.__all__ == sorted(torchsat.__all__, key=lambda name: (not name.isupper(), name))
     assert torchsat.__all__ == [
         *("ACTIVATIONS", "REMEDIES", "RULES", "Activation", "Alert", "Cause", "Coverage", "Head", "Monitor", "Record", "Remedy", "Rule"),
-        *("Snapshot", "Trial", "Trials", "Weight", "probe", "read", "scalars", "try_remedies", "watch"),
+        *("Snapshot", "Trial", "Trials", "Weight", "plot", "probe", "read", "scalars", "try_remedies", "watch"),
     ]
     for name in torchsat.__all__:
         assert getattr(torchsat, name) is not None

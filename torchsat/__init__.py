@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from torchsat.activations import ACTIVATIONS, Activation
     from torchsat.coverage import Coverage
     from torchsat.monitor import Monitor, watch
+    from torchsat.plotting import plot
     from torchsat.record import Alert, Cause, Head, Record, Snapshot, Weight
     from torchsat.remedies import REMEDIES, Remedy
     from torchsat.rules import RULES, Rule
     from torchsat.tensorboard.reader import read
     from torchsat.tensorboard.stock import scalars
-    from torchsat.trial import Trial, Trials, probe, try_remedies
+    from torchsat.trial import probe, try_remedies
+    from torchsat.trials import Trial, Trials
 
 __version__ = "0.1.0"
 
@@ -37,9 +39,10 @@ _HOME = {
     "Remedy": "remedies",
     "Rule": "rules",
     "Snapshot": "record",
-    "Trial": "trial",
-    "Trials": "trial",
+    "Trial": "trials",
+    "Trials": "trials",
     "Weight": "record",
+    "plot": "plotting",
     "probe": "trial",
     "read": "tensorboard.reader",
     "scalars": "tensorboard.stock",
@@ -64,6 +67,7 @@ __all__ = [
     "Trial",
     "Trials",
     "Weight",
+    "plot",
     "probe",
     "read",
     "scalars",

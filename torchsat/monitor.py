@@ -16,6 +16,7 @@ from torchsat.coverage import Coverage
 from torchsat.loop import Loop
 from torchsat.options import Directory, Options, WatchOptions, options_of
 from torchsat.percent import percent
+from torchsat.plotting import draw
 from torchsat.record import Alert, Snapshot
 from torchsat.schedule import Account, Clock
 from torchsat.statistics import trust_kernels
@@ -23,6 +24,7 @@ from torchsat.structure import Stages, stages_of, unwrap
 from torchsat.verdict import Verdict
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.distributed.pipelining import PipelineStage
     from typing_extensions import Unpack
 
@@ -134,6 +136,21 @@ class Monitor:
         """What is measured and what is not, as of the last observation."""
         return self._loop.observer.delivery.coverage
 
+    def plot(self, metric: str = "alert_level", *, site: str | None = None) -> Figure:
+        """Draw the run so far with matplotlib: a metric of all sites over the steps, or one site alone; `torchsat.plot` explains the arguments.
+
+        The figure shows what this monitor has observed, 400 observations at most, with or without a directory. What an earlier session wrote is in
+        the figure of the directory: `torchsat.plot("runs/exp1")`.
+        """
+        self._settle()
+        return draw(self._loop.observer.delivery.remembered, metric, site, self._loop.observer.delivery.model)
+
+    def _settle(self) -> None:
+        """Wait for observations in flight, so that what is shown is complete. Ranks that observe together see them at the same step of the loop and
+        not earlier, or a loop that ends on an alert would not end on all of them."""
+        if not self._loop.observer.route.together:
+            self.flush()
+
     def step(self) -> None:
         """End a step by hand, in a loop without a torch optimizer. From then on the steps of optimizers are ignored.
 
@@ -199,6 +216,7 @@ class Monitor:
         return f"step {self._loop.step}{', closed' if self._loop.is_closed else ''}"
 
     def _repr_html_(self) -> str:
+        self._settle()
         overhead = "" if self.overhead is None else f", observing takes {percent(self.overhead)} of the training time"
         delivery = self._loop.observer.delivery
         levels = delivery.remembered.levels(STRIP)

@@ -1,4 +1,4 @@
-"""What is printed for people outside TensorBoard: `torchsat report RUN_DIR` in four formats, and the table of `try_remedies`. Never torch.
+"""What is printed for people outside TensorBoard: `torchsat report RUN_DIR` in four formats. Never torch.
 
 Everything comes from the event files. The report therefore works on another machine, while a run is training, and after a crash. Text and Markdown
 are made in sheets.py, the HTML page in page.py.
@@ -16,12 +16,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from rich.table import Table
-from rich.text import Text
-
 from torchsat.page import page
 from torchsat.record import Snapshot
-from torchsat.sheets import console_for, name_of, number_or_dash, percent_or_dash, print_markdown, print_text
+from torchsat.sheets import name_of, print_markdown, print_text
 from torchsat.tensorboard.reader import Run, read_runs
 from torchsat.view import from_snapshots, plain
 
@@ -74,31 +71,6 @@ def _as_json(run: Run) -> dict[str, Any]:
         }
     )
     return found
-
-
-def trials_table(trials: Any) -> str:
-    """The `Trials` of `try_remedies` as text: for each trial the loss and the gradient at its end, and the numbers of its worst hidden site."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("remedy")
-    for name in ("loss", "saturated", "E|f'|/peak", "attenuation", "first layer's gradient"):
-        table.add_column(name, justify="right")
-    table.add_column("what was changed", overflow="fold")
-    for trial in trials.trials:
-        table.add_row(
-            trial.remedy,
-            number_or_dash(trial.loss if trial.tried else None, "{:.3g}"),
-            percent_or_dash(trial.worst("saturated")),
-            number_or_dash(trial.worst("relative_derivative"), "{:.3g}"),
-            number_or_dash(trial.worst("attenuation"), "{:.3g}"),
-            number_or_dash(trial.first_gradient(), "{:.2e}"),
-            Text(trial.change if trial.tried else f"not tried: {trial.change}"),
-        )
-    out = io.StringIO()
-    console = console_for(out)
-    console.print(table)
-    for note in trials.notes:
-        console.print(note, markup=False)
-    return out.getvalue().rstrip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
