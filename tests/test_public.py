@@ -210,17 +210,19 @@ ARROWS = {
         *("tensorboard", "tensorboard.reader", "tensorboard.writer"),
         *("transport.flight", "transport.meeting", "transport.packing", "transport.parallel", "transport.route"),
     },
-    "process": {"compile_settings", "internals"},
+    "claims": {"options"},
+    "process": {"claims", "compile_settings", "internals"},
     "observer": {
         *("compile_settings", "compiling", "delivery", "faults", "internals", "observe.observation", "observe.passes", "options", "parts"),
         *("internals_distributed", "schedule", "sites", "structure", "transport.meeting", "transport.parallel", "transport.route"),
     },
     "loop": {
+        "claims",
         *("compiling", "internals", "observe.hooks", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps"),
         *("patience", "transport.meeting"),
     },
     "monitor": {
-        *("cards", "coverage", "percent", "plotting", "verdict"),
+        *("cards", "claims", "coverage", "process", "percent", "plotting", "verdict"),
         *("internals", "loop", "options", "record", "schedule", "statistics", "structure"),
     },
     "remedies": {"internals", "record", "weights"},

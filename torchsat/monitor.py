@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchsat import internals, schedule
+from torchsat import internals, process, schedule
 from torchsat.cards import STRIP, State, card
+from torchsat.claims import claim_of
 from torchsat.coverage import Coverage
 from torchsat.loop import Loop
 from torchsat.options import Directory, Options, WatchOptions, options_of
@@ -37,6 +38,9 @@ def watch(
     **options: Unpack[WatchOptions],
 ) -> Monitor:
     """Watch the activations of a model while it trains. This one line is all that is added to a training loop.
+
+    A model has one monitor, and a directory one run: a second `watch` of the same model, or into the same directory, closes the first monitor with a
+    line in the log, as where a cell of a notebook is run again. A model and a part of it can be watched side by side, each into its own directory.
 
     Args:
         model: any nn.Module; before or after the optimizer is made, before or after torch.compile or DistributedDataParallel. Or a stage of
@@ -103,7 +107,9 @@ class Monitor:
         stages = stages_of(model)
         modules = {name: unwrap(stage.submod) for name, stage in stages.items()}
         watched = Stages(modules) if modules else unwrap(model)
-        self._loop = loop = Loop(watched, stages, options, clock)
+        claim = claim_of(modules.values() or (watched,), options)
+        process.make_way(claim)
+        self._loop = loop = Loop(watched, stages, options, clock, claim)
         _trust_kernels(watched)
         loop.start()
         sites = loop.observer.sites
