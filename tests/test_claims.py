@@ -83,10 +83,11 @@ def test_a_model_is_the_same_inside_its_wrappers(wrap: Callable[[nn.Module], nn.
 def test_other_models_parts_and_copies_are_watched_side_by_side(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
     model = nn.Sequential(stack(nn.Tanh))
+    another = stack(nn.Tanh)
     monitors = [
         torchsat.watch(model, tmp_path / "whole", every=1),
         torchsat.watch(model[0], tmp_path / "part", every=1),
-        torchsat.watch(stack(nn.Tanh)),
+        torchsat.watch(another),
     ]
     torchsat.probe(model, torch.randn(8, 64))
     batches = [torch.randn(8, 64)]

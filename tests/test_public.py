@@ -222,7 +222,7 @@ ARROWS = {
         *("patience", "transport.meeting"),
     },
     "monitor": {
-        *("cards", "claims", "coverage", "process", "percent", "plotting", "verdict"),
+        *("cards", "claims", "coverage", "notebook", "process", "percent", "plotting", "verdict"),
         *("internals", "loop", "options", "record", "schedule", "statistics", "structure"),
     },
     "remedies": {"internals", "record", "weights"},

@@ -92,6 +92,10 @@ class Delivery:
         """The sites that are seen on any rank, and the places that are not seen on this one."""
         return self._sites.coverage(self._route.kinds)
 
+    def add_sink(self, sink: Sink) -> None:
+        """Call this function, too, with each Snapshot from now on."""
+        self._sinks.append(sink)
+
     def history(self) -> dict[str, Any]:
         """What is remembered of earlier observations, in plain types."""
         stuck = {name: [known.share, known.samples] for name, known in self._stuck.items()}

@@ -15,6 +15,7 @@ from torchsat.cards import STRIP, State, card
 from torchsat.claims import claim_of
 from torchsat.coverage import Coverage
 from torchsat.loop import Loop
+from torchsat.notebook import Live, is_kernel
 from torchsat.options import Directory, Options, WatchOptions, options_of
 from torchsat.percent import percent
 from torchsat.plotting import draw
@@ -151,6 +152,17 @@ class Monitor:
         self._settle()
         return draw(self._loop.observer.delivery.remembered, metric, site, self._loop.observer.delivery.model)
 
+    def live(self) -> None:
+        """Show a card of this monitor in the cell that runs now, which follows the training: `monitor.live()` before the loop, in the same cell.
+
+        It is replaced at each observation, twice a second at most, and shows the end of the run when the monitor is closed. Outside a notebook
+        nothing is shown, and a line in the log says so.
+        """
+        if is_kernel():
+            self._loop.observer.delivery.add_sink(Live(self._card, self.__repr__))
+        else:
+            log.warning("torchsat: monitor.live() shows nothing here, since this is no notebook; print(monitor.verdict) after the loop instead.")
+
     def _settle(self) -> None:
         """Wait for observations in flight, so that what is shown is complete. Ranks that observe together see them at the same step of the loop and
         not earlier, or a loop that ends on an alert would not end on all of them."""
@@ -223,6 +235,9 @@ class Monitor:
 
     def _repr_html_(self) -> str:
         self._settle()
+        return self._card()
+
+    def _card(self) -> str:
         overhead = "" if self.overhead is None else f", observing takes {percent(self.overhead)} of the training time"
         delivery = self._loop.observer.delivery
         levels = delivery.remembered.levels(STRIP)
