@@ -98,9 +98,9 @@ def test_the_context_manager_closes_after_an_exception() -> None:
 
 
 def test_closing_from_within_a_callback_does_not_break_the_optimizer() -> None:
-    model = mlp()
+    model = nn.Sequential(nn.Sequential(mlp()))
     monitor = torchsat.watch(model, every=1, errors="raise", sinks=(lambda snapshot: monitor.close(),))
-    others = [torchsat.watch(model, every=1, errors="raise") for _ in range(3)]
+    others = [torchsat.watch(part, every=1, errors="raise") for part in (model[0], model[0][0])]
     train(model, 5)
     assert monitor.latest is not None
     assert monitor.latest.step == 0

@@ -276,7 +276,9 @@ def _strip(levels: Sequence[float]) -> str:
             stops.append(f"{colours[begin]} {100 * begin / len(colours):.3g}% {100 * at / len(colours):.3g}%")
             begin = at
     box = "display:inline-block;width:11em;height:.9em;vertical-align:middle;border:1px solid rgba(128,128,128,.5)"
-    return f'<span style="{box};background:linear-gradient(90deg,{",".join(stops)})"></span>'
+    # Not every browser, and not every notebook, takes a gradient of one colour.
+    fill = f"linear-gradient(90deg,{','.join(stops)})" if len(stops) > 1 else colours[0]
+    return f'<span style="{box};background:{fill}"></span>'
 
 
 def _shade(level: float) -> str:
