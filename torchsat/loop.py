@@ -63,8 +63,7 @@ class Loop:
     Args:
         model: the model that is watched. It is not kept alive, unless it is our own module around the stages of a pipeline.
         stages: the stages of a pipeline, keyed by the name that their sites begin with; empty for any other model.
-        clock: the clocks of the host and the device.
-        claim: what the monitor has for itself.
+        clock, claim: the clocks of the host and the device, and what the monitor has for itself.
     """
 
     def __init__(self, model: nn.Module, stages: Mapping[str, Any], options: Options, clock: Clock, claim: Claim) -> None:
