@@ -168,6 +168,7 @@ def test_the_tour_runs_from_its_beginning_to_its_end(tmp_path: Path, monkeypatch
 
     pytest.importorskip("sklearn")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", as_version=4)  # type: ignore[no-untyped-call]
     cells = notebook.cells
     assert len(cells) <= 15

@@ -81,7 +81,7 @@ def monitor_card(state: State) -> str:
 def _(snapshot: Snapshot) -> str:
     """What the observation told, and its worst sites. What fires since an earlier observation is not known here."""
     told = [alert for alert in snapshot.alerts if alert.firing]
-    items = (*snapshot.records, *snapshot.weights)
+    items: tuple[Record | Weight, ...] = (*snapshot.records, *snapshot.weights)
     words = [_word(item) for item in items]
     beyond = [word for word in ("not finite", "critical", "warning") if word in words]
     if told:

@@ -32,10 +32,11 @@ class Output:
     """
 
     def __init__(self, html: Callable[[], str], text: Callable[[], str], interval: float = INTERVAL) -> None:
-        from IPython.display import display
+        from IPython import display
 
+        show: Callable[..., Any] = display.display  # it has no types
         self._html, self._text, self._interval = html, text, interval
-        self._handle: Any = display(self._bundle(), raw=True, display_id=True)
+        self._handle = show(self._bundle(), raw=True, display_id=True)
         self._shown = time.monotonic()
         self._is_stale = False
 

@@ -376,7 +376,8 @@ class Snapshot(Shown):
     @property
     def in_short(self) -> str:
         """The step, how much was measured, and the site or layer that is nearest to an alert."""
-        known = [each for each in (*self.records, *self.weights) if each.alert_level is not None]
+        items: tuple[Record | Weight, ...] = (*self.records, *self.weights)
+        known = [each for each in items if each.alert_level is not None]
         worst = f"; worst: {max(known, key=lambda each: each.alert_level or 0.0).in_short}" if known else ""
         return f"of step {self.step}: {len(self.records)} sites, {len(self.weights)} layers{worst}"
 
@@ -436,7 +437,7 @@ _Judged = TypeVar("_Judged", Record, Weight)
 
 
 def with_levels(items: tuple[_Judged, ...], levels: Mapping[str, float]) -> tuple[_Judged, ...]:
-    """Records or weights with the `alert_level` of each place; None for a place that has none."""
+    """Records or weights with the `alert_level` of each place, if it has one."""
     return tuple(_with(item, alert_level=levels.get(item.site if isinstance(item, Record) else item.name)) for item in items)
 
 
