@@ -43,7 +43,7 @@ def fit(model: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: floa
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        return (model(images).argmax(1) == labels).float().mean().item()
+        return float((model(images).argmax(1) == labels).float().mean())
 
 
 def train(sane: bool, steps: int, log_dir: str | None = None) -> tuple[float, torchsat.Monitor]:

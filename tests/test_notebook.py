@@ -43,7 +43,7 @@ class Kernel:
         import nbformat
         from nbclient import NotebookClient
 
-        self._new: Any = nbformat.v4.new_code_cell  # type: ignore[no-untyped-call]
+        self._new: Any = nbformat.v4.new_code_cell
         self.notebook: Any = nbformat.v4.new_notebook()  # type: ignore[no-untyped-call]
         self.client: Any = NotebookClient(self.notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
 

@@ -27,7 +27,7 @@ from torchsat.verdict import verdict_of
 from torchsat.view import Series
 
 try:
-    from matplotlib import rcParams
+    from matplotlib import colormaps, rcParams
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, LogNorm, Normalize, to_rgba
@@ -76,7 +76,7 @@ class Panel:
 def curves(panels: Sequence[Panel]) -> Picture:
     """The panels side by side, with one legend below them."""
     figure = _figure(3.6 * len(panels), 4.2)
-    palette = [ScalarMappable(Normalize(0, 19), "tab20").to_rgba(number) for number in range(20)]
+    palette = [colormaps["tab20"](number) for number in range(20)]
     lines: dict[str, Any] = {}
     for place, panel in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), place + 1)
@@ -154,13 +154,14 @@ def site_figure(run: Series, site: str, histogram: Grid, heads: Grid) -> Picture
     return figure
 
 
-_SHARES = LogNorm(1e-3, 1.0)
+_LEAST_SHARE = 1e-3
+_SHARES = LogNorm(_LEAST_SHARE, 1.0)
 """The scale of the colours of a histogram. Like the logarithm in fastai's `color_dim` it shows where a few inputs are, too."""
 
 
 def _histogram(axes: Axes, histogram: Grid) -> None:
     """The share of inputs in each bin of |f'| / peak over the steps: what is low in the picture lets no gradient through."""
-    shares = np.where(histogram.values > 0, histogram.values, _SHARES.vmin)
+    shares = np.where(histogram.values > 0, histogram.values, _LEAST_SHARE)
     axes.pcolormesh(_edges(histogram.steps), np.arange(HISTOGRAM_BINS + 1), shares.T, cmap=_colours("amount"), norm=_SHARES, rasterized=True)
     marks = [(0, "0, closed"), *((HISTOGRAM_EDGES.index(2.0**-k), f"$2^{{-{k}}}$") for k in (20, 15, 10, 5, 2)), (HISTOGRAM_BINS, "1, open")]
     axes.set_yticks([place for place, _ in marks], labels=[name for _, name in marks])
@@ -184,7 +185,7 @@ class _Scale:
         return _Scale(_colours(metric.ramp, metric.reversed), norm, metric.scale == "log")
 
 
-def _heat(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64], values: Values, scale: _Scale) -> None:
+def _heat(axes: Axes, x: NDArray[np.float64], y: NDArray[np.floating[Any]], values: Values, scale: _Scale) -> None:
     """A heatmap with the first row on top. What was not measured is grey, and what is inf or nan is hatched."""
     axes.set_facecolor("#4a4d52" if _is_dark() else "#d5d8dc")
     shown = np.ma.masked_where(~np.isfinite(values), np.maximum(values, 1e-30) if scale.logarithmic else values)

@@ -78,7 +78,7 @@ def plot(run: str | os.PathLike[str] | Snapshot | Sequence[Snapshot] | Drawn, me
     if isinstance(run, Drawn):
         return run.plot(metric, site=site)
     if isinstance(run, Sequence) and all(isinstance(each, Snapshot) for each in run):
-        return draw(_Snapshots(run), metric, site)
+        return draw(_Snapshots(list(run)), metric, site)
     raise TypeError(f"run is a {type(run).__name__}; allowed are a directory, snapshots, and a Monitor")
 
 

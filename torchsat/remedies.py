@@ -173,16 +173,21 @@ def _normalise(model: nn.Module, context: Context, layer_norm: bool) -> str:
     return f"{'LayerNorm' if layer_norm else 'BatchNorm'} before {len(context.sites)} activations"
 
 
+def _norm_code(norm: nn.Module) -> str:
+    """The expression that makes a norm which `_norm` has made."""
+    if isinstance(norm, nn.GroupNorm):
+        return f"nn.GroupNorm(1, {norm.num_channels})"
+    if isinstance(norm, nn.LayerNorm):
+        return f"nn.LayerNorm({norm.normalized_shape[0]})"
+    name = "TokenBatchNorm" if isinstance(norm, TokenBatchNorm) else f"nn.{type(norm).__name__}"
+    return f"{name}({cast(nn.BatchNorm1d, norm).num_features})"
+
+
 def _normalise_code(context: Context, layer_norm: bool) -> str:
     lines = []
     for record in context.sites:
-        norm, path = _norm(context.shapes.get(record.site, ()), layer_norm), json.dumps(context.paths[record.site])
-        made = {nn.GroupNorm: "nn.GroupNorm(1, {})", nn.LayerNorm: "nn.LayerNorm({})"}.get(type(norm))  # type: ignore[call-overload]
-        width = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.normalized_shape[0] if isinstance(norm, nn.LayerNorm) else None
-        if made is None:
-            width = norm.num_features
-            made = "TokenBatchNorm({})" if isinstance(norm, TokenBatchNorm) else f"nn.{type(norm).__name__}({{}})"
-        lines.append(f"model.set_submodule({path}, nn.Sequential({made.format(width)}, model.get_submodule({path})))")
+        norm, path = _norm_code(_norm(context.shapes[record.site], layer_norm)), json.dumps(context.paths[record.site])
+        lines.append(f"model.set_submodule({path}, nn.Sequential({norm}, model.get_submodule({path})))")
     if any("(TokenBatchNorm" in line for line in lines):
         lines.insert(0, "from torchsat.remedies import TokenBatchNorm  # nn.BatchNorm1d over batch and tokens")
     return "\n".join([*lines, "model.to(next(model.parameters()).device)"])
@@ -217,7 +222,7 @@ def _standardise_code(context: Context) -> str:
         [
             "# x: the inputs of the training set; do the same, with this mean and std, to all others",
             "mean, std = x.mean(0), x.std(0, correction=0)",
-            "std[std < 1e-3 * std.max()] = 1  # features that are constant are only centred",
+            "std[std <= 1e-3 * std.max()] = 1  # features that are constant are only centred",
             "x = (x - mean) / std",
         ]
     )
