@@ -375,3 +375,19 @@ def test_the_code_of_a_remedy_does_what_the_remedy_did(make: Callable[[], nn.Mod
     assert torch.allclose(ours(given), theirs(names["x"]), rtol=1e-4, atol=1e-5)
     assert optimizer.param_groups[0]["lr"] == 0.5 * remedy.learning_rate
     assert [type(each) for each in ours.modules()] == [type(each) for each in theirs.modules()]
+
+
+@pytest.mark.parametrize("x", [torch.ones(8, 64), torch.cat([torch.zeros(8, 63), torch.arange(8.0)[:, None]], 1)])
+def test_the_code_of_standardised_inputs_never_divides_by_a_deviation_of_0(x: Tensor) -> None:
+    (remedy,) = (each for each in REMEDIES if each.name == "standardised inputs")
+    model = stack(nn.Tanh)
+    batches = [(x, torch.zeros(8, dtype=torch.long))]
+    context, _ = _context(_Plan(model, batches, loss, None, 1, 1, 1, {}))
+    names: dict[str, object] = {"x": x.clone(), "torch": torch}
+    exec(remedy.as_code(context), names)
+    treated = copy.deepcopy(model)
+    remedy.apply(treated, context)
+    standardised = names["x"]
+    assert isinstance(standardised, Tensor)
+    assert standardised.isfinite().all()
+    assert torch.allclose(model(standardised), treated(x), rtol=1e-4, atol=1e-5)
