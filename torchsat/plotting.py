@@ -77,8 +77,9 @@ def plot(run: str | os.PathLike[str] | Snapshot | Sequence[Snapshot] | Drawn, me
         return draw(_Snapshots([run]), metric, site)
     if isinstance(run, Drawn):
         return run.plot(metric, site=site)
-    if isinstance(run, Sequence) and all(isinstance(each, Snapshot) for each in run):
-        return draw(_Snapshots(list(run)), metric, site)
+    snapshots = [each for each in run if isinstance(each, Snapshot)] if isinstance(run, Sequence) else []
+    if isinstance(run, Sequence) and len(snapshots) == len(run):
+        return draw(_Snapshots(snapshots), metric, site)
     raise TypeError(f"run is a {type(run).__name__}; allowed are a directory, snapshots, and a Monitor")
 
 
