@@ -26,6 +26,7 @@ NEEDS = {
     "ddp": ("sklearn",),
     "digits": ("sklearn",),
     "faults": ("sklearn",),
+    "finetuning": ("sklearn",),
     "healthy": ("sklearn",),
     "ignite_digits": ("ignite", "sklearn"),
     "lightning_digits": ("lightning", "sklearn"),

@@ -377,12 +377,15 @@ def test_a_row_whose_defaults_do_not_fit_is_refused() -> None:
 
 def test_two_monitors_do_not_hear_each_other() -> None:
     model = nn.Sequential(Calling(F.silu), nn.Linear(24, 24), nn.Tanh())
-    monitors = [torchsat.watch(model, errors="raise"), torchsat.watch(model[0], errors="raise"), torchsat.watch(model, errors="raise")]
+    outer = nn.Sequential(model)
+    monitors = [torchsat.watch(each, errors="raise") for each in (model, model[0], outer)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    model(torch.randn(8, 16)).sum().backward()
+    outer(torch.randn(8, 16)).sum().backward()
     optimizer.step()
-    assert [monitor.coverage.seen for monitor in monitors] == [("0/silu", "2"), ("silu",), ("0/silu", "2")]
-    assert monitors[0].latest == replace(known(monitors[2].latest), time=known(monitors[0].latest).time)
+    assert [monitor.coverage.seen for monitor in monitors] == [("0/silu", "2"), ("silu",), ("0.0/silu", "0.2")]
+    inner, whole = known(monitors[0].latest), known(monitors[2].latest)
+    for one, other in zip(inner, whole, strict=True):
+        assert replace(one, site=f"0.{one.site}", after=other.after) == other
 
 
 def test_our_arithmetic_is_hidden_from_modes_of_the_users() -> None:

@@ -247,6 +247,21 @@ def test_the_remedies_example_measures_what_the_mathematics_says(run_example: Ru
         assert f"{remedy} helps: " not in printed
 
 
+@pytest.mark.parametrize(
+    ("name", "steps", "verdict"),
+    [
+        ("transformer", 33, "critical: blocks.0/softmax"),
+        ("rl_agent", 5, "critical: body.1: saturated (inputs_unscaled), since step 0"),
+        ("finetuning", 5, "critical: 2: saturated (inputs_unscaled), since step 0"),
+    ],
+)
+def test_an_example_says_what_is_wrong_and_its_sane_twin_is_healthy(name: str, steps: int, verdict: str, run_example: RunExample) -> None:
+    printed = run_example(name, "--steps", str(steps))
+    assert f"the verdict: {verdict}" in printed
+    assert "\ntry: " in printed
+    assert "the verdict: healthy: no alert was raised" in run_example(name, "--sane", "--steps", str(steps))
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_the_gates_example_learns_and_draws(cell: str, tmp_path: Path, run_example: RunExample) -> None:
     printed = run_example("lstm_gates", "--steps", "21", "--cell", cell, "--picture", "gates.png")

@@ -98,9 +98,11 @@ def test_the_context_manager_closes_after_an_exception() -> None:
 
 
 def test_closing_from_within_a_callback_does_not_break_the_optimizer() -> None:
-    model = mlp()
+    inner = mlp()
+    middle = nn.Sequential(inner)
+    model = nn.Sequential(middle)
     monitor = torchsat.watch(model, every=1, errors="raise", sinks=(lambda snapshot: monitor.close(),))
-    others = [torchsat.watch(model, every=1, errors="raise") for _ in range(3)]
+    others = [torchsat.watch(part, every=1, errors="raise") for part in (middle, inner)]
     train(model, 5)
     assert monitor.latest is not None
     assert monitor.latest.step == 0

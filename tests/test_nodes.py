@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations
 
 import torchsat
 from tests.truth import check, one_step, truth
+from torchsat.coverage import Coverage
 from torchsat.observe import nodes
-from torchsat.record import Coverage
 
 
 class Between(nn.Module):

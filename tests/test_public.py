@@ -14,9 +14,23 @@ PACKAGE = Path(torchsat.__file__).parent
 
 # What each module imports, wherever the import stands: at the top, inside a function or for type checkers only.
 ARROWS = {
-    "__init__": {"activations", "monitor", "record", "remedies", "rules", "tensorboard.reader", "tensorboard.stock", "trial"},
+    "__init__": {
+        "activations",
+        "coverage",
+        "monitor",
+        "plotting",
+        "record",
+        "remedies",
+        "rules",
+        "tensorboard.reader",
+        "tensorboard.stock",
+        "trial",
+        "trials",
+    },
     # The host half, which never loads torch.
-    "record": set(),
+    "shown": set(),
+    "record": {"shown"},
+    "coverage": {"record", "shown"},
     "columns": {"record"},
     "rows": {"columns", "record"},
     "percent": set(),
@@ -48,6 +62,13 @@ ARROWS = {
     "metrics": {"record"},
     "colours": {"metrics"},
     "grids": {"metrics"},
+    "history": {"alerts", "grids", "metrics", "record", "verdict", "view"},
+    "figures": {"alerts", "colours", "grids", "metrics", "record", "view"},
+    "plotting": {"figures", "grids", "metrics", "record", "tensorboard.reader", "view"},
+    "notebook": set(),
+    "comparison": {"cards", "sheets"},
+    "trials": {"cards", "comparison", "figures", "percent", "record", "shown"},
+    "cards": {"alerts", "coverage", "percent", "record", "shown", "verdict"},
     "definitions": set(),
     "view": {"alerts", "colours", "definitions", "grids", "metrics", "percent", "record", "verdict"},
     "terminal": set(),
@@ -55,11 +76,11 @@ ARROWS = {
     "sheets": {"alert_level", "alerts", "percent", "record", "tensorboard.reader", "verdict"},
     "text": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "terminal", "verdict"},
     "markdown": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "tensorboard.stock", "verdict"},
-    "document": {"alerts", "record", "tensorboard.reader", "verdict", "view"},
+    "document": {"record", "tensorboard.reader", "verdict", "view"},
     "page_head": {"alerts", "percent", "record", "sheets", "tensorboard.reader", "verdict"},
     "page": {"grids", "page_head", "tensorboard", "tensorboard.reader", "text", "view"},
-    "report": {"document", "markdown", "page", "record", "sheets", "tensorboard.reader", "text"},
-    "command": {"__init__", "alerts", "report", "tensorboard.reader", "verdict"},
+    "report": {"document", "markdown", "page", "record", "tensorboard.reader", "text"},
+    "command": {"__init__", "report", "tensorboard.reader", "verdict"},
     "__main__": {"command"},
     "tensorboard": set(),
     "tensorboard.reader": {"record", "tensorboard"},
@@ -94,7 +115,7 @@ ARROWS = {
     "structure": {"activations", "internals", "internals_distributed", "weights"},
     "unregistered": set(),
     "parts": {"record"},
-    "sites": {"activations", "elementwise", "parts", "record", "structure", "unregistered"},
+    "sites": {"activations", "coverage", "elementwise", "parts", "record", "structure", "unregistered"},
     # One observation.
     "observe": set(),
     "observe.marks": {"internals"},
@@ -194,23 +215,28 @@ ARROWS = {
         "transport.ranks",
     },
     "delivery": {
-        *("alerts", "diagnosis", "faults", "judge", "log_lines", "verdict", "observe.observation", "options", "process", "record", "rows", "sites"),
+        *("coverage", "history"),
+        *("alerts", "diagnosis", "faults", "judge", "log_lines", "observe.observation", "options", "process", "record", "rows", "sites"),
         *("tensorboard", "tensorboard.reader", "tensorboard.writer"),
         *("transport.flight", "transport.meeting", "transport.packing", "transport.parallel", "transport.route"),
     },
-    "process": {"compile_settings", "internals"},
+    "claims": {"options"},
+    "process": {"claims", "compile_settings", "internals"},
     "observer": {
         *("compile_settings", "compiling", "delivery", "faults", "internals", "observe.observation", "observe.passes", "options", "parts"),
         *("internals_distributed", "schedule", "sites", "structure", "transport.meeting", "transport.parallel", "transport.route"),
     },
     "loop": {
+        "claims",
         *("compiling", "internals", "observe.hooks", "observe.observation", "observe.passes", "observer", "options", "process", "schedule", "steps"),
         *("patience", "transport.meeting"),
     },
-    "monitor": {"internals", "loop", "options", "record", "schedule", "statistics", "structure"},
-    "picture": set(),
+    "monitor": {
+        *("cards", "claims", "coverage", "notebook", "process", "percent", "plotting", "verdict"),
+        *("internals", "loop", "options", "record", "schedule", "statistics", "structure"),
+    },
     "remedies": {"internals", "record", "weights"},
-    "trial": {"internals", "monitor", "options", "picture", "record", "remedies", "report", "rules", "structure"},
+    "trial": {"internals", "monitor", "notebook", "options", "record", "remedies", "rules", "structure", "trials"},
     # The libraries that train.
     "integrations": {"monitor"},
     "integrations.accelerate": {"monitor", "options", "record", "tensorboard.stock"},
@@ -235,6 +261,7 @@ HOST = [
     ),
     *("paths", "groups", "placement", "damage"),
     *("metrics", "colours", "grids", "definitions", "view", "sheets", "page", "report"),
+    *("shown", "coverage", "history", "cards", "plotting", "notebook", "comparison", "trials"),
     *("terminal", "log_lines", "text", "markdown", "document", "page_head", "command", "__main__"),
     *("tensorboard", "tensorboard.reader", "tensorboard.stock", "tensorboard.heatmap", "tensorboard.writer"),
     *("tensorboard.scalars", "tensorboard.plugin", "tensorboard.loader"),
@@ -267,7 +294,7 @@ def test_the_public_names_are_these() -> None:
     assert torchsat.__all__ == sorted(torchsat.__all__, key=lambda name: (not name.isupper(), name))
     assert torchsat.__all__ == [
         *("ACTIVATIONS", "REMEDIES", "RULES", "Activation", "Alert", "Cause", "Coverage", "Head", "Monitor", "Record", "Remedy", "Rule"),
-        *("Snapshot", "Trial", "Trials", "Weight", "probe", "read", "scalars", "try_remedies", "watch"),
+        *("Snapshot", "Trial", "Trials", "Weight", "plot", "probe", "read", "scalars", "try_remedies", "watch"),
     ]
     for name in torchsat.__all__:
         assert getattr(torchsat, name) is not None

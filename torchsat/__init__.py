@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchsat.activations import ACTIVATIONS, Activation
+    from torchsat.coverage import Coverage
     from torchsat.monitor import Monitor, watch
-    from torchsat.record import Alert, Cause, Coverage, Head, Record, Snapshot, Weight
+    from torchsat.plotting import plot
+    from torchsat.record import Alert, Cause, Head, Record, Snapshot, Weight
     from torchsat.remedies import REMEDIES, Remedy
     from torchsat.rules import RULES, Rule
     from torchsat.tensorboard.reader import read
     from torchsat.tensorboard.stock import scalars
-    from torchsat.trial import Trial, Trials, probe, try_remedies
+    from torchsat.trial import probe, try_remedies
+    from torchsat.trials import Trial, Trials
 
 __version__ = "0.1.0"
 
@@ -27,7 +30,7 @@ _HOME = {
     "Activation": "activations",
     "Alert": "record",
     "Cause": "record",
-    "Coverage": "record",
+    "Coverage": "coverage",
     "Head": "record",
     "Monitor": "monitor",
     "REMEDIES": "remedies",
@@ -36,9 +39,10 @@ _HOME = {
     "Remedy": "remedies",
     "Rule": "rules",
     "Snapshot": "record",
-    "Trial": "trial",
-    "Trials": "trial",
+    "Trial": "trials",
+    "Trials": "trials",
     "Weight": "record",
+    "plot": "plotting",
     "probe": "trial",
     "read": "tensorboard.reader",
     "scalars": "tensorboard.stock",
@@ -63,6 +67,7 @@ __all__ = [
     "Trial",
     "Trials",
     "Weight",
+    "plot",
     "probe",
     "read",
     "scalars",

@@ -17,10 +17,9 @@ from enum import IntEnum
 from pathlib import Path
 
 import torchsat
-from torchsat.alerts import episodes_of
 from torchsat.report import FORMATS, print_runs
 from torchsat.tensorboard.reader import Run, read_runs
-from torchsat.verdict import Health, verdict_of
+from torchsat.verdict import Health, verdict_on
 
 
 class Status(IntEnum):
@@ -88,5 +87,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sick(runs: Sequence[Run], limit: str) -> list[str]:
     """A sentence for each run that is as sick as this severity or worse."""
-    verdicts = [(run.name, verdict_of(episodes_of(run.snapshots))) for run in runs]
+    verdicts = [(run.name, verdict_on(run.snapshots)) for run in runs]
     return [f"{name}: {verdict}" for name, verdict in verdicts if verdict.health.rank >= Health(limit).rank]

@@ -16,15 +16,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from torchsat.alerts import Episode
+from torchsat.alerts import Firing
+from torchsat.coverage import Coverage
 from torchsat.diagnosis import Diagnosis
 from torchsat.faults import Faults
+from torchsat.history import History
 from torchsat.judge import Judge
 from torchsat.log_lines import directory_of, tell, tell_end
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.process import undisturbed
-from torchsat.record import Alert, Coverage, Snapshot, with_levels
+from torchsat.record import Alert, Snapshot, with_levels
 from torchsat.rows import Stuck, to_record, to_weight
 from torchsat.sites import Sites
 from torchsat.tensorboard import SUBRUN
@@ -33,7 +35,6 @@ from torchsat.transport.flight import Flight
 from torchsat.transport.packing import Numbers
 from torchsat.transport.parallel import default_group
 from torchsat.transport.route import Route
-from torchsat.verdict import verdict_of
 
 log = logging.getLogger("torchsat")
 
@@ -59,6 +60,8 @@ class Delivery:
         self._sinks: list[Sink] = list(options.sinks or ())
         self._judge = Judge(options.rules, faults.report)
         self._diagnosis = Diagnosis()
+        self.remembered = History()
+        """What the figures and the card of the monitor show."""
         self._stuck: dict[str, Stuck] = {}
         """For each site, its stuck units as far as they are known (rows.py)."""
         self.in_flight: list[Flight] = []
@@ -66,8 +69,6 @@ class Delivery:
         self._delivering = threading.RLock()
         """Held by the thread that delivers. At SIGTERM that may be another one than the training thread (process.py)."""
         self._directory = directory_of(options.log_dir, options.writer)
-        self._over: list[Episode] = []
-        """The alerts that have cleared, in this session."""
         self._announced = False
         self._told_unregistered = False
         self._moved = False
@@ -93,6 +94,10 @@ class Delivery:
         """The sites that are seen on any rank, and the places that are not seen on this one."""
         return self._sites.coverage(self._route.kinds)
 
+    def add_sink(self, sink: Sink) -> None:
+        """Call this function, too, with each Snapshot from now on."""
+        self._sinks.append(sink)
+
     def history(self) -> dict[str, Any]:
         """What is remembered of earlier observations, in plain types."""
         stuck = {name: [known.share, known.samples] for name, known in self._stuck.items()}
@@ -104,6 +109,7 @@ class Delivery:
         self._judge.load_state_dict(history["judge"])
         self._diagnosis.load_state_dict(history["diagnosis"])
         self._stuck = stuck
+        self.remembered.take_up(self._diagnosis.firing)
 
     def resume(self, log_dir: str | os.PathLike[str] | None, start: int | Literal["resume"]) -> int:
         """Continue with the alerts that the event files of an earlier session show. Returns the number of the first step."""
@@ -117,14 +123,11 @@ class Delivery:
             return 0 if start == "resume" else start
         step = history[-1].step + 1 if start == "resume" else start
         history = [snapshot for snapshot in history if snapshot.step < step]
-        told: dict[tuple[str, str], Alert] = {}
-        for alert in (alert for snapshot in history for alert in snapshot.alerts):
-            told.pop((alert.site, alert.rule), None)
-            if alert.firing:
-                told[alert.site, alert.rule] = alert
+        told = tuple(Firing(alert for snapshot in history for alert in snapshot.alerts))
         if history:
-            self._judge.resume(list(told.values()), len(history), history[0])
-            self._diagnosis.resume(told.values(), history[0], history[-1])
+            self._judge.resume(told, len(history), history[0])
+            self._diagnosis.resume(told, history[0], history[-1])
+            self.remembered.take_up(told)
         return step
 
     def add(self, flight: Flight | None) -> None:
@@ -170,6 +173,7 @@ class Delivery:
         if snapshot is None:
             return None
         self.latest = snapshot
+        self.remembered.add(snapshot)
         if self._route.speaks:
             self._announce(snapshot)
             self._move_files()
@@ -177,8 +181,6 @@ class Delivery:
             for sink in list(self._sinks):
                 self._to_sink(sink, functools.partial(sink, snapshot))
             for alert in snapshot.alerts:
-                if not alert.firing:
-                    self._over.append(Episode(alert, alert.since, alert.step))
                 self._alert(alert)
         return None
 
@@ -234,11 +236,8 @@ class Delivery:
     def say_no_step(self, steps: int) -> None:
         """Log one line after so many steps of optimizers that own nothing of the model."""
         if self._route.speaks:
-            log.warning(
-                "torchsat: %d steps of optimizers were seen, and none of one that owns parameters of %s: nothing is watched. See monitor.coverage.",
-                steps,
-                self.model,
-            )
+            why = "none of one that owns parameters of"
+            log.warning("torchsat: %d steps of optimizers were seen, and %s %s: nothing is watched. See monitor.coverage.", steps, why, self.model)
 
     def say_stopped(self, step: int, names: list[str]) -> None:
         """Log one line for sites that ran before and no longer do."""
@@ -272,7 +271,7 @@ class Delivery:
         """Log one line with the verdict on the run, if anything was observed."""
         if self.latest is None or not self._route.speaks:
             return
-        tell_end(log, verdict_of([*(Episode(alert, alert.step, None) for alert in self.alerts), *self._over]), self._directory)
+        tell_end(log, self.remembered.verdict(self.alerts), self._directory)
 
     def close(self) -> None:
         """Close the sinks."""

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from torchsat.alerts import episodes_of
 from torchsat.record import Cause
 from torchsat.tensorboard.reader import Run
-from torchsat.verdict import Health, Verdict, summary, verdict_of, worst_first
+from torchsat.verdict import Health, Verdict, summary, verdict_on, worst_first
 from torchsat.view import from_snapshots, plain
 
 SCHEMA = 1
@@ -22,7 +21,7 @@ SCHEMA = 1
 
 def document(runs: Sequence[Run]) -> dict[str, Any]:
     """The verdict on all runs, and everything about each, the worst first."""
-    verdicts = {run.name: verdict_of(episodes_of(run.snapshots)) for run in runs}
+    verdicts = {run.name: verdict_on(run.snapshots) for run in runs}
     order, by_name = worst_first(verdicts), {run.name: run for run in runs}
     return {
         "verdict": {

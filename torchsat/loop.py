@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchsat import internals, process
+from torchsat.claims import Claim
 from torchsat.compiling import Mode
 from torchsat.internals import hidden_from_modes
 from torchsat.observe.hooks import is_capturing
@@ -62,10 +63,10 @@ class Loop:
     Args:
         model: the model that is watched. It is not kept alive, unless it is our own module around the stages of a pipeline.
         stages: the stages of a pipeline, keyed by the name that their sites begin with; empty for any other model.
-        clock: the clocks of the host and the device.
+        clock, claim: the clocks of the host and the device, and what the monitor has for itself.
     """
 
-    def __init__(self, model: nn.Module, stages: Mapping[str, Any], options: Options, clock: Clock) -> None:
+    def __init__(self, model: nn.Module, stages: Mapping[str, Any], options: Options, clock: Clock, claim: Claim) -> None:
         self.step = 0
         """The number of the current step."""
         self.is_closed = False
@@ -87,7 +88,7 @@ class Loop:
         self._patience = Patience()
         self._foreign_steps: int | None = 0
         """Number of steps of other optimizers. None once an optimizer that owns parameters of the model has stepped, or the user has been told."""
-        self._watcher = process.Watcher(self.before_step, self.after_step, self.close, self.save, self.observer.fail, self._stop)
+        self._watcher = process.Watcher(self.before_step, self.after_step, self.close, self.save, self.observer.fail, self._stop, claim)
 
     def start(self) -> None:
         """Begin to watch: from now on our process-wide hooks call this loop at every optimizer step. An error that `errors="raise"` lets through is

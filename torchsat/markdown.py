@@ -16,12 +16,12 @@ from torchsat.record import CODE_INDENT, Alert
 from torchsat.sheets import Column, Row, Sheet, bars_for, comparison, extent, sheets
 from torchsat.tensorboard.reader import Run
 from torchsat.tensorboard.stock import code_in_cell
-from torchsat.verdict import summary, verdict_of, worst_first
+from torchsat.verdict import summary, verdict_on, worst_first
 
 
 def print_markdown(out: TextIO, runs: Sequence[Run]) -> None:
     """Print the report of each run, the worst first; before them, of several, how they compare."""
-    verdicts = {run.name: verdict_of(episodes_of(run.snapshots)) for run in runs}
+    verdicts = {run.name: verdict_on(run.snapshots) for run in runs}
     by_name = {run.name: run for run in runs}
     parts: list[str] = []
     if len(runs) > 1:
@@ -34,7 +34,7 @@ def print_markdown(out: TextIO, runs: Sequence[Run]) -> None:
 def _details(run: Run, out: TextIO) -> list[str]:
     """One run: its verdict, its extent, its alerts and its tables."""
     found, end = episodes_of(run.snapshots), run.snapshots[-1].step
-    verdict = verdict_of(found)
+    verdict = verdict_on(run.snapshots)
     parts = [f"## {_escaped(run.name)}: {_escaped(str(verdict))}" if run.name else f"## {_escaped(str(verdict).capitalize())}"]
     if run.directory:
         parts.append(extent(run, found))

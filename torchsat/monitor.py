@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from torchsat import internals, schedule
+from torchsat import internals, process, schedule
+from torchsat.cards import STRIP, State, card
+from torchsat.claims import claim_of
+from torchsat.coverage import Coverage
 from torchsat.loop import Loop
+from torchsat.notebook import Live, is_kernel
 from torchsat.options import Directory, Options, WatchOptions, options_of
-from torchsat.record import Alert, Coverage, Snapshot
+from torchsat.percent import percent
+from torchsat.plotting import draw
+from torchsat.record import Alert, Snapshot
 from torchsat.schedule import Account, Clock
 from torchsat.statistics import trust_kernels
 from torchsat.structure import Stages, stages_of, unwrap
+from torchsat.verdict import Verdict
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.distributed.pipelining import PipelineStage
     from typing_extensions import Unpack
 
@@ -31,6 +39,9 @@ def watch(
     **options: Unpack[WatchOptions],
 ) -> Monitor:
     """Watch the activations of a model while it trains. This one line is all that is added to a training loop.
+
+    A model has one monitor, and a directory one run: a second `watch` of the same model, or into the same directory, closes the first monitor with a
+    line in the log, as where a cell of a notebook is run again. A model and a part of it can be watched side by side, each into its own directory.
 
     Args:
         model: any nn.Module; before or after the optimizer is made, before or after torch.compile or DistributedDataParallel. Or a stage of
@@ -97,7 +108,9 @@ class Monitor:
         stages = stages_of(model)
         modules = {name: unwrap(stage.submod) for name, stage in stages.items()}
         watched = Stages(modules) if modules else unwrap(model)
-        self._loop = loop = Loop(watched, stages, options, clock)
+        claim = claim_of(modules.values() or (watched,), options)
+        process.make_way(claim)
+        self._loop = loop = Loop(watched, stages, options, clock, claim)
         _trust_kernels(watched)
         loop.start()
         sites = loop.observer.sites
@@ -115,6 +128,11 @@ class Monitor:
         return self._loop.observer.delivery.alerts
 
     @property
+    def verdict(self) -> Verdict:
+        """What is wrong with the run so far: `print(monitor.verdict)`. It is that of a healthy run as long as nothing has been observed."""
+        return self._loop.observer.delivery.remembered.verdict(self.alerts)
+
+    @property
     def overhead(self) -> float | None:
         """The measured share of training time that the last observations took, from step `every` on; None before it is known. It may lie above the
         budget as long as the allowance of 2 s lasts. With `every=1` on a GPU it is the time of our own code on the host."""
@@ -124,6 +142,32 @@ class Monitor:
     def coverage(self) -> Coverage:
         """What is measured and what is not, as of the last observation."""
         return self._loop.observer.delivery.coverage
+
+    def plot(self, metric: str = "alert_level", *, site: str | None = None) -> Figure:
+        """Draw the run so far with matplotlib: a metric of all sites over the steps, or one site alone; `torchsat.plot` explains the arguments.
+
+        The figure shows what this monitor has observed, 400 observations at most, with or without a directory. What an earlier session wrote is in
+        the figure of the directory: `torchsat.plot("runs/exp1")`.
+        """
+        self._settle()
+        return draw(self._loop.observer.delivery.remembered, metric, site, self._loop.observer.delivery.model)
+
+    def live(self) -> None:
+        """Show a card of this monitor in the cell that runs now, which follows the training: `monitor.live()` before the loop, in the same cell.
+
+        It is replaced at each observation, twice a second at most, and shows the end of the run when the monitor is closed. Outside a notebook
+        nothing is shown, and a line in the log says so.
+        """
+        if is_kernel():
+            self._loop.observer.delivery.add_sink(Live(self._card, self.__repr__))
+        else:
+            log.warning("torchsat: monitor.live() shows nothing here, since this is no notebook; print(monitor.verdict) after the loop instead.")
+
+    def _settle(self) -> None:
+        """Wait for observations in flight, so that what is shown is complete. Ranks that observe together see them at the same step of the loop and
+        not earlier, or a loop that ends on an alert would not end on all of them."""
+        if not self._loop.observer.route.together:
+            self.flush()
 
     def step(self) -> None:
         """End a step by hand, in a loop without a torch optimizer. From then on the steps of optimizers are ignored.
@@ -182,8 +226,22 @@ class Monitor:
         return type(None), ()
 
     def __repr__(self) -> str:
-        state = "closed" if self._loop.is_closed else f"step {self._loop.step}"
-        return f"<torchsat.Monitor: {len(self._loop.observer.sites.ran)} sites, {len(self.alerts)} alerts, {state}>"
+        verdict = "nothing observed yet" if self.latest is None else str(self.verdict)
+        return f"<torchsat.Monitor: {verdict}; {len(self._loop.observer.sites.ran)} sites, {self._extent}>"
+
+    @property
+    def _extent(self) -> str:
+        return f"step {self._loop.step}{', closed' if self._loop.is_closed else ''}"
+
+    def _repr_html_(self) -> str:
+        self._settle()
+        return self._card()
+
+    def _card(self) -> str:
+        overhead = "" if self.overhead is None else f", observing takes {percent(self.overhead)} of the training time"
+        delivery = self._loop.observer.delivery
+        levels = delivery.remembered.levels(STRIP)
+        return card(State(self.verdict, self.alerts, self.latest, self.coverage, levels, f"{self._extent}{overhead}"))
 
 
 def _trust_kernels(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torchsat.percent import percent
 from torchsat.record import Alert
 from torchsat.sheets import Sheet, comparison, extent
 from torchsat.tensorboard.reader import Run
-from torchsat.verdict import Health, summary, verdict_of, worst_first
+from torchsat.verdict import Health, summary, verdict_on, worst_first
 
 MOST_NAMES = 6
 """So many runs are named in the title, and so many places behind an alert."""
@@ -67,7 +67,7 @@ def title_of(runs: Sequence[Run]) -> str:
 
 def head(runs: Sequence[Run]) -> str:
     """The head of the page: title, date and verdict; of several runs a table; and of the worst run what is wrong, why, and what to try."""
-    verdicts = {run.name: verdict_of(episodes_of(run.snapshots)) for run in runs}
+    verdicts = {run.name: verdict_on(run.snapshots) for run in runs}
     worst = worst_first(verdicts)[0]
     verdict, run = verdicts[worst], next(run for run in runs if run.name == worst)
     sentence = str(verdict).partition(": ")[2] if len(runs) == 1 else summary(verdicts)

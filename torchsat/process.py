@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -33,8 +34,11 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from torchsat.claims import Claim
 from torchsat.compile_settings import ignore_hooks, release, restore_stance
 from torchsat.internals import open_dispatch_modes, without_dispatch_modes, without_function_modes
+
+log = logging.getLogger("torchsat")
 
 StepHook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]
 
@@ -55,6 +59,8 @@ class Watcher:
     """Called with the exception that `before_step` or `after_step` raised. An error of a monitor must not stop the step of the user's optimizer."""
     forget: Callable[[], None]
     """Called in a forked child. The child has no writer thread, and the files belong to its parent."""
+    claim: Claim
+    """What the monitor has for itself."""
 
 
 _watchers: dict[Watcher, None] = {}
@@ -91,6 +97,15 @@ def join(watcher: Watcher) -> None:
     _watchers[watcher] = None
     if not _hooks:
         _hooks.extend([register_optimizer_step_pre_hook(_before_step), register_optimizer_step_post_hook(_after_step)])
+
+
+def make_way(claim: Claim) -> None:
+    """Close the monitors that have what a new one needs, each with one line in the log."""
+    for watcher in list(_watchers):
+        why = watcher.claim.why_not_both(claim)
+        if why is not None:
+            log.warning("torchsat: the earlier monitor of %s is closed, since %s.", watcher.claim.name, why)
+            watcher.close()
 
 
 def catch_sigterm() -> None:

@@ -7,13 +7,14 @@ are frozen. A number that cannot be known (no gradient was seen, the function ha
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from functools import cached_property, wraps
 from typing import Any, Literal, TypeVar
+
+from torchsat.shown import Shown, level_in_words
 
 _Found = TypeVar("_Found")
 Severity = Literal["warning", "critical"]
@@ -90,8 +91,8 @@ class SiteFacts:
     squares takes it shifted or scaled, and "of several signals" where it is not all that the function takes."""
 
 
-@dataclass(frozen=True)
-class Record(SiteFacts):
+@dataclass(frozen=True, repr=False)
+class Record(Shown, SiteFacts):
     """What was measured of one site in one observation.
 
     All shares lie in [0, 1]. The facts of the site come first, the measured numbers follow. z is the pre-activation and a = f(z) the activation. At a
@@ -188,6 +189,11 @@ class Record(SiteFacts):
     """The heads of a softmax, which is a single one where no axis is known to be that of the heads; None where this is no softmax."""
 
     @property
+    def in_short(self) -> str:
+        """The site, its activation, and how near it is to an alert."""
+        return f"{self.site} ({self.activation}): {level_in_words(self.alert_level, self.nonfinite or self.grad_nonfinite)}"
+
+    @property
     def inspected(self) -> int:
         """Elements that were looked at for inf and nan: all of them, but at the gates of a recurrent layer only those that were computed again."""
         return self.n + self.nonfinite if self.kind == "recurrent" else self.elements
@@ -221,8 +227,8 @@ class LayerFacts:
         return f"layer {self.name} ({self.layer})" if self.layer and self.name.rpartition(".")[2].isdecimal() else self.name
 
 
-@dataclass(frozen=True)
-class Weight(LayerFacts):
+@dataclass(frozen=True, repr=False)
+class Weight(Shown, LayerFacts):
     """What was measured of one layer that feeds a site, in one observation. W is its weight."""
 
     learning_rate: float | None
@@ -254,6 +260,11 @@ class Weight(LayerFacts):
     gradient (SGD, Adam), this is the part of the step that falls to the gradient, by the norms of the two."""
     alert_level: float | None = None
     """Like `Record.alert_level`, of the layer."""
+
+    @property
+    def in_short(self) -> str:
+        """The layer, what it is, and how near it is to an alert."""
+        return f"{self.name}{f' ({self.layer})' if self.layer else ''}: {level_in_words(self.alert_level)}"
 
     @property
     def whole(self) -> str | None:
@@ -296,8 +307,8 @@ class Cause:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Alert:
+@dataclass(frozen=True, repr=False)
+class Alert(Shown):
     """A rule that fired or cleared at a site.
 
     Where several sites suffer from one fault there is one alert. `site` is where the fault began, and stays the same as long as the alert fires.
@@ -329,6 +340,12 @@ class Alert:
     worst: str | None = None
     """The site or layer that suffers most, of `site` and `also`; None where nothing but `site` suffers."""
 
+    @property
+    def in_short(self) -> str:
+        """Severity, rule, place and time."""
+        also = f" and {len(self.also)} more" if self.also else ""
+        return f"{self.severity if self.firing else 'over'}: {self.rule} at {self.site}{also}, since step {self.since}"
+
     def as_dict(self) -> dict[str, Any]:
         """The alert as nested dicts and tuples of plain values."""
         return asdict(self)
@@ -340,8 +357,8 @@ class Alert:
         return Alert(**{**kept, "causes": tuple(Cause(**_known(Cause, cause)) for cause in kept.get("causes", ()))})
 
 
-@dataclass(frozen=True)
-class Snapshot:
+@dataclass(frozen=True, repr=False)
+class Snapshot(Shown):
     """All that was measured in one observation."""
 
     step: int
@@ -355,6 +372,14 @@ class Snapshot:
     """The alerts that fired or cleared at this observation."""
     overhead: float | None = None
     """The measured share of training time that the observations before this one took; None before it is known."""
+
+    @property
+    def in_short(self) -> str:
+        """The step, how much was measured, and the site or layer that is nearest to an alert."""
+        items: tuple[Record | Weight, ...] = (*self.records, *self.weights)
+        known = [each for each in items if each.alert_level is not None]
+        worst = f"; worst: {max(known, key=lambda each: each.alert_level or 0.0).in_short}" if known else ""
+        return f"of step {self.step}: {len(self.records)} sites, {len(self.weights)} layers{worst}"
 
     @cached_property
     def behind(self) -> dict[str, list[str]]:
@@ -412,14 +437,12 @@ _Judged = TypeVar("_Judged", Record, Weight)
 
 
 def with_levels(items: tuple[_Judged, ...], levels: Mapping[str, float]) -> tuple[_Judged, ...]:
-    """Records or weights with the `alert_level` of each place; None for a place that has none.
-
-    A copy of the attributes takes a twentieth of the time of `dataclasses.replace`, which calls the constructor with sixty of them.
-    """
+    """Records or weights with the `alert_level` of each place, if it has one."""
     return tuple(_with(item, alert_level=levels.get(item.site if isinstance(item, Record) else item.name)) for item in items)
 
 
 def _with(item: _Judged, **values: Any) -> _Judged:
+    # A copy of the attributes takes a twentieth of the time of `dataclasses.replace`, which calls the constructor with sixty of them.
     made = object.__new__(type(item))
     made.__dict__.update(item.__dict__, **values)
     return made
@@ -439,37 +462,6 @@ def per_snapshot(compute: Callable[[Snapshot], _Found]) -> Callable[[Snapshot], 
         return kept[1]
 
     return found
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What a monitor sees and what it does not."""
-
-    seen: tuple[str, ...]
-    """The sites that were measured at least once."""
-    unseen: tuple[tuple[str, str], ...]
-    """(place, reason) of what is not measured, or only in part."""
-    kinds: tuple[tuple[Kind, int], ...] = ()
-    """How many of the sites that are seen are of which kind."""
-
-    @property
-    def described(self) -> str:
-        """How many sites of which kind are seen, as in `5 sites (3 modules, 2 calls)`."""
-        kinds = ", ".join(f"{count} {_NOUNS[kind][count > 1]}" for kind, count in self.kinds)
-        return f"{len(self.seen)} site{'' if len(self.seen) == 1 else 's'}" + (f" ({kinds})" if kinds else "")
-
-    def __str__(self) -> str:
-        rest = "nothing is known to be unseen" if not self.unseen else "not seen, or seen in part:"
-        # The same in different modules, and modules that differ only by a number, take one line: `blocks.0/sin and 11 more`.
-        alike: dict[tuple[str, str], list[str]] = {}
-        for place, reason in self.unseen:
-            _, inside, what = place.rpartition("/")
-            alike.setdefault((what if inside else re.sub(r"\d+", "0", place), reason), []).append(place)
-        lines = (f"  {first}{f' and {len(more)} more' if more else ''}: {reason}" for (_, reason), (first, *more) in alike.items())
-        return "\n".join([f"{self.described} seen; {rest}", *lines])
-
-
-_NOUNS = {"module": ("module", "modules"), "call": ("call", "calls"), "recurrent": ("gate", "gates"), "softmax": ("softmax", "softmaxes")}
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ trial would judge the old gain and not the new activation.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,18 @@ class Remedy:
     """Changes a copy of the model in place and returns a sentence that says what it did. It raises ValueError where it cannot be applied."""
     learning_rate: float = 1.0
     """The factor that the learning rate of every parameter group is multiplied by."""
+    code: Callable[[Context], str] | None = None
+    """Gives the change of the model as code that can be pasted, for a module `model`. None: there is none."""
+
+    def as_code(self, context: Context) -> str:
+        """The change of the model and of the learning rate as code; empty where the remedy has none."""
+        parts = [*([self.code(context)] if self.code is not None else []), *([_slower(self.learning_rate)] if self.learning_rate != 1 else [])]
+        code = "\n".join(parts)
+        return f"from torch import nn\n\n{code}" if "nn." in code else code
+
+
+def _slower(factor: float) -> str:
+    return f'for group in optimizer.param_groups:\n    group["lr"] *= {factor:g}'
 
 
 def _module(model: nn.Module, context: Context, name: str) -> nn.Module:
@@ -90,6 +103,35 @@ def _initialise(model: nn.Module, context: Context, rule: str) -> str:
     return f"{len(layers)} layers drawn anew, {rule}"
 
 
+_DRAW_CODE = {
+    "Xavier": "nn.init.xavier_normal_(layer.weight)",
+    "He": 'nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")',
+    "LeCun": 'nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")',
+}
+
+
+def _initialise_code(context: Context, rule: str) -> str:
+    """The code of `_initialise`. The layers and what they have are asked of the model, as `_layers` does."""
+    sites = {record.site for record in context.sites}
+    feeding = [context.paths[name] for name, feeds in context.feeds.items() if name in context.paths and sites & set(feeds)]
+    return "\n".join(
+        [
+            f"for path in {_several(feeding)}:",
+            "    layer = model.get_submodule(path)",
+            "    if layer.weight.requires_grad:",
+            f"        {_DRAW_CODE[rule]}",
+            "        if layer.bias is not None:",
+            "            nn.init.zeros_(layer.bias)",
+        ]
+    )
+
+
+def _several(values: Sequence[str]) -> str:
+    """A list of strings as Python, with a line for each where one line would be long."""
+    line = f"[{', '.join(map(json.dumps, values))}]"
+    return line if len(line) < 60 else "[\n" + "".join(f"    {json.dumps(value)},\n" for value in values) + "]"
+
+
 def _activate(model: nn.Module, context: Context, kind: type[nn.Module]) -> str:
     """Replace every hidden activation by one of this kind, and draw the weights of the layers before them anew."""
     for record in context.sites:
@@ -97,7 +139,13 @@ def _activate(model: nn.Module, context: Context, kind: type[nn.Module]) -> str:
     return f"{len(context.sites)} activations are {kind.__name__}; {_initialise(model, context, 'He')}"
 
 
-class _TokenBatchNorm(nn.BatchNorm1d):
+def _activate_code(context: Context, kind: type[nn.Module]) -> str:
+    paths = [context.paths[record.site] for record in context.sites]
+    replaced = f"for path in {_several(paths)}:\n    model.set_submodule(path, nn.{kind.__name__}())"
+    return f"{replaced}\n{_initialise_code(context, 'He')}"
+
+
+class TokenBatchNorm(nn.BatchNorm1d):
     """Batch normalisation of a tensor of shape [batch, tokens, features], over batch and tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +158,7 @@ def _norm(shape: tuple[int, ...], layer_norm: bool) -> nn.Module:
         return nn.GroupNorm(1, shape[1]) if layer_norm else nn.BatchNorm2d(shape[1])
     if layer_norm:
         return nn.LayerNorm(shape[-1])
-    return nn.BatchNorm1d(shape[-1]) if len(shape) == 2 else _TokenBatchNorm(shape[-1])
+    return nn.BatchNorm1d(shape[-1]) if len(shape) == 2 else TokenBatchNorm(shape[-1])
 
 
 def _normalise(model: nn.Module, context: Context, layer_norm: bool) -> str:
@@ -123,6 +171,26 @@ def _normalise(model: nn.Module, context: Context, layer_norm: bool) -> str:
         activation = _module(model, context, record.site)
         _replace(model, context, record.site, nn.Sequential(_norm(shape, layer_norm).to(device), activation))
     return f"{'LayerNorm' if layer_norm else 'BatchNorm'} before {len(context.sites)} activations"
+
+
+def _norm_code(norm: nn.Module) -> str:
+    """The expression that makes a norm which `_norm` has made."""
+    if isinstance(norm, nn.GroupNorm):
+        return f"nn.GroupNorm(1, {norm.num_channels})"
+    if isinstance(norm, nn.LayerNorm):
+        return f"nn.LayerNorm({norm.normalized_shape[0]})"
+    name = "TokenBatchNorm" if isinstance(norm, TokenBatchNorm) else f"nn.{type(norm).__name__}"
+    return f"{name}({cast(nn.BatchNorm1d, norm).num_features})"
+
+
+def _normalise_code(context: Context, layer_norm: bool) -> str:
+    lines = []
+    for record in context.sites:
+        norm, path = _norm_code(_norm(context.shapes[record.site], layer_norm)), json.dumps(context.paths[record.site])
+        lines.append(f"model.set_submodule({path}, nn.Sequential({norm}, model.get_submodule({path})))")
+    if any("(TokenBatchNorm" in line for line in lines):
+        lines.insert(0, "from torchsat.remedies import TokenBatchNorm  # nn.BatchNorm1d over batch and tokens")
+    return "\n".join([*lines, "model.to(next(model.parameters()).device)"])
 
 
 def _standardise(model: nn.Module, context: Context) -> str:
@@ -149,12 +217,26 @@ def _standardise(model: nn.Module, context: Context) -> str:
     return "inputs standardised per feature"
 
 
+def _standardise_code(context: Context) -> str:
+    return "\n".join(
+        [
+            "# x: the inputs of the training set; do the same, with this mean and std, to all others",
+            "mean, std = x.mean(0), x.std(0, correction=0)",
+            "std[std <= 1e-3 * std.max()] = 1  # features that are constant are only centred",
+            "x = (x - mean) / std",
+        ]
+    )
+
+
 REMEDIES: tuple[Remedy, ...] = (
-    *(Remedy(kind.__name__, partial(_activate, kind=kind)) for kind in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)),
-    *(Remedy(f"{rule} init", partial(_initialise, rule=rule)) for rule in _DRAW),
-    Remedy("standardised inputs", _standardise),
-    Remedy("BatchNorm", partial(_normalise, layer_norm=False)),
-    Remedy("LayerNorm", partial(_normalise, layer_norm=True)),
+    *(
+        Remedy(kind.__name__, partial(_activate, kind=kind), code=partial(_activate_code, kind=kind))
+        for kind in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)
+    ),
+    *(Remedy(f"{rule} init", partial(_initialise, rule=rule), code=partial(_initialise_code, rule=rule)) for rule in _DRAW),
+    Remedy("standardised inputs", _standardise, code=_standardise_code),
+    Remedy("BatchNorm", partial(_normalise, layer_norm=False), code=partial(_normalise_code, layer_norm=False)),
+    Remedy("LayerNorm", partial(_normalise, layer_norm=True), code=partial(_normalise_code, layer_norm=True)),
     Remedy("lower learning rate", lambda model, context: "a tenth of the learning rate", 0.1),
 )
 """What `try_remedies` tries by default. Those that replace activations also draw the weights anew, by the rule of He."""

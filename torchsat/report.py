@@ -1,4 +1,4 @@
-"""What is printed for people outside TensorBoard: the report of a run in four formats, and the table of `try_remedies`. Never torch.
+"""What is printed for people outside TensorBoard: the report of a run in four formats. Never torch.
 
 Everything comes from the event files. The report therefore works on another machine, while a run is training, and after a crash. Text is made in
 text.py, Markdown in markdown.py, JSON in document.py, the HTML page in page.py; the command is in command.py.
@@ -6,20 +6,15 @@ text.py, Markdown in markdown.py, JSON in document.py, the HTML page in page.py;
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
-from typing import Any, Literal, TextIO
-
-from rich.table import Table
-from rich.text import Text
+from typing import Literal, TextIO
 
 from torchsat.document import document
 from torchsat.markdown import print_markdown
 from torchsat.page import page
 from torchsat.record import Snapshot
-from torchsat.sheets import console_for, number_or_dash, percent_or_dash
 from torchsat.tensorboard.reader import Run, read_runs
 from torchsat.text import print_text
 
@@ -66,28 +61,3 @@ def print_runs(runs: list[Run], out: TextIO, format: Format, source: str = "", e
         print_markdown(out, runs)
     else:
         print_text(out, runs, source, everything)
-
-
-def trials_table(trials: Any) -> str:
-    """The `Trials` of `try_remedies` as text: for each trial the loss and the gradient at its end, and the numbers of its worst hidden site."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("remedy")
-    for name in ("loss", "saturated", "E|f'|/peak", "attenuation", "first layer's gradient"):
-        table.add_column(name, justify="right")
-    table.add_column("what was changed", overflow="fold")
-    for trial in trials.trials:
-        table.add_row(
-            trial.remedy,
-            number_or_dash(trial.loss if trial.tried else None, "{:.3g}"),
-            percent_or_dash(trial.worst("saturated")),
-            number_or_dash(trial.worst("relative_derivative"), "{:.3g}"),
-            number_or_dash(trial.worst("attenuation"), "{:.3g}"),
-            number_or_dash(trial.first_gradient(), "{:.2e}"),
-            Text(trial.change if trial.tried else f"not tried: {trial.change}"),
-        )
-    out = io.StringIO()
-    console = console_for(out)
-    console.print(table)
-    for note in trials.notes:
-        console.print(note, markup=False)
-    return out.getvalue().rstrip()

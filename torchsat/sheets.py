@@ -77,7 +77,8 @@ def bars_for(out: IO[str]) -> str:
 
 def console_for(file: TextIO) -> Console:
     """A console that writes into a file. It uses colours only on a terminal."""
-    console = Console(file=file, highlight=False, width=None if file.isatty() else _NO_TERMINAL_WIDTH)
+    # In a notebook, rich would display the text in the cell instead of writing it to the file.
+    console = Console(file=file, highlight=False, force_jupyter=False, width=None if file.isatty() else _NO_TERMINAL_WIDTH)
     console.width = max(console.width, _LEAST_WIDTH)
     return console
 

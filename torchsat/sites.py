@@ -39,9 +39,10 @@ from enum import Enum
 from torch import Tensor, nn
 
 from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_plain
+from torchsat.coverage import Coverage
 from torchsat.elementwise import Nature
 from torchsat.parts import Span
-from torchsat.record import Coverage, Kind, SiteFacts
+from torchsat.record import Kind, SiteFacts
 from torchsat.structure import Found, clean, find
 from torchsat.unregistered import unregistered
 

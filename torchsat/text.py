@@ -18,7 +18,7 @@ from torchsat.record import Alert
 from torchsat.sheets import Column, Row, Sheet, bars_for, comparison, extent, sheets
 from torchsat.tensorboard.reader import Run
 from torchsat.terminal import Style, folded, painted, shows_colours, width_of, wrapped
-from torchsat.verdict import Health, Verdict, summary, verdict_of, worst_first
+from torchsat.verdict import Health, Verdict, summary, verdict_on, worst_first
 
 ROWS = 12
 """A table of no more rows than this is printed whole."""
@@ -77,7 +77,7 @@ def print_text(out: TextIO, runs: Sequence[Run], source: str = "", everything: b
         everything: print the details of all runs, and all rows of every table.
     """
     page = page_for(out, everything)
-    verdicts = {run.name: verdict_of(episodes_of(run.snapshots)) for run in runs}
+    verdicts = {run.name: verdict_on(run.snapshots) for run in runs}
     by_name = {run.name: run for run in runs}
     lines: list[str] = []
     if len(runs) > 1:

@@ -12,12 +12,10 @@ import copy
 import inspect
 import itertools
 import logging
-import math
-import os
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -29,12 +27,13 @@ from torch.utils.hooks import RemovableHandle
 
 from torchsat.internals import tree_leaves, tree_map
 from torchsat.monitor import Monitor, watch
+from torchsat.notebook import Bar, is_kernel
 from torchsat.options import MeasureOptions
-from torchsat.picture import Curve, Panel, draw
 from torchsat.record import Snapshot
 from torchsat.remedies import REMEDIES, Context, Remedy
 from torchsat.rules import RULES
 from torchsat.structure import clean
+from torchsat.trials import Trial, Trials
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -97,129 +96,6 @@ def _some_loss(output: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """How one copy of the model trained."""
-
-    remedy: str
-    """The name of the remedy that was applied."""
-    change: str
-    """What the remedy changed, or why it could not be tried."""
-    losses: tuple[float, ...] = ()
-    """The loss of each step."""
-    snapshots: tuple[Snapshot, ...] = ()
-    """The observations, in the order of their steps."""
-
-    @property
-    def tried(self) -> bool:
-        """Whether the copy was trained."""
-        return bool(self.losses)
-
-    @property
-    def loss(self) -> float:
-        """The mean loss of the last tenth of the steps; NaN where the remedy was not tried."""
-        last = self.losses[-max(1, len(self.losses) // 10) :]
-        return sum(last) / len(last) if last else math.nan
-
-    def worst(self, name: str, at: int = -1) -> float | None:
-        """The worst value of an attribute of `Record` over the hidden sites.
-
-        That is the largest value of `saturated` and `stuck`, and the smallest of every other attribute. None where no site has a value.
-
-        Args:
-            at: the index of the observation in `snapshots`.
-        """
-        hidden = [record for record in self.snapshots[at].records if not (record.output or record.gate)] if self.snapshots else []
-        values = [value for record in hidden if (value := getattr(record, name)) is not None]
-        return None if not values else max(values) if name in ("saturated", "stuck") else min(values)
-
-    def first_gradient(self, at: int = -1) -> float | None:
-        """The norm of the weight gradient of the first layer that has one, at the observation with this index."""
-        weights = self.snapshots[at].weights if self.snapshots else ()
-        return next((weight.grad_norm for weight in weights if weight.grad_norm is not None), None)
-
-
-@dataclass(frozen=True)
-class Trials:
-    """What `try_remedies` found out. `print` shows it as a table."""
-
-    trials: tuple[Trial, ...]
-    """The trial of the untouched copy first, then one trial for each remedy."""
-    notes: tuple[str, ...] = ()
-    """Sentences that name the activations which no remedy could replace."""
-
-    def __getitem__(self, remedy: str) -> Trial:
-        for trial in self.trials:
-            if trial.remedy == remedy:
-                return trial
-        raise KeyError(f"no remedy {remedy!r}; there are: {', '.join(trial.remedy for trial in self.trials)}")
-
-    @property
-    def best(self) -> Trial:
-        """The trial with the lowest loss at its end."""
-        return min(self.trials, key=lambda trial: trial.loss if math.isfinite(trial.loss) else math.inf)
-
-    def sentence(self, remedy: str) -> str:
-        """What the numbers say about a remedy, compared with the untouched copy.
-
-        A remedy helps or makes it worse where the loss at the end differs by more than 10 percent.
-        """
-        plain, trial = self.trials[0], self[remedy]
-        if not trial.tried:
-            return f"{remedy} was not tried: {trial.change}"
-        if not math.isfinite(trial.loss):
-            verdict = "makes it diverge"
-        else:
-            ratio = trial.loss / plain.loss if plain.loss else math.inf
-            verdict = "helps" if not math.isfinite(plain.loss) or ratio < 0.9 else "makes it worse" if ratio > 1.1 else "changes little"
-        slopes = [f"{value:.3g}" if (value := each.worst("relative_derivative")) is not None else "?" for each in (plain, trial)]
-        return (
-            f"{remedy} {verdict}: loss {plain.loss:.3g} without, {trial.loss:.3g} with it; E|f'|/peak at the worst site {slopes[0]} and {slopes[1]}"
-        )
-
-    def __str__(self) -> str:
-        from torchsat.report import trials_table
-
-        return trials_table(self)
-
-    def picture(self, path: str | os.PathLike[str]) -> None:
-        """Draw the loss, the saturated share, m, the attenuation and the gradient of the first layer over the steps into a file.
-
-        Raises:
-            ModuleNotFoundError: matplotlib is not installed.
-        """
-        tried = [trial for trial in self.trials if trial.tried]
-        panels = [
-            Panel(title, tuple(Curve(trial.remedy, _finite(points(trial))) for trial in tried), logarithmic) for title, points, logarithmic in _PANELS
-        ]
-        draw(panels, path)
-
-
-Points = Iterable[tuple[int, float | None]]
-
-
-def _finite(points: Points) -> tuple[tuple[int, float], ...]:
-    return tuple((step, value) for step, value in points if value is not None and math.isfinite(value))
-
-
-def _worst(trial: Trial, name: str) -> Points:
-    return [(snapshot.step, trial.worst(name, at)) for at, snapshot in enumerate(trial.snapshots)]
-
-
-_PANELS: tuple[tuple[str, Callable[[Trial], Points], bool], ...] = (
-    ("loss", lambda trial: enumerate(trial.losses), True),
-    ("saturated share, worst site", partial(_worst, name="saturated"), False),
-    ("E|f'| / peak, worst site", partial(_worst, name="relative_derivative"), False),
-    ("attenuation, worst site", partial(_worst, name="attenuation"), True),
-    (
-        "gradient norm, first layer",
-        lambda trial: [(snapshot.step, trial.first_gradient(at)) for at, snapshot in enumerate(trial.snapshots)],
-        True,
-    ),
-)
-"""The panels of the picture: the title, how the curve of a trial is read, and whether the vertical axis is logarithmic."""
-
-
-@dataclass(frozen=True)
 class _Plan:
     """What all trials of one `try_remedies` have in common."""
 
@@ -229,6 +105,7 @@ class _Plan:
     optimizer: Optimizer | MakeOptimizer | None
     steps: int
     every: int
+    seeds: int
     options: MeasureOptions
 
 
@@ -241,6 +118,7 @@ def try_remedies(
     steps: int = 100,
     remedies: Sequence[Remedy] | None = None,
     every: int = 10,
+    seeds: int = 1,
     progress: bool = True,
     **options: Unpack[MeasureOptions],
 ) -> Trials:
@@ -256,31 +134,35 @@ def try_remedies(
         steps: the number of steps of each trial.
         remedies: the remedies to try. None: `REMEDIES`.
         every: the number of steps between two observations.
-        progress: whether to show a progress bar where stderr is a terminal.
+        seeds: how often each remedy is tried. The first time the batches come in their order and the random numbers are those of now; each further
+            time the batches come in another order, and other numbers are drawn: the weights that a remedy draws anew, dropout, whatever the loss
+            draws. The untouched copy begins with the same weights each time. `Trial.loss` is then a mean and `Trial.spread` a standard deviation.
+        progress: whether to show a progress bar where stderr is a terminal, or in a notebook.
         options: those of `torchsat.watch` that say what is measured, such as `include` or `activations`.
+
+    Returns:
+        The trials: `print` shows them as a table, `plot` draws them, and `code` gives the best change as code.
 
     Raises:
         TypeError: an argument is of a wrong type, the loss is no scalar tensor, or the model cannot be copied.
-        ValueError: `steps` is below 1, `batches` is empty, the optimizer holds no parameter of the model, or no hidden activation is a module.
+        ValueError: `steps` or `seeds` is below 1, `batches` is empty, the optimizer holds no parameter of the model, or no hidden activation is a
+            module.
     """
-    _check(batches, loss, optimizer, steps)
+    _check(batches, loss, optimizer, steps, seeds)
     chosen = REMEDIES if remedies is None else tuple(remedies)
     with _random_numbers_kept():
         restore = _random_state()
         taken = [_detached(batch) for batch in itertools.islice(batches, steps)]
         if not taken:
             raise ValueError("batches is empty; at least one batch is needed")
-        plan = _Plan(model, taken, loss, optimizer, steps, every, options)
+        plan = _Plan(model, taken, loss, optimizer, steps, every, seeds, options)
         context, notes = _context(plan)
-        trials = []
-        with _bar(progress, (len(chosen) + 1) * steps) as advance:
-            for remedy in (_PLAIN, *chosen):
-                restore()
-                trials.append(_try(plan, remedy, context, advance))
+        with _bar(progress, (len(chosen) + 1) * steps * seeds) as advance:
+            trials = [_try_seeds(plan, remedy, context, restore, advance) for remedy in (_PLAIN, *chosen)]
     return Trials(tuple(trials), notes)
 
 
-def _check(batches: object, loss: object, optimizer: object, steps: object) -> None:
+def _check(batches: object, loss: object, optimizer: object, steps: object, seeds: object) -> None:
     """Raise TypeError or ValueError for arguments of try_remedies that cannot be used."""
     if not callable(loss):
         raise TypeError(f"loss is {loss!r}; allowed is a function of (model, batch) that gives a scalar")
@@ -288,10 +170,37 @@ def _check(batches: object, loss: object, optimizer: object, steps: object) -> N
         raise TypeError(f"optimizer is {optimizer!r}; allowed are an optimizer, a function of parameters, and None")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches is {batches!r}; allowed are a list, a DataLoader, or anything that can be iterated again")
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; allowed are whole numbers from 1 up")
+    for name, count in (("steps", steps), ("seeds", seeds)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"{name} is {count!r}; allowed are whole numbers from 1 up")
     if isinstance(batches, Iterator):
         raise TypeError("batches is an iterator, which can be read only once; give a list or a DataLoader, or list(itertools.islice(batches, 100))")
+
+
+def _try_seeds(plan: _Plan, remedy: Remedy, context: Context, restore: Callable[[], None], advance: Callable[[int], None]) -> Trial:
+    """Try a remedy with each seed. All remedies meet the same random numbers and the same orders of batches."""
+    restore()
+    first, repeats = _try(plan, remedy, context, advance), []
+    for seed in range(1, plan.seeds):
+        if not first.tried:
+            advance(plan.steps)
+            continue
+        _seed(seed)
+        again = _try(replace(plan, batches=random.sample(plan.batches, len(plan.batches))), remedy, context, advance)
+        if again.tried:
+            repeats.append(again.losses)
+        else:
+            first = again
+    return replace(first, repeats=tuple(repeats)) if first.tried else first
+
+
+def _seed(seed: int) -> None:
+    """Set all generators of random numbers."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
 
 
 def _try(plan: _Plan, remedy: Remedy, context: Context, advance: Callable[[int], None]) -> Trial:
@@ -303,6 +212,7 @@ def _try(plan: _Plan, remedy: Remedy, context: Context, advance: Callable[[int],
     twin = _copy(plan.model)
     try:
         change = remedy.apply(twin, context)
+        code = remedy.as_code(context)
     except ValueError as error:
         advance(plan.steps)
         return Trial(remedy.name, str(error))
@@ -321,7 +231,7 @@ def _try(plan: _Plan, remedy: Remedy, context: Context, advance: Callable[[int],
             raise
         advance(plan.steps - len(losses))
         return Trial(remedy.name, f"could not be run: {type(error).__name__}: {error}")
-    return Trial(remedy.name, change, tuple(losses), tuple(snapshots))
+    return Trial(remedy.name, change, tuple(losses), tuple(snapshots), code=code)
 
 
 def _watch(plan: _Plan, twin: nn.Module, every: int, snapshots: list[Snapshot]) -> Monitor:
@@ -474,11 +384,15 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _bar(shown: bool, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, removed at the end. It gives the function that advances it by a number of steps."""
+    """A progress bar on stderr or in the cell of a notebook, removed at the end. It gives the function that advances it by a number of steps."""
+    if shown and is_kernel():
+        with closing(Bar("trying remedies", total)) as cell:
+            yield cell.advance
+        return
     from rich.console import Console
     from rich.progress import Progress
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_jupyter=False)
     with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
         task = bar.add_task("trying remedies", total=total)
         yield lambda steps: bar.advance(task, steps)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from torchsat.alerts import ADJECTIVE, Episode
-from torchsat.record import Alert
+from torchsat.alerts import ADJECTIVE, Episode, episodes_of
+from torchsat.record import Alert, Snapshot
 
 
 class Health(Enum):
@@ -104,6 +104,11 @@ def verdict_of(episodes: Sequence[Episode], activations: Mapping[str, str] | Non
     worst = min(firing, key=lambda alert: (alert.rule != "nonfinite", alert.severity != "critical", -len(alert.also), alert.since))
     health = Health.NOT_FINITE if worst.rule == "nonfinite" else Health.CRITICAL if worst.severity == "critical" else Health.WARNING
     return Verdict(health, worst, len(firing), over, (activations or {}).get(worst.site, ""))
+
+
+def verdict_on(snapshots: Sequence[Snapshot]) -> Verdict:
+    """The verdict on a run that `torchsat.read` has read."""
+    return verdict_of(episodes_of(snapshots), {record.site: record.activation for each in snapshots for record in each.records})
 
 
 def worst_first(verdicts: Mapping[str, Verdict]) -> list[str]:

@@ -194,15 +194,26 @@ def _last_seen(names: Sequence[str], steps: NDArray[np.float64], values: Values)
 
 def from_snapshots(name: str, snapshots: Sequence[Snapshot]) -> Series:
     """A run from the snapshots that `torchsat.read` returns."""
-    records, weights = [], []
-    for each in snapshots:
-        facts = [{fact: getattr(record, fact) for fact in SITE_FACTS} for record in each.records]
-        table = [[to_float(getattr(record, metric)) for record in each.records] for metric in rows_of("records")]
-        records.append((Table.of([fact["site"] for fact in facts], each.step, each.time, table), facts))
-        facts = [{fact: getattr(weight, fact) for fact in WEIGHT_FACTS} for weight in each.weights]
-        table = [[to_float(getattr(weight, metric)) for weight in each.weights] for metric in rows_of("weights")]
-        weights.append((Table.of([fact["name"] for fact in facts], each.step, each.time, table), facts))
+    records = [(record_table(each), facts_of(each.records, SITE_FACTS)) for each in snapshots]
+    weights = [(weight_table(each), facts_of(each.weights, WEIGHT_FACTS)) for each in snapshots]
     return series(name, records, weights).told(alert for each in snapshots for alert in each.alerts)
+
+
+def facts_of(items: Iterable[Any], facts: Sequence[str]) -> list[dict[str, Any]]:
+    """The facts of records (SITE_FACTS) or of weights (WEIGHT_FACTS) by name."""
+    return [{fact: getattr(item, fact) for fact in facts} for item in items]
+
+
+def record_table(snapshot: Snapshot) -> Table:
+    """The metrics of all sites in one snapshot."""
+    rows = [[to_float(getattr(record, metric)) for record in snapshot.records] for metric in rows_of("records")]
+    return Table.of([record.site for record in snapshot.records], snapshot.step, snapshot.time, rows)
+
+
+def weight_table(snapshot: Snapshot) -> Table:
+    """The metrics of all layers in one snapshot."""
+    rows = [[to_float(getattr(weight, metric)) for weight in snapshot.weights] for metric in rows_of("weights")]
+    return Table.of([weight.name for weight in snapshot.weights], snapshot.step, snapshot.time, rows)
 
 
 def histograms(site: str, snapshots: Sequence[Snapshot]) -> Grid:
