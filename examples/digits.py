@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.utils.tensorboard import SummaryWriter
 
 import torchsat
 from torchsat.report import report
@@ -46,12 +47,15 @@ def train(log_dir: str | None, sane: bool = False, steps: int = 1000) -> tuple[f
     model = network(sane)
     monitor = torchsat.watch(model, log_dir)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for _ in range(steps):
+    writer = SummaryWriter(log_dir)
+    for step in range(steps):
         batch = torch.randint(1500, (64,))
         loss = nn.functional.cross_entropy(model(pixels[batch]), labels[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        writer.add_scalar("train/loss", loss.item(), step)
+    writer.close()
     monitor.close()
 
     model.eval()

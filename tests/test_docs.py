@@ -251,8 +251,8 @@ def test_the_remedies_example_measures_what_the_mathematics_says(run_example: Ru
     ("name", "steps", "verdict"),
     [
         ("transformer", 33, "critical: blocks.0/softmax"),
-        ("rl_agent", 5, "critical: body.1: saturated (inputs_unscaled), since step 0"),
-        ("finetuning", 5, "critical: 2: saturated (inputs_unscaled), since step 0"),
+        ("rl_agent", 5, "critical: body.1 (tanh): saturated (inputs_unscaled), since step 0"),
+        ("finetuning", 5, "critical: 2 (tanh): saturated (inputs_unscaled), since step 0"),
     ],
 )
 def test_an_example_says_what_is_wrong_and_its_sane_twin_is_healthy(name: str, steps: int, verdict: str, run_example: RunExample) -> None:

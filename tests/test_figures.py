@@ -56,7 +56,7 @@ def test_the_heatmap_shows_the_numbers_of_the_run() -> None:
     assert [bar.get_extents().width > 0 for bar in profile.patches] == [False, True]
     assert profile.patches[1].get_hatch()
     assert "not finite" not in figure.get_suptitle()
-    assert figure.get_suptitle().startswith("critical: b.act: saturated (init_too_large), since step 1")
+    assert figure.get_suptitle().startswith("critical: b.act (tanh): saturated (init_too_large), since step 1")
 
 
 @pytest.mark.parametrize("metric", [each.name for each in METRICS])

@@ -152,7 +152,7 @@ def test_a_run_ends_with_one_line(scale: float, tmp_path: Path, caplog: pytest.L
     assert last is caplog.records[-1]
     if scale > 1:
         assert last.levelno == logging.WARNING
-        assert last.message.startswith("torchsat: the run ends critical: 1: saturated (inputs_unscaled), since step 0")
+        assert last.message.startswith("torchsat: the run ends critical: 1 (tanh): saturated (inputs_unscaled), since step 0")
         assert last.message.endswith(f"More: torchsat report {tmp_path / 'exp'}")
     else:
         assert (last.levelno, last.message) == (logging.INFO, "torchsat: the run ends healthy: no alert was raised")

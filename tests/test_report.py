@@ -69,7 +69,7 @@ def test_the_worst_site_stands_first_and_outputs_last(tmp_path: Path, monkeypatc
 def test_the_report_begins_with_the_verdict(tmp_path: Path) -> None:
     printed = text(run(tmp_path / "digits"))
     assert printed.splitlines()[:7] == [
-        "digits is critical: bad is saturated, since step 10",
+        "digits is critical: bad (tanh) is saturated, since step 10",
         "5 observations, steps 0 to 40, 3 sites, 2 alerts (1 firing at the end)",
         "",
         "What: bad (tanh) is saturated",
@@ -98,7 +98,7 @@ def test_several_runs_are_compared_and_the_worst_is_told(tmp_path: Path) -> None
     for name, alert in (("sick", ALERT), ("mild", replace(ALERT, severity="warning")), ("nan", broken)):
         write(tmp_path / name, [replace(each, alerts=(alert,) if each.step == 4 else ()) for each in snapshots()])
     lines = text(tmp_path).splitlines()
-    assert lines[0].startswith("3 of 5 runs are sick. Worst: nan: not finite: a.act: non-finite")
+    assert lines[0].startswith("3 of 5 runs are sick. Worst: nan: not finite: a.act (tanh): non-finite")
     table = rows("\n".join(lines), "Runs, worst first")
     assert [each[0] for each in table] == ["nan", "sick", "mild", "sweep/lr", "well"]
     assert [" ".join(each[1:3]) for each in table[:3]] == ["not finite", "critical 5", "warning 5"]
@@ -108,9 +108,9 @@ def test_several_runs_are_compared_and_the_worst_is_told(tmp_path: Path) -> None
     out = io.StringIO()
     report(tmp_path, out, everything=True)
     assert [line for line in out.getvalue().splitlines() if re.match(r"(nan|sick|mild|sweep/lr 1|well) (is|has) ", line)] == [
-        "nan is not finite: a.act is non-finite, since step 2",
-        "sick is critical: b.act is saturated, since step 1",
-        "mild has a warning: b.act is saturated, since step 1",
+        "nan is not finite: a.act (tanh) is non-finite, since step 2",
+        "sick is critical: b.act (tanh) is saturated, since step 1",
+        "mild has a warning: b.act (tanh) is saturated, since step 1",
         "sweep/lr 1 is healthy: no alert was raised",
         "well is healthy: no alert was raised",
     ]
@@ -170,7 +170,7 @@ def test_only_a_terminal_gets_colours_and_the_user_may_forbid_them(tmp_path: Pat
     plain, coloured = text(given), Terminal()
     report(given, coloured)
     assert "\033" not in plain
-    assert f"\033[1;31m{tmp_path.name} is critical: bad is saturated, since step 10\033[0m" in coloured.getvalue()
+    assert f"\033[1;31m{tmp_path.name} is critical: bad (tanh) is saturated, since step\033[0m" in coloured.getvalue()
     assert re.sub(r"\033\[[\d;]*m", "", coloured.getvalue()) == plain
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as patched:
@@ -213,7 +213,7 @@ def test_markdown_holds_the_same_cells(tmp_path: Path) -> None:
     out = io.StringIO()
     report(run(tmp_path), out, "markdown")
     lines = out.getvalue().splitlines()
-    assert lines[0] == f"## {tmp_path.name}: critical: bad: saturated (init_too_large), since step 10".replace("_", "\\_")
+    assert lines[0] == f"## {tmp_path.name}: critical: bad (tanh): saturated (init_too_large), since step 10".replace("_", "\\_")
     assert lines[2] == "5 observations, steps 0 to 40, 3 sites, 2 alerts (1 firing at the end)"
     table = lines[next(at for at, line in enumerate(lines) if line.startswith("### Sites")) + 2 :][:5]
     assert table[1] == "| :-- | :-- | :-- | --: | --: | --: | --: | --: | --: | --: | --: | --: | :-- |"
@@ -284,7 +284,7 @@ def test_the_json_is_what_the_documentation_says(tmp_path: Path) -> None:
     assert met == set(documented)
     assert found["verdict"] == {**found["verdict"], "health": "critical", "worst": "sick", "sick": 1, "runs": 3}
     verdict = found["runs"][0]["verdict"]
-    assert (verdict["where"], verdict["advice"], verdict["code"], verdict["since"]) == ("b.act and 1 more", "draw", "x = 1", 1)
+    assert (verdict["where"], verdict["advice"], verdict["code"], verdict["since"]) == ("b.act (tanh) and 1 more", "draw", "x = 1", 1)
 
 
 def test_the_page_holds_names_as_data(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_the_page_begins_with_the_verdict_and_needs_no_scripts_for_it(tmp_path: 
         " sick Last observation: 1970-01-01 00:16 UTC. 6 observations, steps 0 to 5, 2 sites, 1 alert (1 firing at the end) critical : "
     )
     for told in (
-        "b.act and 9 more: saturated",
+        "b.act (tanh) and 9 more: saturated",
         "since step 1",
         "s5 and 3 more",
         "Why: init_too_large",
@@ -379,7 +379,7 @@ def test_a_sick_run_fails_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixtu
         write(tmp_path / name, [replace(each, alerts=(alert,) if each.step == 4 else ()) for each in snapshots()])
     found = {name: tuple(main(["report", str(tmp_path / name), *given]) for given in FAIL_ON) for name in ("well", "mild", "sick", "nan")}
     assert found == {"well": (0, 0, 0), "mild": (0, 3, 0), "sick": (0, 3, 3), "nan": (0, 3, 3)}
-    assert "torchsat: sick: critical: b.act: saturated (init_too_large), since step 1\n" in capsys.readouterr().err
+    assert "torchsat: sick: critical: b.act (tanh): saturated (init_too_large), since step 1\n" in capsys.readouterr().err
     assert main(["report", str(tmp_path), "--fail-on", "critical", "--json", "-o", str(tmp_path / "all.json")]) == 3
     assert json.loads((tmp_path / "all.json").read_text())["verdict"]["worst"] == "nan"
     assert main(["report", str(tmp_path / "nowhere"), "--fail-on", "critical"]) == 1
