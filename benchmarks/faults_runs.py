@@ -14,12 +14,14 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from other_rules import Others
 from torch import nn
 
 import torchsat
+from torchsat import process
 from torchsat.schedule import Schedule
 
 EVERY = 10
@@ -88,6 +90,8 @@ def run(scenario: Scenario, faulty: bool, seed: int, steps: int | None = None) -
     plan, others = Schedule(EVERY, None), Others(training.model, training.optimizer)
     with (
         warnings.catch_warnings(),
+        # A second watch of a model closes the first one. Here two rates are wanted of one and the same training.
+        mock.patch.object(process, "make_way", return_value=None),
         torchsat.watch(training.model, every=EVERY, budget=None, sinks=[often.append], rules=()),
         torchsat.watch(training.model, sinks=[seldom.append], rules=()),
     ):

@@ -5,12 +5,16 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import torchsat
 from tests.conftest import record
 from tests.test_tensorboard import ALERT
-from torchsat import Cause, Rule, Snapshot
+from torchsat import Cause, Rule, Snapshot, Weight
 from torchsat.alert_level import alert_level
 from torchsat.alerts import Episode
 from torchsat.definitions import CAUSE_TITLES, RULE_DEFINITIONS
@@ -106,3 +110,20 @@ def test_several_runs_are_summed_up_the_worst_first() -> None:
     assert summary(runs).startswith("3 of 4 runs are sick. Worst: wider: critical: a and 1 more: saturated")
     assert summary({"well": runs["well"]}) == "The run is healthy."
     assert summary({"one": runs["well"], "two": runs["well"]}) == "Both runs are healthy."
+
+
+def test_a_layer_says_what_it_is() -> None:
+    model = nn.Sequential(
+        nn.Conv1d(3, 6, 1), nn.Tanh(), nn.Flatten(), nn.Linear(int(np.prod((6, 4))), 5), nn.Tanh(), weight_norm(nn.Linear(5, 2)), nn.Tanh()
+    )
+    model.append(nn.ModuleDict({"head": nn.Linear(2, 1)})["head"])
+    with torchsat.watch(model, every=1, budget=None) as monitor:
+        model(torch.randn(8, 3, 4)).sum().backward()
+        monitor.step()
+        monitor.flush()
+        assert monitor.latest is not None
+        names = {weight.name: weight.titled for weight in monitor.latest.weights}
+    assert names["0"] == "layer 0 (Conv1d 3 -> 6)"
+    assert names["3"] == "layer 3 (Linear 24 -> 5)"
+    assert all("Parametrized" not in name for name in names.values())
+    assert Weight("fc1", (), 8, False, None, 1, 1.0, 1.0, None, None, None, None, 0, layer="Linear 8 -> 2").titled == "fc1"

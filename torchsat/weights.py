@@ -253,7 +253,8 @@ class Layer:
         user's, and are not read."""
         module = self.module()
         kept = vars(module) if module is not None else {}
-        name = type(module).__name__.removeprefix("Parametrized") if module is not None else ""
+        # torch.nn.utils.parametrize and fully_shard replace the type by one of their own, whose name begins with theirs.
+        name = type(module).__name__.removeprefix("FSDP").removeprefix("Parametrized") if module is not None else ""
         known = (
             f" {kept[start]} -> {kept[end]}"
             for start, end in _WIDTHS
