@@ -95,7 +95,7 @@ _PAGE = """<!doctype html>
 {head}
 <div id="torchsat"></div>
 <noscript><p class="report">The picture needs scripts. What follows does not.</p></noscript>
-<details class="report text" open><summary>The report as text</summary><pre>{text}</pre></details>
+<section aria-label="The report as text"><details class="report text" open><summary>The report as text</summary><pre>{text}</pre></details></section>
 <script type="application/json" id="torchsat-data">{data}</script>
 <script type="module">
 {script}</script>
