@@ -17,9 +17,7 @@ import math
 from typing import Any
 
 from torchsat.rules import HYSTERESIS, Rule
-
-WARNING = 0.5
-"""The level at the limit of a warning."""
+from torchsat.shown import WARNING
 
 
 def alert_level(rule: Rule, value: float, item: Any) -> float:

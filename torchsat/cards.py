@@ -16,9 +16,9 @@ from typing import Any
 
 from torchsat.alerts import Episode
 from torchsat.coverage import Coverage
-from torchsat.percent import percent
+from torchsat.percent import listed, number_or_dash, percent, percent_or_dash
 from torchsat.record import Alert, Record, Snapshot, Weight
-from torchsat.shown import level_in_words
+from torchsat.shown import WARNING, level_in_words
 from torchsat.verdict import Verdict, verdict_of
 
 ROWS = 8
@@ -99,15 +99,15 @@ def _(snapshot: Snapshot) -> str:
 def _(record: Record) -> str:
     role = ", an output" if record.output else ", a gate" if record.gate else ""
     rows = [
-        ("saturated", _share(record.saturated), "share of inputs on a plateau, where |f'| is below 5 % of its peak by default"),
-        ("blocked", _share(record.blocked), "of what the gradient asks for, the part that plateaus take"),
-        ("trapped", _share(record.trapped), "the part of that which asks to leave the plateau"),
-        ("E|f'| / peak", _number(record.relative_derivative), "mean derivative: 1 is fully open, 0 is closed"),
-        ("stuck units", _share(record.stuck), "units saturated in at least 99 % of their newest samples"),
-        ("attenuation", _number(record.attenuation), "what the activation does to the size of the gradient"),
-        ("gradient", _number(record.grad_z_rms), "root mean square of dL/dz"),
+        ("saturated", percent_or_dash(record.saturated), "share of inputs on a plateau, where |f'| is below 5 % of its peak by default"),
+        ("blocked", percent_or_dash(record.blocked), "of what the gradient asks for, the part that plateaus take"),
+        ("trapped", percent_or_dash(record.trapped), "the part of that which asks to leave the plateau"),
+        ("E|f'| / peak", number_or_dash(record.relative_derivative), "mean derivative: 1 is fully open, 0 is closed"),
+        ("stuck units", percent_or_dash(record.stuck), "units saturated in at least 99 % of their newest samples"),
+        ("attenuation", number_or_dash(record.attenuation), "what the activation does to the size of the gradient"),
+        ("gradient", number_or_dash(record.grad_z_rms), "root mean square of dL/dz"),
         ("z", _spread(record.z_mean, record.z_std), "mean ± standard deviation of the inputs"),
-        ("entropy", _number(record.entropy), "of the attention: 1 is even, 0 is one key alone"),
+        ("entropy", number_or_dash(record.entropy), "of the attention: 1 is even, 0 is one key alone"),
         ("not finite", str(record.nonfinite) if record.nonfinite else "-", "elements that are inf or nan"),
     ]
     shown = [(name, value, _dim(says)) for name, value, says in rows if value != "-"]
@@ -117,14 +117,14 @@ def _(record: Record) -> str:
 @card.register
 def _(weight: Weight) -> str:
     rows = [
-        ("gain", _number(weight.gain), "rms(W) sqrt(fan_in): 1 under Xavier, 1.41 under He"),
-        ("gradient norm", _number(weight.grad_norm), "||dL/dW||"),
-        ("update ratio", _number(weight.update_ratio), "||change of W|| / ||W|| by this step"),
-        ("input rms", _number(weight.input_rms), "root mean square of the layer's input"),
+        ("gain", number_or_dash(weight.gain), "rms(W) sqrt(fan_in): 1 under Xavier, 1.41 under He"),
+        ("gradient norm", number_or_dash(weight.grad_norm), "||dL/dW||"),
+        ("update ratio", number_or_dash(weight.update_ratio), "||change of W|| / ||W|| by this step"),
+        ("input rms", number_or_dash(weight.input_rms), "root mean square of the layer's input"),
     ]
     shown = [(name, value, _dim(says)) for name, value, says in rows if value != "-"]
     name = f"<b>{_text(weight.name)}</b>" + (f" ({_text(weight.layer)})" if weight.layer else "")
-    return _card(_line(_word(weight), f"{name}, feeds {_text(_listed(weight.feeds))}", raw=True), _table((), shown, raw=(1, 2)))
+    return _card(_line(_word(weight), f"{name}, feeds {_text(listed(weight.feeds, _NAMES))}", raw=True), _table((), shown, raw=(1, 2)))
 
 
 @card.register
@@ -228,7 +228,7 @@ def _alerts(alerts: Sequence[Alert]) -> str:
 def _alert(alert: Alert, with_code: bool = True) -> Iterator[str]:
     yield _line(alert.severity if alert.firing else "healthy", alert.message)
     if alert.also:
-        yield _faint(f"also: {_listed(alert.also)}")
+        yield _faint(f"also: {listed(alert.also, _NAMES)}")
     told = set[str]()
     for cause in alert.causes[:3]:
         share = f" ({percent(cause.share)})" if cause.share < 1 else ""
@@ -241,12 +241,17 @@ def _alert(alert: Alert, with_code: bool = True) -> Iterator[str]:
 def _sites(snapshot: Snapshot, levels: Mapping[str, Sequence[float]]) -> str:
     """The worst sites and layers, with their history where it is known."""
     items: list[Record | Weight] = sorted(
-        (*snapshot.records, *(weight for weight in snapshot.weights if (weight.alert_level or 0.0) >= 0.5)), key=_badness, reverse=True
+        (*snapshot.records, *(weight for weight in snapshot.weights if (weight.alert_level or 0.0) >= WARNING)), key=_badness, reverse=True
     )
     rows = []
     for item in items[:ROWS]:
         if isinstance(item, Record):
-            cells = (_text(item.activation), _text(_share(item.saturated)), _text(_share(item.trapped)), _text(_number(item.grad_z_rms)))
+            cells = (
+                _text(item.activation),
+                _text(percent_or_dash(item.saturated)),
+                _text(percent_or_dash(item.trapped)),
+                _text(number_or_dash(item.grad_z_rms)),
+            )
             rows.append((_text(item.site), _badge(_word(item)), *cells, _strip(levels.get(item.site, ()))))
         else:
             rows.append((_text(item.name), _badge(_word(item)), _text(item.layer or "weight"), "", "", "", ""))
@@ -320,18 +325,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], raw: Iterable[int
         cells = (each if at in is_raw else _text(each) for at, each in enumerate(row))
         lines.append(f'<tr style="background:none">{"".join(f"""<td style="{cell}">{each}</td>""" for each in cells)}</tr>')
     return f'<table style="border-collapse:collapse;margin:6px 0;font-size:12px;color:inherit;border:none">{"".join(lines)}</table>'
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else percent(value)
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
 
 
 def _spread(mean: float | None, deviation: float | None) -> str:

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torchsat
 from torchsat.report import FORMATS, print_runs
+from torchsat.sheets import verdicts_of
 from torchsat.tensorboard.reader import Run, read_runs
-from torchsat.verdict import Health, verdict_on
+from torchsat.verdict import Health
 
 
 class Status(IntEnum):
@@ -87,5 +88,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _sick(runs: Sequence[Run], limit: str) -> list[str]:
     """A sentence for each run that is as sick as this severity or worse."""
-    verdicts = [(run.name, verdict_on(run.snapshots)) for run in runs]
-    return [f"{name}: {verdict}" for name, verdict in verdicts if verdict.health.rank >= Health(limit).rank]
+    return [f"{name}: {verdict}" for name, verdict in verdicts_of(runs).items() if verdict.health.rank >= Health(limit).rank]

@@ -9,11 +9,15 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from torchsat.cards import Treatment, Tried
-from torchsat.sheets import console_for, number_or_dash, percent_or_dash
+from torchsat.percent import number_or_dash, percent_or_dash
+
+_WIDTH = 200
+"""The width of the table, in characters."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Compared:
     def loss_in_words(self) -> str:
         """The loss with its spread."""
         spread = "" if self.spread is None else f" ± {self.spread:.2g}"
-        return f"{number_or_dash(self.loss, '{:.3g}')}{spread}"
+        return f"{number_or_dash(self.loss)}{spread}"
 
 
 def table(rows: Sequence[Compared], notes: Sequence[str]) -> str:
@@ -54,12 +58,13 @@ def table(rows: Sequence[Compared], notes: Sequence[str]) -> str:
             row.loss_in_words,
             percent_or_dash(row.of_untouched),
             percent_or_dash(row.saturated),
-            number_or_dash(row.derivative, "{:.3g}"),
+            number_or_dash(row.derivative),
             number_or_dash(row.gradient, "{:.1e}"),
             Text(row.change),
         )
     out = io.StringIO()
-    console = console_for(out)
+    # In a notebook, rich would display the text in the cell instead of writing it to the file.
+    console = Console(file=out, highlight=False, force_jupyter=False, width=_WIDTH)
     console.print(shown)
     for note in notes:
         console.print(note, markup=False)

@@ -25,6 +25,7 @@ from torchsat.judge import Judge
 from torchsat.log_lines import directory_of, tell, tell_end
 from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
+from torchsat.percent import listed
 from torchsat.process import undisturbed
 from torchsat.record import Alert, Snapshot, with_levels
 from torchsat.rows import Stuck, to_record, to_weight
@@ -242,8 +243,7 @@ class Delivery:
     def say_stopped(self, step: int, names: list[str]) -> None:
         """Log one line for sites that ran before and no longer do."""
         if names and self._route.speaks:
-            listed = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-            log.warning("torchsat: step %d: %s ran before, but not in the last observations.", step, listed)
+            log.warning("torchsat: step %d: %s ran before, but not in the last observations.", step, listed(names, 5))
 
     def _move_files(self) -> None:
         """On every rank but the first of the job, write to a sub-directory `rank<n>`, so that the files of different ranks do not mix."""

@@ -11,8 +11,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from torchsat.record import Cause
+from torchsat.sheets import verdicts_of
 from torchsat.tensorboard.reader import Run
-from torchsat.verdict import Health, Verdict, summary, verdict_on, worst_first
+from torchsat.verdict import Health, Verdict, summary, worst_first
 from torchsat.view import from_snapshots, plain
 
 SCHEMA = 1
@@ -21,7 +22,7 @@ SCHEMA = 1
 
 def document(runs: Sequence[Run]) -> dict[str, Any]:
     """The verdict on all runs, and everything about each, the worst first."""
-    verdicts = {run.name: verdict_on(run.snapshots) for run in runs}
+    verdicts = verdicts_of(runs)
     order, by_name = worst_first(verdicts), {run.name: run for run in runs}
     return {
         "verdict": {
@@ -44,7 +45,7 @@ def _run(run: Run, verdict: Verdict) -> dict[str, Any]:
     kept = {name: value for name, value in asdict(bare).items() if name != "alerts"}
     found: dict[str, Any] = plain(
         {
-            "verdict": {**verdict.as_dict(), "code": verdict.alert.causes[0].code if verdict.alert is not None and verdict.alert.causes else ""},
+            "verdict": verdict.as_dict(),
             "run": run.name,
             "directory": run.directory,
             "observations": len(run.snapshots),

@@ -11,30 +11,29 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from torchsat.alerts import Episode, episodes_of
-from torchsat.percent import percent
+from torchsat.percent import listed, percent
 from torchsat.record import CODE_INDENT, Alert
-from torchsat.sheets import Column, Row, Sheet, bars_for, comparison, extent, sheets
+from torchsat.sheets import Column, Row, Sheet, bars_for, comparison, extent, sheets, verdicts_of
 from torchsat.tensorboard.reader import Run
-from torchsat.tensorboard.stock import code_in_cell
-from torchsat.verdict import summary, verdict_on, worst_first
+from torchsat.tensorboard.stock import code_in_cell, escaped
+from torchsat.verdict import Verdict, summary, worst_first
 
 
 def print_markdown(out: TextIO, runs: Sequence[Run]) -> None:
     """Print the report of each run, the worst first; before them, of several, how they compare."""
-    verdicts = {run.name: verdict_on(run.snapshots) for run in runs}
+    verdicts = verdicts_of(runs)
     by_name = {run.name: run for run in runs}
     parts: list[str] = []
     if len(runs) > 1:
         parts += [f"**{_escaped(summary(verdicts))}**", _markdown(comparison(verdicts, runs))]
     for name in worst_first(verdicts):
-        parts += _details(by_name[name], out)
+        parts += _details(by_name[name], verdicts[name], out)
     out.write("\n\n".join(parts) + "\n")
 
 
-def _details(run: Run, out: TextIO) -> list[str]:
+def _details(run: Run, verdict: Verdict, out: TextIO) -> list[str]:
     """One run: its verdict, its extent, its alerts and its tables."""
     found, end = episodes_of(run.snapshots), run.snapshots[-1].step
-    verdict = verdict_on(run.snapshots)
     parts = [f"## {_escaped(run.name)}: {_escaped(str(verdict))}" if run.name else f"## {_escaped(str(verdict).capitalize())}"]
     if run.directory:
         parts.append(extent(run, found))
@@ -60,7 +59,7 @@ def _escaped(text: str) -> str:
         if is_code:
             found.append(code_in_cell("\n".join(line.removeprefix(CODE_INDENT) for line in lines)))
         else:
-            found.append(re.sub(r"([\\|<>*_`\[\]])", r"\\\1", " ".join(lines)))
+            found.append(escaped(" ".join(lines)))
     return "".join(found)
 
 
@@ -86,7 +85,7 @@ def _lines(alert: Alert) -> list[str]:
     """An alert in a few lines: what is wrong, which other places suffer, the causes with their remedies."""
     lines = [alert.message]
     if alert.also:
-        lines.append(f"Also: {', '.join(alert.also[:6])}" + (f" and {len(alert.also) - 6} more" if len(alert.also) > 6 else ""))
+        lines.append(f"Also: {listed(alert.also, 6)}")
     for cause in alert.causes:
         lines += [f"Why: {cause.name} ({percent(cause.share)}): {cause.evidence}", f"     Try: {cause.remedy}"]
     return lines

@@ -10,11 +10,11 @@ from datetime import datetime, timezone
 from html import escape
 
 from torchsat.alerts import episodes_of
-from torchsat.percent import percent
+from torchsat.percent import listed, percent
 from torchsat.record import Alert
-from torchsat.sheets import Sheet, comparison, extent
+from torchsat.sheets import Sheet, comparison, extent, verdicts_of
 from torchsat.tensorboard.reader import Run
-from torchsat.verdict import Health, summary, verdict_on, worst_first
+from torchsat.verdict import Health, summary, worst_first
 
 MOST_NAMES = 6
 """So many runs are named in the title, and so many places behind an alert."""
@@ -61,13 +61,12 @@ def title_of(runs: Sequence[Run]) -> str:
     names = [run.name for run in runs if run.name]
     if len(names) <= 1:
         return names[0] if names else "snapshot"
-    left = len(names) - MOST_NAMES
-    return f"{len(names)} runs: {', '.join(names[:MOST_NAMES])}{f' and {left} more' if left > 0 else ''}"
+    return f"{len(names)} runs: {listed(names, MOST_NAMES)}"
 
 
 def head(runs: Sequence[Run]) -> str:
     """The head of the page: title, date and verdict; of several runs a table; and of the worst run what is wrong, why, and what to try."""
-    verdicts = {run.name: verdict_on(run.snapshots) for run in runs}
+    verdicts = verdicts_of(runs)
     worst = worst_first(verdicts)[0]
     verdict, run = verdicts[worst], next(run for run in runs if run.name == worst)
     sentence = str(verdict).partition(": ")[2] if len(runs) == 1 else summary(verdicts)
@@ -99,8 +98,7 @@ def _alert(alert: Alert, title: str) -> list[str]:
     """An alert: what is wrong, which other places suffer, and the causes with their remedies and code."""
     parts = [f"<h2>{escape(title)}</h2>", f"<p>{escape(alert.message)}</p>"]
     if alert.also:
-        left = len(alert.also) - MOST_NAMES
-        parts.append(f"<p>Also: {escape(', '.join(alert.also[:MOST_NAMES]))}{f' and {left} more' if left > 0 else ''}</p>")
+        parts.append(f"<p>Also: {escape(listed(alert.also, MOST_NAMES))}</p>")
     for cause in alert.causes:
         share = f" ({percent(cause.share)})" if len(alert.causes) > 1 else ""
         parts.append(f"<h2>Why: {escape(cause.name)}{share}</h2><p>{escape(cause.evidence)}</p>")

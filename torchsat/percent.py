@@ -1,10 +1,11 @@
-"""How a share is printed for people, as a percentage; standard library only.
+"""How a share is printed for people, as a percentage, and what may be unknown or too long; standard library only.
 
 The Saturation tab prints shares as well, in JavaScript. It gets the thresholds below as data (view.scales), so that both print the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -34,3 +35,18 @@ def percent(share: float) -> str:
         return f"> {PERCENT.most:g} %"
     decimals = PERCENT.decimals if points < PERCENT.fine_below or points > PERCENT.fine_above else 0
     return f"{points:.{decimals}f} %"
+
+
+def percent_or_dash(share: float | None) -> str:
+    """A share as a percentage; a dash if it is not known."""
+    return "-" if share is None else percent(share)
+
+
+def number_or_dash(value: float | None, form: str = "{:.3g}") -> str:
+    """A number in a format; a dash if it is not known."""
+    return "-" if value is None else form.format(value)
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """The first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

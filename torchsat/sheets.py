@@ -9,24 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TextIO
+from typing import IO
 
-from rich.console import Console
-
-from torchsat.alert_level import WARNING
 from torchsat.alerts import Episode
-from torchsat.percent import percent
+from torchsat.percent import number_or_dash, percent_or_dash
 from torchsat.record import Record, Snapshot, Weight
+from torchsat.shown import level_in_words
 from torchsat.tensorboard.reader import Run
-from torchsat.verdict import Health, Verdict, worst_first
+from torchsat.verdict import Health, Verdict, verdict_on, worst_first
 
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = " .:-=+*#"
 """For an output whose encoding lacks block characters."""
-_NO_TERMINAL_WIDTH = 200
-"""The width of the text, in characters, if the output is no terminal."""
-_LEAST_WIDTH = 110
-"""A narrower terminal wraps the lines, which is better than numbers that are cut in half."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +69,6 @@ def bars_for(out: IO[str]) -> str:
     return _BARS
 
 
-def console_for(file: TextIO) -> Console:
-    """A console that writes into a file. It uses colours only on a terminal."""
-    # In a notebook, rich would display the text in the cell instead of writing it to the file.
-    console = Console(file=file, highlight=False, force_jupyter=False, width=None if file.isatty() else _NO_TERMINAL_WIDTH)
-    console.width = max(console.width, _LEAST_WIDTH)
-    return console
-
-
 def extent(run: Run, found: Sequence[Episode]) -> str:
     """The extent of a run, in one line."""
     first, last, firing = run.snapshots[0], run.snapshots[-1], sum(each.cleared is None for each in found)
@@ -97,6 +83,11 @@ def extent(run: Run, found: Sequence[Episode]) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def verdicts_of(runs: Iterable[Run]) -> dict[str, Verdict]:
+    """The verdict on each run, by name."""
+    return {run.name: verdict_on(run.snapshots) for run in runs}
 
 
 def comparison(verdicts: Mapping[str, Verdict], runs: Iterable[Run]) -> Sheet:
@@ -141,16 +132,12 @@ def health_of(item: Record | Weight, firing: Iterable[str] = ()) -> str:
     Args:
         firing: the places of the alerts that fire. One that is healthy now and is among them is recovering: its alert waits before it clears.
     """
-    if isinstance(item, Record) and (item.nonfinite or item.grad_nonfinite):
-        return Health.NOT_FINITE.value
-    if isinstance(item, Weight) and not math.isfinite(item.norm or 0.0):
-        return Health.NOT_FINITE.value
+    broken = item.nonfinite or item.grad_nonfinite if isinstance(item, Record) else not math.isfinite(item.norm or 0.0)
+    word = level_in_words(item.alert_level, broken)
+    if word in (Health.NOT_FINITE.value, Health.CRITICAL.value, Health.WARNING.value):
+        return word
     if item.alert_level is None:
         return "-"
-    if item.alert_level >= 1:
-        return Health.CRITICAL.value
-    if item.alert_level >= WARNING:
-        return Health.WARNING.value
     place = item.site if isinstance(item, Record) else item.name
     return "recovering" if place in firing else Health.HEALTHY.value
 
@@ -222,7 +209,7 @@ def _site_sheet(snapshots: Sequence[Snapshot], firing: set[str], bars: str, tren
                 *(percent_or_dash(value) for value in (record.saturated, record.low, record.high, record.blocked, record.trapped)),
                 number_or_dash(record.relative_derivative, "{:.3f}"),
                 percent_or_dash(record.stuck),
-                number_or_dash(record.attenuation, "{:.3g}"),
+                number_or_dash(record.attenuation),
                 number_or_dash(record.grad_z_rms, "{:.2e}"),
                 sparkline(series, trend, bars),
             ),
@@ -256,9 +243,9 @@ def _attention_sheet(snapshots: Sequence[Snapshot], firing: set[str], bars: str,
                 record.site + (" (output)" if record.output else ""),
                 health,
                 str(len(record.heads or ())),
-                *(number_or_dash(value, "{:.3g}") for value in (record.entropy, record.entropy_min)),
+                *(number_or_dash(value) for value in (record.entropy, record.entropy_min)),
                 percent_or_dash(record.blocked),
-                *(number_or_dash(value, "{:.3g}") for value in (record.jacobian, record.logit_std, record.z_max)),
+                *(number_or_dash(value) for value in (record.jacobian, record.logit_std, record.z_max)),
                 sparkline(series, trend, bars),
             ),
             _notable(health),
@@ -288,8 +275,8 @@ def _weight_sheet(snapshot: Snapshot, firing: set[str]) -> Sheet:
             (
                 weight.titled,
                 health,
-                number_or_dash(weight.gain, "{:.3g}"),
-                number_or_dash(weight.input_rms, "{:.3g}"),
+                number_or_dash(weight.gain),
+                number_or_dash(weight.input_rms),
                 percent_or_dash(weight.input_centred_share),
                 number_or_dash(weight.grad_norm, "{:.2e}"),
                 number_or_dash(weight.update_ratio, "{:.1e}"),
@@ -300,13 +287,3 @@ def _weight_sheet(snapshot: Snapshot, firing: set[str]) -> Sheet:
         for health, weight in found
     ]
     return Sheet("Layers that feed them", _WEIGHT_COLUMNS, rows, "layer")
-
-
-def percent_or_dash(share: float | None) -> str:
-    """A share as a percentage; a dash if it is not known."""
-    return "-" if share is None else percent(share)
-
-
-def number_or_dash(value: float | None, form: str) -> str:
-    """A number in a format such as `{:.3g}`; a dash if it is not known."""
-    return "-" if value is None else form.format(value)

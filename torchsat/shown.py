@@ -28,10 +28,14 @@ class Shown:
         return str(import_module("torchsat.cards").card(self))
 
 
+WARNING = 0.5
+"""The `alert_level` at the limit of a warning (alert_level.py)."""
+
+
 def level_in_words(level: float | None, nonfinite: int = 0) -> str:
     """An `alert_level` for people: where it stands between healthy and critical."""
     if nonfinite:
         return "not finite"
     if level is None:
         return "not judged"
-    return "critical" if level >= 1 else "warning" if level >= 0.5 else "near a warning" if level > 0.25 else "healthy"
+    return "critical" if level >= 1 else "warning" if level >= WARNING else "near a warning" if level > 0.25 else "healthy"

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TextIO
 
 from torchsat.alerts import ADJECTIVE, Episode, episodes_of
-from torchsat.percent import percent
+from torchsat.percent import listed, percent
 from torchsat.record import Alert
-from torchsat.sheets import Column, Row, Sheet, bars_for, comparison, extent, sheets
+from torchsat.sheets import Column, Row, Sheet, bars_for, comparison, extent, sheets, verdicts_of
 from torchsat.tensorboard.reader import Run
 from torchsat.terminal import Style, folded, painted, shows_colours, width_of, wrapped
-from torchsat.verdict import Health, Verdict, summary, verdict_on, worst_first
+from torchsat.verdict import Health, Verdict, summary, worst_first
 
 ROWS = 12
 """A table of no more rows than this is printed whole."""
@@ -77,7 +77,7 @@ def print_text(out: TextIO, runs: Sequence[Run], source: str = "", everything: b
         everything: print the details of all runs, and all rows of every table.
     """
     page = page_for(out, everything)
-    verdicts = {run.name: verdict_on(run.snapshots) for run in runs}
+    verdicts = verdicts_of(runs)
     by_name = {run.name: run for run in runs}
     lines: list[str] = []
     if len(runs) > 1:
@@ -122,11 +122,7 @@ def _details(page: Page, run: Run, verdict: Verdict) -> list[str]:
 def _head(page: Page, run: Run, verdict: Verdict, found: Sequence[Episode]) -> list[str]:
     """The verdict on a run: what is wrong, where, since when, why, and what to try."""
     about = f"{run.name} {_IS[verdict.health]}" if run.name else verdict.health.value.capitalize()
-    if verdict.alert is None:
-        over = "its alert has cleared" if verdict.over == 1 else f"its {verdict.over} alerts have cleared" if verdict.over else "no alert was raised"
-        told = f"{about}: {over}"
-    else:
-        told = f"{about}: {_subject(verdict)}, since step {verdict.alert.since}"
+    told = f"{about}: {verdict.calm}" if verdict.alert is None else f"{about}: {_subject(verdict)}, since step {verdict.alert.since}"
     lines = [page.styled(line, Style.BOLD, *_STYLES[verdict.health.value]) for line in wrapped(told, page.width)]
     if run.directory:
         lines += [page.styled(line, Style.FAINT) for line in wrapped(extent(run, found), page.width)]
@@ -152,9 +148,7 @@ def _alert(page: Page, alert: Alert) -> list[str]:
 
     lines = labelled("What:", alert.message)
     if alert.also:
-        most = len(alert.also) if page.everything else MOST_NAMES
-        left = len(alert.also) - most
-        lines += labelled("Also:", ", ".join(alert.also[:most]) + (f" and {left} more" if left > 0 else ""))
+        lines += labelled("Also:", listed(alert.also, len(alert.also) if page.everything else MOST_NAMES))
     for cause in alert.causes:
         share = f" ({percent(cause.share)})" if len(alert.causes) > 1 else ""
         lines += ["", *labelled("Why:", f"{cause.name}{share}: {cause.evidence}"), *labelled("Try:", cause.advice)]

@@ -66,11 +66,17 @@ class Verdict:
         """What to try first, without code."""
         return "" if self.alert is None or not self.alert.causes else self.alert.causes[0].advice.rstrip(":")
 
+    @property
+    def calm(self) -> str:
+        """What became of the alerts of a run of which none fires."""
+        if not self.over:
+            return "no alert was raised"
+        return "its alert has cleared" if self.over == 1 else f"its {self.over} alerts have cleared"
+
     def __str__(self) -> str:
         """The verdict in one sentence, without the advice."""
         if self.alert is None:
-            cleared = "its alert has cleared" if self.over == 1 else f"its {self.over} alerts have cleared"
-            return f"healthy: {cleared if self.over else 'no alert was raised'}"
+            return f"{self.health.value}: {self.calm}"
         others = f"; {self.firing - 1} more alert{'s' if self.firing > 2 else ''}" if self.firing > 1 else ""
         cause = f" ({self.alert.causes[0].name})" if self.alert.causes else ""
         return f"{self.health.value}: {self.where}: {self.what}{cause}, since step {self.alert.since}{others}"

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 from tensorboard.plugins.custom_scalar.layout_pb2 import Category, Chart, Layout, MarginChartContent, MultilineChartContent
 
-from torchsat.alert_level import WARNING
 from torchsat.alerts import Episode
 from torchsat.flow import gradient_over_depth
 from torchsat.metrics import excess
 from torchsat.percent import percent
 from torchsat.record import Alert, Record, Snapshot
+from torchsat.shown import WARNING
 from torchsat.verdict import verdict_of
 
 NETWORK = {
@@ -206,6 +206,11 @@ def layout(tags: Sequence[tuple[Group, Sequence[str]]], worst_tags: Sequence[str
     return encoded
 
 
+def escaped(text: str) -> str:
+    """The text with every character escaped that Markdown would take for markup."""
+    return re.sub(r"([\\|<>*_`\[\]])", r"\\\1", text)
+
+
 def code_in_cell(code: str) -> str:
     """Code as HTML for a cell of a Markdown table, with nothing in it that Markdown would take for a mark of its own."""
     for mark in "&<>|*_[`":
@@ -220,8 +225,7 @@ def alert_table(events: Sequence[Alert], firing: Iterable[Alert] = ()) -> str:
     """
     over = [Episode(event, event.since, event.step) for event in events if not event.firing]
     verdict = verdict_of([*(Episode(alert, alert.step, None) for alert in firing), *over])
-    marked = re.sub(r"([\\|<>*_`\[\]])", r"\\\1", str(verdict))
-    lines = [f"**{marked}**" + (f". Try: {verdict.advice}" if verdict.advice else ""), "", "what | why | try", "--- | --- | ---"]
+    lines = [f"**{escaped(str(verdict))}**" + (f". Try: {verdict.advice}" if verdict.advice else ""), "", "what | why | try", "--- | --- | ---"]
     for alert in reversed(events):
         what = f"step {alert.step}: {f'**{alert.severity}**' if alert.firing else 'cleared'}: {alert.message}"
         why = "; ".join(f"{cause.name} {percent(cause.share)}: {cause.evidence}" for cause in alert.causes)
