@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from torchsat.alerts import Episode
 from torchsat.colours import shades
-from torchsat.grids import Grid
+from torchsat.grids import Grid, edges
 from torchsat.metrics import METRICS, Metric, Ramp, Values
 from torchsat.record import HISTOGRAM_BINS, HISTOGRAM_EDGES, normal_saturated
 from torchsat.view import Series
@@ -104,7 +104,7 @@ def run_figure(run: Series, metric: Metric) -> Picture:
         return figure
     heat, profile = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
     scale = _Scale.of(metric, values)
-    _heat(heat, _edges(run.steps), np.arange(len(kept) + 1) - 0.5, values, scale)
+    _heat(heat, edges(run.steps), np.arange(len(kept) + 1) - 0.5, values, scale)
     _names(heat, [f"{site['site']} ({site['activation']})" for site in sites])
     heat.set(xlabel="step", title=metric.title)
     _alerts(heat, run, {site["site"]: at for at, site in enumerate(sites)})
@@ -128,7 +128,7 @@ def site_figure(run: Series, site: str, histogram: Grid, heads: Grid) -> Picture
     if softmax and len(heads.steps):
         entropy = next(metric for metric in METRICS if metric.name == "entropy_min")
         scale = _Scale.of(entropy, heads.values)
-        _heat(upper, _edges(heads.steps), np.arange(len(heads.names) + 1) - 0.5, heads.values.T, scale)
+        _heat(upper, edges(heads.steps), np.arange(len(heads.names) + 1) - 0.5, heads.values.T, scale)
         upper.set(ylabel="head", title="entropy of the attention: 1 is even, 0 is one key alone")
         figure.colorbar(ScalarMappable(scale.norm, scale.colours), ax=upper, aspect=30)
     elif len(histogram.steps):
@@ -161,7 +161,7 @@ _SHARES = LogNorm(_LEAST_SHARE, 1.0)
 def _histogram(axes: Axes, histogram: Grid) -> None:
     """The share of inputs in each bin of |f'| / peak over the steps: what is low in the picture lets no gradient through."""
     shares = np.where(histogram.values > 0, histogram.values, _LEAST_SHARE)
-    axes.pcolormesh(_edges(histogram.steps), np.arange(HISTOGRAM_BINS + 1), shares.T, cmap=_colours("amount"), norm=_SHARES, rasterized=True)
+    axes.pcolormesh(edges(histogram.steps), np.arange(HISTOGRAM_BINS + 1), shares.T, cmap=_colours("amount"), norm=_SHARES, rasterized=True)
     marks = [(0, "0, closed"), *((HISTOGRAM_EDGES.index(2.0**-k), f"$2^{{-{k}}}$") for k in (20, 15, 10, 5, 2)), (HISTOGRAM_BINS, "1, open")]
     axes.set_yticks([place for place, _ in marks], labels=[name for _, name in marks])
     axes.set(ylabel="|f'| / peak", title="how open the site is to each of its inputs")
@@ -227,16 +227,7 @@ def _alerts(axes: Axes, run: Series, rows: Mapping[str, int]) -> None:
 
 def _places(run: Series, episode: Episode) -> list[str]:
     """The sites that an alert is about: where it began first. An alert of a layer is about the sites that the layer feeds."""
-    feeds = {layer["name"]: layer["feeds"] for layer in run.layers}
-    known = set(run.names)
-    found = [site for place in (episode.alert.site, *episode.alert.also) for site in ((place,) if place in known else feeds.get(place, ()))]
-    return [site for site in dict.fromkeys(found) if site in known]
-
-
-def _edges(steps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Where the columns of a heatmap begin and end: each observation holds until the next one."""
-    last = steps[-1] - steps[-2] if len(steps) > 1 else 1.0
-    return np.append(steps, steps[-1] + last)
+    return list(dict.fromkeys(site for place in (episode.alert.site, *episode.alert.also) for site in run.sites_at(place)))
 
 
 def _names(axes: Axes, names: Sequence[str]) -> None:

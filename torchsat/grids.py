@@ -46,6 +46,11 @@ class Grid:
         return Grid(self.steps[kept], self.times[kept], self.names, self.values[kept])
 
 
+def edges(steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Where the columns of a picture begin and end: each observation holds until the next one, and the last as long as the one before it."""
+    return np.append(steps, steps[-1] + (steps[-1] - steps[-2] if len(steps) > 1 else 1.0))
+
+
 @dataclass(frozen=True)
 class Table:
     """A matrix over time: at each step several rows of numbers, with one column per name. The tensors in event files are of this form."""

@@ -7,9 +7,9 @@ terminal shows fewer columns, and the healthy sites of a large network are one l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Generic, TypeVar
 
 from torchsat.alerts import Episode
 from torchsat.percent import number_or_dash, percent_or_dash
@@ -17,6 +17,8 @@ from torchsat.record import Record, Snapshot, Weight
 from torchsat.shown import level_in_words
 from torchsat.tensorboard.reader import Run
 from torchsat.verdict import Health, Verdict, verdict_on, worst_first
+
+Item = TypeVar("Item", Record, Weight)
 
 _BARS = "▁▂▃▄▅▆▇█"
 _PLAIN_BARS = " .:-=+*#"
@@ -142,9 +144,10 @@ def health_of(item: Record | Weight, firing: Iterable[str] = ()) -> str:
     return "recovering" if place in firing else Health.HEALTHY.value
 
 
-def _notable(health: str, record: Record | None = None) -> bool:
+def _notable(item: Record | Weight, health: str) -> bool:
     """Whether a row is worth a line in a large network. Where no rule judges a site, one that is far from normal is."""
-    return health != Health.HEALTHY.value and (health != "-" or (record is not None and badness(record) >= 0.3))
+    is_closed = isinstance(item, Record) and item.kind != "softmax" and badness(item) >= 0.3
+    return health != Health.HEALTHY.value and (health != "-" or is_closed)
 
 
 def _severity(item: Record | Weight, health: str) -> tuple[bool, float]:
@@ -180,110 +183,78 @@ def _latest(snapshots: Sequence[Snapshot], softmaxes: bool, trend: str) -> list[
     return [(record, series[site]) for site, record in latest.items()]
 
 
-_SITE_COLUMNS = (
-    Column("site", left=True, name=True),
-    Column("activation", left=True, rank=2),
-    Column("health", left=True),
-    Column("saturated", rank=1),
-    Column("low", rank=10),
-    Column("high", rank=11),
-    Column("blocked", rank=5),
-    Column("trapped", rank=8),
-    Column("E|f'|/peak", rank=4),
-    Column("stuck", rank=6),
-    Column("attenuation", rank=7),
-    Column("rms dL/dz", rank=9),
-    Column("trend", left=True, rank=3),
+@dataclass(frozen=True)
+class _Shown(Generic[Item]):
+    """A site or a layer as a row of a table shows it."""
+
+    item: Item
+    health: str
+    trend: str = ""
+
+
+Cells = tuple[tuple[Column, Callable[[_Shown[Item]], str]], ...]
+"""The columns of a table, each with what its cells say."""
+
+_SITE_CELLS: Cells[Record] = (
+    (Column("site", left=True, name=True), lambda row: row.item.site),
+    (
+        Column("activation", left=True, rank=2),
+        lambda row: row.item.activation + (" (output)" if row.item.output else " (gate)" if row.item.gate else ""),
+    ),
+    (Column("health", left=True), lambda row: row.health),
+    (Column("saturated", rank=1), lambda row: percent_or_dash(row.item.saturated)),
+    (Column("low", rank=10), lambda row: percent_or_dash(row.item.low)),
+    (Column("high", rank=11), lambda row: percent_or_dash(row.item.high)),
+    (Column("blocked", rank=5), lambda row: percent_or_dash(row.item.blocked)),
+    (Column("trapped", rank=8), lambda row: percent_or_dash(row.item.trapped)),
+    (Column("E|f'|/peak", rank=4), lambda row: number_or_dash(row.item.relative_derivative, "{:.3f}")),
+    (Column("stuck", rank=6), lambda row: percent_or_dash(row.item.stuck)),
+    (Column("attenuation", rank=7), lambda row: number_or_dash(row.item.attenuation)),
+    (Column("rms dL/dz", rank=9), lambda row: number_or_dash(row.item.grad_z_rms, "{:.2e}")),
+    (Column("trend", left=True, rank=3), lambda row: row.trend),
 )
+_ATTENTION_CELLS: Cells[Record] = (
+    (Column("softmax", left=True, name=True), lambda row: row.item.site + (" (output)" if row.item.output else "")),
+    (Column("health", left=True), lambda row: row.health),
+    (Column("heads", rank=3), lambda row: str(len(row.item.heads or ()))),
+    (Column("entropy", rank=7), lambda row: number_or_dash(row.item.entropy)),
+    (Column("lowest head", rank=1), lambda row: number_or_dash(row.item.entropy_min)),
+    (Column("blocked", rank=4), lambda row: percent_or_dash(row.item.blocked)),
+    (Column("Jacobian", rank=8), lambda row: number_or_dash(row.item.jacobian)),
+    (Column("logit std", rank=5), lambda row: number_or_dash(row.item.logit_std)),
+    (Column("largest logit", rank=6), lambda row: number_or_dash(row.item.z_max)),
+    (Column("trend", left=True, rank=2), lambda row: row.trend),
+)
+_WEIGHT_CELLS: Cells[Weight] = (
+    (Column("layer", left=True, name=True), lambda row: row.item.titled),
+    (Column("health", left=True), lambda row: row.health),
+    (Column("gain", rank=1), lambda row: number_or_dash(row.item.gain)),
+    (Column("rms input", rank=3), lambda row: number_or_dash(row.item.input_rms)),
+    (Column("centred", rank=6), lambda row: percent_or_dash(row.item.input_centred_share)),
+    (Column("gradient norm", rank=5), lambda row: number_or_dash(row.item.grad_norm, "{:.2e}")),
+    (Column("update ratio", rank=2), lambda row: number_or_dash(row.item.update_ratio, "{:.1e}")),
+    (Column("feeds", left=True, name=True, rank=4), lambda row: ", ".join(row.item.feeds)),
+)
+
+
+def _sheet(title: str, noun: str, cells: Cells[Item], found: Sequence[_Shown[Item]], badness: Callable[[Item], float]) -> Sheet:
+    """A table of sites or layers, the worst first. `badness`: the sort key of those of equal health, of which the largest is the worst."""
+    ordered = sorted(found, key=lambda each: (*_severity(each.item, each.health), badness(each.item)), reverse=True)
+    rows = [Row(tuple(cell(each) for _, cell in cells), _notable(each.item, each.health)) for each in ordered]
+    return Sheet(title, tuple(column for column, _ in cells), rows, noun)
 
 
 def _site_sheet(snapshots: Sequence[Snapshot], firing: set[str], bars: str, trend: int) -> Sheet:
-    found = [(health_of(record, firing), record, series) for record, series in _latest(snapshots, False, "saturated")]
-    found.sort(key=lambda each: (*_severity(each[1], each[0]), badness(each[1])), reverse=True)
-    rows = [
-        Row(
-            (
-                record.site,
-                record.activation + (" (output)" if record.output else " (gate)" if record.gate else ""),
-                health,
-                *(percent_or_dash(value) for value in (record.saturated, record.low, record.high, record.blocked, record.trapped)),
-                number_or_dash(record.relative_derivative, "{:.3f}"),
-                percent_or_dash(record.stuck),
-                number_or_dash(record.attenuation),
-                number_or_dash(record.grad_z_rms, "{:.2e}"),
-                sparkline(series, trend, bars),
-            ),
-            _notable(health, record),
-        )
-        for health, record, series in found
-    ]
-    return Sheet("Sites at the last step, worst first (trend: the saturated share over time)", _SITE_COLUMNS, rows, "site")
-
-
-_ATTENTION_COLUMNS = (
-    Column("softmax", left=True, name=True),
-    Column("health", left=True),
-    Column("heads", rank=3),
-    Column("entropy", rank=7),
-    Column("lowest head", rank=1),
-    Column("blocked", rank=4),
-    Column("Jacobian", rank=8),
-    Column("logit std", rank=5),
-    Column("largest logit", rank=6),
-    Column("trend", left=True, rank=2),
-)
+    found = [_Shown(record, health_of(record, firing), sparkline(series, trend, bars)) for record, series in _latest(snapshots, False, "saturated")]
+    return _sheet("Sites at the last step, worst first (trend: the saturated share over time)", "site", _SITE_CELLS, found, badness)
 
 
 def _attention_sheet(snapshots: Sequence[Snapshot], firing: set[str], bars: str, trend: int) -> Sheet:
-    found = [(health_of(record, firing), record, series) for record, series in _latest(snapshots, True, "entropy_min")]
-    found.sort(key=lambda each: (*_severity(each[1], each[0]), -(1.0 if each[1].entropy_min is None else each[1].entropy_min)), reverse=True)
-    rows = [
-        Row(
-            (
-                record.site + (" (output)" if record.output else ""),
-                health,
-                str(len(record.heads or ())),
-                *(number_or_dash(value) for value in (record.entropy, record.entropy_min)),
-                percent_or_dash(record.blocked),
-                *(number_or_dash(value) for value in (record.jacobian, record.logit_std, record.z_max)),
-                sparkline(series, trend, bars),
-            ),
-            _notable(health),
-        )
-        for health, record, series in found
-    ]
-    return Sheet("Attention and softmax at the last step (trend: the entropy of the lowest head)", _ATTENTION_COLUMNS, rows, "softmax")
-
-
-_WEIGHT_COLUMNS = (
-    Column("layer", left=True, name=True),
-    Column("health", left=True),
-    Column("gain", rank=1),
-    Column("rms input", rank=3),
-    Column("centred", rank=6),
-    Column("gradient norm", rank=5),
-    Column("update ratio", rank=2),
-    Column("feeds", left=True, name=True, rank=4),
-)
+    found = [_Shown(record, health_of(record, firing), sparkline(series, trend, bars)) for record, series in _latest(snapshots, True, "entropy_min")]
+    title = "Attention and softmax at the last step (trend: the entropy of the lowest head)"
+    return _sheet(title, "softmax", _ATTENTION_CELLS, found, lambda record: -(1.0 if record.entropy_min is None else record.entropy_min))
 
 
 def _weight_sheet(snapshot: Snapshot, firing: set[str]) -> Sheet:
-    found = [(health_of(weight, firing), weight) for weight in snapshot.weights]
-    found.sort(key=lambda each: _severity(each[1], each[0]), reverse=True)
-    rows = [
-        Row(
-            (
-                weight.titled,
-                health,
-                number_or_dash(weight.gain),
-                number_or_dash(weight.input_rms),
-                percent_or_dash(weight.input_centred_share),
-                number_or_dash(weight.grad_norm, "{:.2e}"),
-                number_or_dash(weight.update_ratio, "{:.1e}"),
-                ", ".join(weight.feeds),
-            ),
-            _notable(health),
-        )
-        for health, weight in found
-    ]
-    return Sheet("Layers that feed them", _WEIGHT_COLUMNS, rows, "layer")
+    found = [_Shown(weight, health_of(weight, firing)) for weight in snapshot.weights]
+    return _sheet("Layers that feed them", "layer", _WEIGHT_CELLS, found, lambda weight: 0.0)

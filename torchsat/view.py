@@ -82,18 +82,22 @@ class Series:
         at = self.names.index(name)
         return Grid(self.steps, self.times, tuple(self.values), np.stack([values[:, at] for values in self.values.values()], 1))
 
+    def sites_at(self, place: str) -> list[str]:
+        """The sites that an alert at this place is about: the site itself, or those that the layer feeds."""
+        known = set(self.names)
+        fed = next((layer["feeds"] for layer in self.layers if layer["name"] == place), ())
+        return [place] if place in known else [site for site in fed if site in known]
+
     def describe(self) -> dict[str, Any]:
         """Everything but the numbers over time, ready for JSON.
 
         An alert of a layer gets the sites that the layer feeds as its `places`, since the page shows sites only.
         """
-        feeds = {layer["name"]: layer["feeds"] for layer in self.layers}
-        known = set(self.names)
         shown = [name for name, values in self.values.items() if np.isfinite(values).any()]
         alerts = []
         for each in self.alerts:
-            places = [each.alert.site] if each.alert.site in known else [site for site in feeds.get(each.alert.site, ()) if site in known]
-            alerts.append({**each.alert.as_dict(), "fired": each.fired, "cleared": each.cleared, "gone": each.gone, "places": places})
+            times = {"fired": each.fired, "cleared": each.cleared, "gone": each.gone}
+            alerts.append({**each.alert.as_dict(), **times, "places": self.sites_at(each.alert.site)})
         found: dict[str, Any] = plain(
             {
                 "name": self.name,

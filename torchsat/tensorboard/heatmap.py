@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from torchsat.colours import SHADES, shade, shades
-from torchsat.grids import Grid, Table, join
+from torchsat.grids import Grid, Table, edges, join
 from torchsat.metrics import METRICS, Metric
 from torchsat.record import Snapshot, to_float
 from torchsat.tensorboard.stock import excess_of, levels_of
@@ -90,8 +90,7 @@ class Heatmap:
     def _heat(metric: Metric, grid: Grid, width: int, height: int) -> Image.Image:
         """The cells. A column of pixels shows the worst of the observations that begin in it; if none does, the one before it."""
         colours = np.array([*shades(metric.ramp), MISSING], np.uint8)
-        last = grid.steps[-1] + (grid.steps[-1] - grid.steps[-2] if len(grid.steps) > 1 else 1)
-        starts = np.linspace(grid.steps[0], last, width + 1)
+        starts = np.linspace(grid.steps[0], edges(grid.steps)[-1], width + 1)
         first = np.searchsorted(grid.steps, starts[:-1], "right") - 1
         until = np.searchsorted(grid.steps, starts[1:], "left")
         found = np.stack([np.fmax.reduce(grid.values[at : max(at + 1, end)], axis=0) for at, end in zip(first, until, strict=True)], 1)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -110,14 +111,14 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return app
 
     def _runs(self, query: Query) -> list[dict[str, Any]]:
-        found, places, all_tags = [], query.places(), query.tags()
-        for run, tags in all_tags.items():
-            records = [each for tag, each in tags.items() if _kind(tag) == RECORDS and _known(each) is not None]
-            if records:
-                newest = max(records, key=lambda each: each.max_wall_time)
-                sites = len((_known(newest) or {})["sites"])
-                verdict = query.verdict(run, tags).as_dict()
-                found.append({"name": run, "time": newest.max_wall_time, "sites": sites, "place": places.get(run, 0), "verdict": verdict})
+        found, places = [], query.places()
+        for run, tags in query.tags().items():
+            tables = [(each.max_wall_time, known) for tag, each in tags.items() if _kind(tag) == RECORDS and (known := _known(each)) is not None]
+            if tables:
+                time, newest = max(tables, key=operator.itemgetter(0))
+                facts = [dict(zip(known["facts"], site, strict=True)) for _, known in tables for site in known["sites"]]
+                verdict = query.verdict(run, tags, {fact["site"]: fact["activation"] for fact in facts}).as_dict()
+                found.append({"name": run, "time": time, "sites": len(newest["sites"]), "place": places.get(run, 0), "verdict": verdict})
         return sorted(found, key=lambda each: str(each["name"]))
 
 
@@ -199,8 +200,9 @@ class Query:
         ordered = sorted(found, key=lambda run: (math.inf if run.start_time is None else run.start_time, run.run_name))
         return {run.run_name: place for place, run in enumerate(ordered)}
 
-    def verdict(self, run: str, tags: Mapping[str, Any]) -> Verdict:
-        """The verdict on a run. Where the whole run has not been read it is made of the alerts and of the steps alone, which are little to read."""
+    def verdict(self, run: str, tags: Mapping[str, Any], activations: Mapping[str, str]) -> Verdict:
+        """The verdict on a run with sites of these activations. Where the whole run has not been read, it is made of the alerts and of the steps
+        alone, which are little to read."""
         plugin, key, state = self._plugin, (self._experiment, run), _state(tags)
         known, kept = plugin._kept.get(key, (None, None))
         if kept is not None and known == state:
@@ -212,9 +214,7 @@ class Query:
             steps = np.array(sorted(times) or [(math.inf, 0.0)], np.float64)
             observed = Grid(steps[:, 0], steps[:, 1], (), np.zeros((len(steps), 0), np.float32))
             found = episodes(sorted(self._alerts(run, tags, observed), key=lambda alert: alert.step), {}, 0)
-            tables = [each for tag, tensor in tags.items() if _kind(tag) == RECORDS and (each := _known(tensor)) is not None]
-            facts = [dict(zip(each["facts"], site, strict=True)) for each in tables for site in each["sites"]]
-            verdict = verdict_of(found, {fact["site"]: fact["activation"] for fact in facts})
+            verdict = verdict_of(found, activations)
             plugin._verdicts[key] = state, verdict
         return verdict
 

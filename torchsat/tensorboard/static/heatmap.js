@@ -3,7 +3,7 @@
 
 import { element } from "./charts.js";
 import { AXES, FONT, RIGHT, TOP, aside, drawAlerts, drawAxis, drawNames, titled } from "./frame.js";
-import { along } from "./numbers.js";
+import { along, worse } from "./numbers.js";
 
 // Sizes in CSS pixels.
 const LEAST_LEFT = 60; // the room for names of sites
@@ -118,8 +118,7 @@ export class Heatmap {
     let best = grid.at(found, column);
     for (let row = last - 1; row >= first; row--) {
       const value = grid.at(row, column);
-      if (Number.isNaN(value)) continue;
-      if (Number.isNaN(best) || (metric.worst === "high" ? value > best : value < best)) [found, best] = [row, value];
+      if (worse(metric, value, best)) [found, best] = [row, value];
     }
     return found;
   }

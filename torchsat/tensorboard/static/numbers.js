@@ -32,6 +32,13 @@ export function number(value) {
   return size >= 1e5 || size < 1e-3 ? value.toExponential(2) : String(Number(value.toPrecision(3)));
 }
 
+// Whether a number of a metric is worse than another one. What is not finite is worst, and no number at all is never worse.
+export function worse(metric, value, than) {
+  if (Number.isNaN(value) || Math.abs(than) === Infinity) return false;
+  if (Number.isNaN(than) || Math.abs(value) === Infinity) return true;
+  return metric.worst === "low" ? value < than : value > than;
+}
+
 // The position of a number on a scale: 0 at `low`, 1 at `high`. It lies outside [0, 1] if the number lies outside the scale.
 export function along(scale, value, low, high) {
   if (scale === "log") {

@@ -1,5 +1,6 @@
 // The rows of a heatmap: which sites pass the filters, in which order they stand, and which of them share a row because their block is folded.
 
+import { worse } from "./numbers.js";
 import { Grid } from "./source.js";
 
 const MOST_UNFOLDED = 40; // beyond so many sites blocks are folded by themselves
@@ -75,7 +76,6 @@ function withBlocks(grid, metric, blocks) {
   const width = grid.names.length + blocks.length;
   const values = new Float32Array(grid.steps.length * width).fill(NaN);
   const columns = blocks.map((block) => block.members.map((site) => grid.column.get(site)).filter((column) => column !== undefined));
-  const low = metric.worst === "low";
   for (let row = 0; row < grid.steps.length; row++) {
     const start = row * width;
     values.set(grid.values.subarray(row * grid.names.length, (row + 1) * grid.names.length), start);
@@ -83,8 +83,7 @@ function withBlocks(grid, metric, blocks) {
       let worst = NaN;
       for (const column of members) {
         const value = grid.at(row, column);
-        const beyond = !Number.isFinite(value) || !Number.isFinite(worst) ? Math.abs(value) === Infinity || Number.isNaN(worst) : low ? value < worst : value > worst;
-        if (!Number.isNaN(value) && beyond) worst = value;
+        if (worse(metric, value, worst)) worst = value;
       }
       values[start + grid.names.length + index] = worst;
     });
