@@ -20,7 +20,8 @@ from workloads import machine
 from torchsat.columns import BLOCK
 from torchsat.kernels.formulas import GELU, LOGISTIC, Formula
 from torchsat.sampling import Sample, Units
-from torchsat.statistics import empty_row, observe, observe_gradient, trust_kernels
+from torchsat.statistics import empty_row, observe, observe_gradient
+from torchsat.trust import trust_kernels
 
 UNITS = 1024
 

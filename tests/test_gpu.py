@@ -17,7 +17,7 @@ import torchsat
 from tests.models import Cnn, EverySite
 from tests.test_activations import MODULES
 from torchsat import Snapshot
-from torchsat.statistics import trust_kernels
+from torchsat.trust import trust_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

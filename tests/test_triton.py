@@ -3,6 +3,7 @@
 On a machine with a GPU they run there, elsewhere in Triton's interpreter on the CPU. What they cost is measured by benchmarks/bandwidth.py.
 """
 
+import dataclasses
 import math
 import os
 import subprocess
@@ -12,19 +13,22 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchsat
 from tests.test_activations import row as row_of
 from tests.test_kernels import COLUMNS, hostile
 from tests.truth import known
+from torchsat import attention, statistics
 from torchsat import kernels as package
-from torchsat import statistics
 from torchsat.activations import bind
 from torchsat.kernels.formulas import formula
 from torchsat.observe import meter
 from torchsat.sampling import Sample, Units
-from torchsat.statistics import disagreement, extremes, observe, observe_gradient
+from torchsat.softmax import softmax_extremes
+from torchsat.statistics import extremes, observe, observe_gradient
+from torchsat.trust import disagreement
 
 pytest.importorskip("triton", reason="Triton is not installed")
 # The interpreter computes with NumPy, which warns of overflows; a GPU does not.
@@ -150,6 +154,90 @@ def test_gradients(kernels: ModuleType, dtype: torch.dtype) -> None:
         close(row, observe_gradient(first[0], first[1], 3 * len(here[0][::apart])))
 
 
+# The interpreter of Triton multiplies the bits of bfloat16.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "groups", "queries", "keys", "features", "is_causal"),
+    [(2, 2, 70, 70, 24, True), (4, 2, 5, 130, 16, False), (3, 1, 130, 40, 8, True), (1, 1, 1, 1, 1, False), (2, 2, 3, 3, 4, True)],
+)
+def test_the_largest_logits(
+    kernels: ModuleType, dtype: torch.dtype, heads: int, groups: int, queries: int, keys: int, features: int, is_causal: bool
+) -> None:
+    torch.manual_seed(0)
+    # The layout of a model: the axis of the heads lies behind that of the positions.
+    q = torch.randn(2, queries, heads, features).mul(3).to(dtype).transpose(1, 2)
+    k = torch.randn(2, keys, groups, features).mul(3).to(dtype).transpose(1, 2)
+    if queries > 60:
+        q[1, 0, 60, 0], k[0, -1, 35, 1] = math.nan, math.inf
+    z = 0.25 * (q.double() @ k.double().repeat_interleave(heads // groups, 1).transpose(-1, -2))
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril() if is_causal else torch.ones(queries, keys, dtype=torch.bool)
+    expected, expected_tops = softmax_extremes(z, seen[None, None], None)
+    found, tops = kernels.logit_extremes(q.to(DEVICE), k.to(DEVICE), 0.25, is_causal)
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)
+    assert tops.tolist() == pytest.approx(expected_tops.tolist(), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(("batched", "is_causal"), [(True, True), (True, False), (False, True)])
+def test_an_attention_is_multiplied_by_the_kernel(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, batched: bool, is_causal: bool) -> None:
+    """The calls of torch that have no mask: those of 3 axes, of grouped heads, and of F.multi_head_attention_forward."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(32, 4, batch_first=True).to(DEVICE)
+    q, k = torch.randn(2, 4, 9, 16).to(DEVICE), torch.randn(2, 2, 9, 16).to(DEVICE)
+    parts = [attention.Attention.of(F.scaled_dot_product_attention, (q, k, k), {"is_causal": is_causal, "enable_gqa": True})]
+    if not batched:
+        parts = [attention.Attention.of(F.scaled_dot_product_attention, (q[0], q[1], q[1]), {"is_causal": is_causal, "scale": 2.0})]
+    x = torch.randn(3, 9, 32).to(DEVICE)
+    given: dict[str, object] = dict(
+        zip(
+            ("embed_dim_to_check", "num_heads", "in_proj_weight", "in_proj_bias", "bias_k", "bias_v", "add_zero_attn", "dropout_p"),
+            (32, 4, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0),
+            strict=True,
+        )
+    )
+    given |= {"out_proj_weight": layer.out_proj.weight, "out_proj_bias": layer.out_proj.bias, "need_weights": False}
+    if is_causal:
+        given |= {"attn_mask": torch.ones(9, 9, device=DEVICE).tril().log(), "is_causal": True}
+    parts.append(attention.Attention.of(F.multi_head_attention_forward, (x, x, x), given))
+    for part in parts:
+        expected, tops = part.extremes(None)
+        monkeypatch.setattr(attention, "on_gpu", lambda *tensors: kernels)
+        monkeypatch.setattr(kernels, "reads", lambda *tensors: True)
+        found = dataclasses.replace(part, device=torch.device("meta")).extremes(None)
+        assert found[0].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+        assert found[1].tolist() == pytest.approx(tops.tolist(), rel=1e-5)
+
+
+def sum_of(values: Tensor) -> float:
+    """The sum of squares."""
+    return values.square().sum().item()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 200_001])
+def test_sums_of_squares(kernels: ModuleType, size: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = (torch.randn(size).mul(1e-3).to(dtype) for _ in range(2))
+        out = torch.full((4,), 7.0, dtype=torch.float64, device=DEVICE)
+        kernels.squares(x.to(DEVICE), y.to(DEVICE), out, 1)
+        wide = x.double(), y.double()
+        assert out.tolist() == pytest.approx([7.0, sum_of(wide[0]), sum_of(wide[1] - wide[0]), 7.0], rel=1e-12)
+        kernels.squares(y.to(DEVICE), None, out, 3)
+        assert out[2:].tolist() == pytest.approx([sum_of(wide[1] - wide[0]), sum_of(wide[1])], rel=1e-12)
+
+
+@pytest.mark.parametrize(("shape", "axis", "limit"), [((50, 7), 1, None), ((6, 5, 40), 1, None), ((300, 20), 1, 1000)])
+@pytest.mark.usefixtures("plain")
+def test_the_features_of_an_input(kernels: ModuleType, shape: tuple[int, ...], axis: int, limit: int | None) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x = hostile(shape, dtype)
+        sample = Sample.of(x, limit, 5)
+        units = sample.units(axis)
+        expected = statistics.observe_features(sample.take(x), units)
+        sums = torch.zeros_like(expected, device=DEVICE)
+        for _ in range(2):
+            kernels.add_features(sample.take(x.to(DEVICE)), units.place, sums)
+        assert torch.allclose(sums.cpu(), 2 * expected, rtol=1e-12, atol=0)
+
+
 def test_the_check_before_training_passes_right_kernels_and_no_others(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     assert disagreement(kernels, DEVICE) is None
     right = kernels.observe_gradient
@@ -195,12 +283,13 @@ def test_told_so_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 COMPILE = """
+import json
 from triton.backends import compiler as backend
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from torchsat.kernels import cuda
+from torchsat.kernels import cuda, cuda_gradients, cuda_logits, cuda_rows, cuda_sums
 
-def to_ptx(kernel, pointers, floats, **constants):
+def compiled(kernel, pointers, floats, **constants):
     names = kernel.arg_names
     kinds = {**dict.fromkeys(names, "i32"), **dict.fromkeys(floats, "fp32"), **pointers, **dict.fromkeys(constants, "constexpr")}
     if hasattr(backend, "AttrsDescriptor"):  # Triton 3.2
@@ -209,21 +298,36 @@ def to_ptx(kernel, pointers, floats, **constants):
     else:
         aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
         source = ASTSource(kernel, kinds, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    return compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": cuda._WARPS, "enable_fp_fusion": True}).asm["ptx"]
+    for architecture in (80, 90)[:: 1 if kernel is cuda_logits.logit_extremes else 2]:
+        found = compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": cuda.WARPS, "enable_fp_fusion": True})
+        # Spilled registers would be memory of each thread, which the assembler names a local depot.
+        assert "__local_depot" not in found.asm["ptx"], kernel
+        # All GPUs from 8.0 on have so much memory for a program.
+        assert found.metadata.shared <= 101376, (kernel, found.metadata.shared)
+    return found.asm["ptx"]
 
-floats = ("low", "high", "peak", "per_peak", "b", "c", "d")
-rest = dict(out_ptr="*fp64", block_ptr="*fp64", slope_ptr="*fp32")
-sizes = dict(block=cuda._BLOCK, z_step=1, a_step=1)
+floats = ("low", "high", "peak", "b", "c", "d")
+rest = dict(row_ptr="*fp64", block_ptr="*fp64", exact_ptr="*fp64", slope_ptr="*fp32")
+wide, narrow = (dict(threads=cuda.THREADS, neighbours=size) for size in (4, 8))
 for kind in sorted(cuda.KINDS):
-    dtype = "*bf16" if kind % 2 else "*fp32"
-    for flag in (True, False) if kind < 2 else (True,):
-        ptx = to_ptx(cuda._observe, dict(z_ptr=dtype, a_ptr=dtype, **rest), floats, kind=kind, has_peak=flag, has_units=flag, **sizes)
+    dtype, tile = ("*bf16", narrow) if kind % 2 else ("*fp32", wide)
+    for flag in (True, False) if kind == 1 else (True,):
+        flags = dict(has_peak=flag, has_units=flag, has_exact=flag, sigmoid=flag)
+        ptx = compiled(cuda_rows.observe, dict(z_ptr=dtype, a_ptr=dtype, **rest), floats, kind=kind, **flags, **tile)
         assert "ld.global.v4" in ptx
-given = dict(z_ptr="*fp16", out_ptr="*fp64")
-flags = dict(has_z=True, block=cuda._BLOCK, a_step=1)
-to_ptx(cuda._gradient, dict(a_ptr="*fp16", side_ptr="*i8", **given), (), has_a=True, has_sides=True, z_step=1, **flags)
-to_ptx(cuda._gradient, dict(a_ptr="*fp64", side_ptr="*fp64", **given), (), has_a=False, has_sides=False, **flags)
-to_ptx(cuda._sides, dict(z_ptr="*bf16", out_ptr="*i8"), ("low", "high"), block=cuda._BLOCK, z_step=1)
+compiled(cuda_rows.extremes, dict(z_ptr="*fp16", a_ptr="*fp16", out_ptr="*fp64"), (), **narrow)
+given = dict(z_ptr="*fp16", row_ptr="*fp64")
+flags = dict(has_z=True, a_step=1, **narrow)
+compiled(cuda_gradients.gradient, dict(a_ptr="*fp16", side_ptr="*i8", **given), (), has_a=True, has_sides=True, z_step=1, **flags)
+compiled(cuda_gradients.gradient, dict(a_ptr="*fp64", side_ptr="*fp64", **given), (), has_a=False, has_sides=False, **flags)
+compiled(cuda_gradients.sides, dict(z_ptr="*bf16", out_ptr="*i8"), ("low", "high"), block=4 * cuda.THREADS, z_step=1)
+pointers = dict(q_ptr="*bf16", k_ptr="*bf16", exact_ptr="*fp64", tops_ptr="*fp64")
+blocks = dict(block_queries=cuda.BLOCK_QUERIES, block_keys=cuda.BLOCK_KEYS)
+for dtype, features in (("*bf16", 64), ("*fp32", 32), ("*fp16", 256)):
+    pointers |= dict(q_ptr=dtype, k_ptr=dtype)
+    compiled(cuda_logits.logit_extremes, pointers, ("factor",), is_causal=features < 256, block_features=features, q_feature=1, k_feature=1, **blocks)
+compiled(cuda_sums.squares, dict(x_ptr="*fp32", y_ptr="*fp32", out_ptr="*fp64"), (), has_y=True, **wide)
+compiled(cuda_sums.features, dict(x_ptr="*bf16", sums_ptr="*fp64"), (), width=4 * cuda.THREADS)
 """
 
 

@@ -3,10 +3,6 @@
 Most numbers come from some query rows only, so that the T x T matrix of a long context never exists: some samples of the batch, and in each of them
 positions of its own, both drawn as sampling.py draws elements; they are the same for all heads. The largest logits, however, sit in few rows, those
 of an outlier token for instance, and a sample misses them. They are found among all rows (`extremes`), some at a time.
-
-A key does not count for a query that cannot see it. Boolean masks say so. A float mask hides a key by a value far below those of the keys that are
-seen: -100, -1e4, the lowest number of a type, minus infinity. A bias that falls with the distance (ALiBi) gets as low, but step by step. So a value
-hides its key only if a gap lies above it: see `_hidden`.
 """
 
 from __future__ import annotations
@@ -21,17 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchsat.attention_masks import seen_in, seen_under
+from torchsat.kernels import on_gpu
 from torchsat.replay import NotRebuiltError
 from torchsat.sampling import places
 from torchsat.softmax import softmax_extremes
 from torchsat.statistics import upcast
 
-_FILL, _CERTAIN = -9000.0, -1e6
-"""Sums of logits and masks below the first are hidden, if a gap lies above them; below the second they always are."""
-_FAR = 80.0
-"""A float mask hides a key by a value so far below the largest of its row: e^-80 is no weight at all."""
-_GAP = 20.0
-"""The least gap between the keys that a mask hides and those that it does not. Neighbouring keys of ALiBi are 1 apart at most."""
 _LEAST_ROWS = 8
 """At least this many query rows of each head are read, however many keys they have."""
 _PIECE = 2**20
@@ -164,14 +156,14 @@ class SoftmaxRows:
     def logits(self, z: Tensor) -> Logits:
         """The logits of these rows. Keys are masked where z, which is the sum of logit and mask, says so."""
         taken = upcast(self.rows(z))
-        return Logits(taken, _visible(taken), self.elements)
+        return Logits(taken, seen_in(taken), self.elements)
 
     def extremes(self, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """What softmax.softmax_extremes finds among all rows of the softmax a of z."""
         found = []
         for logits, weights in self._pieces(z, a):
             wide = upcast(logits)
-            found.append(softmax_extremes(wide, _visible(wide), weights))
+            found.append(softmax_extremes(wide, seen_in(wide), weights))
         return _joined(found)
 
     def _pieces(self, z: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -226,6 +218,8 @@ class Attention:
     values: Values
     dropout: float
     """The probability with which an element of p is dropped before it is multiplied by the values."""
+    factors: tuple[Tensor, Tensor, float] | None = None
+    """Queries, keys and the number by which their products are multiplied, where they are the arguments of the call."""
 
     @staticmethod
     def of(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attention:
@@ -257,6 +251,10 @@ class Attention:
             # F.multi_head_attention_forward returns [queries, batch, features], or [queries, features]: one output for all heads.
             rows = output[0].detach() if output[0].ndim == 3 else output[0].detach().unsqueeze(1)
             output = rows.transpose(0, 1).unsqueeze(1)
+        elif not self.has_mask:
+            at_once = self._extremes_at_once()
+            if at_once is not None:
+                return at_once
         broken = ~torch.isfinite(_four(output.detach())).all(-1, keepdim=True) if self.has_mask else None
         batch, heads, queries, keys = self.shape
         samples = max(1, _piece(self.device) // max(1, heads * queries * keys))
@@ -268,6 +266,18 @@ class Attention:
                 logits = self._logits(piece, query[:, :, piece.positions], key)
                 found.append(softmax_extremes(logits.z, logits.visible, None, None if broken is None else piece.pick(broken)))
         return _joined(found)
+
+    def _extremes_at_once(self) -> tuple[Tensor, Tensor] | None:
+        """`extremes` by a kernel that multiplies all queries by all keys itself; None where there is none."""
+        if self.device.type == "cpu":
+            return None
+        everything = Queries(self.shape, slice(0, self.shape[0]), slice(0, self.shape[2]))
+        q, k, factor = (self.query(everything), self.key(everything), 1.0) if self.factors is None else self.factors
+        kernels = on_gpu(q, k)
+        if kernels is None or not kernels.multiplies(q, k):
+            return None
+        found: tuple[Tensor, Tensor] = kernels.logit_extremes(q, k, factor, self.is_causal)
+        return found
 
     def _logits(self, rows: Queries, query: Tensor, key: Tensor) -> Logits:
         (samples, heads, positions, _), groups = query.shape, key.shape[1]
@@ -321,6 +331,7 @@ def _scaled_dot_product(
         mask is not None,
         Values(value, (), _four, upcast),
         dropout_p,
+        (q, k, factor),
     )
 
 
@@ -461,31 +472,9 @@ def _masked(z: Tensor, added: Tensor | None, causal: Tensor | None, elements: in
         visible = visible & added
     elif added is not None:
         added = upcast(added)
-        visible = visible & ~(_hidden(added) | _beyond_gap(added, added.amax(-1, keepdim=True) - _FAR))
+        visible = visible & seen_under(added)
         z = z + added
     return Logits(z, visible, elements)
-
-
-def _visible(z: Tensor) -> Tensor:
-    """Which keys no mask hides, of which only the sum z of logits and masks is known."""
-    # The host may look at the numbers of a CPU only. Mostly nothing is hidden, and finding out what is takes several passes.
-    if z.device.type == "cpu" and z.detach().numpy().min() > _FILL:
-        return torch.ones((1, 1, 1, 1), dtype=torch.bool)
-    return ~_hidden(z)
-
-
-def _hidden(z: Tensor) -> Tensor:
-    """Which keys a mask hides, of which only the sum z of logits and masks may be known."""
-    return (z <= _CERTAIN) | _beyond_gap(z, _FILL)
-
-
-def _beyond_gap(z: Tensor, edge: float | Tensor) -> Tensor:
-    """Where z lies at or below an edge, in those rows in which a gap separates these values from the others. In a row that lies there as a whole, all
-    of it does."""
-    below = z <= edge
-    nothing = torch.full((), math.inf, dtype=z.dtype, device=z.device)
-    gap = torch.where(below, nothing, z).amin(-1, keepdim=True) - torch.where(below, z, -nothing).amax(-1, keepdim=True)
-    return below & (gap >= _GAP)
 
 
 def _four(tensor: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ of its call, elements of the call / elements read: the sums stand for all elemen
 weight is 1. The columns that say how many elements were read, or were inf or nan, are not weighed.
 
 The C kernel gets the order of the columns from here as macros, the Triton kernel as constants, plain torch and the packing of ranks by name. A new
-column is one line here, and one formula in each kernel (kernels/cpu.c, kernels/cuda.py, statistics.py). What a record shows of it is one field in
-record.py and one line in rows.py.
+column is one line here, and one formula in each kernel (kernels/cpu.c, kernels/cuda_rows.py, statistics.py). What a record shows of it is one field
+in record.py and one line in rows.py.
 """
 
 from __future__ import annotations

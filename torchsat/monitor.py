@@ -21,8 +21,8 @@ from torchsat.percent import percent
 from torchsat.plotting import draw
 from torchsat.record import Alert, Snapshot
 from torchsat.schedule import Account, Clock
-from torchsat.statistics import trust_kernels
 from torchsat.structure import Stages, stages_of, unwrap
+from torchsat.trust import trust_kernels
 from torchsat.verdict import Verdict
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from torch import Tensor
 from torchsat.kernels import cpu
 
 MIX = (0x7FEB352D, 0x846CA68B)
-"""The factors of the hash `lowbias32` (Chris Wellons, https://nullprogram.com/blog/2018/07/31/). kernels/cpu.c and kernels/cuda.py have it too."""
+"""The factors of the hash `lowbias32` (Chris Wellons, https://nullprogram.com/blog/2018/07/31/). kernels/cpu.c and cuda_rows.py have it too."""
 _WORD = 0xFFFFFFFF
 _PART = 16384
 _SPARE = 8

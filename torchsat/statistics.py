@@ -18,15 +18,15 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from torchsat.activations import Bound, Edges
 from torchsat.columns import BACKWARD, BINS, BLOCK, COLUMN, FEATURES, MAXES, SUMS, UNWEIGHED
-from torchsat.kernels import cpu, engine, gpu
-from torchsat.kernels.formulas import BETWEEN, FIRST_BIN, LOGISTIC, Formula, formula
+from torchsat.kernels import cpu, engine
+from torchsat.kernels.formulas import FIRST_BIN, Formula, formula
 from torchsat.sampling import Sample, Units, places
 
 _PART = 65536
@@ -207,55 +207,6 @@ def _extremes(z: Tensor, a: Tensor) -> Tensor:
         parts.append(torch.stack([(~ok).sum().to(dtype), *(top.to(dtype) for top in tops)]))
     found = torch.stack(parts)
     return torch.cat([found[:, :1].sum(0), found[:, 1:].amax(0)])
-
-
-@functools.cache
-def trust_kernels(device: torch.device) -> str | None:
-    """Use the kernels on this GPU from now on, if they compute there what plain torch computes.
-
-    This waits for the device and may compile for some seconds, so it is not called during a training step.
-
-    Returns:
-        Why the kernels are not used; None where they are.
-    """
-    kernels = gpu()
-    if kernels is None:
-        return "Triton is not installed"
-    try:
-        wrong = disagreement(kernels, device)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    if wrong is None:
-        kernels.trust(device)
-    return wrong
-
-
-def disagreement(kernels: Any, device: torch.device) -> str | None:
-    """The first column in which kernels on a device and plain torch on the host differ by more than rounding, with both numbers; None: they agree."""
-    z = torch.linspace(-9, 9, 20_000).roll(7777)
-    z[77], z[7777] = math.nan, math.inf
-    sample = Sample.of(z.reshape(-1, 5), None, 0)
-    units = Units(sample, 1)
-    for dtype in (torch.float32, torch.bfloat16):
-        there = z.to(device, dtype)
-        here = there.cpu().float()
-        for given in (Formula(LOGISTIC, 2.0, 4.0), Formula(BETWEEN), None):
-            slope = 4 * torch.sigmoid(2 * here) * torch.sigmoid(-2 * here) if given is None or given.kind == LOGISTIC else (here > 0).float()
-            row, block = empty_row(device), torch.zeros(len(BLOCK), 5, dtype=torch.float64, device=device)
-            kernels.observe(
-                there, there, slope.to(device) if given is None else given, 1.0, (-2.0, 2.0), 3 * len(z), True, None, row, units.place, block
-            )
-            kernels.observe_gradient(there, there, len(z), 3 * len(z), row, kernels.sides(there, (-2.0, 2.0), len(z) // 2, 3), 3)
-            expected, counts = _observe(here, here, slope, 1.0, (-2.0, 2.0), 3 * len(z), True, units)
-            merge_(expected, observe_gradient(here, here, 3 * len(z), None, Sides(_sides(here, (-2.0, 2.0), len(z) // 2, 3), 3)))
-            assert counts is not None
-            if not torch.equal(kernels.extremes(there, there).cpu(), _extremes(here, here)):
-                return "the extremes are wrong"
-            for name, one, other in zip((*COLUMN, "units"), (*row.cpu(), block.cpu()), (*expected, counts), strict=True):
-                # Near the edge of a bin, an element may be counted in the next one: the derivative is float32.
-                if not torch.allclose(one, other, rtol=1e-5, atol=6.0 if name.startswith("bin") else 1e-3):
-                    return f"{name} is {one.tolist()} and should be {other.tolist()}"
-    return None
 
 
 def _observe(
@@ -450,8 +401,13 @@ def knows_quotient(grad_a: Tensor, grad_z: Tensor) -> Tensor:
 def observe_features(x: Tensor, units: Units, sums: Tensor | None = None) -> Tensor:
     """columns.FEATURES of each unit, over the elements x of a layer's input that were read: [6, units], added in place to the sums given."""
     dtype = accumulator(x.device)
+    kernels = engine(x)
+    if kernels is not None and kernels is not cpu:
+        sums = torch.zeros(len(FEATURES), units.size, dtype=dtype, device=x.device) if sums is None else sums
+        kernels.add_features(x, units.place, sums)
+        return sums
     found = torch.zeros(3, units.size, dtype=dtype, device=x.device)
-    if cpu.reads(x):
+    if kernels is cpu:
         cpu.add_features(x, units.place, units.table(), found)
     else:
         finite = torch.isfinite(x)
@@ -470,8 +426,9 @@ def put_squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:
     The squares are not float32: there the squares of a gradient that still carries a GradScaler's factor overflow, and those of a vanishing one are
     0.
     """
-    if cpu.reads(x, y):
-        cpu.squares(x, y, out, at)
+    kernels = engine(x, y)
+    if kernels is not None:
+        kernels.squares(x, y, out, at)
         return
     dtype = out.dtype
     # On the CPU the vector is read in parts, since a norm in float64 copies the whole vector first.

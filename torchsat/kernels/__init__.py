@@ -19,14 +19,17 @@ _gpu: ModuleType | None = None
 
 def engine(*tensors: Tensor | None) -> ModuleType | None:
     """The module with the kernels that can read these vectors: `cpu` or `cuda`; None where neither can."""
-    if cpu.reads(*tensors):
-        return cpu
+    return cpu if cpu.reads(*tensors) else on_gpu(*tensors)
+
+
+def on_gpu(*tensors: Tensor | None) -> ModuleType | None:
+    """The module `cuda`, if its kernels can read these tensors."""
     return _gpu if _gpu is not None and _gpu.reads(*tensors) else None
 
 
 def reads_whole(tensor: Tensor) -> bool:
     """Whether a kernel reads this tensor so quickly that all of it can be read instead of a sample."""
-    return _gpu is not None and bool(_gpu.reads(tensor))
+    return on_gpu(tensor) is not None
 
 
 def gpu() -> ModuleType | None:
