@@ -328,7 +328,8 @@ def several_steps(x: Tensor) -> Iterator[Compared]:
 
 def overhead() -> Iterator[Compared]:
     """The measured share of training time is known after some observations, and is a share."""
-    model, x, told = mlp(nn.Tanh()), torch.randn(16, 8), list[float | None]()
+    # The batch is so large that observing a step takes less time than the step, on a busy machine too.
+    model, x, told = mlp(nn.Tanh()), torch.randn(16384, 8), list[float | None]()
     monitor = torchsat.watch(model, every=2, budget=None, sinks=[lambda snapshot: told.append(snapshot.overhead)])
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     # It is known once the steps that follow some observations have been timed, which on a busy machine takes a few more.
