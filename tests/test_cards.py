@@ -15,6 +15,7 @@ from tests.conftest import record
 from tests.test_diagnosis import stack
 from torchsat import Alert, Cause, Coverage, Snapshot
 from torchsat.cards import ROWS, card
+from torchsat.record import Nearest
 
 
 class Balance(HTMLParser):
@@ -77,8 +78,9 @@ def test_a_monitor_begins_with_the_verdict_and_what_to_try() -> None:
 
 
 def test_a_healthy_monitor_says_so_and_one_that_saw_nothing_does_not() -> None:
-    assert shown(trained(stack(nn.ReLU), 3)).startswith("healthy no alert was raised")
+    assert re.match("healthy no alert was raised; nearest to a limit: .* of the way to a warning", shown(trained(stack(nn.ReLU), 3)))
     monitor = torchsat.watch(stack(nn.Tanh))
+    assert str(monitor.verdict) == "not judged: nothing has been observed yet"
     assert repr(monitor) == "<torchsat.Monitor: nothing observed yet; 0 sites, step 0>"
     assert shown(monitor).startswith("not judged Nothing has been observed yet.")
     monitor.close()
@@ -140,6 +142,9 @@ def test_a_snapshot_without_events_says_how_many_places_are_beyond_a_limit() -> 
     sick = Snapshot(3, 0.0, (record("a", alert_level=1.0), record("b", alert_level=0.0)))
     assert shown(sick).startswith("critical 1 of 2 sites and layers are beyond a limit.")
     assert shown(Snapshot(3, 0.0, (record("b", alert_level=0.0),))).startswith("healthy No site and no layer is beyond a limit.")
+    near = Snapshot(3, 0.0, (record("b", alert_level=0.0),), nearest=Nearest("b", "saturated", 0.5))
+    assert shown(near).startswith("healthy No site and no layer is beyond a limit; nearest to a limit: b (tanh), 50 % of the way")
+    assert shown(Snapshot(3, 0.0, (record("b"),), judged=False)).startswith("not judged no rules were given")
 
 
 @pytest.mark.parametrize("hostile", ["<script>alert(1)</script>", '"><img src=x>', "&amp;'\"", "</table></div>"])

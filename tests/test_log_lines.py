@@ -3,6 +3,7 @@
 import io
 import logging
 import logging.handlers
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +156,21 @@ def test_a_run_ends_with_one_line(scale: float, tmp_path: Path, caplog: pytest.L
         assert last.message.startswith("torchsat: the run ends critical: 1 (tanh): saturated (inputs_unscaled), since step 0")
         assert last.message.endswith(f"More: torchsat report {tmp_path / 'exp'}")
     else:
-        assert (last.levelno, last.message) == (logging.INFO, "torchsat: the run ends healthy: no alert was raised")
+        assert last.levelno == logging.INFO
+        assert re.fullmatch(
+            r"torchsat: the run ends healthy: no alert was raised; nearest to a limit: 1 \(tanh\), [\d.]+ % of the way to a warning \(saturated\)",
+            last.message,
+        )
+
+
+def test_a_run_without_rules_does_not_end_healthy(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "torchsat")
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    with torchsat.watch(model, rules=(), errors="raise") as monitor:
+        model(torch.randn(8, 16)).sum().backward()
+        monitor.step()
+    assert caplog.records[-1].message == "torchsat: the run ends not judged: no rules were given"
+    assert caplog.records[-1].levelno == logging.INFO
 
 
 def test_a_monitor_that_has_observed_nothing_says_nothing_of_the_end(caplog: pytest.LogCaptureFixture) -> None:

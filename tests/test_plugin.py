@@ -22,7 +22,7 @@ from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots, write
 from torchsat import Head, Snapshot, read
 from torchsat.metrics import METRICS
-from torchsat.record import RECORD_METRICS
+from torchsat.record import RECORD_METRICS, Nearest
 from torchsat.tensorboard import SCRIPTS, writer
 from torchsat.tensorboard import plugin as module
 from torchsat.tensorboard.loader import OBSERVATIONS, Loader
@@ -82,9 +82,14 @@ def test_every_run_has_its_verdict_before_it_is_opened(tmp_path: Path) -> None:
     write(tmp_path / "calm", calm)
     write(tmp_path / "sick", [replace(each, alerts=(fires,) if each.step == 4 else ()) for each in calm])
     write(tmp_path / "broken", [replace(each, alerts=(replace(fires, rule="nonfinite"),) if each.step == 4 else ()) for each in calm])
+    write(tmp_path / "unknown", [replace(each, judged=False) for each in calm])
+    write(tmp_path / "near", [replace(each, nearest=Nearest("a", "shrunk_weights", each.step / 10)) for each in calm])
     server = Server(tmp_path)
     before = {Path(run["name"]).parts[0]: run["verdict"] for run in server.get("/runs").json}
-    assert {name: verdict["health"] for name, verdict in before.items()} == {"broken": "not finite", "calm": "healthy", "sick": "critical"}
+    health = {"broken": "not finite", "calm": "healthy", "near": "healthy", "sick": "critical", "unknown": "not judged"}
+    assert {name: verdict["health"] for name, verdict in before.items()} == health
+    assert before["unknown"]["sentence"] == "not judged: no rules were given"
+    assert (before["near"]["margin"], before["calm"]["margin"]) == ("nearest to a limit: a, 50 % of the way to a warning (shrunk weights)", "")
     assert before["sick"]["where"] == "b.act (tanh) and 1 more"
     assert before["sick"]["since"] == 1
     # Once a run is opened, its verdict comes from the whole of it, and is the same.

@@ -36,7 +36,7 @@ ARROWS = {
     "percent": set(),
     "alerts": {"percent", "record"},
     "alert_level": {"rules", "shown"},
-    "verdict": {"alerts", "record"},
+    "verdict": {"alerts", "percent", "record"},
     "start": {"record"},
     "flow": {"record", "start"},
     "loss_functions": {"record"},
@@ -86,9 +86,11 @@ ARROWS = {
     "tensorboard.reader": {"record", "tensorboard"},
     "tensorboard.stock": {"alerts", "flow", "metrics", "percent", "record", "shown", "verdict"},
     "tensorboard.heatmap": {"colours", "grids", "metrics", "record", "tensorboard.stock"},
-    "tensorboard.writer": {"alerts", "record", "tensorboard", "tensorboard.heatmap", "tensorboard.stock"},
+    "tensorboard.writer": {"alerts", "record", "tensorboard", "tensorboard.heatmap", "tensorboard.stock", "verdict"},
     "tensorboard.scalars": {"grids"},
-    "tensorboard.plugin": {"alerts", "grids", "metrics", "record", "tensorboard", "tensorboard.scalars", "verdict", "view"},
+    "tensorboard.plugin": {
+        *("alerts", "grids", "metrics", "record", "tensorboard", "tensorboard.reader", "tensorboard.scalars", "verdict", "view"),
+    },
     "tensorboard.loader": {"tensorboard", "tensorboard.plugin"},
     # What is measured.
     "internals": set(),

@@ -19,6 +19,7 @@ from tests.test_tensorboard import ALERT, offsets, snapshots, write
 from torchsat import Cause, Snapshot
 from torchsat.command import main
 from torchsat.document import SCHEMA
+from torchsat.record import Nearest
 from torchsat.report import FORMATS, report
 from torchsat.sheets import sparkline
 from torchsat.tensorboard.reader import read_runs
@@ -27,6 +28,12 @@ from torchsat.tensorboard.reader import read_runs
 def text(directory: Path) -> str:
     out = io.StringIO()
     report(directory, out)
+    return out.getvalue()
+
+
+def printed(directory: Path, form: str) -> str:
+    out = io.StringIO()
+    report(directory, out, form)  # type: ignore[arg-type]
     return out.getvalue()
 
 
@@ -83,6 +90,32 @@ def test_the_report_begins_with_the_verdict(tmp_path: Path) -> None:
 def test_a_run_without_alerts_says_so(tmp_path: Path) -> None:
     write(tmp_path, [Snapshot(0, 0.0, (record(),))])
     assert f"{tmp_path.name} is healthy: no alert was raised\n" in text(tmp_path)
+
+
+def test_a_healthy_run_says_how_far_it_is_from_a_limit(tmp_path: Path) -> None:
+    write(tmp_path, [Snapshot(0, 0.0, (record(),), nearest=Nearest("act", "stuck_units", 0.31))])
+    margin = "nearest to a limit: act (tanh), 31 % of the way to a warning (stuck units)"
+    assert f"is healthy: no alert was raised; {margin}" in " ".join(text(tmp_path).split())
+    for form in ("markdown", "html", "json"):
+        assert margin in printed(tmp_path, form).replace("\\", "")
+
+
+def test_a_run_that_no_rule_has_judged_is_not_called_healthy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "alone", [replace(each, alerts=(), judged=False) for each in snapshots(sites=20)])
+    for form in FORMATS:
+        told = printed(tmp_path / "alone", form)
+        assert "no rules were given" in told
+        assert not re.search(r"is healthy|healthy:|healthy site", told.partition("<script")[0].partition("</style>")[2] or told), form
+    assert "alone is not judged: no rules were given\n" in text(tmp_path / "alone")
+    assert '<p class="state not-judged"><b>not judged</b>: no rules were given</p>' in printed(tmp_path / "alone", "html")
+    assert [main(["report", str(tmp_path / "alone"), *given]) for given in FAIL_ON] == [0, 0, 0]
+    assert capsys.readouterr().err == ""
+    write(tmp_path / "well", [replace(each, alerts=()) for each in snapshots()])
+    assert text(tmp_path).startswith("1 of 2 runs is healthy, and 1 is not judged, since no rules were given.\n")
+    write(tmp_path / "sick", [replace(each, alerts=(ALERT,) if each.step == 4 else ()) for each in snapshots()])
+    found = json.loads(printed(tmp_path, "json"))["verdict"]
+    assert (found["health"], found["sick"], found["unjudged"], found["runs"]) == ("critical", 1, 1, 3)
+    assert found["sentence"].startswith("1 of 3 runs is sick, and 1 is not judged, since no rules were given. Worst: sick: critical:")
 
 
 def test_damage_is_reported(tmp_path: Path) -> None:
@@ -251,7 +284,7 @@ KINDS: dict[str, Any] = {
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The values of a document by their path; of the numbers over time, of the sites and of the layers only the objects themselves."""
-    if isinstance(value, dict) and not re.search(r"records\[\]|weights\[\]|over_time", path):
+    if isinstance(value, dict) and not re.search(r"records\[\]|weights\[\]|over_time|nearest", path):
         for key, each in value.items():
             yield from leaves(each, f"{path}.{key}" if path else key)
     elif isinstance(value, list):
@@ -267,7 +300,7 @@ def test_the_json_is_what_the_documentation_says(tmp_path: Path) -> None:
     documented = {key: tuple(kinds.split(" or ")) for key, kinds in re.findall(r"^\| `([^`]+)` \| ([^|]+?) \|", table, re.MULTILINE)}
     rich = replace(ALERT, also=("a.act",), causes=(Cause("init_too_large", 1.0, "gain 8", "draw:\n    x = 1"),))
     write(tmp_path / "sick", [replace(each, alerts=(rich,) if each.step == 4 else ()) for each in snapshots()])
-    write(tmp_path / "cleared", snapshots())
+    write(tmp_path / "cleared", [replace(each, nearest=Nearest("a.act", "saturated", 0.25)) for each in snapshots()])
     write(tmp_path / "later", snapshots(6))
     write(tmp_path / "later", [replace(snapshot, time=2000.0) for snapshot in snapshots(2)])
     path = next((tmp_path / "cleared" / "torchsat").glob("*"))

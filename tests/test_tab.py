@@ -20,6 +20,7 @@ from tests.conftest import record
 from tests.test_tensorboard import ALERT, snapshots, write
 from torchsat import Cause, Snapshot
 from torchsat.colours import shades
+from torchsat.record import Nearest
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason="no Chromium with its driver: apt-get install chromium chromium-driver")
 
@@ -83,6 +84,27 @@ def test_the_verdict_comes_first_and_the_worst_run_is_open(driver: Any, ward: st
     driver.find_elements(By.CSS_SELECTOR, ".run-badge")[2].click()
     settled(driver)
     assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["warned"]
+
+
+def test_a_run_without_rules_is_not_called_healthy_and_a_healthy_one_says_how_far_it_is(driver: Any, tmp_path: Path) -> None:
+    calm = [replace(each, alerts=()) for each in snapshots(4)]
+    write(tmp_path / "free", [replace(each, judged=False) for each in calm])
+    with serving(tmp_path) as address:
+        open_tab(driver, address)
+        settled(driver)
+        assert driver.find_element(By.CSS_SELECTOR, ".verdict").text == "free is not judged: no rules were given."
+        assert driver.find_element(By.CSS_SELECTOR, ".heading .badge").text == "\N{EN DASH} not judged"
+    write(tmp_path / "well", [replace(each, nearest=Nearest("a.act", "saturated", 0.31)) for each in calm])
+    with serving(tmp_path) as address:
+        open_tab(driver, address)
+        settled(driver)
+        said = driver.find_element(By.CSS_SELECTOR, ".verdict h1").text
+        assert said == "1 of 2 runs is healthy, and 1 is not judged, since no rules were given."
+    with serving(tmp_path / "well") as address:
+        open_tab(driver, address)
+        settled(driver)
+        said = driver.find_element(By.CSS_SELECTOR, ".verdict").text
+        assert said.split("\n", 1)[1] == "Nearest to a limit: a.act (tanh), 31 % of the way to a warning (saturated)."
 
 
 def test_what_is_healthy_has_the_colour_of_the_page_and_what_is_not_finite_is_hatched(driver: Any, ward: str) -> None:

@@ -109,7 +109,7 @@ def test_tensorboards_own_reader_sees_the_scalars_and_the_text(tmp_path: Path) -
     assert metadata.data_class == 1
     assert metadata.summary_description == NETWORK["excess_max"]
     text = [event.tensor_proto.string_val[0].decode() for event in reader.Tensors("torchsat/alerts/text_summary")]
-    assert text[-2].splitlines()[0] == "**critical: b.act: saturated (init\\_too\\_large), since step 1**. Try: Xavier"
+    assert text[-2].splitlines()[0] == "**critical: b.act (tanh): saturated (init\\_too\\_large), since step 1**. Try: Xavier"
     assert text[-1].splitlines()[0] == "**healthy: its alert has cleared**"
     assert text[-1].splitlines()[4:] == [
         "step 5: cleared: b.act is saturated | init_too_large 50 %: gain 8 | Xavier",

@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,13 +16,15 @@ import torchsat
 from tests.conftest import record
 from tests.test_tensorboard import ALERT
 from torchsat import Cause, Rule, Snapshot, Weight
-from torchsat.alert_level import alert_level
+from torchsat.alert_level import alert_level, way_to_warning
 from torchsat.alerts import Episode
 from torchsat.definitions import CAUSE_TITLES, RULE_DEFINITIONS
 from torchsat.judge import Judge
 from torchsat.metrics import METRICS
-from torchsat.record import with_levels
+from torchsat.record import Nearest, with_levels
 from torchsat.rules import RULES
+from torchsat.tensorboard import JUDGEMENT
+from torchsat.tensorboard.writer import TensorBoardWriter
 from torchsat.verdict import Health, summary, verdict_of, worst_first
 from torchsat.view import from_snapshots
 
@@ -96,6 +99,67 @@ def test_the_verdict_names_the_alert_that_counts_most() -> None:
     assert (lost.health, lost.where) == (Health.NOT_FINITE, "z")
     assert str(verdict_of([over])) == "healthy: its alert has cleared"
     assert str(verdict_of([])) == "healthy: no alert was raised"
+    assert str(verdict_of([over], judged=False)) == "not judged: no rules were given"
+    assert verdict_of([sick], judged=False).health is Health.CRITICAL  # of a session before, which had rules
+    near = verdict_of([over], {"fc": "Linear 4 -> 2"}, nearest=Nearest("fc", "shrunk_weights", 0.31))
+    assert str(near) == "healthy: its alert has cleared; nearest to a limit: fc (Linear 4 -> 2), 31 % of the way to a warning (shrunk weights)"
+    at = verdict_of([], nearest=Nearest("a", "saturated", 1.0))
+    assert at.margin == "nearest to a limit: a, beyond that of a warning, but not for long enough to be told (saturated)"
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "way"),
+    [
+        (ABOVE, 0.0, 0.0),
+        (ABOVE, 0.1, 0.25),
+        (ABOVE, 0.4, 1.0),
+        (ABOVE, 0.7, 1.0),
+        (BELOW, 1.0, 0.0),
+        (BELOW, 10.0, 0.0),
+        (BELOW, 1e-2, 2 / 3),  # two of three powers of ten
+        (BELOW, 1e-5, 1.0),
+        (replace(ABOVE, warning=1e3), 10.0, 1 / 3),
+        (replace(ABOVE, warning=1e3), 0.5, 0.0),
+        (replace(ABOVE, warning=1e3), 0.0, 0.0),
+        (replace(BELOW, warning=4.0), 8.0, 0.5),
+        (replace(BELOW, warning=4.0), math.inf, 0.0),
+        (replace(ABOVE, warning=None), 0.7, None),
+    ],
+)
+def test_the_way_to_a_warning(rule: Rule, value: float, way: float | None) -> None:
+    found = way_to_warning(rule, value, record("a"))
+    assert found is None if way is None else found == pytest.approx(way)
+
+
+def test_the_judge_says_what_comes_nearest_to_a_warning() -> None:
+    other = replace(ABOVE, name="other", value=lambda record, snapshot: record.stuck, warning=0.5)
+    judge = Judge((ABOVE, other))
+    judge.judge(Snapshot(0, 0.0, (record("a", saturated=0.1, stuck=0.0), record("b", saturated=0.0, stuck=0.2), record("c", stuck=0.2))))
+    assert judge.nearest == Nearest("b", "other", 0.2 / 0.5)
+    judge.judge(Snapshot(1, 0.0, (record("a", saturated=0.0, stuck=None),)))
+    assert judge.nearest is None
+
+
+def test_a_run_knows_whether_it_was_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    def run(name: str, **options: Any) -> Snapshot:
+        with torchsat.watch(model, tmp_path / name, errors="raise", **options) as monitor:
+            model(3 * torch.randn(64, 4)).sum().backward()
+            monitor.step()
+        (read,) = torchsat.read(tmp_path / name)
+        assert read == monitor.latest == Snapshot.from_dict(read.as_dict())
+        return read
+
+    assert (run("with").judged, run("without", rules=()).judged) == (True, False)
+    assert run("with2").nearest is not None
+    values = TensorBoardWriter._values
+    monkeypatch.setattr(TensorBoardWriter, "_values", lambda self, snapshot: [each for each in values(self, snapshot) if each.tag != JUDGEMENT])
+    with torchsat.watch(model, tmp_path / "old", rules=(), errors="raise") as monitor:
+        model(torch.randn(8, 4)).sum().backward()
+        monitor.step()
+    (old,) = torchsat.read(tmp_path / "old")
+    assert (old.judged, old.nearest) == (True, None)
 
 
 def test_several_runs_are_summed_up_the_worst_first() -> None:

@@ -31,6 +31,22 @@ def alert_level(rule: Rule, value: float, item: Any) -> float:
     return 0.0 if limit is None else _before(_nearness(rule, value, limit))
 
 
+def way_to_warning(rule: Rule, value: float, item: Any) -> float | None:
+    """How much of the way to the limit of a warning a value has gone: 0 is far away, 1 at the limit or beyond it; None where there is no warning.
+
+    Unlike the level it is not 0 on the whole safe side, so that it tells one healthy network from another. A share begins at 0, and is linear. What
+    compares two numbers (a limit above 1 for what must not be large, or below 1 for what must not be small) begins at 1, and is logarithmic.
+    """
+    limit = rule.limit("warning", item)
+    if limit is None:
+        return None
+    if rule.beyond(value, limit):
+        return 1.0
+    if limit > 0 and (limit < 1 if rule.below else limit > 1):
+        return max(0.0, math.log(value) / math.log(limit)) if 0 < value < math.inf else 0.0
+    return _nearness(rule, value, limit)
+
+
 def _between(value: float, start: float, end: float) -> float:
     """Where a value lies between two limits, from 0 to 1."""
     if value > 0 and start > 0 and end > 0:

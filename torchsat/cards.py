@@ -19,7 +19,7 @@ from torchsat.coverage import Coverage
 from torchsat.percent import listed, number_or_dash, percent, percent_or_dash
 from torchsat.record import Alert, Record, Snapshot, Weight
 from torchsat.shown import WARNING, level_in_words
-from torchsat.verdict import Verdict, verdict_of
+from torchsat.verdict import Health, Verdict, verdict_of, what_is_where
 
 ROWS = 8
 """The most sites that a table shows, and the most alerts."""
@@ -84,14 +84,15 @@ def _(snapshot: Snapshot) -> str:
     items: tuple[Record | Weight, ...] = (*snapshot.records, *snapshot.weights)
     words = [_word(item) for item in items]
     beyond = [word for word in ("not finite", "critical", "warning") if word in words]
-    if told:
-        first = _verdict(
-            verdict_of([Episode(alert, alert.since, None) for alert in told], {record.site: record.activation for record in snapshot.records})
-        )
+    verdict = verdict_of(
+        [Episode(alert, alert.since, None) for alert in told], what_is_where(snapshot.records, snapshot.weights), snapshot.judged, snapshot.nearest
+    )
+    if verdict.health.is_sick or verdict.health is Health.NOT_JUDGED:
+        first = _verdict(verdict)
     elif beyond:
         first = _line(beyond[0], f"{sum(word in beyond for word in words)} of {len(items)} sites and layers are beyond a limit.")
     else:
-        first = _line("healthy", "No site and no layer is beyond a limit.")
+        first = _line("healthy", "No site and no layer is beyond a limit" + (f"; {verdict.margin}." if verdict.margin else "."))
     return _card(first, _sites(snapshot, {}), _alerts(told), _faint(f"step {snapshot.step}, {len(snapshot.records)} sites"))
 
 

@@ -27,7 +27,7 @@ from torchsat.observe.observation import Retry
 from torchsat.options import Options, Sink
 from torchsat.percent import listed
 from torchsat.process import undisturbed
-from torchsat.record import Alert, Snapshot, with_levels
+from torchsat.record import Alert, Snapshot
 from torchsat.rows import Stuck, to_record, to_weight
 from torchsat.sites import Sites
 from torchsat.tensorboard import SUBRUN
@@ -201,8 +201,7 @@ class Delivery:
         weights = tuple(to_weight(row) for row in numbers.layers)
         snapshot = Snapshot(flight.step, flight.time, tuple(records), weights, overhead=overhead)
         events = self._judge.judge(snapshot)
-        levels = self._judge.levels
-        snapshot = replace(snapshot, records=with_levels(snapshot.records, levels), weights=with_levels(snapshot.weights, levels))
+        snapshot = self._judge.marked(snapshot)
         return replace(snapshot, alerts=self._diagnosis.judge(events, self._judge.firing, snapshot, self._judge.pending))
 
     def _announce(self, snapshot: Snapshot) -> None:

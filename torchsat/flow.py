@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torchsat.record import Record, Snapshot, Weight, per_snapshot
-from torchsat.start import LONG, Start
+from torchsat.record import Record, Snapshot, Weight
+from torchsat.start import LONG, Start, per_snapshot
 
 
 def on_signal_path(record: Record) -> bool:

@@ -16,8 +16,8 @@ import numpy as np
 from torchsat.alerts import Episode, episodes
 from torchsat.grids import Grid, Table
 from torchsat.metrics import Values
-from torchsat.record import HISTOGRAM_BINS, SITE_FACTS, WEIGHT_FACTS, Alert, Record, Snapshot, Weight, to_float
-from torchsat.verdict import Verdict, verdict_of
+from torchsat.record import HISTOGRAM_BINS, SITE_FACTS, WEIGHT_FACTS, Alert, Nearest, Record, Snapshot, Weight, to_float
+from torchsat.verdict import Health, Verdict, verdict_of, what_is_where
 from torchsat.view import Series, facts_of, record_table, series, weight_table
 
 MOST = 400
@@ -59,6 +59,9 @@ class History:
         self._weights: dict[str, Weight] = {}
         """The newest record of each site, and the newest measurement of each layer: they have the facts."""
         self._events: list[Alert] = []
+        self._judged = True
+        self._nearest: Nearest | None = None
+        """Those of the newest observation."""
 
     def add(self, snapshot: Snapshot) -> None:
         """Remember one observation."""
@@ -69,6 +72,7 @@ class History:
             self._rows.pop()
         self._rows.append(_Row.of(snapshot))
         self._count += 1
+        self._judged, self._nearest = snapshot.judged, snapshot.nearest
         if len(self._rows) > max(LEAST, min(MOST, MOST_NUMBERS // (_PER_SITE * max(1, len(self._records))))):
             self._rows, self._stride = self._rows[::2], 2 * self._stride
 
@@ -86,7 +90,7 @@ class History:
         # `series` joins the facts of all tables, so it is enough that the first one comes with all of them.
         records = [(row.records, facts if at == 0 else []) for at, row in enumerate(self._rows)]
         weights = [(row.weights, layers if at == 0 else []) for at, row in enumerate(self._rows)]
-        return series(name, records, weights).told(self._events)
+        return series(name, records, weights).told(self._events, self._judged, self._nearest)
 
     def histograms(self, site: str) -> Grid:
         """The histogram of |f'| / peak of one site over time: one column per bin of HISTOGRAM_EDGES."""
@@ -109,7 +113,9 @@ class History:
         """The verdict on the run, of which these alerts fire now."""
         found = episodes(sorted(self._events, key=lambda alert: alert.step), {}, 0)
         told = [*(Episode(alert, alert.since, None) for alert in firing), *(each for each in found if each.cleared is not None)]
-        return verdict_of(told, {site: record.activation for site, record in self._records.items()})
+        if not self._rows and not told:
+            return Verdict(Health.NOT_JUDGED, unjudged="nothing has been observed yet")
+        return verdict_of(told, what_is_where(self._records.values(), self._weights.values()), self._judged, self._nearest)
 
     def levels(self, columns: int) -> dict[str, list[float]]:
         """For each site its health over the run in so many columns of equal numbers of observations: the worst `alert_level` in each."""

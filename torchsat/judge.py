@@ -11,10 +11,10 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torchsat.alert_level import alert_level
+from torchsat.alert_level import alert_level, way_to_warning
 from torchsat.alerts import ADJECTIVE, Firing, Key
 from torchsat.percent import percent
-from torchsat.record import Alert, Record, Severity, Snapshot, Weight
+from torchsat.record import Alert, Nearest, Record, Severity, Snapshot, Weight, with_levels
 from torchsat.rules import RULES, Rule
 from torchsat.start import Start, came_trained
 
@@ -86,6 +86,8 @@ class Judge:
         """What each place was like at the first observation that had it."""
         self.levels: dict[str, float] = {}
         """For each place that was judged at the last observation its highest `alert_level`."""
+        self.nearest: Nearest | None = None
+        """What came nearest to a warning at the last observation."""
 
     @property
     def firing(self) -> tuple[Alert, ...]:
@@ -144,7 +146,7 @@ class Judge:
         events: list[Alert] = []
         self._observations += 1
         self._step = snapshot.step
-        self.levels = {}
+        self.levels, self.nearest = {}, None
         self._note_starts(snapshot)
         records: dict[str, Record | Weight] = {record.site: record for record in snapshot.records}
         weights: dict[str, Record | Weight] = {weight.name: weight for weight in snapshot.weights}
@@ -162,6 +164,11 @@ class Judge:
                     raise
                 self._fault(f"rule {name}", error)
         return tuple(events)
+
+    def marked(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot that was judged last, with what was found: whether there was any rule, the level of each place, and what came nearest."""
+        records, weights = with_levels(snapshot.records, self.levels), with_levels(snapshot.weights, self.levels)
+        return replace(snapshot, records=records, weights=weights, judged=bool(self._groups), nearest=self.nearest)
 
     def _note_starts(self, snapshot: Snapshot) -> None:
         """Note the places that were not there before."""
@@ -196,6 +203,10 @@ class Judge:
             return None
         place = key[0]
         self.levels[place] = max(self.levels.get(place, 0.0), *(alert_level(rule, value, item) for rule, value in values))
+        for rule, value in values:
+            way = way_to_warning(rule, value, item)
+            if way and (self.nearest is None or way > self.nearest.way):
+                self.nearest = Nearest(place, rule.name, way)
         state = self._states.setdefault(key, _State({"warning": 0, "critical": 0}))
         state.pending = None
         critical = _first_beyond(values, "critical", item)

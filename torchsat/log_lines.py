@@ -22,7 +22,7 @@ from typing import Any
 from torchsat.alerts import sentences
 from torchsat.record import Alert
 from torchsat.terminal import Style, is_terminal, painted, shows_colours, width_of, wrapped
-from torchsat.verdict import Health, Verdict
+from torchsat.verdict import Verdict
 
 _INDENT = "    "
 _WIDE = 10_000
@@ -116,7 +116,7 @@ def end_line(verdict: Verdict, directory: str | None) -> tuple[int, str]:
     Args:
         directory: what was given to `watch`; None where nothing is written.
     """
-    if verdict.health is Health.HEALTHY:
+    if not verdict.health.is_sick:
         return logging.INFO, f"torchsat: the run ends {verdict}"
     more = "monitor.alerts" if directory is None else f"torchsat report {shlex.quote(directory)}"
     return logging.WARNING, f"torchsat: the run ends {verdict}. More: {more}"

@@ -34,7 +34,7 @@ def print_markdown(out: TextIO, runs: Sequence[Run]) -> None:
 def _details(run: Run, verdict: Verdict, out: TextIO) -> list[str]:
     """One run: its verdict, its extent, its alerts and its tables."""
     found, end = episodes_of(run.snapshots), run.snapshots[-1].step
-    parts = [f"## {_escaped(run.name)}: {_escaped(str(verdict))}" if run.name else f"## {_escaped(str(verdict).capitalize())}"]
+    parts = [f"## {_escaped(run.name)}: {_escaped(str(verdict))}" if run.name else f"## {_escaped(str(verdict)[:1].upper() + str(verdict)[1:])}"]
     if run.directory:
         parts.append(extent(run, found))
     asides = [(word, sentence) for word, sentences in (("damaged", run.damage), ("note", run.notes)) for sentence in sentences]

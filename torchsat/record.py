@@ -7,16 +7,14 @@ are frozen. A number that cannot be known (no gradient was seen, the function ha
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from functools import cached_property, wraps
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from torchsat.shown import Shown, level_in_words
 
-_Found = TypeVar("_Found")
 Severity = Literal["warning", "critical"]
 Tails = Literal["both", "low", "high", "none", "unknown"]
 Kind = Literal["module", "call", "recurrent", "softmax"]
@@ -357,6 +355,17 @@ class Alert(Shown):
         return Alert(**{**kept, "causes": tuple(Cause(**_known(Cause, cause)) for cause in kept.get("causes", ()))})
 
 
+@dataclass(frozen=True)
+class Nearest:
+    """The place and the rule that come nearest to the limit of a warning."""
+
+    place: str
+    """The site or the layer."""
+    rule: str
+    way: float
+    """How much of the way to that limit has been gone: 0 is far away, 1 is at the limit or beyond it (alert_level.py)."""
+
+
 @dataclass(frozen=True, repr=False)
 class Snapshot(Shown):
     """All that was measured in one observation."""
@@ -372,6 +381,10 @@ class Snapshot(Shown):
     """The alerts that fired or cleared at this observation."""
     overhead: float | None = None
     """The measured share of training time that the observations before this one took; None before it is known."""
+    judged: bool = True
+    """Whether any rule was in use. Without one nobody knows whether the run is healthy. True of an older file, which does not say."""
+    nearest: Nearest | None = None
+    """What came nearest to a warning, whether or not an alert fires elsewhere; None where no value has a way to go, or in such a file."""
 
     @property
     def in_short(self) -> str:
@@ -405,7 +418,8 @@ class Snapshot(Shown):
             records.append(Record(**{**known, "heads": None if heads is None else tuple(Head(**_known(Head, head)) for head in heads)}))
         weights = tuple(Weight(**_known(Weight, each)) for each in values.get("weights", ()))
         alerts = tuple(map(Alert.from_dict, values.get("alerts", ())))
-        return Snapshot(**{**_known(Snapshot, values), "records": tuple(records), "weights": weights, "alerts": alerts})
+        nearest = Nearest(**_known(Nearest, values["nearest"])) if values.get("nearest") else None
+        return Snapshot(**{**_known(Snapshot, values), "records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest})
 
     def __iter__(self) -> Iterator[Record]:
         """The records, in the order of `records`."""
@@ -446,22 +460,6 @@ def _with(item: _Judged, **values: Any) -> _Judged:
     made = object.__new__(type(item))
     made.__dict__.update(item.__dict__, **values)
     return made
-
-
-def per_snapshot(compute: Callable[[Snapshot], _Found]) -> Callable[[Snapshot], _Found]:
-    """A function of a snapshot that is computed once, though rules ask for it at each record. It keeps what it found in the newest snapshot, which it
-    does not keep alive."""
-    newest: tuple[weakref.ref[Snapshot], _Found] | None = None
-
-    @wraps(compute)
-    def found(snapshot: Snapshot) -> _Found:
-        nonlocal newest
-        kept = newest
-        if kept is None or kept[0]() is not snapshot:
-            kept = newest = weakref.ref(snapshot), compute(snapshot)
-        return kept[1]
-
-    return found
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import statistics
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
+from typing import TypeVar
 
-from torchsat.record import Record, Snapshot, Weight, per_snapshot
+from torchsat.record import Record, Snapshot, Weight
+
+_Found = TypeVar("_Found")
 
 LONG = 100
 """Steps after which what learns has changed."""
@@ -26,6 +32,22 @@ class Start:
     """The step of that observation."""
     trained: bool
     """Whether the network had trained weights when the run began (`came_trained`)."""
+
+
+def per_snapshot(compute: Callable[[Snapshot], _Found]) -> Callable[[Snapshot], _Found]:
+    """A function of a snapshot that is computed once, though rules ask for it at each record. It keeps what it found in the newest snapshot, which it
+    does not keep alive."""
+    newest: tuple[weakref.ref[Snapshot], _Found] | None = None
+
+    @wraps(compute)
+    def found(snapshot: Snapshot) -> _Found:
+        nonlocal newest
+        kept = newest
+        if kept is None or kept[0]() is not snapshot:
+            kept = newest = weakref.ref(snapshot), compute(snapshot)
+        return kept[1]
+
+    return found
 
 
 @per_snapshot

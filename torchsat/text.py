@@ -35,12 +35,19 @@ _NAME = 1 / 3
 """A name that takes more than this part of a line is folded where that makes room for a column."""
 _STYLES = {
     Health.HEALTHY.value: (Style.GREEN,),
+    Health.NOT_JUDGED.value: (),
     Health.WARNING.value: (Style.YELLOW,),
     Health.CRITICAL.value: (Style.RED,),
     Health.NOT_FINITE.value: (Style.RED, Style.BOLD),
 }
 
-_IS = {Health.HEALTHY: "is healthy", Health.WARNING: "has a warning", Health.CRITICAL: "is critical", Health.NOT_FINITE: "is not finite"}
+_IS = {
+    Health.HEALTHY: "is healthy",
+    Health.NOT_JUDGED: "is not judged",
+    Health.WARNING: "has a warning",
+    Health.CRITICAL: "is critical",
+    Health.NOT_FINITE: "is not finite",
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def print_text(out: TextIO, runs: Sequence[Run], source: str = "", everything: b
     if len(runs) > 1:
         lines += _several(page, verdicts, runs)
     order = worst_first(verdicts)
-    shown = order if everything or len(runs) == 1 else [name for name in order[:1] if verdicts[name].health is not Health.HEALTHY]
+    shown = order if everything or len(runs) == 1 else [name for name in order[:1] if verdicts[name].health.is_sick]
     for name in shown:
         lines += ["", ""] if lines else []
         lines += _details(page, by_name[name], verdicts[name])
@@ -191,7 +198,8 @@ def _table(page: Page, sheet: Sheet, whole: bool = False) -> list[str]:
         lines += _set(page, row, columns, widths, sheet)
     left = [row for row in sheet.rows if not any(row is each for each in shown)]
     if left:
-        healthy = not any(row.notable for row in left)
+        health = next((at for at, column in enumerate(sheet.columns) if column.title == "health"), None)
+        healthy = health is not None and all(row.cells[health] == Health.HEALTHY.value for row in left)
         noun = f"{'healthy ' if healthy else ''}{sheet.noun}{'' if len(left) == 1 else 'es' if sheet.noun.endswith('x') else 's'}"
         lines.append(f"and {len(left)} more {noun}; --all shows {'it' if len(left) == 1 else 'them'}")
     return lines

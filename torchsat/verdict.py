@@ -5,19 +5,22 @@ The Saturation tab, the reports, the notebook and the last line of the log all b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from torchsat.alerts import ADJECTIVE, Episode, episodes_of
-from torchsat.record import Alert, Snapshot
+from torchsat.percent import percent
+from torchsat.record import Alert, LayerFacts, Nearest, SiteFacts, Snapshot
 
 
 class Health(Enum):
     """The state of a run at its last observation, by the alerts that fire then."""
 
     HEALTHY = "healthy"
+    NOT_JUDGED = "not judged"
+    """Nobody knows: there was no rule, or there is no observation."""
     WARNING = "warning"
     CRITICAL = "critical"
     NOT_FINITE = "not finite"
@@ -27,6 +30,14 @@ class Health(Enum):
     def rank(self) -> int:
         """0 for a healthy run, and more for a worse one."""
         return list(Health).index(self)
+
+    @property
+    def is_sick(self) -> bool:
+        """Whether an alert fires."""
+        return self not in (Health.HEALTHY, Health.NOT_JUDGED)
+
+
+NO_RULES = "no rules were given"
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,11 @@ class Verdict:
     over: int = 0
     """How many alerts fired before and no longer do."""
     activation: str = ""
-    """The activation at the place of the alert; empty where it is a layer, or not known."""
+    """The activation at the place of the alert or of `nearest`, or what the layer there is; empty where it is not known."""
+    nearest: Nearest | None = None
+    """Where no alert fires: what comes nearest to a warning, if that is known."""
+    unjudged: str = ""
+    """Why a run is not judged; empty for one that is."""
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -54,7 +69,11 @@ class Verdict:
         if self.alert is None:
             return ""
         more = f" and {len(self.alert.also)} more" if self.alert.also else ""
-        return self.alert.site + (f" ({self.activation})" if self.activation and not self.alert.site.endswith(f"/{self.activation}") else "") + more
+        return self._named(self.alert.site) + more
+
+    def _named(self, place: str) -> str:
+        """A place with what it is, unless its name says so."""
+        return place + (f" ({self.activation})" if self.activation and not place.endswith(f"/{self.activation}") else "")
 
     @property
     def what(self) -> str:
@@ -68,10 +87,24 @@ class Verdict:
 
     @property
     def calm(self) -> str:
-        """What became of the alerts of a run of which none fires."""
-        if not self.over:
-            return "no alert was raised"
-        return "its alert has cleared" if self.over == 1 else f"its {self.over} alerts have cleared"
+        """What became of the alerts of a run of which none fires, and how far it is from the next one."""
+        if self.unjudged:
+            return self.unjudged
+        cleared = "its alert has cleared" if self.over == 1 else f"its {self.over} alerts have cleared"
+        return (cleared if self.over else "no alert was raised") + (f"; {self.margin}" if self.margin else "")
+
+    @property
+    def margin(self) -> str:
+        """How far a run of which no alert fires is from the next one; empty where that is not known."""
+        if self.nearest is None:
+            return ""
+        rule = self.nearest.rule.replace("_", " ")
+        how = (
+            f"{percent(self.nearest.way)} of the way to a warning"
+            if self.nearest.way < 1
+            else "beyond that of a warning, but not for long enough to be told"
+        )
+        return f"nearest to a limit: {self._named(self.nearest.place)}, {how} ({rule})"
 
     def __str__(self) -> str:
         """The verdict in one sentence, without the advice."""
@@ -96,17 +129,27 @@ class Verdict:
             "where": self.where,
             "what": self.what,
             "cause": alert.causes[0].name if alert is not None and alert.causes else None,
+            "margin": self.margin,
             "advice": self.advice,
             "code": alert.causes[0].code if alert is not None and alert.causes else "",
         }
 
 
-def verdict_of(episodes: Sequence[Episode], activations: Mapping[str, str] | None = None) -> Verdict:
-    """The verdict on a run by its alerts. `activations`: the activation of each site by name, as far as they are known."""
+def verdict_of(
+    episodes: Sequence[Episode], activations: Mapping[str, str] | None = None, judged: bool = True, nearest: Nearest | None = None
+) -> Verdict:
+    """The verdict on a run by its alerts.
+
+    Args:
+        activations: the activation of each site, and what each layer is, by name, as far as they are known.
+        judged, nearest: of the last observation.
+    """
     firing = [each.alert for each in episodes if each.cleared is None]
     over = len(episodes) - len(firing)
+    if not firing and not judged:
+        return Verdict(Health.NOT_JUDGED, over=over, unjudged=NO_RULES)
     if not firing:
-        return Verdict(Health.HEALTHY, over=over)
+        return Verdict(Health.HEALTHY, over=over, activation=(activations or {}).get(nearest.place, "") if nearest else "", nearest=nearest)
     worst = min(firing, key=lambda alert: (alert.rule != "nonfinite", alert.severity != "critical", -len(alert.also), alert.since))
     health = Health.NOT_FINITE if worst.rule == "nonfinite" else Health.CRITICAL if worst.severity == "critical" else Health.WARNING
     return Verdict(health, worst, len(firing), over, (activations or {}).get(worst.site, ""))
@@ -114,7 +157,13 @@ def verdict_of(episodes: Sequence[Episode], activations: Mapping[str, str] | Non
 
 def verdict_on(snapshots: Sequence[Snapshot]) -> Verdict:
     """The verdict on a run that `torchsat.read` has read."""
-    return verdict_of(episodes_of(snapshots), {record.site: record.activation for each in snapshots for record in each.records})
+    records, weights = (record for each in snapshots for record in each.records), (weight for each in snapshots for weight in each.weights)
+    return verdict_of(episodes_of(snapshots), what_is_where(records, weights), snapshots[-1].judged, snapshots[-1].nearest)
+
+
+def what_is_where(records: Iterable[SiteFacts], weights: Iterable[LayerFacts]) -> dict[str, str]:
+    """The activation of each site, and what each layer is, by name. An older file does not say what a layer is."""
+    return {weight.name: weight.layer or "" for weight in weights} | {record.site: record.activation for record in records}
 
 
 def worst_first(verdicts: Mapping[str, Verdict]) -> list[str]:
@@ -124,11 +173,21 @@ def worst_first(verdicts: Mapping[str, Verdict]) -> list[str]:
 
 def summary(verdicts: Mapping[str, Verdict]) -> str:
     """One sentence on several runs: how many are sick, and what is wrong with the worst."""
-    sick = [name for name in worst_first(verdicts) if verdicts[name].health is not Health.HEALTHY]
+    sick = [name for name in worst_first(verdicts) if verdicts[name].health.is_sick]
+    unjudged = sum(verdict.health is Health.NOT_JUDGED for verdict in verdicts.values())
     if not sick:
-        several = "Both" if len(verdicts) == 2 else f"All {len(verdicts)}"
-        return "The run is healthy." if len(verdicts) == 1 else f"{several} runs are healthy."
+        several = "The run is" if len(verdicts) == 1 else "Both runs are" if len(verdicts) == 2 else f"All {len(verdicts)} runs are"
+        if unjudged == len(verdicts):
+            return f"{several} not judged: {NO_RULES}."
+        healthy = len(verdicts) - unjudged
+        count = f"{healthy} of {len(verdicts)} runs {'is' if healthy == 1 else 'are'} healthy" if unjudged else f"{several} healthy"
+        return f"{count}{_and_unjudged(unjudged)}."
     worst = verdicts[sick[0]]
     count = "The run is sick" if len(verdicts) == 1 else f"{len(sick)} of {len(verdicts)} runs {'is' if len(sick) == 1 else 'are'} sick"
     name = "" if len(verdicts) == 1 else f"Worst: {sick[0]}: "
-    return f"{count}. {name}{worst}." + (f" Try: {worst.advice}" if worst.advice else "")
+    return f"{count}{_and_unjudged(unjudged)}. {name}{worst}." + (f" Try: {worst.advice}" if worst.advice else "")
+
+
+def _and_unjudged(runs: int) -> str:
+    """The end of a sentence on several runs, of which so many were judged by no rule."""
+    return f", and {runs} {'is' if runs == 1 else 'are'} not judged, since {NO_RULES}" if runs else ""

@@ -20,7 +20,18 @@ from torchsat.definitions import CAUSE_TITLES, RULE_DEFINITIONS
 from torchsat.grids import Grid, Table, join
 from torchsat.metrics import METRICS, Ramp, Values, excess, rows_of
 from torchsat.percent import PERCENT
-from torchsat.record import HISTOGRAM_BINS, HISTOGRAM_EDGES, SITE_FACTS, WEIGHT_FACTS, Alert, LayerFacts, Snapshot, normal_saturated, to_float
+from torchsat.record import (
+    HISTOGRAM_BINS,
+    HISTOGRAM_EDGES,
+    SITE_FACTS,
+    WEIGHT_FACTS,
+    Alert,
+    LayerFacts,
+    Nearest,
+    Snapshot,
+    normal_saturated,
+    to_float,
+)
 from torchsat.verdict import Verdict, verdict_of
 
 
@@ -57,11 +68,16 @@ class Series:
     seen: dict[str, int]
     """The last step at which each site and layer was measured."""
     alerts: tuple[Episode, ...] = ()
+    judged: bool = True
+    """Whether any rule was in use at the last observation."""
+    nearest: Nearest | None = None
+    """What came nearest to a warning then."""
 
-    def told(self, events: Iterable[Alert]) -> Series:
-        """The same series with the alerts that these events raised and cleared."""
+    def told(self, events: Iterable[Alert], judged: bool = True, nearest: Nearest | None = None) -> Series:
+        """The same series with the alerts that these events raised and cleared, and with what else is known of its last observation."""
         end = int(self.steps[-1]) if len(self.steps) else 0
-        return replace(self, alerts=tuple(episodes(sorted(events, key=lambda alert: alert.step), self.seen, end)))
+        found = tuple(episodes(sorted(events, key=lambda alert: alert.step), self.seen, end))
+        return replace(self, alerts=found, judged=judged, nearest=nearest)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -71,7 +87,8 @@ class Series:
     @property
     def verdict(self) -> Verdict:
         """What is wrong with the run."""
-        return verdict_of(self.alerts, {site["site"]: site["activation"] for site in self.sites})
+        layers = {layer["name"]: layer.get("layer") or "" for layer in self.layers}
+        return verdict_of(self.alerts, layers | {site["site"]: site["activation"] for site in self.sites}, self.judged, self.nearest)
 
     def grid(self, metric: str) -> Grid:
         """One metric of every site."""
@@ -200,7 +217,8 @@ def from_snapshots(name: str, snapshots: Sequence[Snapshot]) -> Series:
     """A run from the snapshots that `torchsat.read` returns."""
     records = [(record_table(each), facts_of(each.records, SITE_FACTS)) for each in snapshots]
     weights = [(weight_table(each), facts_of(each.weights, WEIGHT_FACTS)) for each in snapshots]
-    return series(name, records, weights).told(alert for each in snapshots for alert in each.alerts)
+    events = [alert for each in snapshots for alert in each.alerts]
+    return series(name, records, weights).told(events, snapshots[-1].judged, snapshots[-1].nearest)
 
 
 def facts_of(items: Iterable[Any], facts: Sequence[str]) -> list[dict[str, Any]]:

@@ -34,8 +34,9 @@ from werkzeug import wrappers
 from torchsat.alerts import episodes
 from torchsat.grids import Grid, Table, join, not_void
 from torchsat.metrics import rows_of
-from torchsat.record import Alert
-from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, READABLE, RECORDS, SCRIPTS, SUBRUN, WEIGHTS, WHOLE
+from torchsat.record import Alert, Nearest
+from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, JUDGEMENT, PLUGIN, READABLE, RECORDS, SCRIPTS, SUBRUN, WEIGHTS, WHOLE
+from torchsat.tensorboard.reader import judgement_of
 from torchsat.tensorboard.scalars import UserScalars
 from torchsat.verdict import Verdict, verdict_of
 from torchsat.view import Series, scales, series
@@ -116,8 +117,8 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             tables = [(each.max_wall_time, known) for tag, each in tags.items() if _kind(tag) == RECORDS and (known := _known(each)) is not None]
             if tables:
                 time, newest = max(tables, key=operator.itemgetter(0))
-                facts = [dict(zip(known["facts"], site, strict=True)) for _, known in tables for site in known["sites"]]
-                verdict = query.verdict(run, tags, {fact["site"]: fact["activation"] for fact in facts}).as_dict()
+                what = {**_what_is_where(tags, WEIGHTS, "layers"), **_what_is_where(tags, RECORDS, "sites")}
+                verdict = query.verdict(run, tags, what).as_dict()
                 found.append({"name": run, "time": time, "sites": len(newest["sites"]), "place": places.get(run, 0), "verdict": verdict})
         return sorted(found, key=lambda each: str(each["name"]))
 
@@ -184,7 +185,13 @@ class Query:
                 facts = [dict(zip(known["facts"], each, strict=True)) for each in known[columns]]
                 tables[kind].append((_table([each[known["facts"][0]] for each in facts], data, known["metrics"], rows_of(over)), facts))
         found = series(run, tables[RECORDS], tables[WEIGHTS])
-        return found.told(self._alerts(run, tags, found.grid("saturated")))
+        return found.told(self._alerts(run, tags, found.grid("saturated")), *self._judgement(run, tags))
+
+    def _judgement(self, run: str, tags: Mapping[str, Any]) -> tuple[bool, Nearest | None]:
+        """`judged` and `nearest` of the last observation of a run."""
+        data = self._tensors(run, [JUDGEMENT], MOST_OBSERVATIONS)[JUDGEMENT] if JUDGEMENT in tags else []
+        last = max(data, key=lambda each: each.wall_time, default=None)
+        return (True, None) if last is None else judgement_of(last.numpy.item(0))
 
     def _alerts(self, run: str, tags: Mapping[str, Any], observed: Grid) -> list[Alert]:
         """The events of a run, without those that a later session has made void."""
@@ -201,8 +208,8 @@ class Query:
         return {run.run_name: place for place, run in enumerate(ordered)}
 
     def verdict(self, run: str, tags: Mapping[str, Any], activations: Mapping[str, str]) -> Verdict:
-        """The verdict on a run with sites of these activations. Where the whole run has not been read, it is made of the alerts and of the steps
-        alone, which are little to read."""
+        """The verdict on a run with these sites and layers, by name. Where the whole run has not been read, it is made of the alerts and of the
+        steps alone, which are little to read."""
         plugin, key, state = self._plugin, (self._experiment, run), _state(tags)
         known, kept = plugin._kept.get(key, (None, None))
         if kept is not None and known == state:
@@ -214,7 +221,7 @@ class Query:
             steps = np.array(sorted(times) or [(math.inf, 0.0)], np.float64)
             observed = Grid(steps[:, 0], steps[:, 1], (), np.zeros((len(steps), 0), np.float32))
             found = episodes(sorted(self._alerts(run, tags, observed), key=lambda alert: alert.step), {}, 0)
-            verdict = verdict_of(found, activations)
+            verdict = verdict_of(found, activations, *self._judgement(run, tags))
             plugin._verdicts[key] = state, verdict
         return verdict
 
@@ -286,6 +293,13 @@ def _known(tensor: Any) -> dict[str, Any] | None:
     except ValueError:
         return None
     return content if isinstance(content, dict) and content.get("v") in READABLE else None
+
+
+def _what_is_where(tags: Mapping[str, Any], kind: str, columns: str) -> dict[str, str]:
+    """The activation of each site, or what each layer is, by name, from the metadata of the tags of one kind."""
+    found = [known for tag, each in tags.items() if _kind(tag) == kind and (known := _known(each)) is not None]
+    facts = [dict(zip(known["facts"], each, strict=True)) for known in found for each in known[columns]]
+    return {fact["site"]: fact["activation"] for fact in facts} if kind == RECORDS else {fact["name"]: fact.get("layer") or "" for fact in facts}
 
 
 def _table(names: Sequence[str], data: Sequence[Any], metrics: Sequence[str], wanted: Sequence[str]) -> Table:

@@ -23,10 +23,10 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
-from torchsat.record import HISTOGRAM_BINS, Alert, Head, Record, Snapshot, Weight, from_float
-from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, OVERHEAD, PLUGIN, READABLE, RECORDS, SUBRUN, WEIGHTS, WHOLE
+from torchsat.record import HISTOGRAM_BINS, Alert, Head, Nearest, Record, Snapshot, Weight, from_float
+from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, JUDGEMENT, OVERHEAD, PLUGIN, READABLE, RECORDS, SUBRUN, WEIGHTS, WHOLE
 
-Made = TypeVar("Made", Record, Weight, Head)
+Made = TypeVar("Made", Record, Weight, Head, Nearest)
 
 
 @dataclass
@@ -179,6 +179,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
     weights: tuple[Weight, ...] = ()
     alerts: tuple[Alert, ...] = ()
     overhead: float | None = None
+    judgement: tuple[bool, Nearest | None] = (True, None)
     for value in event.summary.value:
         if value.tag == OVERHEAD:
             overhead = value.simple_value
@@ -208,17 +209,25 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
             overhead = next(_columns(value.tensor, {**known, "facts": []}, [[]]))["overhead"]
         elif kind == EVENTS:
             alerts = tuple(Alert.from_dict(alert) for alert in json.loads(value.tensor.string_val[0]))
+        elif kind == JUDGEMENT:
+            judgement = judgement_of(value.tensor.string_val[0])
     if records is None:
         return None
     joined = tuple(
         replace(record, histogram=histograms.get(record.site), heads=tuple(heads[record.site]) if record.site in heads else None)
         for record in records
     )
-    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead)
+    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead, *judgement)
+
+
+def judgement_of(written: bytes) -> tuple[bool, Nearest | None]:
+    """`Snapshot.judged` and `Snapshot.nearest` of a string JUDGEMENT."""
+    values = json.loads(written)
+    return values["judged"], _made(Nearest, values["nearest"]) if values["nearest"] else None
 
 
 def _made(kind: Callable[..., Made], values: dict[str, Any]) -> Made:
-    """A Record, Weight or Head of these values. A field that an older version did not write is None, and one that is not known here is left out."""
+    """A value of this kind. A field that an older version did not write is None, and one that is not known here is left out."""
     names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     return kind(**{name: tuple(value) if isinstance(value := values.get(name), list) else value for name in names})
 

@@ -218,13 +218,16 @@ def code_in_cell(code: str) -> str:
     return f"<pre>{code.replace(chr(10), '<br>')}</pre>"
 
 
-def alert_table(events: Sequence[Alert], firing: Iterable[Alert] = ()) -> str:
+def alert_table(events: Sequence[Alert], firing: Iterable[Alert] = (), activations: Mapping[str, str] | None = None) -> str:
     """The verdict on what fires now, and the events so far as a Markdown table, the newest first.
 
     It is one text, since TensorBoard keeps only one per step. It has few columns, since TensorBoard breaks the text of narrow ones into pieces.
+
+    Args:
+        activations: the activation of each site, and what each layer is, by name.
     """
     over = [Episode(event, event.since, event.step) for event in events if not event.firing]
-    verdict = verdict_of([*(Episode(alert, alert.step, None) for alert in firing), *over])
+    verdict = verdict_of([*(Episode(alert, alert.step, None) for alert in firing), *over], activations)
     lines = [f"**{escaped(str(verdict))}**" + (f". Try: {verdict.advice}" if verdict.advice else ""), "", "what | why | try", "--- | --- | ---"]
     for alert in reversed(events):
         what = f"step {alert.step}: {f'**{alert.severity}**' if alert.firing else 'cleared'}: {alert.message}"

@@ -17,6 +17,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,10 @@ from tensorboard.summary.writer import event_file_writer
 
 from torchsat.alerts import Firing
 from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot, to_float
-from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, PLUGIN, RECORDS, SUBRUN, WEIGHTS, WHOLE, as_json, content, tag
+from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, JUDGEMENT, PLUGIN, RECORDS, SUBRUN, WEIGHTS, WHOLE, as_json, content, tag
 from torchsat.tensorboard.heatmap import Heatmap
 from torchsat.tensorboard.stock import NETWORK, SITES, Group, alert_table, layout, levels_of, network
+from torchsat.verdict import what_is_where
 
 QUEUED = 10
 """How many snapshots may wait to be written. If there are more, training waits."""
@@ -192,10 +194,13 @@ class TensorBoardWriter:
             yield self._tensor(name, described, _floats(map(_WEIGHT_METRICS, snapshot.weights)).T)
         described, name = self._content(WHOLE, (), metrics=_WHOLE)
         yield self._tensor(name, described, np.array([[to_float(getattr(snapshot, metric))] for metric in _WHOLE]))
+        judgement = as_json({"judged": snapshot.judged, "nearest": snapshot.nearest and asdict(snapshot.nearest)})
+        yield self._string(JUDGEMENT, judgement.encode(), PLUGIN, content("judgement"))
         if snapshot.alerts:
             events = as_json([alert.as_dict() for alert in snapshot.alerts])
             yield self._string(EVENTS, events.encode(), PLUGIN, content("events"))
-            yield self._string("torchsat/alerts/text_summary", alert_table(self._history, self._firing).encode("utf-8", "replace"), "text", "")
+            what = what_is_where(snapshot.records, snapshot.weights)
+            yield self._string("torchsat/alerts/text_summary", alert_table(self._history, self._firing, what).encode("utf-8", "replace"), "text", "")
 
     def _pictures(self) -> Iterable[Summary.Value]:
         """The heatmap so far. In a run of our own also the layout of the charts; in the user's run it would replace a layout of the user's."""

@@ -6,7 +6,7 @@ import { AXES } from "./frame.js";
 import { along, short, ticks } from "./numbers.js";
 import { matcher } from "./rows.js";
 import { shownName } from "./source.js";
-import { badge, worstFirstRuns } from "./verdict.js";
+import { badge, isSick, worstFirstRuns } from "./verdict.js";
 
 export class Controls {
   // `change(values)` is called with what the user has chosen, as a part of the view. `help` is the dialog of definitions; `follow(on)` is called when the
@@ -118,7 +118,7 @@ export class Controls {
       return one;
     };
     const all = button("all", () => runs.map((run) => run.name));
-    const sick = button("sick ones", () => runs.filter((run) => run.verdict.health !== "healthy").map((run) => run.name));
+    const sick = button("sick ones", () => runs.filter((run) => isSick(run.verdict)).map((run) => run.name));
     const none = button("none", () => []);
     const head = element("div", { className: "run-buttons" }, search, all, sick, none);
     const made = element("details", { className: "runs", open }, element("summary", { textContent: `Runs: ${about.size} of ${runs.length}` }), element("div", {}, head, ...boxes));

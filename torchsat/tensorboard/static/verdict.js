@@ -6,12 +6,18 @@ import { shownName } from "./source.js";
 
 export const HEALTH = {
   healthy: { word: "healthy", mark: "✓" },
+  "not judged": { word: "not judged", mark: "–" },
   warning: { word: "warnings", mark: "▲" },
   critical: { word: "critical", mark: "●" },
   "not finite": { word: "not finite", mark: "✖" },
 };
 const MOST_BADGES = 12;
 const MOST_TOLD = 3; // how many sick runs are told with cause and remedy
+
+// Whether an alert fires at the end of a run. One that no rule has judged is neither sick nor known to be healthy.
+export function isSick(verdict) {
+  return !["healthy", "not judged"].includes(verdict.health);
+}
 
 // The runs, the worst first, and of runs that are equally bad the newest. Each has a `verdict` with a `rank`, of which the largest is the worst.
 export function worstFirstRuns(runs) {
@@ -37,13 +43,13 @@ function className(verdict) {
 // called with the run that was clicked: it is to be shown, with the place of its worst alert.
 export function verdictSection({ runs, shown, causes, choose }) {
   const ordered = worstFirstRuns(runs);
-  const sick = ordered.filter(({ verdict }) => verdict.health !== "healthy");
+  const sick = ordered.filter(({ verdict }) => isSick(verdict));
   if (!runs.length) return { nodes: [], className: "" };
   const [alone] = runs.length === 1 ? runs : [null];
   const parts = [];
-  if (!sick.length) parts.push(element("h1", { textContent: alone ? `${shownName(alone.name)} is healthy.` : `${runs.length === 2 ? "Both" : `All ${runs.length}`} runs are healthy.` }));
+  if (!sick.length) parts.push(...calm(runs, alone));
   else if (alone) parts.push(element("h1", {}, badge(alone.verdict), " ", shownName(alone.name)));
-  else parts.push(element("h1", { textContent: `${sick.length} of ${runs.length} runs ${sick.length === 1 ? "is" : "are"} sick.${sick.length > 1 ? " The worst first:" : ""}` }));
+  else parts.push(element("h1", { textContent: `${sick.length} of ${runs.length} runs ${sick.length === 1 ? "is" : "are"} sick${andUnjudged(runs)}.${sick.length > 1 ? " The worst first:" : ""}` }));
   parts.push(...sick.slice(0, MOST_TOLD).map((run) => told(run, alone !== null, causes, choose)));
   if (runs.length > 1) {
     const badges = ordered.slice(0, MOST_BADGES).map((run) => {
@@ -55,7 +61,28 @@ export function verdictSection({ runs, shown, causes, choose }) {
     if (ordered.length > MOST_BADGES) badges.push(element("span", { className: "aside", textContent: `and ${ordered.length - MOST_BADGES} more under Runs` }));
     parts.push(element("div", { className: "badges" }, ...badges));
   }
-  return { nodes: parts, className: sick.length ? className(sick[0].verdict) : "healthy" };
+  return { nodes: parts, className: className(ordered[0].verdict) };
+}
+
+function unjudged(runs) {
+  return runs.filter(({ verdict }) => verdict.health === "not judged").length;
+}
+
+// The end of a sentence on several runs, of which some were judged by no rule.
+function andUnjudged(runs) {
+  const count = unjudged(runs);
+  return count ? `, and ${count} ${count === 1 ? "is" : "are"} not judged, since no rules were given` : "";
+}
+
+// What is said where no alert fires; of one run also how far it is from one.
+function calm(runs, alone) {
+  const healthy = runs.length - unjudged(runs);
+  const several = alone ? `${shownName(alone.name)} is` : runs.length === 2 ? "Both runs are" : `All ${runs.length} runs are`;
+  if (!healthy) return [element("h1", { textContent: `${several} not judged: no rules were given.` })];
+  const count = healthy === runs.length ? several : `${healthy} of ${runs.length} runs ${healthy === 1 ? "is" : "are"}`;
+  const margin = alone?.verdict.margin;
+  const rest = margin ? [element("p", { textContent: `${margin[0].toUpperCase()}${margin.slice(1)}.` })] : [];
+  return [element("h1", { textContent: `${count} healthy${andUnjudged(runs)}.` }), ...rest];
 }
 
 // What is wrong with one run, and what to try.
