@@ -107,7 +107,7 @@ def test_what_a_probe_refuses() -> None:
         torchsat.probe(model, x)
 
 
-def test_every_remedy_is_tried_and_nothing_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
+def test_every_remedy_is_tried_and_nothing_is_left_behind(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     caplog.set_level(logging.INFO)
     model = stack(nn.Sigmoid, gain=8.0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.003, momentum=0.9)
@@ -128,6 +128,7 @@ def test_every_remedy_is_tried_and_nothing_is_left_behind(caplog: pytest.LogCapt
     plain, slow = (trials[name].snapshots[0].weights[0].update_ratio for name in ("as it is", "lower learning rate"))
     assert slow == pytest.approx(plain / 10, rel=1e-3)  # type: ignore[operator]
     assert trials.best.remedy in ("ReLU", "LeakyReLU", "ELU", "GELU", "SiLU", "BatchNorm")
+    monkeypatch.setenv("COLUMNS", "200")
     text = str(trials)
     assert "4 layers" not in text
     assert "3 activations are ReLU; 3 layers drawn anew, He" in text
@@ -283,17 +284,19 @@ def trial(name: str, *ends: float, change: str = "changed", code: str = "") -> T
     return Trial(name, change, tuple(ends[:1]), repeats=tuple((end,) for end in ends[1:]), code=code)
 
 
-def test_the_table_begins_with_the_untouched_copy_and_is_sorted_by_what_helped() -> None:
+def test_the_table_begins_with_the_untouched_copy_and_is_sorted_by_what_helped(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("as it is", "worse", "best", "diverged", "refused", "better")
     given = (trial("as it is", 2.0), trial("worse", 3.0), trial("best", 0.5, code="x = 1"), trial("diverged", math.nan), trial("refused"))
     trials = Trials((*given, trial("better", 1.0)), notes=("a note",))
     assert [each.remedy for each in trials.trials] == list(names)
     assert [each.remedy for each in trials.ranked] == ["as it is", "best", "better", "worse", "diverged", "refused"]
+    monkeypatch.setenv("COLUMNS", "200")
     lines = str(trials).splitlines()
     assert [line.split("  ")[0].strip() for line in lines[1:7]] == ["as it is", "best (best)", "better", "worse", "diverged", "refused"]
     assert [line.split("%")[0].split()[-1] for line in lines[2:5]] == ["25", "50", "150.0"]
-    assert lines[-3] == "a note"
-    assert lines[-1] == "best helps most: loss 0.5 where the untouched copy has 2, 25 % of it; print(trials.code()) prints it as code"
+    at = lines.index("a note")
+    assert lines[at + 1] == ""
+    assert " ".join(lines[at + 2 :]) == "best helps most: loss 0.5 where the untouched copy has 2, 25 % of it; print(trials.code()) prints it as code"
     assert repr(trials) == "<Trials of 5 remedies: best helps most: loss 0.5 where the untouched copy has 2, 25 % of it>"
     assert (trials.code(), trials.code("worse")) == ("x = 1", "")
     assert repr(trials["best"]) == "<Trial best: loss 0.5>"
@@ -322,7 +325,53 @@ def test_a_difference_counts_where_it_is_larger_than_the_spread_over_seeds() -> 
     assert "sure helps: " in trials.sentence("sure")
     assert "broken makes it diverge: " in trials.sentence("broken")
     assert trials.best.remedy == "sure"
+    assert trials.best is trials.cured
+    noisy = Trials((trial("as it is", 1.0, 1.2), trial("noisy", 0.2, 1.4, code="x = 1")))
+    assert (noisy.best.remedy, noisy.cured, noisy.code()) == ("noisy", None, "x = 1")
+    told = "no remedy surely helps: at best noisy, loss 0.8 where the untouched copy has 1.1, 73 % of it; too little to tell"
+    assert noisy.summary == told
+    assert " ".join(noisy.cure.replace("\n#", "").split()) == f"# {told}"
+    assert "(best)" not in str(noisy)
+    assert "★" not in noisy._repr_html_()
+    assert "x = 1" not in noisy._repr_html_()
     assert "0.51 ± 0.014" in str(trials)
+
+
+def test_what_to_apply_is_printed_as_code_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 1))
+    nn.init.normal_(model[0].weight, std=30.0)
+    x = torch.randn(64, 4)
+    before, batches = state(model), [(x, x.sum(1, keepdim=True))]
+    loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
+    given = {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2), "steps": 30, "progress": False}
+    wanted = tuple(each for each in REMEDIES if each.name in ("Xavier init", "BatchNorm"))
+    trials = torchsat.try_remedies(model, batches, loss, remedies=wanted, apply=True, **given)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"# {trials.best.remedy} helps most: loss ")
+    assert printed.endswith(f"{trials.code()}\n")
+    assert same(before, state(model))
+    exec(printed, {"model": model})
+    assert not same(before, state(model))
+    worse = Remedy("worse", lambda model, context: str(model[0].weight.data.mul_(100.0).shape), code=lambda context: "model[0].weight.data *= 100")
+    torchsat.try_remedies(model, batches, loss, remedies=[worse], apply=True, **given)
+    assert capsys.readouterr().out == "# no remedy gives a lower loss than the untouched copy\n"
+    torchsat.try_remedies(model, batches, loss, remedies=[worse], **given)
+    assert capsys.readouterr().out == ""
+    silent = Trials((trial("as it is", 2.0), trial("mine", 0.5)))
+    assert "the remedy does not say its change as code" in " ".join(silent.cure.replace("\n#", "").split())
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_the_table_is_as_wide_as_the_terminal_and_no_word_is_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = "not tried: no linear or convolutional layer with a weight of its own that learns feeds a hidden activation"
+    odd = trial("standardised inputs of mine", 0.51234, 0.52345, change="12 activations are nn.LeakyReLU; 12 layers drawn anew, He")
+    trials = Trials((trial("as it is", 1234567.0, 1230000.0), odd, trial("refused", change=changed)), (changed,))
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = str(trials).splitlines()
+    assert max(map(len, lines)) <= width
+    words = set(" ".join(lines).split())
+    told = f"{changed} {odd.change} {changed} 1.23e+06 0.518 0.518 ± 0.0079 standardised inputs of mine (best) of untouched".split()
+    assert words >= set(told), set(told) - words
 
 
 def test_seeds_vary_the_order_of_batches_and_the_draws_and_leave_no_trace() -> None:

@@ -5,19 +5,14 @@ Both are made from the same rows: the untouched copy first, then what helped mos
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from torchsat.cards import Treatment, Tried
 from torchsat.percent import number_or_dash, percent_or_dash
-
-_WIDTH = 200
-"""The width of the table, in characters."""
+from torchsat.tables import Column, Page, Row, Sheet
+from torchsat.tables import table as set_table
+from torchsat.terminal import wrapped
 
 
 @dataclass(frozen=True)
@@ -45,30 +40,34 @@ class Compared:
         return f"{number_or_dash(self.loss)}{spread}"
 
 
-def table(rows: Sequence[Compared], notes: Sequence[str]) -> str:
-    """The trials as text."""
-    shown = Table(box=None, pad_edge=False)
-    shown.add_column("remedy")
-    for name in ("loss", "of untouched", "saturated", "E|f'|/peak", "gradient"):
-        shown.add_column(name, justify="right")
-    shown.add_column("what was changed", overflow="fold")
-    for row in rows:
-        shown.add_row(
-            Text(f"{row.remedy} (best)" if row.best else row.remedy),
-            row.loss_in_words,
-            percent_or_dash(row.of_untouched),
-            percent_or_dash(row.saturated),
-            number_or_dash(row.derivative),
-            number_or_dash(row.gradient, "{:.1e}"),
-            Text(row.change),
+_COLUMNS = (
+    Column("remedy", left=True, name=True),
+    Column("loss"),
+    Column("of untouched"),
+    Column("saturated", rank=1),
+    Column("E|f'|/peak", rank=2),
+    Column("gradient", rank=3),
+    Column("what changed", left=True, prose=True),
+)
+
+
+def table(rows: Sequence[Compared], notes: Sequence[str], page: Page) -> list[str]:
+    """The trials as lines of text."""
+    cells = [
+        Row(
+            (
+                f"{row.remedy} (best)" if row.best else row.remedy,
+                row.loss_in_words,
+                percent_or_dash(row.of_untouched),
+                percent_or_dash(row.saturated),
+                number_or_dash(row.derivative),
+                number_or_dash(row.gradient, "{:.1e}"),
+                row.change,
+            )
         )
-    out = io.StringIO()
-    # In a notebook, rich would display the text in the cell instead of writing it to the file.
-    console = Console(file=out, highlight=False, force_jupyter=False, width=_WIDTH)
-    console.print(shown)
-    for note in notes:
-        console.print(note, markup=False)
-    return out.getvalue().rstrip()
+        for row in rows
+    ]
+    return [*set_table(page, Sheet("", _COLUMNS, cells), whole=True), *(line for note in notes for line in wrapped(note, page.width))]
 
 
 def treatment(rows: Sequence[Compared], notes: Sequence[str], sentence: str, code: str) -> Treatment:

@@ -13,7 +13,8 @@ from typing import TextIO
 from torchsat.alerts import Episode, episodes_of
 from torchsat.percent import listed, percent
 from torchsat.record import CODE_INDENT, Alert
-from torchsat.sheets import Column, Row, Sheet, bars_for, comparison, extent, sheets, verdicts_of
+from torchsat.sheets import comparison, extent, sheets, verdicts_of
+from torchsat.tables import Column, Row, Sheet, bars_for
 from torchsat.tensorboard.reader import Run
 from torchsat.tensorboard.stock import code_in_cell, escaped
 from torchsat.verdict import Verdict, summary, worst_first

@@ -12,7 +12,8 @@ from html import escape
 from torchsat.alerts import episodes_of
 from torchsat.percent import listed, percent
 from torchsat.record import Alert
-from torchsat.sheets import Sheet, comparison, extent, verdicts_of
+from torchsat.sheets import comparison, extent, verdicts_of
+from torchsat.tables import Sheet
 from torchsat.tensorboard.reader import Run
 from torchsat.verdict import Health, summary, worst_first
 

@@ -1,7 +1,6 @@
 """The tables of the report, before they are printed as text (text.py) or as Markdown (markdown.py). Never torch.
 
-A table says of each column how much it matters and of each row whether it is healthy. The printers decide by that what there is room for: a narrow
-terminal shows fewer columns, and the healthy sites of a large network are one line.
+What is shown of them where there is not room for all is decided in tables.py.
 """
 
 from __future__ import annotations
@@ -9,66 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torchsat.alerts import Episode
 from torchsat.percent import number_or_dash, percent_or_dash
 from torchsat.record import Record, Snapshot, Weight
 from torchsat.shown import level_in_words
+from torchsat.tables import BARS, Column, Row, Sheet
 from torchsat.tensorboard.reader import Run
 from torchsat.verdict import Health, Verdict, verdict_on, worst_first
 
 Item = TypeVar("Item", Record, Weight)
-
-_BARS = "▁▂▃▄▅▆▇█"
-_PLAIN_BARS = " .:-=+*#"
-"""For an output whose encoding lacks block characters."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of a table.
-
-    Args:
-        title: what stands above it.
-        rank: 0 if it is always shown; of the others the one of the lowest rank is shown first where there is not room for all.
-        left: it is aligned to the left.
-        name: its cells are names, which may be folded into several lines.
-    """
-
-    title: str
-    rank: int = 0
-    left: bool = False
-    name: bool = False
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table."""
-
-    cells: tuple[str, ...]
-    notable: bool = True
-    """Whether it is shown where there is not room for all rows."""
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table before it is printed."""
-
-    title: str
-    columns: tuple[Column, ...]
-    rows: Sequence[Row]
-    noun: str = "row"
-    """What a row is, in the singular."""
-
-
-def bars_for(out: IO[str]) -> str:
-    """The characters of a sparkline that this output can show, the lowest first."""
-    try:
-        _BARS.encode(getattr(out, "encoding", None) or "utf-8")
-    except UnicodeEncodeError:
-        return _PLAIN_BARS
-    return _BARS
 
 
 def extent(run: Run, found: Sequence[Episode]) -> str:
@@ -116,7 +66,7 @@ def comparison(verdicts: Mapping[str, Verdict], runs: Iterable[Run]) -> Sheet:
     return Sheet("Runs, worst first", columns, rows, "run")
 
 
-def sheets(run: Run, found: Sequence[Episode], bars: str = _BARS, trend: int = 24) -> list[Sheet]:
+def sheets(run: Run, found: Sequence[Episode], bars: str = BARS, trend: int = 24) -> list[Sheet]:
     """The tables of a run that have rows.
 
     Args:
@@ -164,7 +114,7 @@ def badness(record: Record) -> float:
     return max(closed - normal, record.stuck or 0.0, 1.0 if record.nonfinite else 0.0)
 
 
-def sparkline(values: Sequence[float | None], width: int = 24, bars: str = _BARS) -> str:
+def sparkline(values: Sequence[float | None], width: int = 24, bars: str = BARS) -> str:
     """Numbers in [0, 1] over time as bars, the oldest first. If there are more than `width`, evenly chosen ones are shown."""
     if len(values) > width:
         values = [values[round(at * (len(values) - 1) / (width - 1))] for at in range(width)]

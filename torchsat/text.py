@@ -8,39 +8,24 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from torchsat.alerts import ADJECTIVE, Episode, episodes_of
 from torchsat.percent import listed, percent
 from torchsat.record import Alert
-from torchsat.sheets import Column, Row, Sheet, bars_for, comparison, extent, sheets, verdicts_of
+from torchsat.sheets import comparison, extent, sheets, verdicts_of
+from torchsat.tables import STYLES, Page, page_for, table
 from torchsat.tensorboard.reader import Run
-from torchsat.terminal import Style, folded, painted, shows_colours, width_of, wrapped
+from torchsat.terminal import Style, wrapped
 from torchsat.verdict import Health, Verdict, summary, worst_first
 
-ROWS = 12
-"""A table of no more rows than this is printed whole."""
-MOST_ROWS = 24
-"""Of a larger table no more rows than these are printed, the worst ones."""
 MOST_NAMES = 6
 """So many places are named behind an alert."""
 MOST_CODE = 16
 """So many lines of code are printed of one remedy."""
 MOST_OVER = 5
 """So many alerts that are over are printed."""
-_GAP = "  "
-_NAME = 1 / 3
-"""A name that takes more than this part of a line is folded where that makes room for a column."""
-_STYLES = {
-    Health.HEALTHY.value: (Style.GREEN,),
-    Health.NOT_JUDGED.value: (),
-    Health.WARNING.value: (Style.YELLOW,),
-    Health.CRITICAL.value: (Style.RED,),
-    Health.NOT_FINITE.value: (Style.RED, Style.BOLD),
-}
-
 _IS = {
     Health.HEALTHY: "is healthy",
     Health.NOT_JUDGED: "is not judged",
@@ -48,32 +33,6 @@ _IS = {
     Health.CRITICAL: "is critical",
     Health.NOT_FINITE: "is not finite",
 }
-
-
-@dataclass(frozen=True)
-class Page:
-    """How a report is set.
-
-    Args:
-        width: in characters.
-        colours: whether escape codes may be used.
-        bars: the characters of sparklines.
-        everything: nothing is summed up.
-    """
-
-    width: int
-    colours: bool
-    bars: str
-    everything: bool
-
-    def styled(self, text: str, *styles: Style) -> str:
-        """The text in these styles, if the page has any."""
-        return painted(text, *styles) if self.colours else text
-
-
-def page_for(out: TextIO, everything: bool = False) -> Page:
-    """The page of an output."""
-    return Page(width_of(out), shows_colours(out), bars_for(out), everything)
 
 
 def print_text(out: TextIO, runs: Sequence[Run], source: str = "", everything: bool = False) -> None:
@@ -109,7 +68,7 @@ def _several(page: Page, verdicts: dict[str, Verdict], runs: Sequence[Run]) -> l
     """Several runs side by side."""
     text = wrapped(summary(verdicts), page.width)
     worst = verdicts[worst_first(verdicts)[0]].health
-    return [*(page.styled(line, Style.BOLD, *_STYLES[worst.value]) for line in text), "", *_table(page, comparison(verdicts, runs), whole=True)]
+    return [*(page.styled(line, Style.BOLD, *STYLES[worst.value]) for line in text), "", *table(page, comparison(verdicts, runs), whole=True)]
 
 
 def _details(page: Page, run: Run, verdict: Verdict) -> list[str]:
@@ -122,7 +81,7 @@ def _details(page: Page, run: Run, verdict: Verdict) -> list[str]:
             lines += ["", page.styled(first, Style.YELLOW), *rest]
     lines += _other_alerts(page, [each for each in found if each.alert is not verdict.alert])
     for sheet in sheets(run, found, page.bars, 24 if page.width >= 100 else 10):
-        lines += ["", *_table(page, sheet)]
+        lines += ["", *table(page, sheet)]
     return lines
 
 
@@ -130,7 +89,7 @@ def _head(page: Page, run: Run, verdict: Verdict, found: Sequence[Episode]) -> l
     """The verdict on a run: what is wrong, where, since when, why, and what to try."""
     about = f"{run.name} {_IS[verdict.health]}" if run.name else verdict.health.value.capitalize()
     told = f"{about}: {verdict.calm}" if verdict.alert is None else f"{about}: {_subject(verdict)}, since step {verdict.alert.since}"
-    lines = [page.styled(line, Style.BOLD, *_STYLES[verdict.health.value]) for line in wrapped(told, page.width)]
+    lines = [page.styled(line, Style.BOLD, *STYLES[verdict.health.value]) for line in wrapped(told, page.width)]
     if run.directory:
         lines += [page.styled(line, Style.FAINT) for line in wrapped(extent(run, found), page.width)]
     if verdict.alert is not None:
@@ -174,7 +133,7 @@ def _other_alerts(page: Page, found: Sequence[Episode]) -> list[str]:
         lines += ["", page.styled("Other alerts that fire", Style.BOLD)]
     for each in firing:
         title = f"{each.alert.severity}: {each.alert.site}, {each.alert.rule}, since step {each.alert.since}"
-        lines += ["", *(page.styled(line, *_STYLES[each.alert.severity]) for line in wrapped(title, page.width)), *_alert(page, each.alert)]
+        lines += ["", *(page.styled(line, *STYLES[each.alert.severity]) for line in wrapped(title, page.width)), *_alert(page, each.alert)]
     if over:
         lines += ["", page.styled("Alerts that are over", Style.BOLD)]
     shown = over if page.everything else over[:MOST_OVER]
@@ -186,87 +145,3 @@ def _other_alerts(page: Page, found: Sequence[Episode]) -> list[str]:
     if len(shown) < len(over):
         lines.append(f"and {len(over) - len(shown)} more that are over; --all shows them")
     return lines
-
-
-def _table(page: Page, sheet: Sheet, whole: bool = False) -> list[str]:
-    """A table: its title, its columns as far as there is room, its rows."""
-    shown = _rows(page, sheet) if not whole else list(sheet.rows)
-    columns, widths = _fitting(sheet, page.width, shown)
-    title = [page.styled(line, Style.BOLD) for line in wrapped(sheet.title, page.width)]
-    lines = [*title, page.styled(_line([sheet.columns[at].title for at in columns], columns, widths, sheet), Style.FAINT)]
-    for row in shown:
-        lines += _set(page, row, columns, widths, sheet)
-    left = [row for row in sheet.rows if not any(row is each for each in shown)]
-    if left:
-        health = next((at for at, column in enumerate(sheet.columns) if column.title == "health"), None)
-        healthy = health is not None and all(row.cells[health] == Health.HEALTHY.value for row in left)
-        noun = f"{'healthy ' if healthy else ''}{sheet.noun}{'' if len(left) == 1 else 'es' if sheet.noun.endswith('x') else 's'}"
-        lines.append(f"and {len(left)} more {noun}; --all shows {'it' if len(left) == 1 else 'them'}")
-    return lines
-
-
-def _rows(page: Page, sheet: Sheet) -> list[Row]:
-    """The rows that are printed: all of a small table; of a large one the notable ones, as far as there is room."""
-    if page.everything or len(sheet.rows) <= ROWS:
-        return list(sheet.rows)
-    notable = [row for row in sheet.rows if row.notable]
-    return notable[:MOST_ROWS] if len(notable) > 2 else list(sheet.rows[:3])
-
-
-def _fitting(sheet: Sheet, width: int, rows: Sequence[Row]) -> tuple[list[int], dict[int, int]]:
-    """The columns that are printed, and the width of each.
-
-    The columns of rank 0 always are; names among them are folded as far as needed. Others follow by rank as long as there is room for all.
-    """
-    wanted = {at: max(len(column.title), *(len(row.cells[at]) for row in rows)) for at, column in enumerate(sheet.columns)}
-    blank = {at for at in wanted if all(row.cells[at].strip() in ("", "-") for row in rows)}
-    chosen = {at for at, column in enumerate(sheet.columns) if not column.rank and at not in blank}
-    widths = {at: wanted[at] if not sheet.columns[at].name else min(wanted[at], int(_NAME * width)) for at in wanted}
-
-    def taken() -> int:
-        return sum(widths[at] for at in chosen) + len(_GAP) * (len(chosen) - 1)
-
-    for at in sorted((at for at in wanted if sheet.columns[at].rank and at not in blank), key=lambda at: sheet.columns[at].rank):
-        if taken() + len(_GAP) + widths[at] <= width:
-            chosen.add(at)
-    names = [at for at in chosen if sheet.columns[at].name]
-    while taken() > width and any(widths[at] > 12 for at in names):
-        widths[max(names, key=lambda at: widths[at])] -= 1
-    while taken() < width and any(widths[at] < wanted[at] for at in names):
-        widths[max(names, key=lambda at: wanted[at] - widths[at])] += 1
-    return sorted(chosen), widths
-
-
-def _line(cells: Sequence[str], columns: Sequence[int], widths: dict[int, int], sheet: Sheet) -> str:
-    """One line of a table."""
-    return _GAP.join(
-        cell.ljust(widths[at]) if sheet.columns[at].left else cell.rjust(widths[at]) for cell, at in zip(cells, columns, strict=True)
-    ).rstrip()
-
-
-def _set(page: Page, row: Row, columns: Sequence[int], widths: dict[int, int], sheet: Sheet) -> list[str]:
-    """A row in one line; in several lines where a name is folded."""
-
-    def pieces(at: int) -> list[str]:
-        if not sheet.columns[at].name or len(row.cells[at]) <= widths[at]:
-            return [row.cells[at]]
-        first, *rest = folded(row.cells[at], widths[at] - 1)
-        return [first, *(f" {piece}" for piece in rest)]
-
-    found = [pieces(at) for at in columns]
-    lines = []
-    for line in range(max(map(len, found))):
-        cells = [each[line] if line < len(each) else "" for each in found]
-        text = _line(cells, columns, widths, sheet)
-        health = _health(sheet.columns, columns)
-        if page.colours and health is not None and cells[health] in _STYLES:
-            start = sum(widths[at] + len(_GAP) for at in columns[:health])
-            end = start + len(cells[health])
-            text = text[:start] + painted(cells[health], *_STYLES[cells[health]]) + text[end:]
-        lines.append(text)
-    return lines
-
-
-def _health(all_columns: Sequence[Column], columns: Sequence[int]) -> int | None:
-    """Which of the printed columns is that of the health."""
-    return next((place for place, at in enumerate(columns) if all_columns[at].title == "health"), None)

@@ -119,6 +119,7 @@ def try_remedies(
     remedies: Sequence[Remedy] | None = None,
     every: int = 10,
     seeds: int = 1,
+    apply: bool = False,
     progress: bool = True,
     **options: Unpack[MeasureOptions],
 ) -> Trials:
@@ -137,11 +138,13 @@ def try_remedies(
         seeds: how often each remedy is tried. The first time the batches come in their order and the random numbers are those of now; each further
             time the batches come in another order, and other numbers are drawn: the weights that a remedy draws anew, dropout, whatever the loss
             draws. The untouched copy begins with the same weights each time. `Trial.loss` is then a mean and `Trial.spread` a standard deviation.
+        apply: whether to print what to apply: the change of the best trial as code, below a comment that says how much it helped. Where none helped,
+            the comment says so, and no code is printed. The model itself is not changed.
         progress: whether to show a progress bar where stderr is a terminal, or in a notebook.
         options: those of `torchsat.watch` that say what is measured, such as `include` or `activations`.
 
     Returns:
-        The trials: `print` shows them as a table, `plot` draws them, and `code` gives the best change as code.
+        The trials: `print` shows them as a table, `plot` draws them, and `code` gives the best change as code, or that of any other.
 
     Raises:
         TypeError: an argument is of a wrong type, the loss is no scalar tensor, or the model cannot be copied.
@@ -159,7 +162,10 @@ def try_remedies(
         context, notes = _context(plan)
         with _bar(progress, (len(chosen) + 1) * steps * seeds) as advance:
             trials = [_try_seeds(plan, remedy, context, restore, advance) for remedy in (_PLAIN, *chosen)]
-    return Trials(tuple(trials), notes)
+    found = Trials(tuple(trials), notes)
+    if apply:
+        sys.stdout.write(f"{found.cure}\n")
+    return found
 
 
 def _check(batches: object, loss: object, optimizer: object, steps: object, seeds: object) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from torchsat.comparison import Compared, table, treatment
 from torchsat.percent import percent
 from torchsat.record import Snapshot
 from torchsat.shown import Shown
+from torchsat.tables import page_for
+from torchsat.terminal import PROSE, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,8 +104,13 @@ class Trials(Shown):
 
     @property
     def best(self) -> Trial:
-        """The trial with the lowest loss at its end."""
-        return min(self.trials, key=_rank)
+        """The trial with the lowest loss at its end, of those that help beyond doubt; where none does, of all."""
+        return min(self.trials, key=lambda trial: (not self._helps(trial), *_rank(trial)))
+
+    @property
+    def cured(self) -> Trial | None:
+        """The best trial; None where it is not sure that any remedy helps."""
+        return self.best if self._helps(self.best) else None
 
     @property
     def ranked(self) -> tuple[Trial, ...]:
@@ -121,8 +129,10 @@ class Trials(Shown):
         if best is plain:
             return "no remedy gives a lower loss than the untouched copy"
         ratio = f", {percent(self._of_untouched(best) or 0.0)} of it" if self._of_untouched(best) is not None else ""
-        surely = "" if self._helps(best) else "; that is too little to tell"
-        return f"{best.remedy} helps most: loss {best.loss:.3g} where the untouched copy has {plain.loss:.3g}{ratio}{surely}"
+        figures = f"loss {best.loss:.3g} where the untouched copy has {plain.loss:.3g}{ratio}"
+        return (
+            f"{best.remedy} helps most: {figures}" if self.cured else f"no remedy surely helps: at best {best.remedy}, {figures}; too little to tell"
+        )
 
     def code(self, remedy: str | None = None) -> str:
         """The change of a remedy as code that can be pasted: `print(trials.code())`. None: that of the best trial.
@@ -131,6 +141,14 @@ class Trials(Shown):
         replace modules. Empty where the untouched copy is the best, and for a remedy of yours without `Remedy.code`.
         """
         return (self.best if remedy is None else self[remedy]).code
+
+    @property
+    def cure(self) -> str:
+        """What `try_remedies(..., apply=True)` prints: the change of the best trial as code that can be pasted, below a comment that says what it
+        did. Where no trial helped, the comment alone."""
+        code = self.cured.code if self.cured else ""
+        missing = "; the remedy does not say its change as code" if self.cured and not code else ""
+        return "\n".join([*wrapped(f"{self.summary}{missing}", PROSE, "# ", "# "), *code.splitlines()])
 
     def sentence(self, remedy: str) -> str:
         """What the numbers say about a remedy, compared with the untouched copy.
@@ -157,6 +175,8 @@ class Trials(Shown):
 
     def _helps(self, trial: Trial) -> bool:
         plain = self.trials[0]
+        if trial is plain:
+            return False
         return not math.isfinite(plain.loss) or (trial.loss < plain.loss - 0.1 * abs(plain.loss) and self._is_clear(trial))
 
     def _harms(self, trial: Trial) -> bool:
@@ -169,7 +189,7 @@ class Trials(Shown):
         return abs(trial.loss - plain.loss) > (plain.spread or 0.0) + (trial.spread or 0.0)
 
     def _rows(self) -> list[Compared]:
-        best = self.best
+        cured = self.cured
         return [
             Compared(
                 trial.remedy,
@@ -180,17 +200,19 @@ class Trials(Shown):
                 trial.worst("relative_derivative"),
                 trial.first_gradient(),
                 trial.change if trial.tried else f"not tried: {trial.change}",
-                trial is best and trial is not self.trials[0],
+                trial is cured,
             )
             for trial in self.ranked
         ]
 
     def __str__(self) -> str:
-        hint = f"\n{self.summary}" + ("; print(trials.code()) prints it as code" if self.code() else "")
-        return f"{table(self._rows(), self.notes)}\n{hint}"
+        """The table, as wide as the terminal or COLUMNS says, and what helped most."""
+        page = page_for(sys.stdout).without_colours()
+        hint = self.summary + ("; print(trials.code()) prints it as code" if self.cured and self.cured.code else "")
+        return "\n".join([*table(self._rows(), self.notes, page), "", *wrapped(hint, page.width)])
 
     def _repr_html_(self) -> str:
-        return card(treatment(self._rows(), self.notes, self.summary, self.code()))
+        return card(treatment(self._rows(), self.notes, self.summary, self.cured.code if self.cured else ""))
 
     def plot(self) -> Figure:
         """Draw the loss, the saturated share, m, the attenuation and the gradient of the first layer over the steps with matplotlib.
