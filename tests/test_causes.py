@@ -164,6 +164,11 @@ def figures(snapshots: list[Snapshot], text: str) -> list[str]:
             values = [value for field in fields(item) if isinstance(value := getattr(item, field.name), (int, float)) and not isinstance(value, bool)]
             for value in values:
                 known |= {f"{value:.3g}", f"{value:.2g}", percent(value).removesuffix(" %"), percent(1 - value).removesuffix(" %")}
+        for each_weight in each.weights:
+            # The offset of an input, and what varies, follow from its rms and its centred share.
+            rms, share = each_weight.input_rms, each_weight.input_centred_share
+            if rms and share:
+                known |= {f"{rms * math.sqrt(1 - share):.3g}", f"{rms * math.sqrt(share):.3g}", f"{1 / math.sqrt(share):.3g}"}
     found = re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", text.replace("rms(W) sqrt(fan_in)", "").replace("sqrt(2 ln T)", ""))
     return [number for number in found if number not in known and number.lstrip("-") not in known]
 
@@ -234,7 +239,32 @@ def test_exploding_gradients_of_inputs_that_are_too_large_have_a_cause() -> None
     now = snapshot(shut(), weight(data=True, gain=1.4, input_rms=120.0, input_centred_share=0.6))
     (cause, second) = explain(alert(rule="exploding_gradient"), Scene(now, now, now))
     assert (cause.name, second.name) == ("inputs_unscaled", "inputs_uncentred")
-    assert cause.evidence == "the input of fc has an rms of 120, of whose mean square 60 % varies between samples; it should vary by about 1"
+    # sqrt(0.6) x 120 = 93.0, sqrt(0.4) x 120 = 75.9, 1 / sqrt(0.6) = 1.29; and 93.0 x 1.29 = 120
+    assert cause.evidence == "samples of the input of fc differ by 93, where about 1 is expected: that alone makes z 93 times as large"
+    told = "samples of the input of fc share an offset of 75.9 and differ by 93: the offset alone makes z 1.29 times as large"
+    assert second.evidence == told
+    assert math.exp(math.log(93 * 1.29) * cause.share) == pytest.approx(93, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("spread", "mean", "told"),
+    [
+        (4.0, 130.0, {"inputs_uncentred": "130 and differ by 4: the offset alone makes z 32.5 times as large", "inputs_unscaled": "differ by 4,"}),
+        (0.1, 50.0, {"inputs_uncentred": "50 and differ by 0.1: the offset alone makes z 50 times as large as inputs that vary by 1 would"}),
+        (0.0, 50.0, {"inputs_uncentred": "50 and differ by 0: the offset alone makes z 50 times as large as inputs that vary by 1 would"}),
+        (0.0, 1e6, {"inputs_uncentred": "1e+06 and differ by 0: the offset alone makes z 1e+06 times as large as inputs that vary by 1 would"}),
+        (30.0, 0.0, {"inputs_unscaled": "the input of fc has an rms of 30; it should vary by about 1"}),
+    ],
+)
+def test_the_offset_and_the_spread_of_inputs_are_told_as_factors_of_z(spread: float, mean: float, told: dict[str, str]) -> None:
+    rms = math.hypot(spread, mean)
+    now = snapshot(record(), weight(data=True, input_rms=rms, input_centred_share=(spread / rms) ** 2))
+    causes = {cause.name: cause for cause in explain(alert(), Scene(now, now, now))}
+    assert causes.keys() == told.keys()
+    for name, text in told.items():
+        assert text in causes[name].evidence
+    if len(told) == 2:
+        assert causes["inputs_uncentred"].share == pytest.approx(math.log(rms / spread) / math.log(rms), abs=1e-3)
 
 
 def test_weights_that_were_right_at_first_and_grew_a_little_are_no_growth() -> None:

@@ -143,7 +143,7 @@ def of_offset(site: str, scene: Scene) -> list[Term]:
         moved = (scene.first_gain(weight.name) or weight.gain or math.inf) * weight.input_rms * math.sqrt(1 - centred)
         means = [abs(fed.z_mean or 0.0) for name in {site, *weight.feeds} & before if (fed := scene.start(name)) is not None]
         bias = max(means, default=0.0)
-        terms.append(uncentred(weight, centred, -math.log(centred) * min(1.0, moved / bias if bias else 1.0), scene))
+        terms.append(uncentred(weight, weight.input_centred_share or 0.0, -math.log(centred) * min(1.0, moved / bias if bias else 1.0), scene))
     return terms
 
 

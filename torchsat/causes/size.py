@@ -9,7 +9,8 @@ so how much z is too large is a sum of terms. The last one is a constant of the 
 its size:
 
 - The gain is split into its value at the first observation (the initialisation) and what it has become since (growth).
-- The input, if it is the model's own, is split into the offset that all samples share (un-centred) and what varies between samples (un-scaled).
+- The input, if it is the model's own, is split into the offset that all samples share (un-centred) and what varies between samples (un-scaled). The
+  two factors multiply: an offset of 130 over a spread of 4 makes the input 32.5 times as large, and the spread makes it 4 times as large.
 - The alignment is split into its value at the first observation, where nothing is learned yet (a bias, or a factor in the code), and growth since.
 - Where the input comes from an unbounded activation and nothing has rescaled it, the terms of the layers before are added.
 
@@ -83,23 +84,34 @@ def of_inputs(weight: Weight, scene: Scene) -> list[Term]:
     rms = weight.input_rms or 0.0
     if rms <= LARGE:
         return []
-    centred = max(1.0 if weight.input_centred_share is None else weight.input_centred_share, 1e-6)
+    centred = 1.0 if weight.input_centred_share is None else weight.input_centred_share
     total = math.log(rms)
-    offset = min(total, -0.5 * math.log(centred))
+    offset = min(total, -0.5 * math.log(centred) if centred else math.inf)
     terms = []
     if offset > 0:
-        terms.append(uncentred(weight, centred, offset, scene))
+        term = uncentred(weight, centred, offset, scene)
+        # Inputs that vary by less than 1 are compared with inputs that vary by 1: of those that hardly vary, the factor has no end.
+        than = " as inputs that vary by 1 would" if offset == total else ""
+        factor = rms if offset == total else 1 / math.sqrt(centred)
+        terms.append(replace(term, evidence=f"{term.evidence}: the offset alone makes z {factor:.3g} times as large{than}"))
     if total - max(offset, 0.0) > 0:
-        share = f", of whose mean square {percent(centred)} varies between samples" if centred < 0.99 else ""
-        evidence = f"the input of {spoken(weight.name)} has an rms of {rms:.3g}{share}; it should vary by about 1"
+        varies = rms * math.sqrt(centred)
+        name = spoken(weight.name)
+        evidence = f"the input of {name} has an rms of {rms:.3g}; it should vary by about 1"
+        if centred < 0.99:
+            evidence = (
+                f"samples of the input of {name} differ by {varies:.3g}, where about 1 is expected: that alone makes z {varies:.3g} times as large"
+            )
         terms.append(Term("inputs_unscaled", total - max(offset, 0.0), evidence, advice.standardise(weight, scene)))
     return terms
 
 
 def uncentred(weight: Weight, centred: float, size: float, scene: Scene) -> Term:
-    """An offset that all samples of the model's own input share."""
-    what = f"{percent(1 - centred)} of the mean square of the input of {spoken(weight.name)}"
-    evidence = f"{what} is an offset that all samples share (rms {weight.input_rms:.3g})"
+    """An offset that all samples of the model's own input share. Both sizes are an rms over features."""
+    rms, name = weight.input_rms or 0.0, spoken(weight.name)
+    evidence = f"samples of the input of {name} share an offset of {rms * math.sqrt(1 - centred):.3g} and differ by {rms * math.sqrt(centred):.3g}"
+    if not math.isfinite(rms):
+        evidence = f"{percent(1 - centred)} of the mean square of the input of {name} is an offset that all samples share"
     return Term("inputs_uncentred", size, evidence, advice.standardise(weight, scene))
 
 
