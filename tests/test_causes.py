@@ -267,6 +267,58 @@ def test_the_offset_and_the_spread_of_inputs_are_told_as_factors_of_z(spread: fl
         assert causes["inputs_uncentred"].share == pytest.approx(math.log(rms / spread) / math.log(rms), abs=1e-3)
 
 
+RATES: dict[str, tuple[tuple[float, ...], int, str]] = {
+    "at once": ((1e-3, 1e-3, 1e-3, 0.1, 0.1), 40, "the learning rate rose from 0.001 to 0.1 between steps 20 and 30, 10 steps before this began"),
+    "seen with the rise": (
+        (1e-3, 1e-3, 1e-3, 0.1, 0.1),
+        30,
+        "the learning rate rose from 0.001 to 0.1 between steps 20 and 30, just before this was seen",
+    ),
+    "a restart": ((0.1, 0.03, 0.01, 0.1, 0.03), 40, "the learning rate rose from 0.01 to 0.1 between steps 20 and 30, 10 steps before this began"),
+    "a rise that is too small": ((1e-2, 1e-2, 1e-2, 0.028, 0.028), 40, ""),
+    "a warm-up": ((1e-4, 1e-3, 1e-2, 0.1, 0.1), 40, ""),
+    "a warm-up from 0": ((0.0, 1e-2, 0.1, 0.1, 0.1), 20, ""),
+    "long before": ((1e-3, 1e-3, 0.1, *[0.1] * 9), 100, ""),
+    "afterwards": ((1e-3, 1e-3, 1e-3, 1e-3, 0.1), 30, ""),
+    "constant": ((0.1,) * 5, 40, ""),
+}
+
+
+@pytest.mark.parametrize("rule", ["saturated", "attention_collapse"])
+@pytest.mark.parametrize("name", RATES)
+def test_a_learning_rate_that_rose_just_before_is_named_once(name: str, rule: str) -> None:
+    rates, since, told = RATES[name]
+    moments: tuple[Moment, ...] = ()
+    made = [snapshot(record(z_rms=1.0), weight(learning_rate=rate, gain=1.0), step=10 * at) for at, rate in enumerate(rates)]
+    for each in made:
+        moments = remember(moments, each)
+    last = 10 * (len(rates) - 1)
+    kind = {"kind": "softmax", "activation": "softmax", "logit_std": 9.0, "log_keys": 2.0} if rule == "attention_collapse" else {}
+    now = snapshot(record(z_rms=9.0, **kind), weight(learning_rate=rates[-1], gain=9.0), step=last)
+    causes = explain(alert(rule=rule, since=since), Scene(now, made[0], made[0], moments=moments))
+    said = " ".join(cause.evidence for cause in causes)
+    assert said.count("learning rate") == bool(told)
+    assert said.count(told) >= 1
+    assert causes
+    kept = tuple(Moment(**{key: value for key, value in each.as_dict().items() if key != "rates"}) for each in moments)
+    old = explain(alert(rule=rule, since=since), Scene(now, made[0], made[0], moments=kept))
+    assert "learning rate" not in " ".join(cause.evidence for cause in old)  # a state of an earlier version does not know the rates
+
+
+def test_a_rate_of_one_group_that_rises_in_a_training_is_named_with_its_layer() -> None:
+    model, heard = stack(), list[Alert]()
+    optimizer = torch.optim.Adam([{"params": model[:1].parameters()}, {"params": model[1:].parameters()}], lr=1e-3)
+    with torchsat.watch(model, every=5, budget=None, errors="raise", on_alert=heard.append):
+        for step in range(70):
+            optimizer.param_groups[0]["lr"] = 1e-3 if step < 33 else 1.0
+            x = torch.randn(64, 64)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), x[:, :10].argmax(1)).backward()
+            optimizer.step()
+    evidence = [cause.evidence for each in heard for cause in each.causes]
+    assert any("the learning rate of block0.fc rose from 0.001 to 1 between steps 32 and 35" in each for each in evidence), evidence
+
+
 def test_weights_that_were_right_at_first_and_grew_a_little_are_no_growth() -> None:
     first, now = snapshot(record(z_rms=1.0), weight(gain=1.45)), snapshot(record(z_rms=1.0), weight(gain=1.4501), step=60)
     told = explain(alert(since=50), Scene(now, first, now, moments=remember(remember((), first), now)))

@@ -2,7 +2,8 @@
 
 Each kind of damage has a file: `size.py` (z is too large), `closed.py` (units that never leave their plateau), `gradient.py` (it vanishes, explodes,
 or is no number), `outputs.py` (what an output or a softmax is asked for). Each gives terms, a name with a size and with the figures that speak for
-it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in `advice.py`.
+it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in `advice.py`. `rate.py` finds a learning rate that
+rose just before.
 
 Every figure in an evidence text is a field of a record or a layer as it stands in a snapshot, so that a reader can look it up.
 
@@ -22,6 +23,7 @@ from torchsat.causes import advice
 from torchsat.causes.closed import of_closed
 from torchsat.causes.gradient import of_exploding, of_faded, of_nonfinite, of_shrunk, of_vanishing
 from torchsat.causes.outputs import of_attention, of_logits, of_size
+from torchsat.causes.rate import rise_before
 from torchsat.causes.scene import Moment, Scene, Term, remember, upstream_of
 from torchsat.record import Alert, Cause
 
@@ -36,7 +38,11 @@ _INITIAL = ("inputs_uncentred", "inputs_unscaled", "init_too_large", "init_too_s
 
 
 def explain(alert: Alert, scene: Scene) -> tuple[Cause, ...]:
-    """The causes of an alert, the largest first, with shares that add up to 1. Empty if nothing that was measured explains it."""
+    """The causes of an alert, the largest first, with shares that add up to 1. Empty if nothing that was measured explains it.
+
+    Where a learning rate rose at once just before, the evidence says so: that of weight_growth, or else that of the first cause.
+    """
+    rise = rise_before(scene.moments, alert.since)
     if alert.since <= scene.first.step:
         # The condition was there from the start, so the change of the weights since then is not its cause.
         at_first = scene.at_first
@@ -50,7 +56,9 @@ def explain(alert: Alert, scene: Scene) -> tuple[Cause, ...]:
     total = sum(term.size for term in merged.values())
     kept = sorted((term for term in merged.values() if term.size >= _LEAST_OF_BLAME * total), key=lambda term: -term.size)
     whole = sum(term.size for term in kept)
-    return tuple(Cause(term.cause, term.size / whole, term.evidence, term.remedy) for term in kept)
+    beside = next((term for term in kept if term.cause == "weight_growth"), kept[0] if kept else None)
+    told = [replace(term, evidence=f"{term.evidence}; {rise.told(alert.since)}") if rise and term is beside else term for term in kept]
+    return tuple(Cause(term.cause, term.size / whole, term.evidence, term.remedy) for term in told)
 
 
 def _without_consequences(terms: list[Term]) -> list[Term]:

@@ -29,6 +29,8 @@ class Moment:
     """By how much of itself the step changed each layer, without what weight decay did: `Weight.learned`."""
     stuck: Mapping[str, float]
     """`Record.stuck` of each site that has one."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """The learning rate of each layer that has one."""
 
     def as_dict(self) -> dict[str, Any]:
         """The moment in plain types."""
@@ -39,7 +41,8 @@ def remember(moments: Sequence[Moment], snapshot: Snapshot) -> tuple[Moment, ...
     """The moments with that of a new snapshot: the first and the latest ones of a run."""
     updates = {weight.name: weight.learned for weight in snapshot.weights if weight.learned is not None}
     stuck = {record.site: record.stuck for record in snapshot.records if record.stuck is not None}
-    now = (*moments, Moment(snapshot.step, updates, stuck))
+    rates = {weight.name: weight.learning_rate for weight in snapshot.weights if weight.learning_rate}
+    now = (*moments, Moment(snapshot.step, updates, stuck, rates))
     return now if len(now) <= EARLY + _LATEST else (*now[:EARLY], *now[-_LATEST:])
 
 
