@@ -129,7 +129,8 @@ def test_evidence_names_what_was_measured_and_a_bias_is_blamed_for_what_it_does(
     told = [cause for each in torchsat.probe(model, x).alerts for cause in each.causes]
     assert [cause.name for cause in told] == ["dead_units", "inputs_uncentred"]
     assert told[0].share > 0.8
-    assert f"(rms {x.square().mean().sqrt().item():.3g})" in told[1].evidence
+    offset, spread = x.mean(0).square().mean().sqrt().item(), x.var(0, correction=0).mean().sqrt().item()
+    assert f"share an offset of {offset:.3g} and differ by {spread:.3g}" in told[1].evidence
     # Without the bias, but with inputs that are shifted by far, the offset is the cause.
     with torch.no_grad():
         model.get_parameter("0.bias").zero_()
