@@ -357,7 +357,12 @@ def test_five_hundred_sites_and_a_thousand_observations_are_drawn_in_a_second(dr
 
 
 def test_the_page_of_the_report_is_the_same_view(driver: Any, tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
     write(tmp_path / "a ~*run", snapshots(6, 8))
+    with SummaryWriter(str(tmp_path / "a ~*run")) as writer:
+        for step in range(6):
+            writer.add_scalar("train/loss ~*", 3.0 - step / 4, step)
     path = tmp_path / "report.html"
     with path.open("w", encoding="utf-8") as file:
         report(tmp_path / "a ~*run", file, "html")
@@ -368,6 +373,8 @@ def test_the_page_of_the_report_is_the_same_view(driver: Any, tmp_path: Path) ->
     value = from_snapshots("", snapshots(6, 8)).values["excess"][3:4, 4]
     assert pixel(driver, run, 4, 3) == shades("heat")[int(shade(BY_NAME["excess"], value, 0.0, 1.0)[0])]
     assert driver.find_element(By.CSS_SELECTOR, ".detail h2").text == "blocks.0.act"
+    assert driver.find_element(By.CSS_SELECTOR, ".strip-said").text == "train/loss ~* 1.75 (1.75 to 3)\nlearning rate 0.1"
+    assert len(driver.find_elements(By.CSS_SELECTOR, ".strip path.flag")) == 1
     assert driver.find_elements(By.CSS_SELECTOR, "img") == []
     assert [entry for entry in driver.get_log("browser") if "report.html" in entry["message"]] == []
     for metric, written in (("low", "#metric=low"), (None, "")):

@@ -80,7 +80,7 @@ ARROWS = {
     "markdown": {"alerts", "percent", "record", "sheets", "tables", "tensorboard.reader", "tensorboard.stock", "verdict"},
     "document": {"record", "sheets", "tensorboard.reader", "verdict", "view"},
     "page_head": {"alerts", "percent", "record", "sheets", "tables", "tensorboard.reader", "verdict"},
-    "page": {"grids", "page_head", "tensorboard", "tensorboard.reader", "text", "view"},
+    "page": {"grids", "page_head", "tensorboard", "tensorboard.reader", "tensorboard.scalars", "text", "view"},
     "report": {"document", "markdown", "page", "record", "tensorboard.reader", "text"},
     "command": {"__init__", "report", "sheets", "tensorboard.reader", "verdict"},
     "__main__": {"command"},
@@ -89,7 +89,7 @@ ARROWS = {
     "tensorboard.stock": {"alerts", "flow", "metrics", "percent", "record", "shown", "verdict"},
     "tensorboard.heatmap": {"colours", "grids", "metrics", "record", "tensorboard.stock"},
     "tensorboard.writer": {"alerts", "record", "tensorboard", "tensorboard.heatmap", "tensorboard.stock", "verdict"},
-    "tensorboard.scalars": {"grids"},
+    "tensorboard.scalars": {"grids", "tensorboard"},
     "tensorboard.plugin": {
         *("alerts", "grids", "metrics", "record", "tensorboard", "tensorboard.reader", "tensorboard.scalars", "verdict", "view"),
     },

@@ -1,8 +1,11 @@
 """The report in its four formats, from event files alone."""
 
+import base64
+import gzip
 import io
 import json
 import re
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from torchsat.record import Nearest
 from torchsat.report import FORMATS, report
 from torchsat.sheets import sparkline
 from torchsat.tensorboard.reader import read_runs
+from torchsat.tensorboard.writer import TensorBoardWriter
 
 
 def text(directory: Path) -> str:
@@ -332,6 +336,52 @@ def test_the_page_holds_names_as_data(tmp_path: Path) -> None:
     data = json.loads(page.split('id="torchsat-data">')[1].split("</script>")[0])
     assert data[f"run?{urlencode({'run': tmp_path.name})}"]["sites"][0]["site"] == name
     assert not re.search(r"^(import|export) ", page, re.MULTILINE)
+
+
+def grid_of(answer: dict[str, str]) -> tuple[list[float], list[float]]:
+    """The steps and the values of a packed grid of one name."""
+    data = gzip.decompress(base64.b64decode(answer["gzip"]))
+    (length,) = struct.unpack_from("<I", data)
+    count = json.loads(data[4 : 4 + length])["count"]
+    return list(struct.unpack_from(f"<{count}d", data, 4 + length)), list(struct.unpack_from(f"<{count}f", data, 4 + length + 8 * count))
+
+
+@pytest.mark.parametrize("through", ["a directory", "a writer"])
+def test_the_page_has_the_loss_and_the_rate_of_the_run(through: str, tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "run")) as user:
+        for step in range(2500):
+            for tag, value in (("val/loss", 9.0), ("train/loss", 2500.0 - step), ("lr-Adam~1", 0.5)):
+                user.add_scalar(tag, value, step, new_style=tag == "train/loss")
+        ours = TensorBoardWriter(writer=user) if through == "a writer" else TensorBoardWriter(tmp_path / "run")
+        for each in snapshots():
+            ours(each)
+        ours.close()
+    data = json.loads(printed(tmp_path, "html").split('id="torchsat-data">')[1].split("</script>")[0])
+    assert data["scalars?run=run"] == {"tags": ["train/loss", "lr-Adam~1"], "loss": "train/loss", "rate": "lr-Adam~1"}
+    steps, values = grid_of(data["scalar?run=run&tag=train%2Floss"])
+    assert (len(steps), steps[0], steps[-1], values[0], values[-1]) == (1000, 0, 2499, 2500, 1)
+    assert [step + value for step, value in zip(steps, values, strict=True)] == [2500.0] * 1000
+    assert set(grid_of(data["scalar?run=run&tag=lr-Adam%7E1"])[1]) == {0.5}
+    assert not [key for key in data if "val" in key.partition("?tag=")[2]]
+
+
+@pytest.mark.parametrize("user", ["nothing", "no scalars", "no event file"])
+def test_a_page_without_a_loss_has_none(user: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "run", snapshots())
+    if user == "no event file":
+        (tmp_path / "run" / "events.out.tfevents.1").write_bytes(b"no event at all" * 99)
+    elif user == "no scalars":
+        from torch.utils.tensorboard import SummaryWriter
+
+        SummaryWriter(str(tmp_path / "run")).close()
+        monkeypatch.setattr("torchsat.tensorboard.scalars.EventMultiplexer", None)  # whatever fails in reading
+    page = printed(tmp_path, "html")
+    data = json.loads(page.split('id="torchsat-data">')[1].split("</script>")[0])
+    assert data["scalars?run=run"] == {"tags": [], "loss": None, "rate": None}
+    assert not [key for key in data if key.startswith("scalar?")]
+    assert ("cannot be read and are left out" in caplog.text) == (user == "no scalars")
 
 
 def test_the_page_begins_with_the_verdict_and_needs_no_scripts_for_it(tmp_path: Path) -> None:

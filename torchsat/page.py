@@ -20,6 +20,7 @@ from torchsat.grids import Grid
 from torchsat.page_head import STYLE, head, title_of
 from torchsat.tensorboard import SCRIPTS
 from torchsat.tensorboard.reader import Run
+from torchsat.tensorboard.scalars import scalars_beside
 from torchsat.text import print_text
 from torchsat.view import from_snapshots, heads, histograms, scales
 
@@ -63,7 +64,9 @@ def _answers(run: Run) -> Iterator[tuple[str, dict[str, str], Any]]:
     name, series = run.name, from_snapshots(run.name, run.snapshots)
     most = max(2, PAGE_CELLS // max(1, len(series.names)))
     yield "run", {"run": name}, series.describe()
-    yield "scalars", {"run": name}, {"tags": [], "loss": None, "rate": None}
+    scalars = scalars_beside(run.directory) if run.directory else {"tags": [], "loss": None, "rate": None, "grids": {}}
+    yield from (("scalar", {"run": name, "tag": tag}, grid) for tag, grid in scalars.pop("grids").items())
+    yield "scalars", {"run": name}, scalars
     for metric in series.values:
         yield "values", {"run": name, "metric": metric}, series.grid(metric).thin(most)
     for site in series.sites:
