@@ -374,7 +374,7 @@ def test_the_page_of_the_report_is_the_same_view(driver: Any, tmp_path: Path) ->
     assert pixel(driver, run, 4, 3) == shades("heat")[int(shade(BY_NAME["excess"], value, 0.0, 1.0)[0])]
     assert driver.find_element(By.CSS_SELECTOR, ".detail h2").text == "blocks.0.act"
     assert driver.find_element(By.CSS_SELECTOR, ".strip-said").text == "train/loss ~* 1.75 (1.75 to 3)\nlearning rate 0.1"
-    assert len(driver.find_elements(By.CSS_SELECTOR, ".strip path.flag")) == 1
+    assert len(driver.find_elements(By.CSS_SELECTOR, ".strip path.flag")) == 2
     assert driver.find_elements(By.CSS_SELECTOR, "img") == []
     assert [entry for entry in driver.get_log("browser") if "report.html" in entry["message"]] == []
     for metric, written in (("low", "#metric=low"), (None, "")):

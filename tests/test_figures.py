@@ -15,6 +15,7 @@ import torchsat
 from tests.conftest import record
 from tests.test_cards import alert
 from tests.test_diagnosis import stack
+from tests.test_tensorboard import write
 from torchsat import Snapshot, Trial, Trials
 from torchsat.history import MOST, History
 from torchsat.metrics import METRICS
@@ -106,6 +107,38 @@ def test_a_monitor_a_directory_and_snapshots_give_the_same_figure(tmp_path: Path
     assert torchsat.plot(read[-1]).axes[0].get_title() == "Health"
 
 
+def test_several_runs_are_drawn_on_one_scale_and_one_axis(tmp_path: Path) -> None:
+    sick = snapshots()
+    well = [dataclasses.replace(each, alerts=(), records=each.records[:1]) for each in sick[:3]]
+    write(tmp_path / "sick", sick)
+    write(tmp_path / "well", well)
+    with torchsat.watch(stack(nn.Tanh), errors="raise") as monitor:
+        monitor._loop.observer.delivery.model = "Net"
+        monitor._loop.observer.delivery.remembered.add(sick[0])
+        figures = [
+            torchsat.plot(sick, well, monitor),
+            torchsat.plot(tmp_path / "sick", str(tmp_path / "well"), monitor, metric="Health"),
+            torchsat.plot(str(tmp_path), monitor, "alert_level"),
+        ]
+    for figure, names in zip(figures, (["run 1", "run 2"], [f"{tmp_path}/sick", f"{tmp_path}/well"], ["sick", "well"]), strict=True):
+        heats, profiles = figure.axes[:6:2], figure.axes[1:6:2]
+        assert [mesh(figure, at).tolist() for at in (0, 2)] == [[[0.0] * 5, [0.0, 0.25, 0.5, 0.75, None]], [[0.0] * 3]]
+        told = [heat.get_title(loc="left").replace("\n", " ") for heat in heats]
+        assert told[0] == f"{names[0]}: critical: b.act (tanh): saturated (init_too_large), since step 1"
+        assert told[1] == f"{names[1]}: healthy: no alert was raised"
+        assert told[2] == "Net: healthy: no alert was raised"
+        assert {heat.get_xlim() for heat in heats} == {(0.0, 5.0)}
+        assert {heat.collections[0].norm.vmax for heat in heats} == {1.0}
+        assert [profile.get_title() for profile in profiles] == ["at step 4", "at step 2", "at step 0"]
+    figure = torchsat.plot(sick, well, "grad_z_rms")
+    scales = {(heat.collections[0].norm.vmin, heat.collections[0].norm.vmax) for heat in figure.axes[:4:2] if heat.collections}
+    assert len(scales) <= 1
+    bare = torchsat.plot(sick, Snapshot(0, 0.0, (record("a", saturated=None),)), "saturated")
+    assert [text.get_text() for text in bare.axes[2].texts] == ["no site has the number 'Saturated'"]
+    for each in (*figures, figure, bare):
+        each.savefig(tmp_path / "runs.png")
+
+
 def test_a_history_is_the_run_and_stays_bounded() -> None:
     told, history = snapshots(), History()
     for each in told:
@@ -134,6 +167,12 @@ def test_what_cannot_be_drawn_is_said() -> None:
         torchsat.plot(snapshots(), site="a")
     with pytest.raises(ValueError, match="nothing has been observed yet"):
         torchsat.watch(nn.Tanh()).plot()
+    with pytest.raises(ValueError, match="a site is drawn of one run at a time"):
+        torchsat.plot(snapshots(), snapshots(), site="a.act")
+    with pytest.raises(FileNotFoundError, match="nowhere is not a directory"):
+        torchsat.plot(snapshots(), "nowhere")
+    with pytest.raises(TypeError, match="no run is given"):
+        torchsat.plot()
     with pytest.raises(TypeError, match="run is a int; allowed are a directory, snapshots, and a Monitor"):
         torchsat.plot(3)  # type: ignore[arg-type]
     figure = torchsat.plot(Snapshot(0, 0.0, (record("a"),)), "entropy_min")

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -343,7 +344,7 @@ def test_what_to_apply_is_printed_as_code_that_runs(capsys: pytest.CaptureFixtur
     x = torch.randn(64, 4)
     before, batches = state(model), [(x, x.sum(1, keepdim=True))]
     loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
-    given = {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2), "steps": 30, "progress": False}
+    given: dict[str, Any] = {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=1e-2), "steps": 30, "progress": False}
     wanted = tuple(each for each in REMEDIES if each.name in ("Xavier init", "BatchNorm"))
     trials = torchsat.try_remedies(model, batches, loss, remedies=wanted, apply=True, **given)
     printed = capsys.readouterr().out

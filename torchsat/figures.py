@@ -90,30 +90,81 @@ def curves(panels: Sequence[Panel]) -> Picture:
     return figure
 
 
-def run_figure(run: Series, metric: Metric) -> Picture:
-    """One metric of all sites over the steps, with the alerts, and beside it the depth profile at the last step."""
-    kept = [at for at in range(len(run.names)) if not np.isnan(run.values[metric.name][:, at]).all()]
-    values, sites = run.values[metric.name][:, kept].T, [run.sites[at] for at in kept]
-    figure = _figure(10, min(12.0, 1.9 + 0.24 * max(3, len(kept))))
-    verdict = run.verdict
-    _title(figure, f"{run.name}: {verdict}" if run.name else str(verdict), f"Try: {verdict.advice}" if verdict.advice else "")
-    if not kept:
-        axes = figure.add_subplot()
-        axes.text(0.5, 0.5, f"no site has the number {metric.title!r}", ha="center", va="center", transform=axes.transAxes)
-        axes.set_axis_off()
+def runs_figure(runs: Sequence[Series], metric: Metric) -> Picture:
+    """One metric of all sites over the steps, with the alerts, and beside it the depth profile at the last step. Of several runs a row for each, on
+    one scale of colours and one axis of steps."""
+    rows = [_Row.of(run, metric) for run in runs]
+    tall = [max(3, len(row.sites)) for row in rows]
+    # Of one run the title is that of the figure; of several, each row has its own.
+    figure = _figure(10, min(12.0 if len(runs) == 1 else 6.0 * len(runs), sum(1.9 + 0.24 * count for count in tall)))
+    if len(runs) == 1:
+        _title(figure, _titled(runs[0]), f"Try: {runs[0].verdict.advice}" if runs[0].verdict.advice else "")
+    known = [row.values.ravel() for row in rows if row.sites]
+    if not known:
+        _nothing(figure.add_subplot(), metric)
         return figure
-    heat, profile = figure.subplots(1, 2, sharey=True, width_ratios=(5, 1))
-    scale = _Scale.of(metric, values)
-    _heat(heat, edges(run.steps), np.arange(len(kept) + 1) - 0.5, values, scale)
-    _names(heat, [f"{site['site']} ({site['activation']})" for site in sites])
-    heat.set(xlabel="step", title=metric.title)
-    _alerts(heat, run, {site["site"]: at for at, site in enumerate(sites)})
-    _profile(profile, values[:, -1], scale)
-    profile.set(title=f"at step {run.steps[-1]:.0f}")
-    bar = figure.colorbar(ScalarMappable(scale.norm, scale.colours), ax=profile, fraction=0.2, aspect=30)
+    scale = _Scale.of(metric, np.concatenate(known))
+    pairs = figure.subplots(len(rows), 2, squeeze=False, width_ratios=(5, 1), height_ratios=tall)
+    for run, row, (heat, profile) in zip(runs, rows, pairs, strict=True):
+        if len(runs) == 1:
+            heat.set_title(metric.title)
+        else:
+            heat.set_title(_short(run), loc="left", fontsize=10, parse_math=False)
+        if row.sites:
+            profile.sharey(heat)
+            row.draw(heat, profile, scale)
+        else:
+            _nothing(heat, metric)
+            profile.set_axis_off()
+    begin, end = min(edges(run.steps)[0] for run in runs), max(edges(run.steps)[-1] for run in runs)
+    for heat, _ in pairs:
+        heat.set_xlim(begin, end)
+    if len(runs) > 1:
+        figure.suptitle(metric.title, fontsize=12)
+    bar = figure.colorbar(ScalarMappable(scale.norm, scale.colours), ax=list(pairs[:, 1]), fraction=0.2, aspect=30)
     if metric.form == "level":
         bar.set_ticks([0, 0.5, 1], labels=["healthy", "warning", "critical"])
     return figure
+
+
+def _titled(run: Series) -> str:
+    return f"{run.name}: {run.verdict}" if run.name else str(run.verdict)
+
+
+def _short(run: Series) -> str:
+    """The title of a row, in at most two lines."""
+    return "\n".join(textwrap.wrap(_titled(run), 100)[:2])
+
+
+def _nothing(axes: Axes, metric: Metric) -> None:
+    """Say that there is nothing to draw."""
+    axes.text(0.5, 0.5, f"no site has the number {metric.title!r}", ha="center", va="center", transform=axes.transAxes)
+    axes.set_axis_off()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is drawn of one run: the sites that have a number of the metric."""
+
+    run: Series
+    sites: Sequence[dict[str, Any]]
+    values: Values
+    """[sites, steps]"""
+
+    @staticmethod
+    def of(run: Series, metric: Metric) -> _Row:
+        found = run.values[metric.name]
+        kept = [at for at in range(len(run.names)) if not np.isnan(found[:, at]).all()]
+        return _Row(run, [run.sites[at] for at in kept], found[:, kept].T)
+
+    def draw(self, heat: Axes, profile: Axes, scale: _Scale) -> None:
+        """Draw the heatmap and the profile at the last step."""
+        _heat(heat, edges(self.run.steps), np.arange(len(self.sites) + 1) - 0.5, self.values, scale)
+        _names(heat, [f"{site['site']} ({site['activation']})" for site in self.sites])
+        heat.set(xlabel="step")
+        _alerts(heat, self.run, {site["site"]: at for at, site in enumerate(self.sites)})
+        _profile(profile, self.values[:, -1], scale)
+        profile.set(title=f"at step {self.run.steps[-1]:.0f}")
 
 
 def site_figure(run: Series, site: str, histogram: Grid, heads: Grid) -> Picture:

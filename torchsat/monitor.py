@@ -18,7 +18,7 @@ from torchsat.loop import Loop
 from torchsat.notebook import Live, is_kernel
 from torchsat.options import Directory, Options, WatchOptions, options_of
 from torchsat.percent import percent
-from torchsat.plotting import draw
+from torchsat.plotting import Source, draw
 from torchsat.record import Alert, Snapshot
 from torchsat.schedule import Account, Clock
 from torchsat.structure import Stages, stages_of, unwrap
@@ -149,8 +149,12 @@ class Monitor:
         The figure shows what this monitor has observed, 400 observations at most, with or without a directory. What an earlier session wrote is in
         the figure of the directory: `torchsat.plot("runs/exp1")`.
         """
+        return draw([self._drawn()], metric, site)
+
+    def _drawn(self) -> tuple[str, Source]:
+        """The name of the run and what its figures are drawn from."""
         self._settle()
-        return draw(self._loop.observer.delivery.remembered, metric, site, self._loop.observer.delivery.model)
+        return self._loop.observer.delivery.model, self._loop.observer.delivery.remembered
 
     def live(self) -> None:
         """Show a card of this monitor in the cell that runs now, which follows the training: `monitor.live()` before the loop, in the same cell.
