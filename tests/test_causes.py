@@ -293,7 +293,7 @@ def test_a_learning_rate_that_rose_just_before_is_named_once(name: str, rule: st
     for each in made:
         moments = remember(moments, each)
     last = 10 * (len(rates) - 1)
-    kind = {"kind": "softmax", "activation": "softmax", "logit_std": 9.0, "log_keys": 2.0} if rule == "attention_collapse" else {}
+    kind: dict[str, Any] = {"kind": "softmax", "activation": "softmax", "logit_std": 9.0, "log_keys": 2.0} if rule == "attention_collapse" else {}
     now = snapshot(record(z_rms=9.0, **kind), weight(learning_rate=rates[-1], gain=9.0), step=last)
     causes = explain(alert(rule=rule, since=since), Scene(now, made[0], made[0], moments=moments))
     said = " ".join(cause.evidence for cause in causes)

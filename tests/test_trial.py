@@ -340,7 +340,7 @@ def test_a_difference_counts_where_it_is_larger_than_the_spread_over_seeds() -> 
 
 def test_what_to_apply_is_printed_as_code_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 1))
-    nn.init.normal_(model[0].weight, std=30.0)
+    nn.init.normal_(model.get_parameter("0.weight"), std=30.0)
     x = torch.randn(64, 4)
     before, batches = state(model), [(x, x.sum(1, keepdim=True))]
     loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()  # noqa: E731
@@ -353,7 +353,11 @@ def test_what_to_apply_is_printed_as_code_that_runs(capsys: pytest.CaptureFixtur
     assert same(before, state(model))
     exec(printed, {"model": model})
     assert not same(before, state(model))
-    worse = Remedy("worse", lambda model, context: str(model[0].weight.data.mul_(100.0).shape), code=lambda context: "model[0].weight.data *= 100")
+    worse = Remedy(
+        "worse",
+        lambda model, context: str(model.get_parameter("0.weight").data.mul_(100.0).shape),
+        code=lambda context: "model[0].weight.data *= 100",
+    )
     torchsat.try_remedies(model, batches, loss, remedies=[worse], apply=True, **given)
     assert capsys.readouterr().out == "# no remedy gives a lower loss than the untouched copy\n"
     torchsat.try_remedies(model, batches, loss, remedies=[worse], **given)
