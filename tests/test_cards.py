@@ -80,7 +80,8 @@ def test_a_monitor_begins_with_the_verdict_and_what_to_try() -> None:
 def test_a_healthy_monitor_says_so_and_one_that_saw_nothing_does_not() -> None:
     assert re.match("healthy no alert was raised; nearest to a limit: .* of the way to a warning", shown(trained(stack(nn.ReLU), 3)))
     monitor = torchsat.watch(stack(nn.Tanh))
-    assert str(monitor.verdict) == "not judged: nothing has been observed yet"
+    assert repr(monitor.verdict) == "<Verdict not judged: nothing has been observed yet>"
+    assert shown(monitor.verdict) == "not judged nothing has been observed yet"
     assert repr(monitor) == "<torchsat.Monitor: nothing observed yet; 0 sites, step 0>"
     assert shown(monitor).startswith("not judged Nothing has been observed yet.")
     monitor.close()

@@ -36,7 +36,7 @@ ARROWS = {
     "percent": set(),
     "alerts": {"percent", "record"},
     "alert_level": {"rules", "shown"},
-    "verdict": {"alerts", "percent", "record"},
+    "verdict": {"alerts", "percent", "record", "shown"},
     "start": {"record"},
     "flow": {"record", "start"},
     "loss_functions": {"record"},

@@ -129,6 +129,11 @@ def _(weight: Weight) -> str:
 
 
 @card.register
+def _(verdict: Verdict) -> str:
+    return _card(_verdict(verdict))
+
+
+@card.register
 def _(alert: Alert) -> str:
     return _card(*_alert(alert))
 

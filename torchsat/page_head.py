@@ -70,7 +70,7 @@ def head(runs: Sequence[Run]) -> str:
     """The head of the page: title, date and verdict; of several runs a table; and of the worst run what is wrong, why, and what to try."""
     verdicts = verdicts_of(runs)
     worst = worst_first(verdicts)[0]
-    verdict, run = verdicts[worst], next(run for run in runs if run.name == worst)
+    verdict = verdicts[worst]
     sentence = str(verdict).partition(": ")[2] if len(runs) == 1 else summary(verdicts)
     state = f'<p class="state {_class(verdict.health)}"><b>{escape(verdict.health.value)}</b>: {escape(sentence)}</p>'
     if len(runs) > 1:
@@ -80,8 +80,6 @@ def head(runs: Sequence[Run]) -> str:
         parts.append(_table(comparison(verdicts, runs)))
     if verdict.alert is not None:
         parts += _alert(verdict.alert, f"What is wrong with {worst}" if len(runs) > 1 else "What is wrong")
-    elif len(runs) == 1 and run.directory:
-        parts.append(f"<p>{escape(extent(run, episodes_of(run.snapshots)))}</p>")
     return "\n".join(['<header class="report">', *parts, "</header>"])
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torchsat.alerts import ADJECTIVE, Episode, episodes_of
 from torchsat.percent import percent
 from torchsat.record import Alert, LayerFacts, Nearest, SiteFacts, Snapshot
+from torchsat.shown import Shown
 
 
 class Health(Enum):
@@ -40,8 +41,8 @@ class Health(Enum):
 NO_RULES = "no rules were given"
 
 
-@dataclass(frozen=True)
-class Verdict:
+@dataclass(frozen=True, repr=False)
+class Verdict(Shown):
     """What is wrong with one run."""
 
     health: Health
@@ -57,6 +58,11 @@ class Verdict:
     """Where no alert fires: what comes nearest to a warning, if that is known."""
     unjudged: str = ""
     """Why a run is not judged; empty for one that is."""
+
+    @property
+    def in_short(self) -> str:
+        """The verdict in one sentence."""
+        return str(self)
 
     @property
     def rank(self) -> tuple[int, int, int]:

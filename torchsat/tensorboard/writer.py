@@ -68,6 +68,8 @@ class TensorBoardWriter:
         self._contents: dict[str, tuple[Any, str, str]] = {}
         self._firing = Firing()
         self._history: deque[Alert] = deque(maxlen=200)
+        self._places: dict[str, str] = {}
+        """What each site and layer is that has been seen, for the text of the alerts."""
         self._heatmap = Heatmap()
         self._layout = b""
         self._count = self._drawn = 0
@@ -150,6 +152,7 @@ class TensorBoardWriter:
         if self._ours is not None and not self._count:
             self._ours.add_event(Event(wall_time=snapshot.time, step=snapshot.step, session_log=SessionLog(status=SessionLog.START)))
         self._count += 1
+        self._places.update(what_is_where(snapshot.records, snapshot.weights))
         self._heatmap.add(snapshot)
         self._add(self._values(snapshot), snapshot.step, snapshot.time)
         if self._count % PICTURES == 0 or (8 <= self._count < PICTURES and self._count & (self._count - 1) == 0):
@@ -199,8 +202,9 @@ class TensorBoardWriter:
         if snapshot.alerts:
             events = as_json([alert.as_dict() for alert in snapshot.alerts])
             yield self._string(EVENTS, events.encode(), PLUGIN, content("events"))
-            what = what_is_where(snapshot.records, snapshot.weights)
-            yield self._string("torchsat/alerts/text_summary", alert_table(self._history, self._firing, what).encode("utf-8", "replace"), "text", "")
+            yield self._string(
+                "torchsat/alerts/text_summary", alert_table(self._history, self._firing, self._places).encode("utf-8", "replace"), "text", ""
+            )
 
     def _pictures(self) -> Iterable[Summary.Value]:
         """The heatmap so far. In a run of our own also the layout of the charts; in the user's run it would replace a layout of the user's."""
