@@ -89,7 +89,7 @@ ARROWS = {
     "tensorboard.stock": {"alerts", "flow", "metrics", "percent", "record", "shown", "verdict"},
     "tensorboard.heatmap": {"colours", "grids", "metrics", "record", "tensorboard.stock"},
     "tensorboard.writer": {"alerts", "record", "tensorboard", "tensorboard.heatmap", "tensorboard.stock", "verdict"},
-    "tensorboard.scalars": {"grids", "tensorboard"},
+    "tensorboard.scalars": {"grids", "tensorboard", "tensorboard.reader"},
     "tensorboard.plugin": {
         *("alerts", "grids", "metrics", "record", "tensorboard", "tensorboard.reader", "tensorboard.scalars", "verdict", "view"),
     },

@@ -376,7 +376,7 @@ def test_a_page_without_a_loss_has_none(user: str, tmp_path: Path, monkeypatch: 
         from torch.utils.tensorboard import SummaryWriter
 
         SummaryWriter(str(tmp_path / "run")).close()
-        monkeypatch.setattr("torchsat.tensorboard.scalars.EventMultiplexer", None)  # whatever fails in reading
+        monkeypatch.setattr("torchsat.tensorboard.scalars.frames", None)  # whatever fails in reading
     page = printed(tmp_path, "html")
     data = json.loads(page.split('id="torchsat-data">')[1].split("</script>")[0])
     assert data["scalars?run=run"] == {"tags": [], "loss": None, "rate": None}

@@ -136,8 +136,9 @@ def _resume(run: Run, session: Run) -> None:
     run.damage += session.damage
 
 
-def _events(path: Path, damage: list[str]) -> Iterator[Event]:
-    """The events of one file that hold our data. If the file ends early or is corrupt, a sentence is added to `damage`."""
+def frames(path: Path, damage: list[str], wanted: Callable[[bytes], bool], checked: bool = True) -> Iterator[tuple[int, bytes]]:
+    """The wanted payloads of one file, each behind the byte at which its record begins. If the file ends early or is corrupt, a sentence is added to
+    `damage`. `checked`: whether the checksum of a wanted payload is compared, which takes longer than to parse it."""
     size, count, at, reason = path.stat().st_size, 0, 0, ""
     with path.open("rb") as file:
         while header := file.read(12):
@@ -153,18 +154,24 @@ def _events(path: Path, damage: list[str]) -> Iterator[Event]:
                 break
             payload = file.read(length)
             (checksum,) = struct.unpack("<I", file.read(4))
-            if PLUGIN.encode() in payload:
-                if masked_crc32c(payload) != checksum:
+            if wanted(payload):
+                if checked and masked_crc32c(payload) != checksum:
                     reason = "corrupt (the checksum of a record does not fit)"
                     break
-                try:
-                    yield Event.FromString(payload)
-                except DecodeError as error:
-                    damage.append(f"{path.name}: the record at byte {at} is no event ({error})")
+                yield at, payload
             count += 1
             at += 16 + length
     if reason:
         damage.append(f"{path.name}: read {count} records, stopped at byte {at} of {size}: {reason}")
+
+
+def _events(path: Path, damage: list[str]) -> Iterator[Event]:
+    """The events of one file that hold our data. If the file ends early or is corrupt, a sentence is added to `damage`."""
+    for at, payload in frames(path, damage, lambda payload: PLUGIN.encode() in payload):
+        try:
+            yield Event.FromString(payload)
+        except DecodeError as error:
+            damage.append(f"{path.name}: the record at byte {at} is no event ({error})")
 
 
 def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | None:
