@@ -129,7 +129,7 @@ class Monitor:
 
     @property
     def verdict(self) -> Verdict:
-        """What is wrong with the run so far: `print(monitor.verdict)`. It is that of a healthy run as long as nothing has been observed."""
+        """What is wrong with the run so far: `print(monitor.verdict)`. Without rules, and before the first observation, it is "not judged"."""
         return self._loop.observer.delivery.remembered.verdict(self.alerts)
 
     @property
