@@ -54,6 +54,7 @@ def comparison(verdicts: Mapping[str, Verdict], runs: Iterable[Run]) -> Sheet:
         Column("where", name=True, left=True),
         Column("what", left=True, rank=4),
         Column("cause", left=True, rank=2),
+        Column("way to a warning", rank=6),
     )
     rows = []
     for name in worst_first(verdicts):
@@ -62,7 +63,8 @@ def comparison(verdicts: Mapping[str, Verdict], runs: Iterable[Run]) -> Sheet:
         cause = alert.causes[0].name if alert is not None and alert.causes else "-"
         since = str(alert.since) if alert is not None else "-"
         counts = (str(last.step), str(len(by_name[name].snapshots)))
-        rows.append(Row((name, verdict.health.value, *counts, since, verdict.where or "-", verdict.what or "-", cause)))
+        way = percent_or_dash(verdict.nearest.way if verdict.nearest else None)
+        rows.append(Row((name, verdict.health.value, *counts, since, verdict.where or "-", verdict.what or "-", cause, way)))
     return Sheet("Runs, worst first", columns, rows, "run")
 
 

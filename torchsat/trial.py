@@ -164,7 +164,7 @@ def try_remedies(
             trials = [_try_seeds(plan, remedy, context, restore, advance) for remedy in (_PLAIN, *chosen)]
     found = Trials(tuple(trials), notes)
     if apply:
-        sys.stdout.write(f"{found.cure}\n")
+        print(found.cure)  # noqa: T201
     return found
 
 
