@@ -88,7 +88,8 @@ ARROWS = {
     "tensorboard.heatmap": {"colours", "grids", "metrics", "record", "tensorboard.stock"},
     "tensorboard.writer": {"alerts", "record", "tensorboard", "tensorboard.heatmap", "tensorboard.stock"},
     "tensorboard.scalars": {"grids"},
-    "tensorboard.plugin": {"alerts", "grids", "metrics", "record", "tensorboard", "tensorboard.scalars", "verdict", "view"},
+    "tensorboard.pages": {"definitions", "metrics"},
+    "tensorboard.plugin": {"alerts", "grids", "metrics", "record", "tensorboard", "tensorboard.pages", "tensorboard.scalars", "verdict", "view"},
     "tensorboard.loader": {"tensorboard", "tensorboard.plugin"},
     # What is measured.
     "internals": set(),

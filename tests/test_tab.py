@@ -225,6 +225,29 @@ def test_words_are_defined_where_they_stand(driver: Any, ward: str) -> None:
     assert not dialog.is_displayed()
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "heading"),
+    [("metric", "trapped", "Trapped demand (trapped)"), ("rule", "stuck_units", "stuck_units"), ("cause", "init_too_large", "init_too_large")],
+)
+def test_a_definition_leads_to_its_page(driver: Any, ward: str, kind: str, name: str, heading: str) -> None:
+    open_tab(driver, ward)
+    tab = driver.current_window_handle
+    driver.execute_script("torchsat.help.open(arguments[0], arguments[1])", kind, name)
+    driver.find_element(By.CSS_SELECTOR, ".definition.asked a").click()
+    (page,) = set(driver.window_handles) - {tab}
+    driver.switch_to.window(page)
+    try:
+        target = wait(driver, "return document.querySelector('h3:target')")
+        assert target.text.removesuffix("#").strip() == heading
+        assert 0 <= target.location["y"] - driver.execute_script("return window.scrollY") < 200
+        assert driver.execute_script("return [document.documentElement.className, document.styleSheets.length]") == ["light", 1]
+        driver.find_element(By.CSS_SELECTOR, "nav .back").click()
+        wait(driver, "return location.hash === '#torchsat'")
+    finally:
+        driver.close()
+        driver.switch_to.window(tab)
+
+
 def test_lists_close_by_escape_and_by_a_click_outside(driver: Any, ward: str) -> None:
     open_tab(driver, ward, "&p.torchsat.site=")
     summary = driver.find_element(By.CSS_SELECTOR, ".runs summary")

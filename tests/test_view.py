@@ -74,8 +74,8 @@ def test_what_is_well_has_the_colour_of_the_page() -> None:
 def test_numbers_have_their_place_on_the_scale() -> None:
     values = np.array([-1, 0, 0.25, 1, 2], np.float32)
     assert shade(METRICS[0], values, 0, 1).tolist() == [0, 0, 64, 255, 255]
-    assert shade(Metric("m", "", "", worst="low"), values, 0, 1).tolist() == [255, 255, 191, 0, 0]
-    log = Metric("g", "", "", scale="log", ramp="amount")
+    assert shade(Metric("m", "", "", worst="low", group="saturation"), values, 0, 1).tolist() == [255, 255, 191, 0, 0]
+    log = Metric("g", "", "", scale="log", ramp="amount", group="gradients")
     assert shade(log, np.array([0, 1e-4, 0.011, 1], np.float32), 1e-4, 1).tolist() == [0, 0, 130, 255]
 
 

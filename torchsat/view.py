@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from torchsat.alerts import Episode, episodes
 from torchsat.colours import shades
-from torchsat.definitions import CAUSE_TITLES, RULE_DEFINITIONS
+from torchsat.definitions import CAUSE_DEFINITIONS, RULE_DEFINITIONS
 from torchsat.grids import Grid, Table, join
 from torchsat.metrics import METRICS, Ramp, Values, excess, rows_of
 from torchsat.percent import PERCENT
@@ -35,7 +35,8 @@ def scales() -> dict[str, Any]:
         "metrics": [{**asdict(metric), "reversed": metric.reversed} for metric in METRICS],
         "ramps": {ramp: {"light": hexadecimal(ramp, False), "dark": hexadecimal(ramp, True)} for ramp in ramps},
         "rules": [asdict(definition) for definition in RULE_DEFINITIONS],
-        "causes": CAUSE_TITLES,
+        "causes": [asdict(definition) for definition in CAUSE_DEFINITIONS],
+        "links": {},  # where each word is explained; only a server has the pages (tensorboard/pages.py)
         "percent": asdict(PERCENT),
         "histogram_edges": HISTOGRAM_EDGES,
     }

@@ -40,6 +40,7 @@ export function alertTable({ rows, several, choose, help, causes, about }) {
 // clicked.
 export function alertArticles({ alerts, site, print, help, choose, causes: titles }) {
   const found = alerts.filter((alert) => alert.places.includes(site) || alert.also.includes(site));
+  const asked = (cause) => (cause in titles ? help.button("cause", cause) : null);
   return found.map((alert) => {
     const title = element("b", { className: alert.severity, textContent: `${alert.severity}: ${alert.rule}` });
     const head = element("p", {}, title, help.button("rule", alert.rule), ` began at step ${alert.since}, was told at step ${alert.fired}, ${ended(alert, "step ")}`);
@@ -49,7 +50,7 @@ export function alertArticles({ alerts, site, print, help, choose, causes: title
       return element(
         "li",
         {},
-        element("div", { className: "blame" }, bar, element("b", { textContent: titles[cause.name] ?? cause.name }), ` ${cause.name}, ${print.percent(cause.share)} of the cause`),
+        element("div", { className: "blame" }, bar, element("b", { textContent: titles[cause.name] ?? cause.name }), ` ${cause.name}`, asked(cause.name), `, ${print.percent(cause.share)} of the cause`),
         element("div", { textContent: cause.evidence }),
         remedy(cause.remedy),
       );

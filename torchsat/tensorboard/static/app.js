@@ -133,6 +133,7 @@ class App {
       const [scales, runs] = await Promise.all([this.source.json("scales"), this.source.json("runs")]);
       if (turn !== this.drawing) return;
       this.scales = scales;
+      this.causes = Object.fromEntries(scales.causes.map(({ cause, title }) => [cause, title]));
       this.print = printer(scales.percent);
       this.runs = runs;
       this.help.fill(scales);
@@ -253,7 +254,7 @@ class App {
     const shown = new Set(this.about.keys());
     if (!this.changed("verdict", runs, [...shown])) return;
     const choose = (run) => this.change({ runs: [run], run: null, site: null, step: null, ...ALL });
-    const { nodes, className } = verdictSection({ runs, shown, causes: this.scales.causes, choose });
+    const { nodes, className } = verdictSection({ runs, shown, causes: this.causes, choose });
     this.verdict.replaceChildren(...nodes);
     this.verdict.className = `card verdict ${className}`;
     this.verdict.hidden = !nodes.length;
@@ -329,7 +330,7 @@ class App {
     if (!this.changed("alerts", [...this.about].map(([run, about]) => [run, about.alerts]))) return;
     const rows = [...this.about].flatMap(([run, about]) => about.alerts.map((alert) => [run, alert]));
     const choose = (run, alert) => this.openAlert(run, alert);
-    this.alerts.replaceChildren(...alertTable({ rows, several: this.about.size > 1, print: this.print, choose, help: this.help, causes: this.scales.causes, about: this.about }));
+    this.alerts.replaceChildren(...alertTable({ rows, several: this.about.size > 1, print: this.print, choose, help: this.help, causes: this.causes, about: this.about }));
   }
 
   // The step that the depth profile and the figures show: the chosen one, or else the last.
@@ -382,6 +383,7 @@ class App {
         step: this.step(),
         at: this.view.step ?? undefined,
         scales: this.scales,
+        causes: this.causes,
         shade: this.theme.name,
         theme: this.theme,
         print: this.print,

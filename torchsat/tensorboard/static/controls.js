@@ -44,7 +44,7 @@ export class Controls {
     const present = new Set([...about.values()].flatMap((each) => each.metrics));
     const offered = metrics.filter((each) => present.has(each.name) || each === metric);
     this.choices.replaceChildren(
-      this.select("metric", "Metric", offered.map((each) => [each.name, each.title, each.over === "weights" ? "layers that feed the sites" : "sites"]), metric.name, this.help.button("metric", metric.name)),
+      this.select("metric", "Metric", offered.map((each) => [each.name, each.title, each.group]), metric.name, this.help.button("metric", metric.name)),
       this.runs(given),
       this.select("order", "Order", Object.entries(ORDERS), view.order),
       this.select("fold", "Rows", Object.entries(FOLDS), view.fold),
