@@ -177,6 +177,8 @@ def test_the_filter_takes_regular_expressions(driver: Any, ward: str) -> None:
 
 def test_an_alert_leads_to_its_metric_its_site_and_its_step(driver: Any, ward: str) -> None:
     open_tab(driver, ward, "&p.torchsat.site=")
+    assert driver.find_element(By.CSS_SELECTOR, ".alerts summary").text == "Alerts (2) 2 critical"
+    driver.find_element(By.CSS_SELECTOR, ".alerts summary").click()  # folded, since the verdict tells both
     rows = driver.find_elements(By.CSS_SELECTOR, ".alerts tbody tr")
     assert [row.text.split()[:2] for row in rows] == [["critical", "broken"], ["critical", "sick"]]
     rows[1].find_element(By.CSS_SELECTOR, "button.link").click()
@@ -329,7 +331,7 @@ def test_new_data_are_followed(driver: Any, tmp_path: Path) -> None:
     writer.flush()
     with serving(tmp_path, "--reload_interval=1") as found:
         open_tab(driver, found, "&p.torchsat.step=10&p.torchsat.site=")
-        assert "TensorBoard does not load new data by itself" in driver.find_element(By.CSS_SELECTOR, ".switches").text
+        assert "TensorBoard's reload is off" in driver.find_element(By.CSS_SELECTOR, ".switches").text
         driver.find_element(By.CSS_SELECTOR, "[data-control=follow]").click()
         for snapshot in given[4:]:
             writer(snapshot)

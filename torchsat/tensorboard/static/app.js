@@ -12,16 +12,18 @@ import { AXES } from "./frame.js";
 import { Heatmap } from "./heatmap.js";
 import { Help } from "./help.js";
 import { printer, range } from "./numbers.js";
-import { runColour, runDash } from "./palette.js";
+import { alike, runColour, runDash } from "./palette.js";
 import { Panel } from "./panel.js";
 import { rowsOf } from "./rows.js";
 import { shownName } from "./source.js";
-import { verdictSection, worstFirstRuns } from "./verdict.js";
+import { toldRuns, verdictSection, worstFirstRuns } from "./verdict.js";
 
 const FIRST_RUNS = 2; // how many runs are shown before the user chooses: the worst
 const EMPTY = 3000; // milliseconds until a server without data is asked again
 const FOLLOW = 5000; // milliseconds between two questions for new data
 const SETTLED = 250; // milliseconds after the last change of a zoom until all parts are drawn anew
+const [LEAST_PANEL, GAP] = [440, 14]; // pixels: the least width of a panel, and the gap between two (style.css)
+const MOST_HOLE = 120; // pixels by which panels side by side may differ in height
 const ALL = { from: null, to: null, top: null, bottom: null };
 
 const THEMES = {
@@ -55,6 +57,7 @@ class App {
     this.maps = element("div", { className: "maps" });
     this.message = element("p", { className: "message", role: "status" });
     this.alerts = element("section", { className: "card alerts" });
+    this.unfolded = null; // whether the user has unfolded the list of alerts; null: not touched yet
     this.depth = element("section", { className: "card depth" });
     this.detail = element("section", { className: "card detail" });
     this.alerts.setAttribute("aria-label", "Alerts");
@@ -62,8 +65,8 @@ class App {
     this.detail.setAttribute("aria-label", "Site");
     const hint = "▷ alert raised, line: it fires, ○ it cleared; behind a row: ● it fires still, ○ the site suffers from it. Click: open a site. Drag: zoom in. Double click: show all. Ctrl and wheel: zoom.";
     const aside = element("p", { className: "aside", textContent: hint });
-    const left = element("main", { className: "left" }, this.message, this.maps, aside, this.alerts, this.depth);
-    this.frame = element("div", { className: "torchsat" }, this.verdict, this.controls.element, element("div", { className: "columns" }, left, this.detail), this.help.element);
+    const left = element("main", { className: "left" }, this.message, this.maps, aside, this.depth);
+    this.frame = element("div", { className: "torchsat" }, this.verdict, this.alerts, this.controls.element, element("div", { className: "columns" }, left, this.detail), this.help.element);
     root.append(this.frame);
   }
 
@@ -161,6 +164,7 @@ class App {
       this.fill();
       await this.fillDetail(turn);
     } catch (error) {
+      this.states.clear(); // what was being filled is filled anew by the next call
       if (turn === this.drawing) this.message.textContent = `This view could not be loaded: ${error.message}`;
     }
   }
@@ -186,14 +190,17 @@ class App {
     for (const [tag, dash] of [[loss, ""], [rate, "4 3"]]) {
       if (tag === null) continue;
       const grid = await this.source.grid("scalar", { run, tag });
-      found.push({ name: tag, dash, points: grid.points(tag) });
+      // A scalar that is written has a value: where it is NaN, it is so because the user's number is.
+      found.push({ name: tag, dash, points: grid.points(tag).map(([step, value]) => [step, Number.isNaN(value) ? Infinity : value]) });
     }
     if (rate === null && this.about.get(run).metrics.includes("learning_rate")) {
       const grid = await this.source.grid("values", { run, metric: "learning_rate" });
       const points = Array.from(grid.steps, (step, row) => [step, grid.names.map((_, column) => grid.at(row, column)).find((value) => !Number.isNaN(value)) ?? NaN]);
       found.push({ name: "learning rate", dash: "4 3", points });
     }
-    return found.map((curve) => ({ ...curve, scale: spans(curve.points) ? "log" : "linear" }));
+    // A page of a report does not know the user's scalars, and so not what is missing.
+    const lacks = loss === null && this.host.canFollow ? "no scalar of this run is named like a loss" : "";
+    return { curves: found.map((curve) => ({ ...curve, scale: spans(curve.points) ? "log" : "linear" })), lacks };
   }
 
   // Say what of the view is not there.
@@ -228,7 +235,8 @@ class App {
     this.fillVerdict();
     this.controls.fill({ view: this.view, runs: this.runs, about: this.about, metrics: this.scales.metrics, metric: this.metric, colours, low, high, ...follow });
     this.fillMaps();
-    this.alerts.hidden = this.depth.hidden = !this.about.size;
+    this.alerts.hidden = ![...this.about.values()].some((about) => about.alerts.length);
+    this.depth.hidden = !this.about.size;
     this.fillAlerts();
     this.fillDepth();
     performance.measure("torchsat.fill", "torchsat.fill.start");
@@ -246,12 +254,12 @@ class App {
   line(run) {
     const colour = runColour(this.place(run), this.theme);
     const before = [...this.about.keys()].slice(0, [...this.about.keys()].indexOf(run));
-    return { name: shownName(run), colour, dash: runDash(before.filter((each) => runColour(this.place(each), this.theme) === colour).length) };
+    return { name: shownName(run), colour, dash: runDash(before.filter((each) => alike(runColour(this.place(each), this.theme), colour)).length) };
   }
 
   fillVerdict() {
     const runs = this.runs.map((run) => ({ ...run, verdict: this.about.get(run.name)?.verdict ?? run.verdict }));
-    const shown = new Set(this.about.keys());
+    const shown = new Map([...this.about.keys()].map((run) => [run, this.line(run).colour]));
     if (!this.changed("verdict", runs, [...shown])) return;
     const choose = (run) => this.change({ runs: [run], run: null, site: null, step: null, ...ALL });
     const { nodes, className } = verdictSection({ runs, shown, causes: this.causes, choose });
@@ -282,6 +290,7 @@ class App {
     this.panels = kept;
     const order = [...kept.values()].map((panel) => panel.element);
     if (order.length !== this.maps.children.length || order.some((each, index) => each !== this.maps.children[index])) this.maps.replaceChildren(...order);
+    this.layOut();
     const common = { theme: this.theme, axis: this.view.axis, left, step: this.view.step, print: this.print, view: this.view };
     for (const run of runs) {
       const rows = this.rows.get(run);
@@ -289,7 +298,7 @@ class App {
       const chosen = this.opened && rows.row.get(this.opened.site);
       const [low, high] = this.ends;
       const drawn = { metric: this.metric, colours: this.colours(this.metric), low, high, domain: this.domain(run), chosen: chosen ?? null };
-      kept.get(run).show({ ...common, ...drawn, ...rows, about, curves: this.strips.get(run), line: this.line(run), several: runs.length > 1 });
+      kept.get(run).show({ ...common, ...drawn, ...rows, about, ...this.strips.get(run), line: this.line(run), several: runs.length > 1 });
     }
     if (both === null) return;
     const rows = this.rows.get(runs[0]);
@@ -298,7 +307,23 @@ class App {
     const drawn = { metric, colours: this.colours(metric), low: metric.low, high: metric.high, domain: this.domain(runs[0]), chosen: null };
     const line = { ...this.line(runs[0]), name: `${shownName(runs[0])} − ${shownName(runs[1])}` };
     const sites = rows.sites.filter((site) => grid.column.has(site));
-    kept.get(DIFFERENCE).show({ ...common, ...drawn, ...rows, sites, grid, about, curves: [], line, several: false });
+    kept.get(DIFFERENCE).show({ ...common, ...drawn, ...rows, sites, grid, about, curves: [], lacks: "", line, several: false });
+  }
+
+  // Lay the panels out in as many columns as there is room for, in rows that are equally full. Where one of those side by side had many more rows than
+  // its neighbour, which would leave a hole below the neighbour, each takes the whole width.
+  layOut() {
+    const runs = [...this.panels.keys()];
+    const most = Math.max(1, Math.floor((this.width + GAP) / (LEAST_PANEL + GAP)));
+    const columns = Math.max(1, Math.ceil(runs.length / Math.ceil(runs.length / most)));
+    this.maps.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
+    const tall = (run) => Heatmap.tall((this.rows.get(run) ?? this.rows.values().next().value).sites.length);
+    for (let at = 0; at < runs.length; at += columns) {
+      const beside = runs.slice(at, at + columns);
+      const heights = beside.map(tall);
+      const wide = Math.max(...heights) - Math.min(...heights) > MOST_HOLE;
+      beside.forEach((run) => this.panels.get(run).element.classList.toggle("wide", wide));
+    }
   }
 
   panel(run) {
@@ -330,7 +355,11 @@ class App {
     if (!this.changed("alerts", [...this.about].map(([run, about]) => [run, about.alerts]))) return;
     const rows = [...this.about].flatMap(([run, about]) => about.alerts.map((alert) => [run, alert]));
     const choose = (run, alert) => this.openAlert(run, alert);
-    this.alerts.replaceChildren(...alertTable({ rows, several: this.about.size > 1, print: this.print, choose, help: this.help, causes: this.causes, about: this.about }));
+    const given = { rows, several: this.about.size > 1, choose, help: this.help, causes: this.causes, about: this.about };
+    const told = new Set(toldRuns(this.runs).map((run) => run.name));
+    const isTold = rows.every(([run]) => told.has(run)) && new Set(rows.map(([run]) => run)).size === rows.length;
+    this.alerts.replaceChildren(...alertTable({ ...given, isTold, open: this.unfolded }));
+    this.alerts.querySelector("summary")?.addEventListener("click", (event) => (this.unfolded = !event.currentTarget.parentElement.open));
   }
 
   // The step that the depth profile and the figures show: the chosen one, or else the last.

@@ -51,6 +51,11 @@ export class Heatmap {
     return Math.min(MOST_LEFT, Math.max(LEAST_LEFT, 14 + widest(pen, names)));
   }
 
+  // The height of so many rows, in pixels.
+  static tall(count) {
+    return count * Math.max(LEAST_ROW, Math.min(MOST_ROW, Math.floor(HEIGHT / Math.max(1, count))));
+  }
+
   // Draw. given: {grid, sites (names of the rows in order), facts (by name), row (from each site to its row), metric, colours (CSS), low, high, axis,
   // domain (of the x axis), left (the room for the names), alerts, chosen (a row), step, theme, label, print}
   show(given) {
@@ -64,7 +69,7 @@ export class Heatmap {
     this.scale = window.devicePixelRatio || 1;
     this.left = given.left;
     this.width = Math.max(this.left + RIGHT + 60, this.element.clientWidth || 900);
-    this.row = Math.max(LEAST_ROW, Math.min(MOST_ROW, Math.floor(HEIGHT / Math.max(1, sites.length))));
+    this.row = sites.length ? Heatmap.tall(sites.length) / sites.length : MOST_ROW;
     this.height = TOP + this.row * sites.length + AXIS;
     this.plot = this.width - this.left - RIGHT;
     this.domain = domain;
