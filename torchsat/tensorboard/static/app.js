@@ -14,6 +14,7 @@ import { Help } from "./help.js";
 import { printer, range } from "./numbers.js";
 import { alike, runColour, runDash } from "./palette.js";
 import { Panel } from "./panel.js";
+import { refill } from "./refill.js";
 import { rowsOf } from "./rows.js";
 import { shownName } from "./source.js";
 import { toldRuns, verdictSection, worstFirstRuns } from "./verdict.js";
@@ -24,6 +25,7 @@ const FOLLOW = 5000; // milliseconds between two questions for new data
 const SETTLED = 250; // milliseconds after the last change of a zoom until all parts are drawn anew
 const [LEAST_PANEL, GAP] = [440, 14]; // pixels: the least width of a panel, and the gap between two (style.css)
 const MOST_HOLE = 120; // pixels by which panels side by side may differ in height
+const NOTHING = "No run here holds torchsat data yet. A training that is watched, as by torchsat.watch(model, \"runs/exp1\"), appears by itself where this folder contains its own.";
 const ALL = { from: null, to: null, top: null, bottom: null };
 
 const THEMES = {
@@ -64,8 +66,8 @@ class App {
     this.depth.setAttribute("aria-label", "Depth profile");
     this.detail.setAttribute("aria-label", "Site");
     const hint = "▷ alert raised, line: it fires, ○ it cleared; behind a row: ● it fires still, ○ the site suffers from it. Click: open a site. Drag: zoom in. Double click: show all. Ctrl and wheel: zoom.";
-    const aside = element("p", { className: "aside", textContent: hint });
-    const left = element("main", { className: "left" }, this.message, this.maps, aside, this.depth);
+    this.hint = element("p", { className: "aside", textContent: hint });
+    const left = element("main", { className: "left" }, this.message, this.maps, this.hint, this.depth);
     this.frame = element("div", { className: "torchsat" }, this.verdict, this.alerts, this.controls.element, element("div", { className: "columns" }, left, this.detail), this.help.element);
     root.append(this.frame);
   }
@@ -207,7 +209,7 @@ class App {
   say() {
     const missing = (this.view.runs ?? []).filter((run) => !this.runs.some((each) => each.name === run)).map((run) => `There is no run ${run}.`);
     if (this.view.metric !== null && this.metric.name !== this.view.metric) missing.push(`There is no metric ${this.view.metric}.`);
-    if (!this.about.size) missing.push(this.runs.length ? "Choose a run." : "No run here holds torchsat data.");
+    if (!this.about.size) missing.push(this.runs.length ? "Choose a run." : NOTHING);
     if (this.view.site && this.site() === null && this.about.size) missing.push(`The runs shown have no site ${this.view.site}.`);
     this.message.textContent = missing.join(" ");
   }
@@ -236,7 +238,8 @@ class App {
     this.controls.fill({ view: this.view, runs: this.runs, about: this.about, metrics: this.scales.metrics, metric: this.metric, colours, low, high, ...follow });
     this.fillMaps();
     this.alerts.hidden = ![...this.about.values()].some((about) => about.alerts.length);
-    this.depth.hidden = !this.about.size;
+    this.depth.hidden = this.hint.hidden = !this.about.size;
+    this.controls.element.hidden = !this.runs.length;
     this.fillAlerts();
     this.fillDepth();
     performance.measure("torchsat.fill", "torchsat.fill.start");
@@ -260,10 +263,10 @@ class App {
   fillVerdict() {
     const runs = this.runs.map((run) => ({ ...run, verdict: this.about.get(run.name)?.verdict ?? run.verdict }));
     const shown = new Map([...this.about.keys()].map((run) => [run, this.line(run).colour]));
-    if (!this.changed("verdict", runs, [...shown])) return;
+    if (!this.changed("verdict", worstFirstRuns(runs).map(({ name, verdict }) => [name, verdict]), [...shown])) return;
     const choose = (run) => this.change({ runs: [run], run: null, site: null, step: null, ...ALL });
     const { nodes, className } = verdictSection({ runs, shown, causes: this.causes, choose });
-    this.verdict.replaceChildren(...nodes);
+    refill(this.verdict, nodes, [...shown.keys()].join());
     this.verdict.className = `card verdict ${className}`;
     this.verdict.hidden = !nodes.length;
   }
@@ -358,7 +361,7 @@ class App {
     const given = { rows, several: this.about.size > 1, choose, help: this.help, causes: this.causes, about: this.about };
     const told = new Set(toldRuns(this.runs).map((run) => run.name));
     const isTold = rows.every(([run]) => told.has(run)) && new Set(rows.map(([run]) => run)).size === rows.length;
-    this.alerts.replaceChildren(...alertTable({ ...given, isTold, open: this.unfolded }));
+    refill(this.alerts, alertTable({ ...given, isTold, open: this.unfolded }), [...this.about.keys()].join());
     this.alerts.querySelector("summary")?.addEventListener("click", (event) => (this.unfolded = !event.currentTarget.parentElement.open));
   }
 
@@ -374,13 +377,11 @@ class App {
       return { ...this.line(run), grid, facts, sites: sites.filter((site) => !(facts.get(site).members && this.view.unfolded.has(facts.get(site).block))) };
     });
     const [low, high] = this.ends;
-    const refocus = document.activeElement?.dataset?.control === "step";
     const choose = (step) => this.change({ step });
     const width = Math.max(300, this.depth.clientWidth - 26);
     const open = this.opened && this.rows.get(this.opened.run)?.row.get(this.opened.site);
-    const { nodes, slider } = depthProfile({ runs, metric: this.metric, low, high, step: this.step(), latest: this.view.step === null, open, print: this.print, choose, width });
-    this.depth.replaceChildren(...nodes);
-    if (refocus) slider.focus();
+    const nodes = depthProfile({ runs, metric: this.metric, low, high, step: this.step(), latest: this.view.step === null, open, print: this.print, choose, width });
+    refill(this.depth, nodes, "depth");
   }
 
   async fillDetail(turn) {
@@ -399,8 +400,9 @@ class App {
       this.source.grid(softmax ? "heads" : "histogram", { run, site }),
     ]);
     if (turn !== this.drawing) return;
-    this.detail.replaceChildren(
-      ...siteDetail({
+    refill(
+      this.detail,
+      siteDetail({
         run,
         about: this.about.get(run),
         fact,
@@ -421,6 +423,7 @@ class App {
         choose: (other) => this.open({ run, site: other }),
         close: () => this.change({ site: "", run: null }),
       }),
+      `${run}\n${site}`,
     );
     this.changed("detail", ...state);
   }

@@ -24,7 +24,7 @@ export function depthProfile({ runs, metric, low, high, step, latest, open, prin
   const back = element("button", { type: "button", textContent: "latest", hidden: latest, title: "show the latest step again" });
   back.addEventListener("click", () => choose(null));
   show(step, latest);
-  return { nodes: [element("h2", { textContent: "Depth profile" }), element("label", { className: "slider" }, slider, said, back), charts], slider };
+  return [element("h2", { textContent: "Depth profile" }), element("label", { className: "slider" }, slider, said, back), charts];
 }
 
 function profiles({ runs, metric, low, high, step, open, print, width }) {

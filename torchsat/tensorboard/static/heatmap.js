@@ -79,7 +79,7 @@ export class Heatmap {
       canvas.style.width = `${this.width}px`;
       canvas.style.height = `${this.height}px`;
     }
-    this.canvas.setAttribute("aria-label", `${given.label}: ${given.metric.title}, ${sites.length} sites by ${grid.steps.length} observations. Arrow keys move, Enter opens a site, plus and minus zoom, 0 shows all.`);
+    this.canvas.setAttribute("aria-label", `${given.label}: ${given.metric.title}, ${sites.length} sites by ${grid.steps.length} observations. Arrow keys move, Enter opens a site, f unfolds a block, plus and minus zoom, 0 shows all.`);
     const pen = this.canvas.getContext("2d");
     pen.scale(this.scale, this.scale);
     pen.font = FONT;
@@ -433,6 +433,7 @@ export class Heatmap {
     const at = this.cursor ?? start;
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [-10, 0], PageDown: [10, 0] };
     if (event.key === "Enter" || event.key === " ") this.choose(sites[at.place], grid.steps[at.row]);
+    else if (event.key === "f") this.choose(sites[at.place], null);
     else if (event.key === "Escape") return this.leave();
     else if (event.key === "+" || event.key === "-") this.zoomBy(event.key === "+" ? 0.7 : 1 / 0.7, grid.steps[at.row]);
     else if (event.key === "0") this.zoom(null);

@@ -3,6 +3,7 @@
 import { drawn, element } from "./charts.js";
 import { AXES } from "./frame.js";
 import { along, number, range } from "./numbers.js";
+import { refill } from "./refill.js";
 
 const TALL = 58;
 const [ABOVE, BELOW] = [12, 4]; // the room for flags, and below the lines
@@ -34,7 +35,7 @@ export class Strip {
     for (const curve of curves) svg.append(drawn("path", { d: this.path(curve), stroke: curve.dash ? theme.faint : colour, class: "series", "stroke-dasharray": curve.dash }));
     for (const alert of alerts) svg.append(...this.flag(alert));
     svg.append(this.line);
-    this.drawing.replaceChildren(svg);
+    refill(this.drawing, [svg], "strip");
     this.say(null);
   }
 
@@ -77,7 +78,9 @@ export class Strip {
     made.append(drawn("title", {}, `${alert.severity}: ${alert.site}: ${alert.rule} since step ${alert.since}, raised at step ${alert.fired}`));
     made.addEventListener("click", () => this.choose(alert));
     made.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" || event.key === " ") this.choose(alert);
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      this.choose(alert);
     });
     return [made];
   }
