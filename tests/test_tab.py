@@ -288,7 +288,7 @@ def test_what_is_shown_is_saved_as_a_table_and_a_remedy_is_copied(driver: Any, w
     driver.execute_script(
         "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async (text) => (window.copied = text)}, configurable: true})"
     )
-    driver.find_element(By.CSS_SELECTOR, ".detail .code .copy").click()
+    driver.find_element(By.CSS_SELECTOR, ".detail .remedy .copy").click()
     assert wait(driver, "return window.copied") == "nn.init.xavier_normal_(model.fc.weight)\npass"
 
 

@@ -86,8 +86,8 @@ function codeOf(text) {
 function remedy(text) {
   const code = codeOf(text);
   const sentence = text.split("\n").filter((line) => !line.startsWith(CODE)).join(" ");
-  const shown = code ? element("div", { className: "code" }, element("pre", { textContent: code, tabIndex: 0 }), copyButton(code)) : copyButton(sentence);
-  return element("div", { className: "remedy" }, element("b", { textContent: "Try: " }), `${sentence} `, shown);
+  const lines = code ? element("pre", { textContent: code, tabIndex: 0 }) : null;
+  return element("div", { className: "remedy" }, element("b", { textContent: "Try: " }), `${sentence} `, copyButton(code || sentence), lines);
 }
 
 // The other places that suffer, folded. A click on one opens it.
