@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.plugins.base_plugin import TBContext
 from werkzeug.test import Client
-from werkzeug.wrappers import Request, Response
+from werkzeug.wrappers import Request
 
 from torchsat.alerts import ADJECTIVE
 from torchsat.definitions import CAUSE_TITLES
@@ -18,14 +19,13 @@ from torchsat.tensorboard.plugin import SaturationPlugin
 ROOT = Path(__file__).parent.parent
 
 
-def served(path: str) -> Response:
+def served(path: str) -> Any:
     """The answer of the plugin to a path."""
     apps = SaturationPlugin(TBContext()).get_plugin_apps()
 
     @Request.application
-    def answer(request: Request) -> Response:
-        found: Response = apps[request.path]
-        return found
+    def answer(request: Request) -> Any:
+        return apps[request.path]
 
     return Client(answer).get(path)
 

@@ -80,6 +80,8 @@ def test_the_verdict_comes_first_and_the_worst_run_is_open(driver: Any, ward: st
     assert driver.find_element(By.CSS_SELECTOR, ".detail h2").text == "blocks.7.act1"
     badges = [each.text.split(maxsplit=2) for each in driver.find_elements(By.CSS_SELECTOR, ".run-badge")]
     assert [(name, word) for name, _, word in badges] == [("broken", "not finite"), ("sick", "critical"), ("warned", "warnings"), ("calm", "healthy")]
+    dots = driver.find_elements(By.CSS_SELECTOR, ".run-badge .dot")
+    assert [each.is_displayed() for each in dots] == [True, True, False, False]  # those that are shown have the colour of their lines
     driver.find_elements(By.CSS_SELECTOR, ".run-badge")[2].click()
     settled(driver)
     assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["warned"]
@@ -225,6 +227,8 @@ def test_words_are_defined_where_they_stand(driver: Any, ward: str) -> None:
     assert dialog.find_element(By.CSS_SELECTOR, ".asked").text.startswith("Health\nHow near a site")
     dialog.send_keys(Keys.ESCAPE)
     assert not dialog.is_displayed()
+    groups = [each.get_attribute("label") for each in driver.find_elements(By.CSS_SELECTOR, "[data-control=metric] optgroup")]
+    assert groups == ["health", "saturation", "gradients", "pre-activations"]  # the rest was not measured here
 
 
 @pytest.mark.parametrize(

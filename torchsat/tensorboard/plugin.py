@@ -74,9 +74,10 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
         """The functions that answer, by path."""
+        links = pages.links()
         answers = {
             "/runs": self._runs,
-            "/scales": lambda query: scales() | {"links": pages.links()},
+            "/scales": lambda query: scales() | {"links": links},
             "/run": lambda query: query.series().describe(),
             "/values": lambda query: query.series().grid(query.metric()),
             "/site": lambda query: query.series().site(query.site()),
