@@ -9,7 +9,7 @@ const CODE = "    "; // what stands before each line of code in a remedy (record
 
 const MOST_OPEN = 3; // so many alerts are listed at once; more are folded at first, as are those that the verdict has told
 
-// The list of the alerts of all runs shown, the worst first, as a <details>. `rows` are [run, alert]; `choose(run, alert)` is called with the alert that
+// The list of the alerts of all runs shown, the worst first, which can be folded. `rows` are [run, alert]; `choose(run, alert)` is called with the alert that
 // was clicked, `help` is the dialog of definitions, `isTold` is whether the verdict above says all of them, and `open` is whether the user has unfolded the
 // list; null: not touched yet.
 export function alertTable({ rows, several, choose, help, causes, about, isTold, open }) {
