@@ -138,8 +138,8 @@ def test_a_click_opens_a_site_with_its_causes_and_remedies(driver: Any, address:
     text = detail.text
     assert "blocks.0.act" in text
     assert "fed by fc" in text
-    assert "critical: saturated? began at step 10, was told at step 20, still firing" in text
-    assert "weights that began too large init_too_large, 75 % of the cause" in text
+    assert "critical: saturated? since step 10, raised at step 20, still firing" in text
+    assert "weights that began too large init_too_large? 75 % of the cause" in text
     assert "Try: nn.init.xavier_normal_ copy" in text
     assert "At step 40." in text
     titles = [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".detail figcaption")]

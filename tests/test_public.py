@@ -90,8 +90,9 @@ ARROWS = {
     "tensorboard.heatmap": {"colours", "grids", "metrics", "record", "tensorboard.stock"},
     "tensorboard.writer": {"alerts", "record", "tensorboard", "tensorboard.heatmap", "tensorboard.stock", "verdict"},
     "tensorboard.scalars": {"grids", "tensorboard", "tensorboard.reader"},
+    "tensorboard.pages": {"definitions", "metrics"},
     "tensorboard.plugin": {
-        *("alerts", "grids", "metrics", "record", "tensorboard", "tensorboard.reader", "tensorboard.scalars", "verdict", "view"),
+        *("alerts", "grids", "metrics", "record", "tensorboard", "tensorboard.pages", "tensorboard.reader", "tensorboard.scalars", "verdict", "view"),
     },
     "tensorboard.loader": {"tensorboard", "tensorboard.plugin"},
     # What is measured.

@@ -81,6 +81,8 @@ def test_the_verdict_comes_first_and_the_worst_run_is_open(driver: Any, ward: st
     assert driver.find_element(By.CSS_SELECTOR, ".detail h2").text == "blocks.7.act1"
     badges = [each.text.split(maxsplit=2) for each in driver.find_elements(By.CSS_SELECTOR, ".run-badge")]
     assert [(name, word) for name, _, word in badges] == [("broken", "not finite"), ("sick", "critical"), ("warned", "warnings"), ("calm", "healthy")]
+    dots = driver.find_elements(By.CSS_SELECTOR, ".run-badge .dot")
+    assert [each.is_displayed() for each in dots] == [True, True, False, False]  # those that are shown have the colour of their lines
     driver.find_elements(By.CSS_SELECTOR, ".run-badge")[2].click()
     settled(driver)
     assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["warned"]
@@ -199,6 +201,8 @@ def test_the_filter_takes_regular_expressions(driver: Any, ward: str) -> None:
 
 def test_an_alert_leads_to_its_metric_its_site_and_its_step(driver: Any, ward: str) -> None:
     open_tab(driver, ward, "&p.torchsat.site=")
+    assert driver.find_element(By.CSS_SELECTOR, ".alerts summary").text == "Alerts (2) 2 critical"
+    driver.find_element(By.CSS_SELECTOR, ".alerts summary").click()  # folded, since the verdict tells both
     rows = driver.find_elements(By.CSS_SELECTOR, ".alerts tbody tr")
     assert [row.text.split()[:2] for row in rows] == [["critical", "broken"], ["critical", "sick"]]
     rows[1].find_element(By.CSS_SELECTOR, "button.link").click()
@@ -245,6 +249,31 @@ def test_words_are_defined_where_they_stand(driver: Any, ward: str) -> None:
     assert dialog.find_element(By.CSS_SELECTOR, ".asked").text.startswith("Health\nHow near a site")
     dialog.send_keys(Keys.ESCAPE)
     assert not dialog.is_displayed()
+    groups = [each.get_attribute("label") for each in driver.find_elements(By.CSS_SELECTOR, "[data-control=metric] optgroup")]
+    assert groups == ["health", "saturation", "gradients", "pre-activations"]  # the rest was not measured here
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "heading"),
+    [("metric", "trapped", "Trapped demand (trapped)"), ("rule", "stuck_units", "stuck_units"), ("cause", "init_too_large", "init_too_large")],
+)
+def test_a_definition_leads_to_its_page(driver: Any, ward: str, kind: str, name: str, heading: str) -> None:
+    open_tab(driver, ward)
+    tab = driver.current_window_handle
+    driver.execute_script("torchsat.help.open(arguments[0], arguments[1])", kind, name)
+    driver.find_element(By.CSS_SELECTOR, ".definition.asked a").click()
+    (page,) = set(driver.window_handles) - {tab}
+    driver.switch_to.window(page)
+    try:
+        target = wait(driver, "return document.querySelector('h3:target')")
+        assert target.text.removesuffix("#").strip() == heading
+        assert 0 <= target.location["y"] - driver.execute_script("return window.scrollY") < 200
+        assert driver.execute_script("return [document.documentElement.className, document.styleSheets.length]") == ["light", 1]
+        driver.find_element(By.CSS_SELECTOR, "nav .back").click()
+        wait(driver, "return location.hash === '#torchsat'")
+    finally:
+        driver.close()
+        driver.switch_to.window(tab)
 
 
 def test_lists_close_by_escape_and_by_a_click_outside(driver: Any, ward: str) -> None:
@@ -285,7 +314,7 @@ def test_what_is_shown_is_saved_as_a_table_and_a_remedy_is_copied(driver: Any, w
     driver.execute_script(
         "Object.defineProperty(navigator, 'clipboard', {value: {writeText: async (text) => (window.copied = text)}, configurable: true})"
     )
-    driver.find_element(By.CSS_SELECTOR, ".detail .code .copy").click()
+    driver.find_element(By.CSS_SELECTOR, ".detail .remedy .copy").click()
     assert wait(driver, "return window.copied") == "nn.init.xavier_normal_(model.fc.weight)\npass"
 
 
@@ -328,7 +357,7 @@ def test_new_data_are_followed(driver: Any, tmp_path: Path) -> None:
     writer.flush()
     with serving(tmp_path, "--reload_interval=1") as found:
         open_tab(driver, found, "&p.torchsat.step=10&p.torchsat.site=")
-        assert "TensorBoard does not load new data by itself" in driver.find_element(By.CSS_SELECTOR, ".switches").text
+        assert "TensorBoard's reload is off" in driver.find_element(By.CSS_SELECTOR, ".switches").text
         driver.find_element(By.CSS_SELECTOR, "[data-control=follow]").click()
         for snapshot in given[4:]:
             writer(snapshot)
@@ -338,3 +367,137 @@ def test_new_data_are_followed(driver: Any, tmp_path: Path) -> None:
         driver.find_element(By.CSS_SELECTOR, "[data-control=follow]").click()
         assert driver.execute_script("return torchsat.following") is None
     writer.close()
+
+
+def test_what_is_in_use_stays_when_new_data_come(driver: Any, tmp_path: Path) -> None:
+    """The step and the rows that are zoomed in on, what is unfolded, scrolled and focused, while a training writes."""
+    from torchsat.tensorboard.writer import TensorBoardWriter
+
+    made = [Snapshot(step, 1000.0 + step, tuple(record(f"s{k}.act") for k in range(3))) for step in range(12)]
+    made[1] = replace(made[1], alerts=(replace(ALERT, site="s0.act", also=("s1.act", "s2.act"), step=1, since=0),))
+    writer = TensorBoardWriter(tmp_path / "live")
+    for snapshot in made[:6]:
+        writer(snapshot)
+    writer.flush()
+    with serving(tmp_path, "--reload_interval=1") as found:
+        open_tab(driver, found, "&p.torchsat.from=1&p.torchsat.to=3")
+        wait(driver, "return document.querySelectorAll('.detail .chart').length > 2")
+        driver.execute_script("document.querySelector('.detail').scrollTop = 60; document.scrollingElement.scrollTop = 40")
+        driver.execute_script("document.querySelector('.alerts summary').click(); document.querySelector('.detail .alert details').open = true")
+        driver.execute_script("document.querySelector('.flag, .detail .alert details li button').focus({preventScroll: true})")
+        before = driver.execute_script(IN_USE)
+        driver.execute_script("torchsat.follow(true); torchsat.view.to = 3")
+        for snapshot in made[6:]:
+            writer(snapshot)
+        writer.flush()
+        WebDriverWait(driver, 30).until(lambda page: page.execute_script("return torchsat.grids.get('live/torchsat').steps.length === 12"))
+        settled(driver)
+        assert driver.execute_script(IN_USE) == before
+        assert driver.execute_script("return document.querySelector('.detail').textContent.includes('At step 11')")
+        driver.execute_script("torchsat.follow(false)")
+    writer.close()
+
+
+IN_USE = """const focused = document.activeElement;
+return [document.querySelector('.detail').scrollTop, document.scrollingElement.scrollTop, document.querySelector('.detail .alert details').open,
+    document.querySelector('.alerts details').open, focused.tagName, focused.textContent, torchsat.view.from, torchsat.view.to];"""
+
+
+def test_a_list_of_alerts_is_folded_where_it_is_long_or_said_above(driver: Any, ward: str) -> None:
+    folded = "return [document.querySelectorAll('.alerts tbody tr').length, document.querySelector('.alerts details').open]"
+    for runs, count, open_at_first in (("broken sick", 2, False), ("broken sick warned", 3, False)):
+        view = "".join(f"&p.torchsat.runs={run}%2Ftorchsat" for run in runs.split())
+        open_tab(driver, ward, f"&p.torchsat.site={view}")
+        assert driver.execute_script(folded) == [count, open_at_first]
+    top = "return document.querySelector(arguments[0]).getBoundingClientRect().top"
+    assert driver.execute_script(top, ".verdict") < driver.execute_script(top, ".alerts") < driver.execute_script(top, ".maps")
+
+
+def test_panels_side_by_side_begin_at_one_height_and_leave_no_hole(driver: Any, tmp_path: Path) -> None:
+    write(tmp_path / "few", [Snapshot(step, 1.0 + step, (record("a.act"),)) for step in range(5)])
+    write(tmp_path / "more", [Snapshot(step, 1.0 + step, tuple(record(f"s{k}.act") for k in range(4))) for step in range(5)])
+    write(tmp_path / "tall", [Snapshot(step, 1.0 + step, tuple(record(f"s{k}.act") for k in range(30))) for step in range(5)])
+    script = """return arguments[0].map((run) => { const box = torchsat.panels.get(`${run}/torchsat`).heatmap.canvas.getBoundingClientRect();
+        return [Math.round(box.left), Math.round(box.top), Math.round(box.width)]; });"""
+    with serving(tmp_path) as found:
+        open_tab(driver, found, "&p.torchsat.site=&p.torchsat.runs=few%2Ftorchsat&p.torchsat.runs=more%2Ftorchsat")
+        few, more = driver.execute_script(script, ["few", "more"])
+        assert few[1] == more[1]
+        assert few[0] != more[0]
+        driver.execute_async_script("torchsat.change({runs: ['few/torchsat', 'tall/torchsat']}).then(arguments[0])")
+        few, tall = driver.execute_script(script, ["few", "tall"])
+        assert few[0] == tall[0]
+        assert few[2] == tall[2]
+        assert few[1] != tall[1]
+
+
+def test_a_loss_that_is_not_finite_is_told(driver: Any, tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    values = {"falls": (1.0, 0.5, float("nan")), "nan": (float("nan"),) * 3, "negative": (-3.0, -4.0, -5.0), "decades": (1e5, 1.0, 1e-5), "none": ()}
+    for name, losses in values.items():
+        write(tmp_path / name, [Snapshot(step, 1.0 + step, (record("a.act"),)) for step in range(3)])
+        with SummaryWriter(str(tmp_path / name)) as writer:
+            writer.add_scalar("accuracy", 0.5, 0)
+            for step, loss in enumerate(losses):
+                writer.add_scalar("loss", loss, step)
+    with serving(tmp_path) as found:
+        open_tab(driver, found, "&p.torchsat.site=" + "".join(f"&p.torchsat.runs={name}%2Ftorchsat" for name in values))
+        settled(driver)
+        said = {
+            name: driver.find_element(By.CSS_SELECTOR, f"[data-run='{name}/torchsat'] .strip-said").get_attribute("textContent") for name in values
+        }
+        assert said == {
+            "falls": "loss not finite (0.5 to 1)",
+            "nan": "loss not finite",
+            "negative": "loss -5 (-5 to -3)",
+            "decades": "loss 1.00e-5 (1.00e-5 to 1.00e+5)",
+            "none": "no scalar of this run is named like a loss",
+        }
+        ticks = "return Array.from(document.querySelectorAll(`[data-run='${arguments[0]}/torchsat'] .strip-picture path[d*=v4]`)).length"
+        assert [driver.execute_script(ticks, name) for name in ("falls", "nan", "negative")] == [1, 1, 0]
+
+
+def test_names_are_shown_as_they_are_and_fit_the_page(driver: Any, tmp_path: Path) -> None:
+    names = ["<img src=x onerror=document.title='attacked'>", "\"quoted\" 'run'", "x" * 200, "λ-訓練", "a b%20c#d?e=f&g"]
+    for name in names:
+        write(tmp_path / name, [Snapshot(step, 1.0 + step, (record("layer." * 20 + "act"), record("b.act"))) for step in range(3)])
+    with serving(tmp_path) as found:
+        open_tab(driver, found)
+        driver.execute_async_script("torchsat.change({runs: arguments[0], site: 'b.act'}).then(arguments[1])", [f"{name}/torchsat" for name in names])
+        driver.execute_script("document.querySelector('.runs').open = true")
+        assert {each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")} == set(names)
+        assert driver.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        assert driver.find_elements(By.CSS_SELECTOR, "img") == []
+        assert driver.execute_script("return torchsat.message.textContent") == ""
+        driver.execute_script("torchsat.change({runs: []})")
+
+
+def test_where_there_is_nothing_the_tab_says_so_and_is_there_behind_a_prefix(driver: Any, tmp_path: Path) -> None:
+    with serving(tmp_path, "--path_prefix=/some/where", "--reload_interval=1") as found:
+        driver.switch_to.default_content()
+        driver.get("about:blank")
+        driver.get(f"{found.removesuffix('/some/where')}/some/where/#torchsat")
+        WebDriverWait(driver, 30).until(lambda page: page.find_elements(By.CSS_SELECTOR, "iframe"))
+        driver.switch_to.frame(driver.find_element(By.CSS_SELECTOR, "iframe"))
+        wait(driver, "return document.querySelector('.message')?.textContent.startsWith('No run here holds torchsat data yet.')")
+        assert not driver.find_element(By.CSS_SELECTOR, ".controls").is_displayed()
+        write(tmp_path / "late", snapshots(3, sites=2))
+        WebDriverWait(driver, 30).until(lambda page: page.execute_script("return torchsat.panels.size === 1"))
+        driver.execute_script("torchsat.help.open('metric', 'gain')")
+        link = driver.find_element(By.CSS_SELECTOR, ".definition.asked a").get_attribute("href")
+        assert "/some/where/data/plugin/torchsat/docs/metrics?theme=light#weight-gain-gain" in link
+
+
+def test_a_run_whose_alert_still_waits_is_not_called_healthy_beside_its_picture(driver: Any, tmp_path: Path) -> None:
+    made = [Snapshot(step, 1.0 + step, (record("a.act", alert_level=1.0 if step else 0.0), record("b.act", alert_level=0.2))) for step in range(2)]
+    write(tmp_path / "young", made)
+    write(tmp_path / "calm", [replace(each, records=each.records[1:]) for each in made])
+    with serving(tmp_path) as found:
+        open_tab(driver, found, "&p.torchsat.site=&p.torchsat.metric=saturated")
+        settled(driver)
+        heading = {name: driver.find_element(By.CSS_SELECTOR, f"[data-run='{name}/torchsat'] .heading").text for name in ("young", "calm")}
+        assert "no alert yet" in heading["young"]
+        assert "1 of 2 sites is beyond a limit at step 1; an alert waits until that lasts." in heading["young"]
+        assert "healthy" in heading["calm"]
+        assert "limit" not in heading["calm"]

@@ -4,6 +4,7 @@ import json
 import math
 import struct
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,8 +75,8 @@ def test_what_is_well_has_the_colour_of_the_page() -> None:
 def test_numbers_have_their_place_on_the_scale() -> None:
     values = np.array([-1, 0, 0.25, 1, 2], np.float32)
     assert shade(METRICS[0], values, 0, 1).tolist() == [0, 0, 64, 255, 255]
-    assert shade(Metric("m", "", "", worst="low"), values, 0, 1).tolist() == [255, 255, 191, 0, 0]
-    log = Metric("g", "", "", scale="log", ramp="amount")
+    assert shade(Metric("m", "", "", worst="low", group="saturation"), values, 0, 1).tolist() == [255, 255, 191, 0, 0]
+    log = Metric("g", "", "", scale="log", ramp="amount", group="gradients")
     assert shade(log, np.array([0, 1e-4, 0.011, 1], np.float32), 1e-4, 1).tolist() == [0, 0, 130, 255]
 
 
@@ -194,3 +195,15 @@ def test_histograms_and_heads_of_one_site() -> None:
     assert found.values.sum() == pytest.approx(3, rel=1e-5)
     assert histograms("b.act", given).values.shape == (0, 49)
     assert heads("a.act", given).values.shape == (0, 0)
+
+
+def test_what_is_not_finite_marks_only_the_numbers_that_a_site_has() -> None:
+    """An activation has no entropy, and a softmax no plateau, whatever became of their elements."""
+    unknown: dict[str, Any] = dict.fromkeys(("saturated", "low", "high", "relative_derivative", "stuck", "z_std", "z_mean", "zeros", "attenuation"))
+    softmax: dict[str, Any] = {"kind": "softmax", **unknown, "z_std": 1.0}
+    whole = Snapshot(0, 1.0, (record("act"), record("softmax", **softmax, entropy_min=0.5, logit_std=1.0)))
+    broken = Snapshot(1, 2.0, (record("act", **unknown, nonfinite=8), record("softmax", **{**softmax, "z_std": None}, nonfinite=8)))
+    values = {name: each[1].tolist() for name, each in from_snapshots("run", [whole, broken]).values.items()}
+    assert values["saturated"][0] == values["z_std"][0] == values["attenuation"][0] == np.inf
+    assert values["entropy_min"][1] == values["logit_std"][1] == values["z_std"][1] == np.inf
+    assert np.isnan([values["entropy_min"][0], values["logit_std"][0], values["saturated"][1], values["stuck"][1]]).all()

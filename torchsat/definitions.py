@@ -1,6 +1,7 @@
-"""What each rule is about, for people: a definition, and the metric that shows it; standard library only.
+"""What each rule and each cause is about, for people: a definition, and for a rule the metric that shows it; standard library only.
 
-The Saturation tab shows these sentences, and those of the table of metrics, where a user asks what a word means.
+The Saturation tab shows these sentences, and those of the table of metrics, where a user asks what a word means. Each rule and cause has a heading in
+docs/alerts.md, and each metric one in docs/metrics.md; the tab links to them (tensorboard/pages.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,16 @@ class Definition:
     says: str
     metric: str
     """The metric of metrics.METRICS that shows what the rule judges."""
+
+
+@dataclass(frozen=True)
+class CauseDefinition:
+    """One cause in words."""
+
+    cause: str
+    """The name, as in `Cause.name`."""
+    title: str
+    says: str
 
 
 RULE_DEFINITIONS: tuple[Definition, ...] = (
@@ -42,17 +53,50 @@ RULE_DEFINITIONS: tuple[Definition, ...] = (
     Definition("nonfinite", "Elements are inf or nan. Every number behind them is lost.", "nonfinite"),
 )
 
+CAUSE_DEFINITIONS: tuple[CauseDefinition, ...] = (
+    CauseDefinition(
+        "inputs_uncentred",
+        "inputs that are not centred",
+        "The inputs of the model have a mean far from 0 beside their spread. This offset pushes every unit to one side.",
+    ),
+    CauseDefinition(
+        "inputs_unscaled",
+        "inputs of a wrong scale",
+        "The inputs of the model vary by far more than about 1, as raw pixels or prices do, so that the pre-activations are too large.",
+    ),
+    CauseDefinition(
+        "init_too_large",
+        "weights that began too large",
+        "At the first observation the weights were larger than suits the activation, so that the pre-activations lie on its plateaus.",
+    ),
+    CauseDefinition(
+        "init_too_small",
+        "weights that began too small",
+        "At the first observation the weights were smaller than suits the activation. Each layer passes on less of the gradient than it gets.",
+    ),
+    CauseDefinition(
+        "weight_growth",
+        "weights that training has made too large",
+        "The weights were of a good size at first and have grown, mostly by a learning rate that is too high.",
+    ),
+    CauseDefinition(
+        "weight_decay", "weight decay that is too strong", "Weight decay has shrunk the weights faster than the gradient can restore what is needed."
+    ),
+    CauseDefinition(
+        "activation_choice",
+        "the choice of the activation",
+        "Sizes of inputs and weights are in order, and the activation itself passes too little gradient at this depth, or cannot reach the targets.",
+    ),
+    CauseDefinition(
+        "dead_units", "units that died", "Units of a rectifier are below 0 for nearly every sample. They get no gradient that would bring them back."
+    ),
+    CauseDefinition("numeric_range", "numbers beyond the range of the type", "A number is too large for its type and became inf or nan."),
+    CauseDefinition(
+        "softmax_logits",
+        "logits of the softmax that are too large",
+        "The logits vary so much within a row that the softmax puts nearly all of its weight on one key.",
+    ),
+)
 
-CAUSE_TITLES: dict[str, str] = {
-    "activation_choice": "the choice of the activation",
-    "dead_units": "units that died",
-    "init_too_large": "weights that began too large",
-    "init_too_small": "weights that began too small",
-    "inputs_uncentred": "inputs that are not centred",
-    "inputs_unscaled": "inputs of a wrong scale",
-    "numeric_range": "numbers beyond the range of the type",
-    "softmax_logits": "logits of the softmax that are too large",
-    "weight_decay": "weight decay that is too strong",
-    "weight_growth": "weights that training has made too large",
-}
+CAUSE_TITLES: dict[str, str] = {each.cause: each.title for each in CAUSE_DEFINITIONS}
 """The causes in words, by the name of `Cause.name`."""

@@ -5,7 +5,7 @@ The Saturation tab, the HTML report and the heatmap image all draw from this tab
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torchsat.record import normal_saturated
 
 Ramp = Literal["heat", "amount", "balance"]
+Group = Literal["health", "saturation", "pre-activations", "gradients", "attention", "weights", "training"]
 Values = NDArray[np.float32]
 Shares = TypeVar("Shares", float, Values)
 
@@ -33,6 +34,7 @@ class Metric:
         ramp: the colours. `heat` goes from good to bad, `amount` from little to much, `balance` from too little through right to too much.
         over: what the number belongs to: the site (`records`); the layers that feed it (`weights`), and of several layers the least number is drawn;
             neither, since it is computed for the view only (`view`); or the site and the layers, of which the largest number is drawn (`both`).
+        group: the heading under which the metric stands in a list.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Metric:
     worst: Literal["low", "high"] | None = "high"
     ramp: Ramp = "heat"
     over: Literal["records", "weights", "view", "both"] = "records"
+    group: Group = field(kw_only=True)
 
     @property
     def reversed(self) -> bool:
@@ -60,32 +63,115 @@ METRICS: tuple[Metric, ...] = (
         "colour of the page.",
         "level",
         over="both",
+        group="health",
     ),
-    Metric("excess", "Saturated beyond normal", "Share of inputs on a plateau, less what N(0, 1) inputs give (ReLU: 50 %).", over="view"),
-    Metric("saturated", "Saturated", "Share of inputs on a plateau, where |f'| stays below 5 % of its peak by default."),
-    Metric("low", "Saturated low", "Share of inputs on the lower plateau."),
-    Metric("high", "Saturated high", "Share of inputs on the upper plateau."),
-    Metric("relative_derivative", "E|f'| / peak", "Mean derivative over its peak: 1 is fully open, 0 is closed.", "number", worst="low"),
-    Metric("stuck", "Stuck units", "Share of units saturated in at least 99 % of their newest samples (64 to 1000); on ReLU, dead units."),
     Metric(
-        "attenuation", "Attenuation", "||dL/dz|| / ||dL/da||: what this activation alone does to the gradient.", "number", "log", 1e-3, 1.0, "low"
+        "excess",
+        "Saturated beyond normal",
+        "Share of inputs on a plateau, less what N(0, 1) inputs give (ReLU: 50 %).",
+        over="view",
+        group="saturation",
     ),
-    Metric("blocked", "Blocked demand", "Of the sum of |dL/da|, the part at elements on a plateau: what the gradient asks for and cannot get."),
-    Metric("trapped", "Trapped demand", "The part of that sum that asks elements to leave their plateau. A sure layer is saturated and has none."),
-    Metric("grad_z_rms", "Gradient", "Root mean square of dL/dz.", "number", "log", None, None, None, "amount"),
-    Metric("update_ratio", "Update ratio", "||change of W|| / ||W|| per step.", "number", "log", 1e-6, 1.0, "low", "balance", "weights"),
-    Metric("gain", "Weight gain", "rms(W) sqrt(fan_in): 1 under Xavier, 1.41 under He.", "number", "log", 0.05, 20.0, None, "balance", "weights"),
+    Metric("saturated", "Saturated", "Share of inputs on a plateau, where |f'| stays below 5 % of its peak by default.", group="saturation"),
+    Metric("low", "Saturated low", "Share of inputs on the lower plateau.", group="saturation"),
+    Metric("high", "Saturated high", "Share of inputs on the upper plateau.", group="saturation"),
     Metric(
-        "input_rms", "Input of the layer", "Root mean square of the input of the layer.", "number", "log", 0.01, 100.0, None, "balance", "weights"
+        "relative_derivative",
+        "E|f'| / peak",
+        "Mean derivative over its peak: 1 is fully open, 0 is closed.",
+        "number",
+        worst="low",
+        group="saturation",
     ),
-    Metric("learning_rate", "Learning rate", "The learning rate of the layer.", "number", "log", None, None, None, "amount", "weights"),
-    Metric("z_std", "Spread of z", "Standard deviation of the pre-activation.", "number", "log", 0.01, 100.0, None, "balance"),
-    Metric("z_mean", "Mean of z", "Mean of the pre-activation.", "number", "linear", -4.0, 4.0, None, "balance"),
-    Metric("zeros", "Zeros", "Share of activations that are exactly 0.", ramp="amount", worst=None),
-    Metric("entropy_min", "Attention entropy", "H / ln T of the lowest head: 1 is even attention, 0 is one key alone.", "number", worst="low"),
-    Metric("logit_std", "Attention logits", "Standard deviation of the logits within a row.", "number", "log", 0.1, 100.0, None, "amount"),
-    Metric("nonfinite", "Not finite", "Elements of z and a that are inf or nan; any is too many.", "number", "log", 1.0, 1e6),
-    Metric("grad_nonfinite", "Gradient not finite", "Elements of dL/dz and dL/da that are inf or nan.", "number", "log", 1.0, 1e6),
+    Metric(
+        "stuck",
+        "Stuck units",
+        "Share of units saturated in at least 99 % of their newest samples (64 to 1000); on ReLU, dead units.",
+        group="saturation",
+    ),
+    Metric(
+        "attenuation",
+        "Attenuation",
+        "||dL/dz|| / ||dL/da||: what this activation alone does to the gradient.",
+        "number",
+        "log",
+        1e-3,
+        1.0,
+        "low",
+        group="gradients",
+    ),
+    Metric(
+        "blocked",
+        "Blocked demand",
+        "Of the sum of |dL/da|, the part at elements on a plateau: what the gradient asks for and cannot get.",
+        group="saturation",
+    ),
+    Metric(
+        "trapped",
+        "Trapped demand",
+        "The part of that sum that asks elements to leave their plateau. A sure layer is saturated and has none.",
+        group="saturation",
+    ),
+    Metric("grad_z_rms", "Gradient", "Root mean square of dL/dz.", "number", "log", None, None, None, "amount", group="gradients"),
+    Metric(
+        "update_ratio", "Update ratio", "||change of W|| / ||W|| per step.", "number", "log", 1e-6, 1.0, "low", "balance", "weights", group="training"
+    ),
+    Metric(
+        "gain",
+        "Weight gain",
+        "rms(W) sqrt(fan_in): 1 under Xavier, 1.41 under He.",
+        "number",
+        "log",
+        0.05,
+        20.0,
+        None,
+        "balance",
+        "weights",
+        group="weights",
+    ),
+    Metric(
+        "input_rms",
+        "Input of the layer",
+        "Root mean square of the input of the layer.",
+        "number",
+        "log",
+        0.01,
+        100.0,
+        None,
+        "balance",
+        "weights",
+        group="weights",
+    ),
+    Metric(
+        "learning_rate", "Learning rate", "The learning rate of the layer.", "number", "log", None, None, None, "amount", "weights", group="training"
+    ),
+    Metric(
+        "z_std", "Spread of z", "Standard deviation of the pre-activation.", "number", "log", 0.01, 100.0, None, "balance", group="pre-activations"
+    ),
+    Metric("z_mean", "Mean of z", "Mean of the pre-activation.", "number", "linear", -4.0, 4.0, None, "balance", group="pre-activations"),
+    Metric("zeros", "Zeros", "Share of activations that are exactly 0.", ramp="amount", worst=None, group="saturation"),
+    Metric(
+        "entropy_min",
+        "Attention entropy",
+        "H / ln T of the lowest head: 1 is even attention, 0 is one key alone.",
+        "number",
+        worst="low",
+        group="attention",
+    ),
+    Metric(
+        "logit_std",
+        "Attention logits",
+        "Standard deviation of the logits within a row.",
+        "number",
+        "log",
+        0.1,
+        100.0,
+        None,
+        "amount",
+        group="attention",
+    ),
+    Metric("nonfinite", "Not finite", "Elements of z and a that are inf or nan; any is too many.", "number", "log", 1.0, 1e6, group="health"),
+    Metric("grad_nonfinite", "Gradient not finite", "Elements of dL/dz and dL/da that are inf or nan.", "number", "log", 1.0, 1e6, group="health"),
 )
 
 

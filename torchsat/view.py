@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from torchsat.alerts import Episode, episodes
 from torchsat.colours import shades
-from torchsat.definitions import CAUSE_TITLES, RULE_DEFINITIONS
+from torchsat.definitions import CAUSE_DEFINITIONS, RULE_DEFINITIONS
 from torchsat.grids import Grid, Table, join
 from torchsat.metrics import METRICS, Ramp, Values, excess, rows_of
 from torchsat.percent import PERCENT
@@ -46,7 +46,8 @@ def scales() -> dict[str, Any]:
         "metrics": [{**asdict(metric), "reversed": metric.reversed} for metric in METRICS],
         "ramps": {ramp: {"light": hexadecimal(ramp, False), "dark": hexadecimal(ramp, True)} for ramp in ramps},
         "rules": [asdict(definition) for definition in RULE_DEFINITIONS],
-        "causes": CAUSE_TITLES,
+        "causes": [asdict(definition) for definition in CAUSE_DEFINITIONS],
+        "links": {},  # where each word is explained; only a server has the pages (tensorboard/pages.py)
         "percent": asdict(PERCENT),
         "histogram_edges": HISTOGRAM_EDGES,
     }
@@ -176,7 +177,7 @@ def series(
     found["excess"] = np.full_like(found["saturated"], np.nan)
     for at, site in enumerate(names):
         found["excess"][:, at] = excess(found["saturated"][:, at], facts[site]["normal_low"], facts[site]["normal_high"])
-    _mark_broken(found)
+    _mark_broken(found, np.array([facts[each]["kind"] == "softmax" for each in names], bool))
     return Series(
         name,
         steps,
@@ -188,10 +189,11 @@ def series(
     )
 
 
-def _mark_broken(found: dict[str, Values]) -> None:
+def _mark_broken(found: dict[str, Values], softmax: NDArray[np.bool_]) -> None:
     """Make infinite what is not known because elements were inf or nan, so that it does not look as if nothing had been measured.
 
-    A site has no other number where all of its elements are inf or nan, and a gradient that is not finite leaves no number of the backward pass.
+    A site has no other number where all of its elements are inf or nan, and a gradient that is not finite leaves no number of the backward pass. What
+    a site never has stays unknown: an activation has no entropy, and a softmax (`softmax` tells which sites are one) has few of the other numbers.
     """
     forward, backward = found["nonfinite"] > 0, found["grad_nonfinite"] > 0
     for metric in METRICS:
@@ -200,7 +202,8 @@ def _mark_broken(found: dict[str, Values]) -> None:
             values[forward | backward] = np.inf
         elif metric.over != "weights":
             is_gradient = metric.name in _OF_GRADIENTS
-            values[(forward | backward if is_gradient else forward) & np.isnan(values)] = np.inf
+            has = softmax if metric.group == "attention" else ~softmax | ~np.isnan(values).all(axis=0)
+            values[(forward | backward if is_gradient else forward) & np.isnan(values) & has] = np.inf
 
 
 _OF_GRADIENTS = ("attenuation", "blocked", "trapped", "grad_z_rms")

@@ -11,6 +11,7 @@ are left out at even distances.
     histogram?run=&site=          steps x bins of |f'| / peak           heads?run=&site=   steps x entropies of heads
     scalars?run=                  the user's own scalars beside a run: {tags, loss, rate}, of which two are guessed by their names
     scalar?run=&tag=              one of them, steps x 1
+    docs/<page>?theme=            a page of the documentation (pages.py)
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from torchsat.alerts import episodes
 from torchsat.grids import Grid, Table, join, not_void
 from torchsat.metrics import rows_of
 from torchsat.record import Alert, Nearest
-from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, JUDGEMENT, PLUGIN, READABLE, RECORDS, SCRIPTS, SUBRUN, WEIGHTS, WHOLE
+from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, JUDGEMENT, PLUGIN, READABLE, RECORDS, SCRIPTS, SUBRUN, WEIGHTS, WHOLE, pages
 from torchsat.tensorboard.reader import judgement_of
 from torchsat.tensorboard.scalars import UserScalars
 from torchsat.verdict import Verdict, verdict_of
 from torchsat.view import Series, scales, series
 
 STATIC = Path(__file__).parent / "static"
-PAGES = {**dict.fromkeys(("index.js", *SCRIPTS), "text/javascript"), "style.css": "text/css"}
+PAGES = {**dict.fromkeys(("index.js", *SCRIPTS), "text/javascript"), **dict.fromkeys(("style.css", "docs.css"), "text/css")}
 """The files of the folder `static` that are served, with their content types."""
 
 MOST_OBSERVATIONS = 100_000
@@ -74,9 +75,10 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
 
     def get_plugin_apps(self) -> dict[str, Callable[..., Any]]:
         """The functions that answer, by path."""
+        links = pages.links()
         answers = {
             "/runs": self._runs,
-            "/scales": lambda query: scales(),
+            "/scales": lambda query: scales() | {"links": links},
             "/run": lambda query: query.series().describe(),
             "/values": lambda query: query.series().grid(query.metric()),
             "/site": lambda query: query.series().site(query.site()),
@@ -86,7 +88,10 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             "/scalar": lambda query: query.scalars().grid(query.tag()),
         }
         apps: dict[str, Callable[..., Any]] = {path: self._app(answer) for path, answer in answers.items()}
-        return apps | {f"/{name}": _page(name, kind) for name, kind in PAGES.items()}
+        apps |= {f"/{name}": _file(STATIC / name, kind) for name, kind in PAGES.items()}
+        return apps | {
+            f"/docs/{name}": _file(path, "image/png") if name in pages.PICTURES else _explanation(name) for name, path in pages.files().items()
+        }
 
     def is_active(self) -> bool:
         """Always False: TensorBoard shows the tab by itself as soon as it finds data of this plugin."""
@@ -313,11 +318,21 @@ def _table(names: Sequence[str], data: Sequence[Any], metrics: Sequence[str], wa
     return Table(tuple(names), [datum.step for datum in data], [datum.wall_time for datum in data], values)
 
 
-def _page(name: str, kind: str) -> Callable[..., Any]:
-    """The web application that sends one file of the page."""
+def _file(path: Path, kind: str) -> Callable[..., Any]:
+    """The web application that sends one file."""
 
     @wrappers.Request.application
     def app(request: wrappers.Request) -> Any:
-        return http_util.Respond(request, (STATIC / name).read_bytes(), kind)
+        return http_util.Respond(request, path.read_bytes(), kind)
+
+    return app
+
+
+def _explanation(name: str) -> Callable[..., Any]:
+    """The web application that sends one page of the documentation."""
+
+    @wrappers.Request.application
+    def app(request: wrappers.Request) -> Any:
+        return http_util.Respond(request, pages.page(name, request.args.get("theme", "")), "text/html")
 
     return app

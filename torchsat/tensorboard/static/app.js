@@ -11,17 +11,21 @@ import { difference } from "./difference.js";
 import { AXES } from "./frame.js";
 import { Heatmap } from "./heatmap.js";
 import { Help } from "./help.js";
-import { printer, range } from "./numbers.js";
-import { runColour, runDash } from "./palette.js";
+import { BEYOND, printer, range } from "./numbers.js";
+import { alike, runColour, runDash } from "./palette.js";
 import { Panel } from "./panel.js";
+import { refill } from "./refill.js";
 import { rowsOf } from "./rows.js";
 import { shownName } from "./source.js";
-import { verdictSection, worstFirstRuns } from "./verdict.js";
+import { toldRuns, verdictSection, worstFirstRuns } from "./verdict.js";
 
 const FIRST_RUNS = 2; // how many runs are shown before the user chooses: the worst
 const EMPTY = 3000; // milliseconds until a server without data is asked again
 const FOLLOW = 5000; // milliseconds between two questions for new data
 const SETTLED = 250; // milliseconds after the last change of a zoom until all parts are drawn anew
+const [LEAST_PANEL, GAP] = [440, 14]; // pixels: the least width of a panel, and the gap between two (style.css)
+const MOST_HOLE = 120; // pixels by which panels side by side may differ in height
+const NOTHING = "No run here holds torchsat data yet. A training that is watched, as by torchsat.watch(model, \"runs/exp1\"), appears by itself where this folder contains its own.";
 const ALL = { from: null, to: null, top: null, bottom: null };
 
 const THEMES = {
@@ -55,15 +59,16 @@ class App {
     this.maps = element("div", { className: "maps" });
     this.message = element("p", { className: "message", role: "status" });
     this.alerts = element("section", { className: "card alerts" });
+    this.unfolded = null; // whether the user has unfolded the list of alerts; null: not touched yet
     this.depth = element("section", { className: "card depth" });
     this.detail = element("section", { className: "card detail" });
     this.alerts.setAttribute("aria-label", "Alerts");
     this.depth.setAttribute("aria-label", "Depth profile");
     this.detail.setAttribute("aria-label", "Site");
     const hint = "▷ alert raised, line: it fires, ○ it cleared; behind a row: ● it fires still, ○ the site suffers from it. Click: open a site. Drag: zoom in. Double click: show all. Ctrl and wheel: zoom.";
-    const aside = element("p", { className: "aside", textContent: hint });
-    const left = element("main", { className: "left" }, this.message, this.maps, aside, this.alerts, this.depth);
-    this.frame = element("div", { className: "torchsat" }, this.verdict, this.controls.element, element("div", { className: "columns" }, left, this.detail), this.help.element);
+    this.hint = element("p", { className: "aside", textContent: hint });
+    const left = element("main", { className: "left" }, this.message, this.maps, this.hint, this.depth);
+    this.frame = element("div", { className: "torchsat" }, this.verdict, this.alerts, this.controls.element, element("div", { className: "columns" }, left, this.detail), this.help.element);
     root.append(this.frame);
   }
 
@@ -133,6 +138,7 @@ class App {
       const [scales, runs] = await Promise.all([this.source.json("scales"), this.source.json("runs")]);
       if (turn !== this.drawing) return;
       this.scales = scales;
+      this.causes = Object.fromEntries(scales.causes.map(({ cause, title }) => [cause, title]));
       this.print = printer(scales.percent);
       this.runs = runs;
       this.help.fill(scales);
@@ -145,9 +151,11 @@ class App {
       this.about = new Map(chosen.map((run, index) => [run, loaded[index]]));
       this.metric = this.wantedMetric();
       const grids = await Promise.all(chosen.map((run) => this.source.grid("values", { run, metric: this.metric.name })));
+      const levels = await Promise.all(chosen.map((run) => this.source.grid("values", { run, metric: "alert_level" })));
       const curves = await Promise.all(chosen.map((run) => this.curves(run)));
       if (turn !== this.drawing) return;
       this.grids = new Map(chosen.map((run, index) => [run, grids[index]]));
+      this.waits = new Map(chosen.map((run, index) => [run, this.about.get(run).verdict.health === "healthy" ? beyond(levels[index]) : ""]));
       this.strips = new Map(chosen.map((run, index) => [run, curves[index]]));
       this.ends = range(this.metric, everything(grids));
       this.theme = THEMES[this.host.dark() ? "dark" : "light"];
@@ -160,6 +168,7 @@ class App {
       this.fill();
       await this.fillDetail(turn);
     } catch (error) {
+      this.states.clear(); // what was being filled is filled anew by the next call
       if (turn === this.drawing) this.message.textContent = `This view could not be loaded: ${error.message}`;
     }
   }
@@ -185,21 +194,24 @@ class App {
     for (const [tag, dash] of [[loss, ""], [rate, "4 3"]]) {
       if (tag === null) continue;
       const grid = await this.source.grid("scalar", { run, tag });
-      found.push({ name: tag, dash, points: grid.points(tag) });
+      // A scalar that is written has a value: where it is NaN, it is so because the user's number is.
+      found.push({ name: tag, dash, points: grid.points(tag).map(([step, value]) => [step, Number.isNaN(value) ? Infinity : value]) });
     }
     if (rate === null && this.about.get(run).metrics.includes("learning_rate")) {
       const grid = await this.source.grid("values", { run, metric: "learning_rate" });
       const points = Array.from(grid.steps, (step, row) => [step, grid.names.map((_, column) => grid.at(row, column)).find((value) => !Number.isNaN(value)) ?? NaN]);
       found.push({ name: "learning rate", dash: "4 3", points });
     }
-    return found.map((curve) => ({ ...curve, scale: spans(curve.points) ? "log" : "linear" }));
+    // A page of a report does not know the user's scalars, and so not what is missing.
+    const lacks = loss === null && this.host.canFollow ? "no scalar of this run is named like a loss" : "";
+    return { curves: found.map((curve) => ({ ...curve, scale: spans(curve.points) ? "log" : "linear" })), lacks };
   }
 
   // Say what of the view is not there.
   say() {
     const missing = (this.view.runs ?? []).filter((run) => !this.runs.some((each) => each.name === run)).map((run) => `There is no run ${run}.`);
     if (this.view.metric !== null && this.metric.name !== this.view.metric) missing.push(`There is no metric ${this.view.metric}.`);
-    if (!this.about.size) missing.push(this.runs.length ? "Choose a run." : "No run here holds torchsat data.");
+    if (!this.about.size) missing.push(this.runs.length ? "Choose a run." : NOTHING);
     if (this.view.site && this.site() === null && this.about.size) missing.push(`The runs shown have no site ${this.view.site}.`);
     this.message.textContent = missing.join(" ");
   }
@@ -227,7 +239,9 @@ class App {
     this.fillVerdict();
     this.controls.fill({ view: this.view, runs: this.runs, about: this.about, metrics: this.scales.metrics, metric: this.metric, colours, low, high, ...follow });
     this.fillMaps();
-    this.alerts.hidden = this.depth.hidden = !this.about.size;
+    this.alerts.hidden = ![...this.about.values()].some((about) => about.alerts.length);
+    this.depth.hidden = this.hint.hidden = !this.about.size;
+    this.controls.element.hidden = !this.runs.length;
     this.fillAlerts();
     this.fillDepth();
     performance.measure("torchsat.fill", "torchsat.fill.start");
@@ -245,16 +259,16 @@ class App {
   line(run) {
     const colour = runColour(this.place(run), this.theme);
     const before = [...this.about.keys()].slice(0, [...this.about.keys()].indexOf(run));
-    return { name: shownName(run), colour, dash: runDash(before.filter((each) => runColour(this.place(each), this.theme) === colour).length) };
+    return { name: shownName(run), colour, dash: runDash(before.filter((each) => alike(runColour(this.place(each), this.theme), colour)).length) };
   }
 
   fillVerdict() {
     const runs = this.runs.map((run) => ({ ...run, verdict: this.about.get(run.name)?.verdict ?? run.verdict }));
-    const shown = new Set(this.about.keys());
-    if (!this.changed("verdict", runs, [...shown])) return;
+    const shown = new Map([...this.about.keys()].map((run) => [run, this.line(run).colour]));
+    if (!this.changed("verdict", worstFirstRuns(runs).map(({ name, verdict }) => [name, verdict]), [...shown])) return;
     const choose = (run) => this.change({ runs: [run], run: null, site: null, step: null, ...ALL });
-    const { nodes, className } = verdictSection({ runs, shown, causes: this.scales.causes, choose });
-    this.verdict.replaceChildren(...nodes);
+    const { nodes, className } = verdictSection({ runs, shown, causes: this.causes, choose });
+    refill(this.verdict, nodes, [...shown.keys()].join());
     this.verdict.className = `card verdict ${className}`;
     this.verdict.hidden = !nodes.length;
   }
@@ -281,6 +295,7 @@ class App {
     this.panels = kept;
     const order = [...kept.values()].map((panel) => panel.element);
     if (order.length !== this.maps.children.length || order.some((each, index) => each !== this.maps.children[index])) this.maps.replaceChildren(...order);
+    this.layOut();
     const common = { theme: this.theme, axis: this.view.axis, left, step: this.view.step, print: this.print, view: this.view };
     for (const run of runs) {
       const rows = this.rows.get(run);
@@ -288,7 +303,7 @@ class App {
       const chosen = this.opened && rows.row.get(this.opened.site);
       const [low, high] = this.ends;
       const drawn = { metric: this.metric, colours: this.colours(this.metric), low, high, domain: this.domain(run), chosen: chosen ?? null };
-      kept.get(run).show({ ...common, ...drawn, ...rows, about, curves: this.strips.get(run), line: this.line(run), several: runs.length > 1 });
+      kept.get(run).show({ ...common, ...drawn, ...rows, about, ...this.strips.get(run), waits: this.waits.get(run), line: this.line(run), several: runs.length > 1 });
     }
     if (both === null) return;
     const rows = this.rows.get(runs[0]);
@@ -297,7 +312,23 @@ class App {
     const drawn = { metric, colours: this.colours(metric), low: metric.low, high: metric.high, domain: this.domain(runs[0]), chosen: null };
     const line = { ...this.line(runs[0]), name: `${shownName(runs[0])} − ${shownName(runs[1])}` };
     const sites = rows.sites.filter((site) => grid.column.has(site));
-    kept.get(DIFFERENCE).show({ ...common, ...drawn, ...rows, sites, grid, about, curves: [], line, several: false });
+    kept.get(DIFFERENCE).show({ ...common, ...drawn, ...rows, sites, grid, about, curves: [], lacks: "", waits: "", line, several: false });
+  }
+
+  // Lay the panels out in as many columns as there is room for, in rows that are equally full. Where one of those side by side had many more rows than
+  // its neighbour, which would leave a hole below the neighbour, each takes the whole width.
+  layOut() {
+    const runs = [...this.panels.keys()];
+    const most = Math.max(1, Math.floor((this.width + GAP) / (LEAST_PANEL + GAP)));
+    const columns = Math.max(1, Math.ceil(runs.length / Math.ceil(runs.length / most)));
+    this.maps.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
+    const tall = (run) => Heatmap.tall((this.rows.get(run) ?? this.rows.values().next().value).sites.length);
+    for (let at = 0; at < runs.length; at += columns) {
+      const beside = runs.slice(at, at + columns);
+      const heights = beside.map(tall);
+      const wide = Math.max(...heights) - Math.min(...heights) > MOST_HOLE;
+      beside.forEach((run) => this.panels.get(run).element.classList.toggle("wide", wide));
+    }
   }
 
   panel(run) {
@@ -329,7 +360,11 @@ class App {
     if (!this.changed("alerts", [...this.about].map(([run, about]) => [run, about.alerts]))) return;
     const rows = [...this.about].flatMap(([run, about]) => about.alerts.map((alert) => [run, alert]));
     const choose = (run, alert) => this.openAlert(run, alert);
-    this.alerts.replaceChildren(...alertTable({ rows, several: this.about.size > 1, print: this.print, choose, help: this.help, causes: this.scales.causes, about: this.about }));
+    const given = { rows, several: this.about.size > 1, choose, help: this.help, causes: this.causes, about: this.about };
+    const told = new Set(toldRuns(this.runs).map((run) => run.name));
+    const isTold = rows.every(([run]) => told.has(run)) && new Set(rows.map(([run]) => run)).size === rows.length;
+    refill(this.alerts, alertTable({ ...given, isTold, open: this.unfolded }), [...this.about.keys()].join());
+    this.alerts.querySelector("summary")?.addEventListener("click", (event) => (this.unfolded = !event.currentTarget.parentElement.open));
   }
 
   // The step that the depth profile and the figures show: the chosen one, or else the last.
@@ -344,13 +379,11 @@ class App {
       return { ...this.line(run), grid, facts, sites: sites.filter((site) => !(facts.get(site).members && this.view.unfolded.has(facts.get(site).block))) };
     });
     const [low, high] = this.ends;
-    const refocus = document.activeElement?.dataset?.control === "step";
     const choose = (step) => this.change({ step });
     const width = Math.max(300, this.depth.clientWidth - 26);
     const open = this.opened && this.rows.get(this.opened.run)?.row.get(this.opened.site);
-    const { nodes, slider } = depthProfile({ runs, metric: this.metric, low, high, step: this.step(), latest: this.view.step === null, open, print: this.print, choose, width });
-    this.depth.replaceChildren(...nodes);
-    if (refocus) slider.focus();
+    const nodes = depthProfile({ runs, metric: this.metric, low, high, step: this.step(), latest: this.view.step === null, open, print: this.print, choose, width });
+    refill(this.depth, nodes, "depth");
   }
 
   async fillDetail(turn) {
@@ -369,8 +402,9 @@ class App {
       this.source.grid(softmax ? "heads" : "histogram", { run, site }),
     ]);
     if (turn !== this.drawing) return;
-    this.detail.replaceChildren(
-      ...siteDetail({
+    refill(
+      this.detail,
+      siteDetail({
         run,
         about: this.about.get(run),
         fact,
@@ -382,6 +416,7 @@ class App {
         step: this.step(),
         at: this.view.step ?? undefined,
         scales: this.scales,
+        causes: this.causes,
         shade: this.theme.name,
         theme: this.theme,
         print: this.print,
@@ -390,6 +425,7 @@ class App {
         choose: (other) => this.open({ run, site: other }),
         close: () => this.change({ site: "", run: null }),
       }),
+      `${run}\n${site}`,
     );
     this.changed("detail", ...state);
   }
@@ -399,6 +435,13 @@ const DIFFERENCE = "difference"; // the key of the panel of the difference, whic
 
 function* everything(grids) {
   for (const grid of grids) yield* grid.values;
+}
+
+// How many sites are beyond a limit at the last observation, by their alert levels, in words; empty: none. Where no alert fires, it waits for more.
+function beyond(levels) {
+  const row = levels.steps.length - 1;
+  const count = levels.names.filter((_, column) => levels.at(row, column) >= BEYOND).length;
+  return row >= 0 && count ? `${count} of ${levels.names.length} sites ${count === 1 ? "is" : "are"} beyond a limit at step ${levels.steps[row]}; an alert waits until that lasts` : "";
 }
 
 // Whether a curve spans so much that it is drawn on a logarithmic scale.

@@ -44,7 +44,7 @@ export class Controls {
     const present = new Set([...about.values()].flatMap((each) => each.metrics));
     const offered = metrics.filter((each) => present.has(each.name) || each === metric);
     this.choices.replaceChildren(
-      this.select("metric", "Metric", offered.map((each) => [each.name, each.title, each.over === "weights" ? "layers that feed the sites" : "sites"]), metric.name, this.help.button("metric", metric.name)),
+      this.select("metric", "Metric", offered.map((each) => [each.name, each.title, each.group]), metric.name, this.help.button("metric", metric.name)),
       this.runs(given),
       this.select("order", "Order", Object.entries(ORDERS), view.order),
       this.select("fold", "Rows", Object.entries(FOLDS), view.fold),
@@ -54,7 +54,7 @@ export class Controls {
     const { wrong } = matcher(view.filter);
     this.filter.setCustomValidity(wrong ?? "");
     this.filter.title = wrong ? `The regular expression cannot be used: ${wrong}` : "";
-    this.aside.replaceChildren(...[this.kinds(given), this.switches(given), legend(given)].filter(Boolean));
+    this.aside.replaceChildren(...[this.kinds(given), legend(given, this.switches(given))].filter(Boolean));
     if (focused) this.element.querySelector(`[data-control="${focused}"]`)?.focus();
   }
 
@@ -82,7 +82,7 @@ export class Controls {
     reset.addEventListener("click", () => this.change({ from: null, to: null, top: null, bottom: null }));
     const found = [
       canFollow ? box("follow", "follow latest", following, (on) => this.follow(on), "ask for new data every few seconds, and show the latest step") : null,
-      canFollow && asleep && !following ? element("span", { className: "aside", textContent: "TensorBoard does not load new data by itself" }) : null,
+      canFollow && asleep && !following ? element("span", { className: "aside", textContent: "TensorBoard's reload is off", title: "TensorBoard does not load new data by itself, unless its settings say so" }) : null,
       about.size === 2 ? box("difference", "difference", view.difference, (on) => this.change({ difference: on }), "a picture of the first run less the second") : null,
       zoomed ? reset : null,
     ].filter(Boolean);
@@ -147,8 +147,8 @@ export class Controls {
 // The marks on the scale of alert levels.
 const LEVELS = new Map([[0, "healthy"], [0.5, "warning"], [1, "critical"]]);
 
-// The key of the colours, with the sentence that explains the metric.
-function legend({ metric, colours, low, high }) {
+// The key of the colours, with the sentence that explains the metric, and the switches behind it.
+function legend({ metric, colours, low, high }, switches) {
   const bar = element("canvas", { width: colours.length, height: 1, className: "ramp" });
   const pen = bar.getContext("2d");
   colours.forEach((colour, index) => {
@@ -162,5 +162,5 @@ function legend({ metric, colours, low, high }) {
     return mark;
   });
   const explained = element("p", { className: "says", textContent: `${metric.says} Hatched: not finite. Grey stripes: not measured.` });
-  return element("div", { className: "key-of-colours" }, element("div", { className: "bar" }, bar, ...marks), explained);
+  return element("div", { className: "key-of-colours" }, element("div", { className: "bar" }, bar, ...marks), explained, switches);
 }

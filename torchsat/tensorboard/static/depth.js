@@ -1,6 +1,7 @@
 // The depth profile: one metric of every site at one step, from the first site to the last. Runs of other sites have a chart of their own.
 
 import { element, lines } from "./charts.js";
+import { titled } from "./frame.js";
 
 // The section with the profile. `runs` are {name, colour, dash, grid, sites}, `open` is the site that is marked; `choose(step)` is called when the
 // slider moves, with null at its right end, which means the latest step. `width`: of the charts, in pixels.
@@ -23,7 +24,7 @@ export function depthProfile({ runs, metric, low, high, step, latest, open, prin
   const back = element("button", { type: "button", textContent: "latest", hidden: latest, title: "show the latest step again" });
   back.addEventListener("click", () => choose(null));
   show(step, latest);
-  return { nodes: [element("h2", { textContent: "Depth profile" }), element("label", { className: "slider" }, slider, said, back), charts], slider };
+  return [element("h2", { textContent: "Depth profile" }), element("label", { className: "slider" }, slider, said, back), charts];
 }
 
 function profiles({ runs, metric, low, high, step, open, print, width }) {
@@ -52,7 +53,9 @@ function profiles({ runs, metric, low, high, step, open, print, width }) {
     });
     if (!series.length) return [];
     const title = `${metric.title} by depth${alike.size > 1 ? ` of ${group.map(({ name }) => name).join(", ")}` : ""}: from the first site to the last`;
-    const axis = { xLow: 0, xHigh: Math.max(1, names.length - 1), xName: "site", xLabel: (index) => names[Math.round(index)] ?? "" };
+    const words = names.map((site) => new Set(group.map(({ facts }) => titled(facts.get(site)))));
+    const shown = names.map((site, index) => (words[index].size === 1 ? [...words[index]][0] : site)); // runs may differ in the activation of a site
+    const axis = { xLow: 0, xHigh: Math.max(1, names.length - 1), xName: "site", xLabel: (index) => shown[Math.round(index)] ?? "" };
     return [lines({ title, series, scale: metric.scale, low, high, ...axis, form: metric.form, print, at: place.get(open), width, height: 170 })];
   });
 }

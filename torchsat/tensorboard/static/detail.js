@@ -17,6 +17,7 @@ const CURVES = ["relative_derivative", "attenuation", "grad_z_rms", "update_rati
 //   from, to           the steps that are zoomed in on; null: all
 //   step, at           the step of the figures, and the chosen step; undefined if none is chosen
 //   scales, shade      the scales, and "light" or "dark"
+//   causes             the names of causes in words
 //   theme, print       the colours of the page, and the printer
 //   help, hover        the dialog of definitions, and what is called with the step under the pointer
 //   choose             is called with the name of another site that is clicked
@@ -28,7 +29,7 @@ export function siteDetail(given) {
   const charts = element("div", { className: "charts" });
   if (spread.steps.length) charts.append(fact.kind === "softmax" ? headsOverTime(given, axis) : histogramOverTime(given, axis));
   charts.append(...curves(given, axis));
-  return [factsOf(given), ...alertArticles({ alerts: about.alerts, site: fact.site, print, help, causes: given.scales.causes, choose: given.choose }), figures(given), charts];
+  return [factsOf(given), ...alertArticles({ alerts: about.alerts, site: fact.site, print, help, causes: given.causes, choose: given.choose }), figures(given), charts];
 }
 
 function factsOf({ run, about, fact, close }) {

@@ -67,7 +67,7 @@ export function drawAxis(pen, map) {
     written = from + width;
   }
   pen.textAlign = "right";
-  pen.fillText(AXES[axis].title, map.left - 6, y + 6);
+  pen.fillText(AXES[axis].title, map.left - 18, y + 6); // the label of the first tick begins left of the picture
 }
 
 // The marks of alerts: a triangle where one was raised, a line while it fires, a ring where it cleared, a dot at the end of the row if it still fires.

@@ -51,6 +51,11 @@ export class Heatmap {
     return Math.min(MOST_LEFT, Math.max(LEAST_LEFT, 14 + widest(pen, names)));
   }
 
+  // The height of so many rows, in pixels.
+  static tall(count) {
+    return count * Math.max(LEAST_ROW, Math.min(MOST_ROW, Math.floor(HEIGHT / Math.max(1, count))));
+  }
+
   // Draw. given: {grid, sites (names of the rows in order), facts (by name), row (from each site to its row), metric, colours (CSS), low, high, axis,
   // domain (of the x axis), left (the room for the names), alerts, chosen (a row), step, theme, label, print}
   show(given) {
@@ -64,7 +69,7 @@ export class Heatmap {
     this.scale = window.devicePixelRatio || 1;
     this.left = given.left;
     this.width = Math.max(this.left + RIGHT + 60, this.element.clientWidth || 900);
-    this.row = Math.max(LEAST_ROW, Math.min(MOST_ROW, Math.floor(HEIGHT / Math.max(1, sites.length))));
+    this.row = sites.length ? Heatmap.tall(sites.length) / sites.length : MOST_ROW;
     this.height = TOP + this.row * sites.length + AXIS;
     this.plot = this.width - this.left - RIGHT;
     this.domain = domain;
@@ -74,7 +79,7 @@ export class Heatmap {
       canvas.style.width = `${this.width}px`;
       canvas.style.height = `${this.height}px`;
     }
-    this.canvas.setAttribute("aria-label", `${given.label}: ${given.metric.title}, ${sites.length} sites by ${grid.steps.length} observations. Arrow keys move, Enter opens a site, plus and minus zoom, 0 shows all.`);
+    this.canvas.setAttribute("aria-label", `${given.label}: ${given.metric.title}, ${sites.length} sites by ${grid.steps.length} observations. Arrow keys move, Enter opens a site, f unfolds a block, plus and minus zoom, 0 shows all.`);
     const pen = this.canvas.getContext("2d");
     pen.scale(this.scale, this.scale);
     pen.font = FONT;
@@ -428,6 +433,7 @@ export class Heatmap {
     const at = this.cursor ?? start;
     const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1], PageUp: [-10, 0], PageDown: [10, 0] };
     if (event.key === "Enter" || event.key === " ") this.choose(sites[at.place], grid.steps[at.row]);
+    else if (event.key === "f") this.choose(sites[at.place], null);
     else if (event.key === "Escape") return this.leave();
     else if (event.key === "+" || event.key === "-") this.zoomBy(event.key === "+" ? 0.7 : 1 / 0.7, grid.steps[at.row]);
     else if (event.key === "0") this.zoom(null);

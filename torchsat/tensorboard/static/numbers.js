@@ -18,10 +18,12 @@ export function printer(format) {
   return { percent, value };
 }
 
-// An alert level in words (alert_level.py).
+export const BEYOND = 0.5; // the alert level at the limit of a warning (alert_level.py)
+
+// An alert level in words.
 export function level(value) {
   if (value >= 1) return "critical";
-  if (value >= 0.5) return "warning";
+  if (value >= BEYOND) return "warning";
   return value > 0 ? "near a warning" : "healthy";
 }
 

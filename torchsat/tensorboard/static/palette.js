@@ -8,6 +8,7 @@ const PALETTE = {
 };
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 const LEAST_CONTRAST = 3;
+const LEAST_DISTANCE = 80; // between two colours in RGB, of 441 between black and white
 
 // The colour of the run at this place of TensorBoard's list, on a page of this theme ({page, name}).
 export function runColour(place, theme) {
@@ -15,7 +16,13 @@ export function runColour(place, theme) {
   return readable(palette[place % palette.length], theme.page);
 }
 
-// The dashes of a line where so many runs before it have the same colour.
+// Whether lines of two colours could be taken for each other, as the yellow and the orange of the palette once they are dark enough.
+export function alike(one, other) {
+  const [own, its] = [channels(one), channels(other)];
+  return Math.hypot(...own.map((each, index) => each - its[index])) < LEAST_DISTANCE;
+}
+
+// The dashes of a line where so many runs before it have a colour like its own.
 export function runDash(before) {
   return DASHES[before % DASHES.length];
 }

@@ -4,7 +4,7 @@ import { element } from "./charts.js";
 import { asPicture, asTable, save } from "./export.js";
 import { RIGHT } from "./frame.js";
 import { Heatmap } from "./heatmap.js";
-import { short } from "./numbers.js";
+import { number } from "./numbers.js";
 import { Strip } from "./strip.js";
 import { badge } from "./verdict.js";
 
@@ -13,7 +13,7 @@ export class Panel {
   // `choose`, `zoom`, `hover`: see Heatmap. `openAlert(alert)` is called when a flag is clicked.
   constructor(run, { choose, zoom, hover, openAlert }) {
     this.title = element("h2");
-    this.key = element("i", { className: "key" });
+    this.key = element("i", { className: "dot" });
     this.badge = element("span");
     this.aside = element("span", { className: "aside" });
     this.strip = new Strip(openAlert, hover);
@@ -24,30 +24,31 @@ export class Panel {
       return made;
     };
     const buttons = element("span", { className: "saves" }, button("PNG", "save this picture", () => this.picture()), button("CSV", "save the numbers of this picture", () => this.table()));
-    const heading = element("div", { className: "heading" }, this.key, this.title, this.badge, this.aside, buttons);
+    const heading = element("div", { className: "heading" }, this.key, this.title, this.badge, buttons, this.aside);
     this.element = element("section", { className: "panel" }, heading, this.strip.element, this.heatmap.element);
     this.element.dataset.run = run;
   }
 
-  // given: what Heatmap.show takes, and about (the description of the run), curves (see Strip), line ({name, colour, dash}), several (whether other runs
+  // given: what Heatmap.show takes, and about (the description of the run), curves and lacks (see Strip), waits (what is beyond a limit without an alert,
+  // in words), line ({name, colour, dash}), several (whether other runs
   // are shown), view, measured, filtered (see rowsOf).
   show(given) {
     this.given = given;
-    const { about, curves, line, several, sites, facts, grid, measured, filtered, axis, domain, left, theme } = given;
+    const { about, curves, lacks, line, several, sites, facts, grid, measured, filtered, axis, domain, left, theme } = given;
     const without = about.sites.length - measured;
     const shown = sites.reduce((count, site) => count + (facts.get(site).members?.length ?? 1), 0);
     const count = measured - filtered;
     const aside = [without ? `${without} have no such number` : "", filtered ? `${filtered} filtered out` : ""].filter(Boolean).join(", ");
     this.title.textContent = line.name;
-    this.key.style.borderTop = `3px ${line.dash ? "dashed" : "solid"} ${line.colour}`;
+    this.key.style.background = line.colour;
     this.key.hidden = !several;
-    this.badge.replaceChildren(...(about.verdict ? [badge(about.verdict)] : []));
+    this.badge.replaceChildren(...(given.waits ? [element("span", { className: "badge warning", textContent: "no alert yet" })] : about.verdict ? [badge(about.verdict)] : []));
     this.aside.textContent =
       ` ${about.observations} observation${about.observations === 1 ? "" : "s"}, steps ${about.first} to ${about.last}, ` +
-      `${Math.min(shown, count)} of ${about.sites.length} sites${aside ? ` (${aside})` : ""}`;
-    if (about.verdict === null) this.aside.textContent = ` ${given.metric.says} Blue: less, at most ${short(-given.low)}; brown: more. ${sites.length} sites in both.`;
+      `${Math.min(shown, count)} of ${about.sites.length} sites${aside ? ` (${aside})` : ""}${given.waits ? `. ${given.waits}.` : ""}`;
+    if (about.verdict === null) this.aside.textContent = ` ${given.metric.says} Blue: less, at most ${number(-given.low)}; brown: more. ${sites.length} ${sites.length === 1 ? "site" : "sites"} in both.`;
     const width = Math.max(left + RIGHT + 60, this.heatmap.element.clientWidth || 900);
-    this.strip.show({ curves, alerts: about.alerts, grid, axis, domain, left, width, right: RIGHT, colour: line.colour, theme, room: about.verdict === null });
+    this.strip.show({ curves, lacks, alerts: about.alerts, grid, axis, domain, left, width, right: RIGHT, colour: line.colour, theme });
     this.heatmap.show({ ...given, alerts: about.alerts, label: line.name });
     this.empty(sites.length, measured);
   }

@@ -3,6 +3,7 @@
 import { drawn, element } from "./charts.js";
 import { AXES } from "./frame.js";
 import { along, number, range } from "./numbers.js";
+import { refill } from "./refill.js";
 
 const TALL = 58;
 const [ABOVE, BELOW] = [12, 4]; // the room for flags, and below the lines
@@ -20,20 +21,21 @@ export class Strip {
     this.drawing.addEventListener("pointerleave", () => this.hover(null));
   }
 
-  // Draw. given: {curves: [{name, points, dash, scale}], alerts, grid, axis, domain, left, width, right (pixels), colour, theme, room}. `room`: keep the room of the strip though there is nothing to draw, so that pictures
-  // side by side begin at the same height.
+  // Draw. given: {curves: [{name, points, dash, scale}], lacks, alerts, grid, axis, domain, left, width, right (pixels), colour, theme}. `lacks` says
+  // which curve the run does not have; empty: none.
   show(given) {
     this.given = given;
-    this.element.hidden = !given.room && !given.curves.length && !given.alerts.length;
+    this.element.hidden = !given.curves.length && !given.alerts.length;
     const { curves, alerts, left, width, right, colour, theme } = given;
     this.plot = width - left - right;
     const svg = drawn("svg", { width, height: TALL, class: "strip-picture", role: "group", "aria-label": `${curves.map((each) => each.name).join(", ")}, and alerts` });
     svg.append(drawn("line", { x1: left, x2: left + this.plot, y1: TALL - 1, y2: TALL - 1, class: "rule" }));
     this.line = drawn("line", { y1: 0, y2: TALL, class: "cross", visibility: "hidden" });
+    svg.append(drawn("path", { d: curves.map((curve) => this.broken(curve)).join(""), stroke: theme.critical, class: "series" }));
     for (const curve of curves) svg.append(drawn("path", { d: this.path(curve), stroke: curve.dash ? theme.faint : colour, class: "series", "stroke-dasharray": curve.dash }));
     for (const alert of alerts) svg.append(...this.flag(alert));
     svg.append(this.line);
-    this.drawing.replaceChildren(svg);
+    refill(this.drawing, [svg], "strip");
     this.say(null);
   }
 
@@ -53,11 +55,19 @@ export class Strip {
     for (const [step, value] of points) {
       if (!Number.isFinite(value)) pen = "M";
       else if (this.x(step) >= left - 1 && this.x(step) <= left + this.plot + 1) {
-        path += `${pen}${this.x(step).toFixed(1)} ${y(value).toFixed(1)}`;
+        // A stroke of no length makes a point of its own visible where its neighbours are missing.
+        path += `${pen}${this.x(step).toFixed(1)} ${y(value).toFixed(1)}${pen === "M" ? "h0" : ""}`;
         pen = "L";
       }
     }
     return path;
+  }
+
+  // Ticks at the steps at which a curve is not finite.
+  broken({ points }) {
+    const { left } = this.given;
+    const at = points.filter(([, value]) => Math.abs(value) === Infinity).map(([step]) => this.x(step));
+    return at.filter((x) => x >= left - 1 && x <= left + this.plot + 1).map((x) => `M${x.toFixed(1)} ${TALL - 5}v4`).join("");
   }
 
   flag(alert) {
@@ -65,10 +75,12 @@ export class Strip {
     const x = this.x(alert.fired);
     if (x < left - 1 || x > left + this.plot + 1) return [];
     const made = drawn("path", { d: `M${x} 1l8 4l-8 4z M${x} 1V${TALL}`, class: "flag", tabindex: 0, role: "button", stroke: theme[alert.severity], fill: theme[alert.severity] });
-    made.append(drawn("title", {}, `${alert.severity}: ${alert.site}: ${alert.rule}, raised at step ${alert.fired}`));
+    made.append(drawn("title", {}, `${alert.severity}: ${alert.site}: ${alert.rule} since step ${alert.since}, raised at step ${alert.fired}`));
     made.addEventListener("click", () => this.choose(alert));
     made.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" || event.key === " ") this.choose(alert);
+      if (event.key !== "Enter" && event.key !== " ") return;
+      event.preventDefault();
+      this.choose(alert);
     });
     return [made];
   }
@@ -102,7 +114,7 @@ export class Strip {
       const span = low < high ? ` (${number(low)} to ${number(high)})` : "";
       return [element("span", {}, key, element("span", { textContent: `${name} ${point ? (Number.isFinite(point[1]) ? number(point[1]) : "not finite") : ""}${span}` }))];
     });
-    this.said.replaceChildren(...nodes);
+    this.said.replaceChildren(...nodes, this.given.lacks);
     this.said.style.paddingLeft = `${this.given.left}px`;
   }
 }

@@ -29,6 +29,11 @@ export function worstFirstRuns(runs) {
   return [...runs].sort(compare);
 }
 
+// The runs whose worst alert the verdict tells, the worst first.
+export function toldRuns(runs) {
+  return worstFirstRuns(runs).filter(({ verdict }) => verdict.firing > 0).slice(0, MOST_TOLD);
+}
+
 // The badge of a run: a mark and a word, so that it does not depend on colours.
 export function badge(verdict) {
   const { word, mark } = HEALTH[verdict.health];
@@ -39,7 +44,7 @@ function className(verdict) {
   return verdict.health.replace(" ", "-");
 }
 
-// The section. `runs`: all runs with their verdicts, `shown`: the names of those that are shown, `causes`: the names of causes in words. `choose(run)` is
+// The section. `runs`: all runs with their verdicts, `shown`: the colour of each run that is shown, by its name, `causes`: the names of causes in words. `choose(run)` is
 // called with the run that was clicked: it is to be shown, with the place of its worst alert.
 export function verdictSection({ runs, shown, causes, choose }) {
   const ordered = worstFirstRuns(runs);
@@ -53,7 +58,9 @@ export function verdictSection({ runs, shown, causes, choose }) {
   parts.push(...sick.slice(0, MOST_TOLD).map((run) => told(run, alone !== null, causes, choose)));
   if (runs.length > 1) {
     const badges = ordered.slice(0, MOST_BADGES).map((run) => {
-      const made = element("button", { type: "button", className: "run-badge", title: run.verdict.sentence }, shownName(run.name), " ", badge(run.verdict));
+      const key = element("i", { className: "dot", hidden: !shown.has(run.name) });
+      key.style.background = shown.get(run.name) ?? "";
+      const made = element("button", { type: "button", className: "run-badge", title: `${shownName(run.name)}: ${run.verdict.sentence}` }, key, element("span", { className: "run-name", textContent: shownName(run.name) }), " ", badge(run.verdict));
       made.setAttribute("aria-pressed", String(shown.has(run.name)));
       made.addEventListener("click", () => choose(run.name));
       return made;
