@@ -104,7 +104,21 @@ def test_the_verdict_names_the_alert_that_counts_most() -> None:
     near = verdict_of([over], {"fc": "Linear 4 -> 2"}, nearest=Nearest("fc", "shrunk_weights", 0.31))
     assert str(near) == "healthy: its alert has cleared; nearest to a limit: fc (Linear 4 -> 2), 31 % of the way to a warning (shrunk weights)"
     at = verdict_of([], nearest=Nearest("a", "saturated", 1.0))
-    assert at.margin == "nearest to a limit: a, beyond that of a warning, but not for long enough to be told (saturated)"
+    assert at.health is Health.IN_DOUBT
+    assert at.margin == "a is beyond the limit of a warning, but not for long enough to be told (saturated)"
+    assert str(at) == f"in doubt: no alert was raised; {at.margin}"
+    assert not at.health.is_sick
+
+
+def test_runs_that_are_neither_sick_nor_healthy_are_counted() -> None:
+    healthy, unjudged = verdict_of([]), verdict_of([], judged=False)
+    doubtful = verdict_of([], nearest=Nearest("a", "saturated", 1.0))
+    assert summary({"a": healthy, "b": healthy}) == "Both runs are healthy."
+    assert summary({"a": doubtful}) == "The run is in doubt."
+    assert summary({"a": healthy, "b": doubtful, "c": unjudged}) == (
+        "1 of 3 runs is healthy, and 1 is in doubt, and 1 is not judged, since no rules were given."
+    )
+    assert worst_first({"a": healthy, "b": unjudged, "c": doubtful}) == ["c", "b", "a"]
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ _COLOUR = {
     "healthy": "#3f9b5f",
     "near a warning": "#3f9b5f",
     "not judged": "#8a8f98",
+    "in doubt": "#8a8f98",
     "warning": "#c98a1b",
     "critical": "#cf3f45",
     "not finite": "#8e44ad",

@@ -32,10 +32,11 @@ STYLE = """
   margin: 10px 0; }
 .report .state b { color: var(--state); text-transform: uppercase; letter-spacing: .03em; }
 .report .healthy { --state: var(--healthy); }
-.report .not-judged { --state: var(--faint); }
+.report .not-judged, .report .in-doubt { --state: var(--faint); }
 .report .warning { --state: var(--warning); }
 .report .critical, .report .not-finite { --state: var(--critical); }
-.report td.warning, .report td.critical, .report td.not-finite, .report td.not-judged, .report td.healthy { color: var(--state); font-weight: 600; }
+.report td.warning, .report td.critical, .report td.not-finite, .report td.not-judged, .report td.in-doubt,
+.report td.healthy { color: var(--state); font-weight: 600; }
 .report pre { background: var(--card); border: 1px solid var(--rule); border-radius: 6px; padding: 10px 12px; overflow: auto;
   max-height: 300px; font-size: 13px; }
 .report.text pre { max-height: none; }

@@ -33,6 +33,7 @@ _NAME = 1 / 3
 STYLES = {
     Health.HEALTHY.value: (Style.GREEN,),
     Health.NOT_JUDGED.value: (),
+    Health.IN_DOUBT.value: (),
     Health.WARNING.value: (Style.YELLOW,),
     Health.CRITICAL.value: (Style.RED,),
     Health.NOT_FINITE.value: (Style.RED, Style.BOLD),

@@ -29,6 +29,7 @@ MOST_OVER = 5
 _IS = {
     Health.HEALTHY: "is healthy",
     Health.NOT_JUDGED: "is not judged",
+    Health.IN_DOUBT: "is in doubt",
     Health.WARNING: "has a warning",
     Health.CRITICAL: "is critical",
     Health.NOT_FINITE: "is not finite",

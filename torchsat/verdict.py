@@ -5,6 +5,7 @@ The Saturation tab, the reports, the notebook and the last line of the log all b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -22,6 +23,8 @@ class Health(Enum):
     HEALTHY = "healthy"
     NOT_JUDGED = "not judged"
     """Nobody knows: there was no rule, or there is no observation."""
+    IN_DOUBT = "in doubt"
+    """No alert fires, but something is beyond a limit: an alert waits until that lasts."""
     WARNING = "warning"
     CRITICAL = "critical"
     NOT_FINITE = "not finite"
@@ -35,7 +38,7 @@ class Health(Enum):
     @property
     def is_sick(self) -> bool:
         """Whether an alert fires."""
-        return self not in (Health.HEALTHY, Health.NOT_JUDGED)
+        return self.rank > Health.IN_DOUBT.rank
 
 
 NO_RULES = "no rules were given"
@@ -104,13 +107,10 @@ class Verdict(Shown):
         """How far a run of which no alert fires is from the next one; empty where that is not known."""
         if self.nearest is None:
             return ""
-        rule = self.nearest.rule.replace("_", " ")
-        how = (
-            f"{percent(self.nearest.way)} of the way to a warning"
-            if self.nearest.way < 1
-            else "beyond that of a warning, but not for long enough to be told"
-        )
-        return f"nearest to a limit: {self._named(self.nearest.place)}, {how} ({rule})"
+        rule, place = self.nearest.rule.replace("_", " "), self._named(self.nearest.place)
+        if self.health is Health.IN_DOUBT:
+            return f"{place} is beyond the limit of a warning, but not for long enough to be told ({rule})"
+        return f"nearest to a limit: {place}, {percent(self.nearest.way)} of the way to a warning ({rule})"
 
     def __str__(self) -> str:
         """The verdict in one sentence, without the advice."""
@@ -155,7 +155,8 @@ def verdict_of(
     if not firing and not judged:
         return Verdict(Health.NOT_JUDGED, over=over, unjudged=NO_RULES)
     if not firing:
-        return Verdict(Health.HEALTHY, over=over, activation=(activations or {}).get(nearest.place, "") if nearest else "", nearest=nearest)
+        health = Health.IN_DOUBT if nearest is not None and nearest.way >= 1 else Health.HEALTHY
+        return Verdict(health, over=over, activation=(activations or {}).get(nearest.place, "") if nearest else "", nearest=nearest)
     worst = min(firing, key=lambda alert: (alert.rule != "nonfinite", alert.severity != "critical", -len(alert.also), alert.since))
     health = Health.NOT_FINITE if worst.rule == "nonfinite" else Health.CRITICAL if worst.severity == "critical" else Health.WARNING
     return Verdict(health, worst, len(firing), over, (activations or {}).get(worst.site, ""))
@@ -180,20 +181,21 @@ def worst_first(verdicts: Mapping[str, Verdict]) -> list[str]:
 def summary(verdicts: Mapping[str, Verdict]) -> str:
     """One sentence on several runs: how many are sick, and what is wrong with the worst."""
     sick = [name for name in worst_first(verdicts) if verdicts[name].health.is_sick]
-    unjudged = sum(verdict.health is Health.NOT_JUDGED for verdict in verdicts.values())
+    counts = Counter(verdict.health for verdict in verdicts.values())
     if not sick:
         several = "The run is" if len(verdicts) == 1 else "Both runs are" if len(verdicts) == 2 else f"All {len(verdicts)} runs are"
-        if unjudged == len(verdicts):
-            return f"{several} not judged: {NO_RULES}."
-        healthy = len(verdicts) - unjudged
-        count = f"{healthy} of {len(verdicts)} runs {'is' if healthy == 1 else 'are'} healthy" if unjudged else f"{several} healthy"
-        return f"{count}{_and_unjudged(unjudged)}."
+        if len(counts) == 1:
+            (health,) = counts
+            return f"{several} {health.value}" + (f": {NO_RULES}." if health is Health.NOT_JUDGED else ".")
+        healthy = counts[Health.HEALTHY]
+        return f"{healthy} of {len(verdicts)} runs {'is' if healthy == 1 else 'are'} healthy{_others(counts)}."
     worst = verdicts[sick[0]]
     count = "The run is sick" if len(verdicts) == 1 else f"{len(sick)} of {len(verdicts)} runs {'is' if len(sick) == 1 else 'are'} sick"
     name = "" if len(verdicts) == 1 else f"Worst: {sick[0]}: "
-    return f"{count}{_and_unjudged(unjudged)}. {name}{worst}." + (f" Try: {worst.advice}" if worst.advice else "")
+    return f"{count}{_others(counts)}. {name}{worst}." + (f" Try: {worst.advice}" if worst.advice else "")
 
 
-def _and_unjudged(runs: int) -> str:
-    """The end of a sentence on several runs, of which so many were judged by no rule."""
-    return f", and {runs} {'is' if runs == 1 else 'are'} not judged, since {NO_RULES}" if runs else ""
+def _others(counts: Mapping[Health, int]) -> str:
+    """The end of a sentence on several runs: how many of them are neither sick nor known to be healthy."""
+    ends = {Health.IN_DOUBT: "in doubt", Health.NOT_JUDGED: f"not judged, since {NO_RULES}"}
+    return "".join(f", and {runs} {'is' if runs == 1 else 'are'} {end}" for health, end in ends.items() if (runs := counts.get(health, 0)))

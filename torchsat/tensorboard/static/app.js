@@ -11,7 +11,7 @@ import { difference } from "./difference.js";
 import { AXES } from "./frame.js";
 import { Heatmap } from "./heatmap.js";
 import { Help } from "./help.js";
-import { BEYOND, printer, range } from "./numbers.js";
+import { printer, range } from "./numbers.js";
 import { alike, runColour, runDash } from "./palette.js";
 import { Panel } from "./panel.js";
 import { refill } from "./refill.js";
@@ -151,11 +151,9 @@ class App {
       this.about = new Map(chosen.map((run, index) => [run, loaded[index]]));
       this.metric = this.wantedMetric();
       const grids = await Promise.all(chosen.map((run) => this.source.grid("values", { run, metric: this.metric.name })));
-      const levels = await Promise.all(chosen.map((run) => this.source.grid("values", { run, metric: "alert_level" })));
       const curves = await Promise.all(chosen.map((run) => this.curves(run)));
       if (turn !== this.drawing) return;
       this.grids = new Map(chosen.map((run, index) => [run, grids[index]]));
-      this.waits = new Map(chosen.map((run, index) => [run, this.about.get(run).verdict.health === "healthy" ? beyond(levels[index]) : ""]));
       this.strips = new Map(chosen.map((run, index) => [run, curves[index]]));
       this.ends = range(this.metric, everything(grids));
       this.theme = THEMES[this.host.dark() ? "dark" : "light"];
@@ -202,8 +200,7 @@ class App {
       const points = Array.from(grid.steps, (step, row) => [step, grid.names.map((_, column) => grid.at(row, column)).find((value) => !Number.isNaN(value)) ?? NaN]);
       found.push({ name: "learning rate", dash: "4 3", points });
     }
-    // A page of a report does not know the user's scalars, and so not what is missing.
-    const lacks = loss === null && this.host.canFollow ? "no scalar of this run is named like a loss" : "";
+    const lacks = loss === null ? "no scalar of this run is named like a loss" : "";
     return { curves: found.map((curve) => ({ ...curve, scale: spans(curve.points) ? "log" : "linear" })), lacks };
   }
 
@@ -303,7 +300,7 @@ class App {
       const chosen = this.opened && rows.row.get(this.opened.site);
       const [low, high] = this.ends;
       const drawn = { metric: this.metric, colours: this.colours(this.metric), low, high, domain: this.domain(run), chosen: chosen ?? null };
-      kept.get(run).show({ ...common, ...drawn, ...rows, about, ...this.strips.get(run), waits: this.waits.get(run), line: this.line(run), several: runs.length > 1 });
+      kept.get(run).show({ ...common, ...drawn, ...rows, about, ...this.strips.get(run), line: this.line(run), several: runs.length > 1 });
     }
     if (both === null) return;
     const rows = this.rows.get(runs[0]);
@@ -312,7 +309,7 @@ class App {
     const drawn = { metric, colours: this.colours(metric), low: metric.low, high: metric.high, domain: this.domain(runs[0]), chosen: null };
     const line = { ...this.line(runs[0]), name: `${shownName(runs[0])} − ${shownName(runs[1])}` };
     const sites = rows.sites.filter((site) => grid.column.has(site));
-    kept.get(DIFFERENCE).show({ ...common, ...drawn, ...rows, sites, grid, about, curves: [], lacks: "", waits: "", line, several: false });
+    kept.get(DIFFERENCE).show({ ...common, ...drawn, ...rows, sites, grid, about, curves: [], lacks: "", line, several: false });
   }
 
   // Lay the panels out in as many columns as there is room for, in rows that are equally full. Where one of those side by side had many more rows than
@@ -435,13 +432,6 @@ const DIFFERENCE = "difference"; // the key of the panel of the difference, whic
 
 function* everything(grids) {
   for (const grid of grids) yield* grid.values;
-}
-
-// How many sites are beyond a limit at the last observation, by their alert levels, in words; empty: none. Where no alert fires, it waits for more.
-function beyond(levels) {
-  const row = levels.steps.length - 1;
-  const count = levels.names.filter((_, column) => levels.at(row, column) >= BEYOND).length;
-  return row >= 0 && count ? `${count} of ${levels.names.length} sites ${count === 1 ? "is" : "are"} beyond a limit at step ${levels.steps[row]}; an alert waits until that lasts` : "";
 }
 
 // Whether a curve spans so much that it is drawn on a logarithmic scale.

@@ -29,8 +29,7 @@ export class Panel {
     this.element.dataset.run = run;
   }
 
-  // given: what Heatmap.show takes, and about (the description of the run), curves and lacks (see Strip), waits (what is beyond a limit without an alert,
-  // in words), line ({name, colour, dash}), several (whether other runs
+  // given: what Heatmap.show takes, and about (the description of the run), curves and lacks (see Strip), line ({name, colour, dash}), several (whether other runs
   // are shown), view, measured, filtered (see rowsOf).
   show(given) {
     this.given = given;
@@ -42,10 +41,11 @@ export class Panel {
     this.title.textContent = line.name;
     this.key.style.background = line.colour;
     this.key.hidden = !several;
-    this.badge.replaceChildren(...(given.waits ? [element("span", { className: "badge warning", textContent: "no alert yet" })] : about.verdict ? [badge(about.verdict)] : []));
+    this.badge.replaceChildren(...(about.verdict ? [badge(about.verdict)] : []));
+    const doubt = about.verdict?.health === "in doubt" ? `. ${about.verdict.margin}.` : "";
     this.aside.textContent =
       ` ${about.observations} observation${about.observations === 1 ? "" : "s"}, steps ${about.first} to ${about.last}, ` +
-      `${Math.min(shown, count)} of ${about.sites.length} sites${aside ? ` (${aside})` : ""}${given.waits ? `. ${given.waits}.` : ""}`;
+      `${Math.min(shown, count)} of ${about.sites.length} sites${aside ? ` (${aside})` : ""}${doubt}`;
     if (about.verdict === null) this.aside.textContent = ` ${given.metric.says} Blue: less, at most ${number(-given.low)}; brown: more. ${sites.length} ${sites.length === 1 ? "site" : "sites"} in both.`;
     const width = Math.max(left + RIGHT + 60, this.heatmap.element.clientWidth || 900);
     this.strip.show({ curves, lacks, alerts: about.alerts, grid, axis, domain, left, width, right: RIGHT, colour: line.colour, theme });

@@ -7,6 +7,7 @@ import { shownName } from "./source.js";
 export const HEALTH = {
   healthy: { word: "healthy", mark: "✓" },
   "not judged": { word: "not judged", mark: "–" },
+  "in doubt": { word: "in doubt", mark: "?" },
   warning: { word: "warnings", mark: "▲" },
   critical: { word: "critical", mark: "●" },
   "not finite": { word: "not finite", mark: "✖" },
@@ -14,9 +15,12 @@ export const HEALTH = {
 const MOST_BADGES = 12;
 const MOST_TOLD = 3; // how many sick runs are told with cause and remedy
 
-// Whether an alert fires at the end of a run. One that no rule has judged is neither sick nor known to be healthy.
+// How the sentence on several runs ends that are neither sick nor known to be healthy.
+const UNDECIDED = { "in doubt": "in doubt", "not judged": "not judged, since no rules were given" };
+
+// Whether an alert fires at the end of a run.
 export function isSick(verdict) {
-  return !["healthy", "not judged"].includes(verdict.health);
+  return verdict.health !== "healthy" && !(verdict.health in UNDECIDED);
 }
 
 // The runs, the worst first, and of runs that are equally bad the newest. Each has a `verdict` with a `rank`, of which the largest is the worst.
@@ -54,7 +58,7 @@ export function verdictSection({ runs, shown, causes, choose }) {
   const parts = [];
   if (!sick.length) parts.push(...calm(runs, alone));
   else if (alone) parts.push(element("h1", {}, badge(alone.verdict), " ", shownName(alone.name)));
-  else parts.push(element("h1", { textContent: `${sick.length} of ${runs.length} runs ${sick.length === 1 ? "is" : "are"} sick${andUnjudged(runs)}.${sick.length > 1 ? " The worst first:" : ""}` }));
+  else parts.push(element("h1", { textContent: `${sick.length} of ${runs.length} runs ${sick.length === 1 ? "is" : "are"} sick${undecided(runs)}.${sick.length > 1 ? " The worst first:" : ""}` }));
   parts.push(...sick.slice(0, MOST_TOLD).map((run) => told(run, alone !== null, causes, choose)));
   if (runs.length > 1) {
     const badges = ordered.slice(0, MOST_BADGES).map((run) => {
@@ -71,25 +75,25 @@ export function verdictSection({ runs, shown, causes, choose }) {
   return { nodes: parts, className: className(ordered[0].verdict) };
 }
 
-function unjudged(runs) {
-  return runs.filter(({ verdict }) => verdict.health === "not judged").length;
+function count(runs, health) {
+  return runs.filter(({ verdict }) => verdict.health === health).length;
 }
 
-// The end of a sentence on several runs, of which some were judged by no rule.
-function andUnjudged(runs) {
-  const count = unjudged(runs);
-  return count ? `, and ${count} ${count === 1 ? "is" : "are"} not judged, since no rules were given` : "";
+// The end of a sentence on several runs: how many of them are neither sick nor known to be healthy.
+function undecided(runs) {
+  const found = Object.entries(UNDECIDED).map(([health, end]) => [count(runs, health), end]);
+  return found.filter(([number]) => number).map(([number, end]) => `, and ${number} ${number === 1 ? "is" : "are"} ${end}`).join("");
 }
 
 // What is said where no alert fires; of one run also how far it is from one.
 function calm(runs, alone) {
-  const healthy = runs.length - unjudged(runs);
   const several = alone ? `${shownName(alone.name)} is` : runs.length === 2 ? "Both runs are" : `All ${runs.length} runs are`;
-  if (!healthy) return [element("h1", { textContent: `${several} not judged: no rules were given.` })];
-  const count = healthy === runs.length ? several : `${healthy} of ${runs.length} runs ${healthy === 1 ? "is" : "are"}`;
+  const [first] = runs.map(({ verdict }) => verdict.health);
+  const healthy = count(runs, "healthy");
   const margin = alone?.verdict.margin;
   const rest = margin ? [element("p", { textContent: `${margin[0].toUpperCase()}${margin.slice(1)}.` })] : [];
-  return [element("h1", { textContent: `${count} healthy${andUnjudged(runs)}.` }), ...rest];
+  if (count(runs, first) === runs.length) return [element("h1", { textContent: `${several} ${first}${first === "not judged" ? ": no rules were given" : ""}.` }), ...rest];
+  return [element("h1", { textContent: `${healthy} of ${runs.length} runs ${healthy === 1 ? "is" : "are"} healthy${undecided(runs)}.` }), ...rest];
 }
 
 // What is wrong with one run, and what to try.
