@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
 from torch._dynamo import eval_frame
 
 from torchsat import process, schedule
@@ -52,6 +53,9 @@ def _stopped_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on how long a step takes. A test of the budget puts a clock of its own here."""
     monkeypatch.setattr(schedule, "CLOCK", StoppedClock())
 
+
+# TensorBoard numbers the files of a process and sorts them by name: of two that are made within one second, number 10 stands before number 9.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 RunExample = Callable[..., str]
 
