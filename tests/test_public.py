@@ -47,7 +47,7 @@ ARROWS = {
     "causes.rate": {"causes.scene", "expressions"},
     "causes.scene": {"record", "start"},
     "causes.advice": {"causes.scene", "expressions", "record"},
-    "causes.growth": {"causes.advice", "causes.scene", "expressions", "percent", "record"},
+    "causes.growth": {"causes.advice", "causes.rate", "causes.scene", "expressions", "percent", "record"},
     "causes.size": {"causes.advice", "causes.growth", "causes.scene", "expressions", "percent", "record"},
     "causes.closed": {"causes.advice", "causes.growth", "causes.scene", "causes.size", "expressions", "percent", "record"},
     "causes.gradient": {"causes.advice", "causes.closed", "causes.growth", "causes.scene", "causes.size", "expressions", "flow", "percent", "record"},

@@ -149,6 +149,17 @@ def slower(rate: float | None, update: float) -> str:
     return with_code(f"lower the learning rate{figures}, or warm it up", "for group in optimizer.param_groups:", f'    group["lr"] *= {factor:g}')
 
 
+def as_before(layer: str, before: float, after: float, of_all: bool) -> str:
+    """Set a learning rate that rose at once back to what it was.
+
+    Args:
+        layer: the layer whose rate rose most.
+        of_all: whether all rates rose at once. Which groups of the optimizer did is not known otherwise.
+    """
+    sentence = f"set the learning rate{'' if of_all else f' of {layer}'} back from {after:.3g} to {before:.3g}, or let it rise slowly"
+    return with_code(sentence, "for group in optimizer.param_groups:", f'    group["lr"] *= {before / after:.3g}') if of_all else sentence
+
+
 def first_the_others() -> str:
     """Growth in a network that was wrong from the start."""
     return "remove first what was wrong from the start; if the weights still grow, lower the learning rate"

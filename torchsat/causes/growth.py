@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from torchsat.causes import advice
+from torchsat.causes.rate import rise_before
 from torchsat.causes.scene import HOT, Jump, Scene, Term
 from torchsat.expressions import spoken
 from torchsat.percent import percent
@@ -87,6 +88,9 @@ def cure(scene: Scene, weight: Weight | None, jump: Jump | None) -> str:
     """What to try against growth."""
     if jump is None or jump.ratio < HOT:
         return advice.hold(weight)
+    rise = rise_before(scene.moments, jump.step)
+    if rise is not None and (rise.of_all or rise.layer == jump.weight):
+        return advice.as_before(spoken(rise.layer), rise.before, rise.after, rise.of_all)
     rates = [each.learning_rate for each in scene.now.weights if each.name == jump.weight and each.learning_rate]
     return advice.slower(rates[0] if rates else None, jump.ratio)
 
