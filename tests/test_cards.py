@@ -73,7 +73,7 @@ def test_a_monitor_begins_with_the_verdict_and_what_to_try() -> None:
     assert text.startswith(f"critical {str(monitor.verdict).removeprefix('critical: ')}Try: {first.causes[0].advice.rstrip(':')}")
     assert first.causes[0].code in text
     assert repr(monitor) == f"<torchsat.Monitor: {monitor.verdict}; 3 sites, step 6, closed>"
-    assert "critical: block0.act (tanh) and 2 more: saturated (init_too_large), since step 0" in repr(monitor)
+    assert "critical: block0.act (tanh) and 2 more places: saturated (init_too_large), since step 0" in repr(monitor)
     assert text.rindex("block0.act") > text.index("health over the run")
 
 

@@ -132,7 +132,7 @@ def test_a_notebook_gets_three_lines(logger: logging.Logger) -> None:
 def test_the_end_of_a_run_is_a_warning_only_where_it_is_sick() -> None:
     assert end_line(Verdict(Health.HEALTHY, over=2), "runs/exp") == (logging.INFO, "torchsat: the run ends healthy: its 2 alerts have cleared")
     sick = Verdict(Health.CRITICAL, SICK, 3)
-    told = "torchsat: the run ends critical: hidden1 and 1 more: saturated (init_too_large), since step 1; 2 more alerts. More: "
+    told = "torchsat: the run ends critical: hidden1 and 1 more place: saturated (init_too_large), since step 1; 2 more alerts. More: "
     assert end_line(sick, "runs/exp 1") == (logging.WARNING, f"{told}torchsat report 'runs/exp 1'")
     assert end_line(sick, None) == (logging.WARNING, f"{told}monitor.alerts")
 

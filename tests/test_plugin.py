@@ -90,7 +90,7 @@ def test_every_run_has_its_verdict_before_it_is_opened(tmp_path: Path) -> None:
     assert {name: verdict["health"] for name, verdict in before.items()} == health
     assert before["unknown"]["sentence"] == "not judged: no rules were given"
     assert (before["near"]["margin"], before["calm"]["margin"]) == ("nearest to a limit: a, 50 % of the way to a warning (shrunk weights)", "")
-    assert before["sick"]["where"] == "b.act (tanh) and 1 more"
+    assert before["sick"]["where"] == "b.act (tanh) and 1 more place"
     assert before["sick"]["since"] == 1
     # Once a run is opened, its verdict comes from the whole of it, and is the same.
     for name, verdict in before.items():

@@ -321,7 +321,7 @@ def test_the_json_is_what_the_documentation_says(tmp_path: Path) -> None:
     assert met == set(documented)
     assert found["verdict"] == {**found["verdict"], "health": "critical", "worst": "sick", "sick": 1, "runs": 3}
     verdict = found["runs"][0]["verdict"]
-    assert (verdict["where"], verdict["advice"], verdict["code"], verdict["since"]) == ("b.act (tanh) and 1 more", "draw", "x = 1", 1)
+    assert (verdict["where"], verdict["advice"], verdict["code"], verdict["since"]) == ("b.act (tanh) and 1 more place", "draw", "x = 1", 1)
 
 
 def test_the_page_holds_names_as_data(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_the_page_begins_with_the_verdict_and_needs_no_scripts_for_it(tmp_path: 
         " sick Last observation: 1970-01-01 00:16 UTC. 6 observations, steps 0 to 5, 2 sites, 1 alert (1 firing at the end) critical : "
     )
     for told in (
-        "b.act (tanh) and 9 more: saturated",
+        "b.act (tanh) and 9 more places: saturated",
         "since step 1",
         "s5 and 3 more",
         "Why: init_too_large",

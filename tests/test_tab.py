@@ -73,19 +73,23 @@ def test_the_verdict_comes_first_and_the_worst_run_is_open(driver: Any, ward: st
     settled(driver)
     head = driver.find_element(By.CSS_SELECTOR, ".verdict").text.splitlines()
     assert head[0] == "3 of 4 runs are sick. The worst first:"
-    where = "blocks.7.act1 (tanh) and 1 more \N{EM DASH} non-finite, since step 50. Cause: weights that began too large."
+    where = "blocks.7.act1 (tanh) and 1 more place \N{EM DASH} non-finite, since step 50. Cause: weights that began too large."
     assert head[1] == f"broken \N{HEAVY MULTIPLICATION X} not finite: {where}"
     assert head[2] == "Try: draw the weights anew copy the code"
-    assert head[3].startswith("sick \N{BLACK CIRCLE} critical: blocks.7.act1 (tanh) and 1 more \N{EM DASH} saturated, since step 50.")
+    assert head[3].startswith("sick \N{BLACK CIRCLE} critical: blocks.7.act1 (tanh) and 1 more place \N{EM DASH} saturated, since step 50.")
     assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["broken", "sick"]
     assert driver.find_element(By.CSS_SELECTOR, ".detail h2").text == "blocks.7.act1"
     badges = [each.text.split(maxsplit=2) for each in driver.find_elements(By.CSS_SELECTOR, ".run-badge")]
     assert [(name, word) for name, _, word in badges] == [("broken", "not finite"), ("sick", "critical"), ("warned", "warnings"), ("calm", "healthy")]
     dots = driver.find_elements(By.CSS_SELECTOR, ".run-badge .dot")
     assert [each.is_displayed() for each in dots] == [True, True, False, False]  # those that are shown have the colour of their lines
-    driver.find_elements(By.CSS_SELECTOR, ".run-badge")[2].click()
+    for at, then in ((2, ["broken", "sick", "warned"]), (0, ["sick", "warned"]), (1, ["warned"]), (2, ["warned"])):
+        driver.find_elements(By.CSS_SELECTOR, ".run-badge")[at].click()
+        settled(driver)
+        assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == then
+    driver.find_element(By.CSS_SELECTOR, ".verdict .link").click()
     settled(driver)
-    assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["warned"]
+    assert [each.text for each in driver.find_elements(By.CSS_SELECTOR, ".heading h2")] == ["broken"]
 
 
 def test_a_run_without_rules_is_not_called_healthy_and_a_healthy_one_says_how_far_it_is(driver: Any, tmp_path: Path) -> None:
@@ -165,7 +169,7 @@ def test_a_step_is_marked_in_all_charts(driver: Any, ward: str) -> None:
     assert len(lines) > 2
     assert set(lines) == {"visible"}
     step = int(driver.execute_script("return torchsat.hovered"))
-    assert driver.find_element(By.CSS_SELECTOR, ".strip-said").text == f"train/loss {1 / (1 + step):.3g} (0.005 to 1)\nlr 0.5"
+    assert driver.find_element(By.CSS_SELECTOR, ".strip-said").text == f"train/loss {1 / (1 + step):.3g} (0.005 to 1, logarithmic)\nlr 0.5"
 
 
 def test_blocks_are_folded_and_show_the_worst_of_their_sites(driver: Any, ward: str) -> None:
@@ -451,7 +455,7 @@ def test_a_loss_that_is_not_finite_is_told(driver: Any, tmp_path: Path) -> None:
             "falls": "loss not finite (0.5 to 1)",
             "nan": "loss not finite",
             "negative": "loss -5 (-5 to -3)",
-            "decades": "loss 1.00e-5 (1.00e-5 to 1.00e+5)",
+            "decades": "loss 1.00e-5 (1.00e-5 to 1.00e+5, logarithmic)",
             "none": "no scalar of this run is named like a loss",
         }
         ticks = "return Array.from(document.querySelectorAll(`[data-run='${arguments[0]}/torchsat'] .strip-picture path[d*=v4]`)).length"

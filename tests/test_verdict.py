@@ -92,7 +92,7 @@ def test_the_verdict_names_the_alert_that_counts_most() -> None:
     over = Episode(replace(ALERT, site="e"), 0, 30)
     verdict = verdict_of([over, warned, sick], {"a": "tanh"})
     assert verdict.health is Health.CRITICAL
-    assert str(verdict) == "critical: a (tanh) and 2 more: saturated (init_too_large), since step 10; 1 more alert"
+    assert str(verdict) == "critical: a (tanh) and 2 more places: saturated (init_too_large), since step 10; 1 more alert"
     assert verdict.advice == "draw the weights anew"
     assert verdict_of([warned]).health is Health.WARNING
     lost = verdict_of([sick, Episode(replace(ALERT, rule="nonfinite", site="z"), 50, None)])
@@ -185,7 +185,7 @@ def test_several_runs_are_summed_up_the_worst_first() -> None:
         "wider": verdict_of([Episode(replace(fires.alert, also=("b",)), 20, None)]),
     }
     assert worst_first(runs) == ["wider", "sick", "warned", "well"]
-    assert summary(runs).startswith("3 of 4 runs are sick. Worst: wider: critical: a and 1 more: saturated")
+    assert summary(runs).startswith("3 of 4 runs are sick. Worst: wider: critical: a and 1 more place: saturated")
     assert summary({"well": runs["well"]}) == "The run is healthy."
     assert summary({"one": runs["well"], "two": runs["well"]}) == "Both runs are healthy."
 

@@ -99,7 +99,7 @@ def _head(page: Page, run: Run, verdict: Verdict, found: Sequence[Episode]) -> l
 
 
 def _subject(verdict: Verdict) -> str:
-    """The places that suffer and what they are, as in `hidden1 and 3 more are saturated`. A rule of the user's is named."""
+    """The places that suffer and what they are, as in `hidden1 and 3 more places are saturated`. A rule of the user's is named."""
     assert verdict.alert is not None
     if verdict.alert.rule not in ADJECTIVE:
         return f"{verdict.where}: {verdict.what}"

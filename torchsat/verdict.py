@@ -74,10 +74,10 @@ class Verdict(Shown):
 
     @property
     def where(self) -> str:
-        """The places that suffer, such as `hidden1.act (sigmoid) and 3 more`."""
+        """The places that suffer, such as `hidden1.act (sigmoid) and 3 more places`."""
         if self.alert is None:
             return ""
-        more = f" and {len(self.alert.also)} more" if self.alert.also else ""
+        more = f" and {len(self.alert.also)} more place{'' if len(self.alert.also) == 1 else 's'}" if self.alert.also else ""
         return self._named(self.alert.site) + more
 
     def _named(self, place: str) -> str:

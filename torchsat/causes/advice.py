@@ -40,6 +40,7 @@ def standardise(weight: Weight, scene: Scene) -> str:
     return with_code(
         f"standardise the inputs by the training set, and with the same mean and std whatever else is given to {owner(weight.name)}, "
         "or put nn.BatchNorm before it",
+        "# x: the inputs of the training set. What lies 5 deviations or more from the mean is cut off.",
         "mean, std = x.mean(0), x.std(0)",
         "std[std <= 1e-5 * x.abs().amax(0)] = 1",
         "x = ((x - mean) / std).clamp(-5, 5)",
@@ -149,14 +150,17 @@ def slower(rate: float | None, update: float) -> str:
     return with_code(f"lower the learning rate{figures}, or warm it up", "for group in optimizer.param_groups:", f'    group["lr"] *= {factor:g}')
 
 
-def as_before(layer: str, before: float, after: float, of_all: bool) -> str:
-    """Set a learning rate that rose at once back to what it was.
+def as_before(last: int, layer: str, before: float, after: float, of_all: bool) -> str:
+    """Set a learning rate that rose at once back to what it was, and begin from before it rose: dead units and nan do not come back.
 
     Args:
+        last: the last step that was observed with the rate before.
         layer: the layer whose rate rose most.
         of_all: whether all rates rose at once. Which groups of the optimizer did is not known otherwise.
     """
-    sentence = f"set the learning rate{'' if of_all else f' of {layer}'} back from {after:.3g} to {before:.3g}, or let it rise slowly"
+    whose = "" if of_all else f" of {layer}"
+    rates = f"with the learning rate{whose} at {before:.3g} and not {after:.3g}"
+    sentence = f"begin again from a checkpoint of step {last} or before, {rates}, or let it rise slowly"
     return with_code(sentence, "for group in optimizer.param_groups:", f'    group["lr"] *= {before / after:.3g}') if of_all else sentence
 
 

@@ -90,7 +90,7 @@ def cure(scene: Scene, weight: Weight | None, jump: Jump | None) -> str:
         return advice.hold(weight)
     rise = rise_before(scene.moments, jump.step)
     if rise is not None and (rise.of_all or rise.layer == jump.weight):
-        return advice.as_before(spoken(rise.layer), rise.before, rise.after, rise.of_all)
+        return advice.as_before(rise.last, spoken(rise.layer), rise.before, rise.after, rise.of_all)
     rates = [each.learning_rate for each in scene.now.weights if each.name == jump.weight and each.learning_rate]
     return advice.slower(rates[0] if rates else None, jump.ratio)
 

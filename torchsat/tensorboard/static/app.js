@@ -65,7 +65,7 @@ class App {
     this.alerts.setAttribute("aria-label", "Alerts");
     this.depth.setAttribute("aria-label", "Depth profile");
     this.detail.setAttribute("aria-label", "Site");
-    const hint = "▷ alert raised, line: it fires, ○ it cleared; behind a row: ● it fires still, ○ the site suffers from it. Click: open a site. Drag: zoom in. Double click: show all. Ctrl and wheel: zoom.";
+    const hint = "▷ alert raised, line: it fires, □ it cleared; behind a row: ● it fires still, ○ the site suffers from it. Click: open a site. Drag: zoom in. Double click: show all. Ctrl and wheel: zoom.";
     this.hint = element("p", { className: "aside", textContent: hint });
     const left = element("main", { className: "left" }, this.message, this.maps, this.hint, this.depth);
     this.frame = element("div", { className: "torchsat" }, this.verdict, this.alerts, this.controls.element, element("div", { className: "columns" }, left, this.detail), this.help.element);
@@ -263,8 +263,12 @@ class App {
     const runs = this.runs.map((run) => ({ ...run, verdict: this.about.get(run.name)?.verdict ?? run.verdict }));
     const shown = new Map([...this.about.keys()].map((run) => [run, this.line(run).colour]));
     if (!this.changed("verdict", worstFirstRuns(runs).map(({ name, verdict }) => [name, verdict]), [...shown])) return;
-    const choose = (run) => this.change({ runs: [run], run: null, site: null, step: null, ...ALL });
-    const { nodes, className } = verdictSection({ runs, shown, causes: this.causes, choose });
+    const show = (chosen) => this.change({ runs: chosen, run: null, site: null, step: null, ...ALL });
+    const toggle = (run) => {
+      const left = [...shown.keys()].filter((each) => each !== run);
+      if (left.length) show(shown.has(run) ? left : [...left, run]);
+    };
+    const { nodes, className } = verdictSection({ runs, shown, causes: this.causes, choose: (run) => show([run]), toggle });
     refill(this.verdict, nodes, [...shown.keys()].join());
     this.verdict.className = `card verdict ${className}`;
     this.verdict.hidden = !nodes.length;
@@ -297,7 +301,7 @@ class App {
     for (const run of runs) {
       const rows = this.rows.get(run);
       const about = this.about.get(run);
-      const chosen = this.opened && rows.row.get(this.opened.site);
+      const chosen = this.opened?.run === run ? rows.row.get(this.opened.site) : null;
       const [low, high] = this.ends;
       const drawn = { metric: this.metric, colours: this.colours(this.metric), low, high, domain: this.domain(run), chosen: chosen ?? null };
       kept.get(run).show({ ...common, ...drawn, ...rows, about, ...this.strips.get(run), line: this.line(run), several: runs.length > 1 });

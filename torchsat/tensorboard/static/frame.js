@@ -70,7 +70,7 @@ export function drawAxis(pen, map) {
   pen.fillText(AXES[axis].title, map.left - 18, y + 6); // the label of the first tick begins left of the picture
 }
 
-// The marks of alerts: a triangle where one was raised, a line while it fires, a ring where it cleared, a dot at the end of the row if it still fires.
+// The marks of alerts: a triangle where one was raised, a line while it fires, a square where it cleared, a dot at the end of the row if it still fires.
 export function drawAlerts(pen, map) {
   const { alerts, sites, theme, grid, row } = map.given;
   if (!grid.steps.length) return;
@@ -114,7 +114,7 @@ export function drawAlerts(pen, map) {
         pen.arc(map.left + map.plot + 9, y, 4, 0, 7);
         pen.fill();
       } else if (over === to) {
-        pen.arc(to, y, 4, 0, 7);
+        pen.rect(to - 3.5, y - 3.5, 7, 7);
         pen.fillStyle = theme.page;
         pen.fill();
         pen.strokeStyle = colour;

@@ -105,13 +105,13 @@ export class Strip {
   // Write the names of the curves, with their values at a step, or else their last ones.
   say(step) {
     const { curves, colour, theme } = this.given;
-    const nodes = curves.flatMap(({ name, points, dash }) => {
+    const nodes = curves.flatMap(({ name, points, dash, scale }) => {
       const point = points.findLast(([at, value]) => (step === null || at <= step) && !Number.isNaN(value));
       const key = element("i", { className: "key" });
       key.style.borderTop = `2px ${dash ? "dashed" : "solid"} ${dash ? theme.faint : colour}`;
       const values = points.map(([, value]) => value).filter(Number.isFinite);
       const [low, high] = [Math.min(...values), Math.max(...values)];
-      const span = low < high ? ` (${number(low)} to ${number(high)})` : "";
+      const span = low < high ? ` (${number(low)} to ${number(high)}${scale === "log" ? ", logarithmic" : ""})` : "";
       return [element("span", {}, key, element("span", { textContent: `${name} ${point ? (Number.isFinite(point[1]) ? number(point[1]) : "not finite") : ""}${span}` }))];
     });
     this.said.replaceChildren(...nodes, this.given.lacks);

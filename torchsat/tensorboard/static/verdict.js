@@ -49,8 +49,8 @@ function className(verdict) {
 }
 
 // The section. `runs`: all runs with their verdicts, `shown`: the colour of each run that is shown, by its name, `causes`: the names of causes in words. `choose(run)` is
-// called with the run that was clicked: it is to be shown, with the place of its worst alert.
-export function verdictSection({ runs, shown, causes, choose }) {
+// called with the run whose name was clicked: it alone is to be shown, with the place of its worst alert. `toggle(run)` shows the run of a badge, or hides it.
+export function verdictSection({ runs, shown, causes, choose, toggle }) {
   const ordered = worstFirstRuns(runs);
   const sick = ordered.filter(({ verdict }) => isSick(verdict));
   if (!runs.length) return { nodes: [], className: "" };
@@ -66,7 +66,7 @@ export function verdictSection({ runs, shown, causes, choose }) {
       key.style.background = shown.get(run.name) ?? "";
       const made = element("button", { type: "button", className: "run-badge", title: `${shownName(run.name)}: ${run.verdict.sentence}` }, key, element("span", { className: "run-name", textContent: shownName(run.name) }), " ", badge(run.verdict));
       made.setAttribute("aria-pressed", String(shown.has(run.name)));
-      made.addEventListener("click", () => choose(run.name));
+      made.addEventListener("click", () => toggle(run.name));
       return made;
     });
     if (ordered.length > MOST_BADGES) badges.push(element("span", { className: "aside", textContent: `and ${ordered.length - MOST_BADGES} more under Runs` }));
