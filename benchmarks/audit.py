@@ -25,7 +25,9 @@ import torch
 from torchsat.record import Head, Record, Snapshot, Weight
 
 VALUES = (Record, Head, Weight, Snapshot)
-NOT_NUMBERS = {"Snapshot.alerts", "Record.heads", "Record.alert_level", "Weight.alert_level", "Weight.layer"}
+NOT_NUMBERS = {
+    *("Snapshot.alerts", "Snapshot.judged", "Snapshot.nearest", "Record.heads", "Record.alert_level", "Weight.alert_level", "Weight.layer"),
+}
 """The fields that hold no measured number. Each head is compared field by field. Alerts are judged over several observations, and are checked by
 benchmarks/faults.py and by the tests of the rules; how near an alert is, and what a layer is called, by tests/test_verdict.py."""
 
