@@ -169,7 +169,7 @@ def test_a_step_is_marked_in_all_charts(driver: Any, ward: str) -> None:
     assert len(lines) > 2
     assert set(lines) == {"visible"}
     step = int(driver.execute_script("return torchsat.hovered"))
-    assert driver.find_element(By.CSS_SELECTOR, ".strip-said").text == f"train/loss {1 / (1 + step):.3g} (0.005 to 1, logarithmic)\nlr 0.5"
+    assert driver.find_element(By.CSS_SELECTOR, ".strip-said").text == f"train/loss {1 / (1 + step):.3g} (0.005 to 1, log)\nlr 0.5"
 
 
 def test_blocks_are_folded_and_show_the_worst_of_their_sites(driver: Any, ward: str) -> None:
@@ -455,7 +455,7 @@ def test_a_loss_that_is_not_finite_is_told(driver: Any, tmp_path: Path) -> None:
             "falls": "loss not finite (0.5 to 1)",
             "nan": "loss not finite",
             "negative": "loss -5 (-5 to -3)",
-            "decades": "loss 1.00e-5 (1.00e-5 to 1.00e+5, logarithmic)",
+            "decades": "loss 1.00e-5 (1.00e-5 to 1.00e+5, log)",
             "none": "no scalar of this run is named like a loss",
         }
         ticks = "return Array.from(document.querySelectorAll(`[data-run='${arguments[0]}/torchsat'] .strip-picture path[d*=v4]`)).length"

@@ -111,7 +111,7 @@ export class Strip {
       key.style.borderTop = `2px ${dash ? "dashed" : "solid"} ${dash ? theme.faint : colour}`;
       const values = points.map(([, value]) => value).filter(Number.isFinite);
       const [low, high] = [Math.min(...values), Math.max(...values)];
-      const span = low < high ? ` (${number(low)} to ${number(high)}${scale === "log" ? ", logarithmic" : ""})` : "";
+      const span = low < high ? ` (${number(low)} to ${number(high)}${scale === "log" ? ", log" : ""})` : "";
       return [element("span", {}, key, element("span", { textContent: `${name} ${point ? (Number.isFinite(point[1]) ? number(point[1]) : "not finite") : ""}${span}` }))];
     });
     this.said.replaceChildren(...nodes, this.given.lacks);
