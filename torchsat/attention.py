@@ -31,6 +31,9 @@ _PIECE = 2**20
 _PIECE_ELSEWHERE = 2**23
 """The same on other devices, where each piece costs some 25 launches. Its logits and the tensors made of them take about 100 MB."""
 
+_PROJECTED = 2**24
+"""About so many numbers of queries and keys are projected anew at a time: 64 MB of float32."""
+
 
 @dataclass(frozen=True)
 class Logits:
@@ -218,6 +221,8 @@ class Attention:
     values: Values
     dropout: float
     """The probability with which an element of p is dropped before it is multiplied by the values."""
+    width: int = 1
+    """The features of all heads together."""
     factors: tuple[Tensor, Tensor, float] | None = None
     """Queries, keys and the number by which their products are multiplied, where they are the arguments of the call."""
 
@@ -268,16 +273,21 @@ class Attention:
         return _joined(found)
 
     def _extremes_at_once(self) -> tuple[Tensor, Tensor] | None:
-        """`extremes` by a kernel that multiplies all queries by all keys itself; None where there is none."""
+        """`extremes` by a kernel that multiplies queries by keys itself; None where there is none."""
         if self.device.type == "cpu":
             return None
-        everything = Queries(self.shape, slice(0, self.shape[0]), slice(0, self.shape[2]))
-        q, k, factor = (self.query(everything), self.key(everything), 1.0) if self.factors is None else self.factors
-        kernels = on_gpu(q, k)
-        if kernels is None or not kernels.multiplies(q, k):
-            return None
-        found: tuple[Tensor, Tensor] = kernels.logit_extremes(q, k, factor, self.is_causal)
-        return found
+        batch, _, queries, keys = self.shape
+        # What is projected anew takes memory, so that it is done for some samples at a time.
+        samples = batch if self.factors is not None else max(1, _PROJECTED // max(1, self.width * (queries + keys)))
+        found = []
+        for first in range(0, batch, samples):
+            some = Queries(self.shape, slice(first, min(first + samples, batch)), slice(0, queries))
+            q, k, factor = (self.query(some), self.key(some), 1.0) if self.factors is None else self.factors
+            kernels = on_gpu(q, k)
+            if kernels is None or not kernels.multiplies(q, k):
+                return None
+            found.append(kernels.logit_extremes(q, k, factor, self.is_causal))
+        return _joined(found)
 
     def _logits(self, rows: Queries, query: Tensor, key: Tensor) -> Logits:
         (samples, heads, positions, _), groups = query.shape, key.shape[1]
@@ -331,6 +341,7 @@ def _scaled_dot_product(
         mask is not None,
         Values(value, (), _four, upcast),
         dropout_p,
+        heads * q.shape[-1],
         (q, k, factor),
     )
 
@@ -380,6 +391,7 @@ def _multi_head(given: dict[str, Any]) -> Attention:
         full is not None or padding is not None,
         Values(values.source(given), values.tensors, values.arrange, _in_present_precision(values.project, query.device.type)),
         given["dropout_p"] if given.get("training", True) else 0.0,
+        int(given["embed_dim_to_check"]),
     )
 
 

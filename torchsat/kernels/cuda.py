@@ -188,7 +188,7 @@ def logit_extremes(q: Tensor, k: Tensor, factor: float, is_causal: bool) -> tupl
     batch, heads, queries, features = q.shape
     exact, tops = _nothing(5, q.device), torch.full((heads,), -math.inf, dtype=torch.float64, device=q.device)
     with torch.cuda.device_of(q):
-        cuda_logits.logit_extremes[(triton.cdiv(queries, BLOCK_QUERIES), batch * heads)](
+        cuda_logits.logit_extremes[(triton.cdiv(queries, BLOCK_QUERIES) * batch * heads,)](
             *(q, k, exact, tops, factor, heads, heads // k.shape[1], queries, k.shape[2], features, *q.stride(), *k.stride()),
             is_causal=is_causal,
             block_queries=BLOCK_QUERIES,

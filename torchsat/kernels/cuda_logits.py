@@ -40,9 +40,11 @@ def logit_extremes(
 ):
     """Merge softmax.softmax_extremes of the logits factor q k^T into the numbers at exact_ptr and tops_ptr.
 
-    Under a causal mask query i sees the keys up to i. Each `group` of heads shares its keys.
+    Under a causal mask query i sees the keys up to i. Each `group` of heads shares its keys. The programs lie on one axis,
+    since the others end at 65535; neighbours read the same keys.
     """
-    block, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks = tl.cdiv(queries, block_queries)
+    block, pair = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     sample, head = pair // heads, pair % heads
     row = block * block_queries + tl.arange(0, block_queries)
     feature = tl.arange(0, block_features)
