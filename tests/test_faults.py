@@ -66,6 +66,29 @@ def test_a_fault_never_stops_training(fault: str, tmp_path: Path, caplog: pytest
     assert "Training is not affected." in next(message for message in caplog.messages if "no space left" in message)
 
 
+@pytest.mark.parametrize("gone", ["is_traced", "open_dispatch_modes", "without_function_modes"])
+def test_a_torch_without_a_private_name_is_not_watched(gone: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacks(*arguments: object) -> bool:
+        raise AttributeError("module 'torch' has no such attribute")
+
+    bare, watched = mlp(), mlp()
+    watched.load_state_dict(bare.state_dict())
+    torch.manual_seed(1)
+    train(bare, 5)
+    monkeypatch.setattr(internals, gone, lacks)
+    torch.manual_seed(1)
+    monitor = torchsat.watch(watched, every=1)
+    train(watched, 5)
+    monitor.close()
+    assert all(torch.equal(one, other) for one, other in zip(bare.parameters(), watched.parameters(), strict=True))
+    assert monitor.latest is None
+    assert repr(monitor).startswith("<torchsat.Monitor: nothing observed yet")
+    (told,) = caplog.messages
+    assert told.startswith(f"torchsat: this version does not know torch {torch.__version__} (AttributeError: module 'torch' has no such attribute)")
+    with pytest.raises(RuntimeError, match="so nothing is watched"):
+        torchsat.watch(mlp(), errors="raise")
+
+
 def test_a_bug_of_ours_ends_monitoring_with_one_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     def bug(*arguments: object) -> None:
         raise KeyError("bug")

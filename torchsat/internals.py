@@ -302,18 +302,40 @@ is_tracing: Callable[[], bool] = torch._C._is_tracing
 """Whether torch.jit.trace runs now. torch.jit.is_tracing does the same through two more Python functions, and every hook asks."""
 
 
+def _fx_traces() -> bool:
+    """Whether torch.fx traces now. The public function logs a warning. torch 2.15 keeps the answer for each thread, earlier ones in a global flag."""
+    told = getattr(torch.fx._symbolic_trace, "_get_is_fx_tracing", None)
+    return bool(getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)) if told is None else bool(told())
+
+
 _PRETENDING = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("PROXY", "FAKE", "FUNCTIONAL"))
 
 
 def is_traced() -> bool:
     """Whether torch compiles or traces now, or runs the model only to learn shapes, so that nothing of ours may run.
 
-    torch.jit.is_tracing is slower than `is_tracing` and does the same. torch.fx says whether it traces through a function that logs a warning, and
-    nothing public tells of make_fx and of fake tensors, which are dispatch modes of torch's own.
+    torch.jit.is_tracing is slower than `is_tracing` and does the same. Nothing public tells of make_fx and of fake tensors, which are dispatch modes
+    of torch's own.
     """
-    if torch.compiler.is_compiling() or is_tracing() or torch.fx._symbolic_trace._is_fx_tracing_flag:
+    if torch.compiler.is_compiling() or is_tracing() or _fx_traces():
         return True
     return open_dispatch_modes() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _PRETENDING)
+
+
+def why_unusable() -> str | None:
+    """Why hooks cannot work with this torch: a private name is gone that they ask for before anything could catch the error. None where all answer.
+
+    It is asked before any hook is put on, so that a torch which is newer than this file never stops a training.
+    """
+    try:
+        for ask in (is_traced, is_transformed, in_backward, backward_number, next_node_number, open_dispatch_modes):
+            ask()
+        with without_function_modes(), without_dispatch_modes():
+            set_grad_enabled(torch.is_grad_enabled())
+        next(frames(), None)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def is_transformed() -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from torchsat import internals, process, schedule
@@ -111,6 +112,8 @@ class Monitor:
         claim = claim_of(modules.values() or (watched,), options)
         process.make_way(claim)
         self._loop = loop = Loop(watched, stages, options, clock, claim)
+        if not _knows_torch(options):
+            return
         _trust_kernels(watched)
         loop.start()
         sites = loop.observer.sites
@@ -246,6 +249,18 @@ class Monitor:
         delivery = self._loop.observer.delivery
         levels = delivery.remembered.levels(STRIP)
         return card(State(self.verdict, self.alerts, self.latest, self.coverage, levels, f"{self._extent}{overhead}"))
+
+
+def _knows_torch(options: Options) -> bool:
+    """Whether hooks can work with this torch. Where they cannot, nothing is watched, and a warning says so."""
+    why_not = internals.why_unusable()
+    if why_not is None:
+        return True
+    told = f"torchsat: this version does not know torch {torch.__version__} ({why_not}), so nothing is watched: update torchsat-monitor"
+    if options.raises:
+        raise RuntimeError(told)
+    log.warning("%s", told)
+    return False
 
 
 def _trust_kernels(model: nn.Module) -> None:
