@@ -56,6 +56,12 @@ def assigned(z: Tensor) -> Tensor:
     return z
 
 
+def maker_of(function: Callable[[Tensor], Tensor]) -> str:
+    """The name of the node that makes what a function returns."""
+    made = function(torch.ones(2, requires_grad=True)).grad_fn
+    return "" if made is None else made.name()
+
+
 NAMED: list[tuple[Callable[[Tensor], Tensor], set[str]]] = [
     (lambda z: torch.sin(30 * z), {"sin"}),
     (lambda z: torch.where(z > 0, z, 0.0), {"where"}),
@@ -63,7 +69,7 @@ NAMED: list[tuple[Callable[[Tensor], Tensor], set[str]]] = [
     (lambda z: z * (z > 0), {"mul"}),
     (lambda z: z * (z > 0).float(), {"mul"}),
     (lambda z: z.masked_fill(z < 0, 0), {"masked_fill"}),
-    (assigned, {"index_put"}),
+    (assigned, {"masked_fill" if "MaskedFill" in maker_of(assigned) else "index_put"}),  # torch 2.15 has made the one the other
     (lambda z: torch.maximum(z, torch.zeros_like(z)), {"maximum"}),
     (lambda z: z.clamp(min=torch.zeros(8)), {"clamp"}),
     (lambda z: torch.zeros_like(z).scatter(-1, z.topk(3).indices, z.topk(3).values), {"topk"}),
@@ -130,15 +136,15 @@ def test_a_clamp_with_fixed_bounds_is_measured(call: Callable[[Tensor], Tensor])
     assert record.saturated == (call(z) != z).double().mean().item()
 
 
-def test_a_clamp_lets_through_what_lies_on_its_bound() -> None:
-    """As in torch, the derivative on the bound is 1: half of the inputs of this clamp are exactly 0."""
+def test_a_clamp_has_the_derivative_of_torch_on_its_bound() -> None:
+    """Half of the inputs of this clamp are exactly 0. Until torch 2.14 the derivative on the bound is 1, and from 2.15 on it is 0."""
     model, x = Between(lambda z: F.relu(z).clamp(0, 1)), torch.randn(32, 6)
     record = one_step(model, x=x)["clamp"]
     z = F.relu(model.first(x)).detach().double().requires_grad_()
     (slope,) = torch.autograd.grad(z.clamp(0, 1).sum(), z)
     assert (z == 0).double().mean() > 0.25
     assert record.derivative == slope.mean().item()
-    assert record.saturated == (z > 1).double().mean().item()
+    assert record.saturated == (slope == 0).double().mean().item()
 
 
 def test_a_function_of_a_parameter_is_no_activation() -> None:

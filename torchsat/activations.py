@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torchsat.attributes import stored
-from torchsat.internals import twin
+from torchsat.internals import CLAMP_PASSES_ITS_BOUNDS, twin
 from torchsat.numeric import check_elementwise, derivative_of, grid, normal_mean, peak_on_grid, tails_on_grid
 from torchsat.record import Tails
 from torchsat.tensors import plain as plain_tensor
@@ -327,15 +327,20 @@ def _hardswish(z: Tensor) -> Tensor:
 
 
 def _clamp(z: Tensor, **bounds: float | None) -> Tensor:
-    """1 between the bounds `min` and `max` and, as in torch, on them. A bound that is None is not there."""
+    """1 between the bounds `min` and `max`, and on them as torch has it. A bound that is None is not there."""
     low, high = bounds["min"], bounds["max"]
+    if not CLAMP_PASSES_ITS_BOUNDS:
+        inside = torch.ones_like(z) if low is None else (z > low).to(z.dtype)
+        return inside if high is None else inside * (z < high)
     inside = torch.ones_like(z) if low is None else (z >= low).to(z.dtype)
     return inside if high is None else inside * (z <= high)
 
 
 def _clamp_tails(epsilon: float, **bounds: float | None) -> Edges:
-    # An element on an edge is in the tail, and one on a bound of a clamp is not: the edge is the next number beyond the bound.
     low, high = bounds["min"], bounds["max"]
+    if not CLAMP_PASSES_ITS_BOUNDS:
+        return low, high
+    # An element on an edge is in the tail, and one on a bound of such a clamp is not: the edge is the next number beyond the bound.
     below = None if low is None else torch.nextafter(torch.tensor(float(low)), torch.tensor(-math.inf)).item()
     return below, None if high is None else torch.nextafter(torch.tensor(float(high)), torch.tensor(math.inf)).item()
 

@@ -54,9 +54,11 @@ def grad_of_weights(grad: Tensor, values: Tensor, rows: Queries) -> Tensor:
     """dL/dp at these rows, [samples, heads, positions, keys].
 
     Args:
-        grad: dL/dO, [batch, heads, queries, features]. A kernel may have padded the features.
+        grad: dL/dO, [batch, heads, queries, features], in any axes. A kernel may have padded the features, or take the samples of an attention
+            without heads for its heads.
         values: the values of these samples.
     """
+    grad = grad.reshape(*rows.shape[:3], -1)
     (groups, _, size), taken = values.shape[1:], upcast(rows.pick(grad))
     samples, heads, positions, _ = taken.shape
     taken = taken[..., :size].reshape(samples, groups, heads // groups, positions, size)

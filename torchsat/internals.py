@@ -43,6 +43,9 @@ tree_leaves, tree_map: the tensors in nested tuples, lists and dicts. There is n
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """What torch.compile, checkpoint_wrapper and FSDP1 call the module that they wrap. The names stand in paths of modules; no public name gives them."""
 
+CLAMP_PASSES_ITS_BOUNDS = torch.torch_version.TorchVersion(torch.__version__) < "2.15"
+"""Whether the derivative of torch.clamp is 1 where its input is exactly a bound. From torch 2.15 on it is 0 there, as that of a ReLU is at 0."""
+
 
 def frames(skip: int = 1) -> Iterator[FrameType]:
     """The frames of the Python stack, innermost first, without the innermost `skip` ones and this function's own."""
