@@ -305,10 +305,9 @@ is_tracing: Callable[[], bool] = torch._C._is_tracing
 """Whether torch.jit.trace runs now. torch.jit.is_tracing does the same through two more Python functions, and every hook asks."""
 
 
-def _fx_traces() -> bool:
-    """Whether torch.fx traces now. The public function logs a warning. torch 2.15 keeps the answer for each thread, earlier ones in a global flag."""
-    told = getattr(torch.fx._symbolic_trace, "_get_is_fx_tracing", None)
-    return bool(getattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", False)) if told is None else bool(told())
+_fx_traces: Callable[[], bool] = getattr(torch.fx._symbolic_trace, "_get_is_fx_tracing", lambda: torch.fx._symbolic_trace._is_fx_tracing_flag)
+"""Whether torch.fx traces now; every hook asks. The public function logs a warning. torch 2.15 keeps the answer for each thread, earlier ones in a
+global flag."""
 
 
 _PRETENDING = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("PROXY", "FAKE", "FUNCTIONAL"))
