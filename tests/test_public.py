@@ -144,8 +144,17 @@ ARROWS = {
     "observe.origins": {"internals"},
     "observe.gradients": {"internals", "sharding"},
     "observe.passes": {
-        *("faults", "internals", "observe.gradients", "observe.graph", "observe.hooks", "observe.observation", "statistics", "structure", "weights"),
+        "faults",
+        "internals",
         "internals_distributed",
+        "observe.gradients",
+        "observe.graph",
+        "observe.hooks",
+        "observe.observation",
+        "parts",
+        "statistics",
+        "structure",
+        "weights",
     },
     "observe.meter": {
         *("activations", "attention", "columns", "internals", "kernels", "kernels.formulas", "observe.graph", "observe.hooks", "observe.lineage"),

@@ -133,3 +133,36 @@ INPUT = ("input_n", "input_sq", "input_offset_sq")
 features of the squared mean."""
 LAYER = (*WEIGHT, *INPUT)
 """All numbers of a layer."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """A kind of numbers that some places have beside their row: a block [columns, width] of sums, and one of maxima.
+
+    What is measured at places that are no sites, or only where the user asks for it, travels as a tally, and costs nothing where there is none. The
+    blocks of one place merge column by column. The width is a number of experts or heads, for instance, and 1 for a place that has one number each.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+
+    @property
+    def sums(self) -> tuple[str, ...]:
+        """The names of the columns that add up, in the order of the block."""
+        return tuple(column.name for column in self.columns if column.merge is Merge.SUM)
+
+    @property
+    def maxes(self) -> tuple[str, ...]:
+        """The names of the columns of which the largest is kept, in the order of the block."""
+        return tuple(column.name for column in self.columns if column.merge is Merge.MAX)
+
+    @property
+    def loss_scaled(self) -> dict[str, int]:
+        """The columns that carry a power of a GradScaler's factor, and which. Only sums may carry one."""
+        return {column.name: column.loss_scaled for column in self.columns if column.loss_scaled}
+
+
+LEDGER = Tally("ledger", (Column("grad_sq", "Sum of the squares of the gradient that arrives here.", Merge.SUM, Direction.BACKWARD, 2, False),))
+"""The gradient at one point of the way from the output of a model to its input (ledger.py)."""
+TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER,)}
+"""Every kind of tally, by name."""

@@ -25,6 +25,9 @@ Sink = Callable[[Snapshot], Any]
 Patterns = str | Iterable[str] | None
 Directory = str | os.PathLike[str]
 
+EXTRAS = ("formats", "rank")
+"""What is measured only if the user asks for it, since it costs more than the rest: what lower number formats would do to the numbers of each site,
+and the effective rank of its features."""
 SAMPLE = 65536
 """The most elements that are read of one call of a site, where the user has not said how many."""
 
@@ -38,6 +41,7 @@ class MeasureOptions(TypedDict, total=False):
     exclude: Patterns
     calls: bool
     activations: Sequence[Activation]
+    extras: str | Iterable[str]
 
 
 class WatchOptions(MeasureOptions, total=False):
@@ -80,6 +84,7 @@ class Options:
     calls: bool = True
     compiled: Literal["eager", "in_graph"] = "eager"
     activations: Sequence[Activation] = ACTIVATIONS
+    extras: str | Iterable[str] = ()
     rules: Sequence[Rule] = RULES
     sinks: Iterable[Sink] | None = None
     on_alert: Callable[[Alert], Any] | None = None
@@ -94,6 +99,7 @@ class Options:
         _check_when(self)
         _check_what(self)
         _check_where(self)
+        object.__setattr__(self, "extras", _extras(self.extras))
         object.__setattr__(self, "include", _patterns("include", self.include))
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
 
@@ -187,6 +193,15 @@ def _is_group(value: Any) -> bool:
     import torch.distributed as dist
 
     return dist.is_available() and isinstance(value, dist.ProcessGroup)
+
+
+def _extras(given: Any) -> tuple[str, ...]:
+    found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+    for each in found:
+        if each not in EXTRAS:
+            allowed = ", ".join(f'"{name}"' for name in EXTRAS)
+            raise ValueError(f"extras holds {each!r}; allowed are {allowed}, one or several: extras=({allowed})")
+    return tuple(dict.fromkeys(found))
 
 
 def _patterns(name: str, given: Any) -> tuple[str, ...]:

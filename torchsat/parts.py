@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -77,11 +78,32 @@ class LayerPart:
 
 
 @dataclass(frozen=True)
+class TallyPart:
+    """What one observation has measured at one place beside a row (columns.Tally)."""
+
+    facts: Mapping[str, Any]
+    """What is known of the place besides its numbers, in values that JSON has."""
+    width: int
+    """Number of columns of its two blocks."""
+    sums: Tensor | None = None
+    """[Tally.sums, width]; None where nothing was measured."""
+    maxes: Tensor | None = None
+    """[Tally.maxes, width]; None where the tally has no such columns, or nothing was measured."""
+    counts: bool = True
+    """Whether this process counts its numbers. False where another rank has the same ones and counts them."""
+
+
+Key = tuple[str, str]
+"""The name of a tally (columns.TALLIES), and the place that it is of."""
+
+
+@dataclass(frozen=True)
 class Parts:
     """Everything that one observation has measured in this process."""
 
     sites: Mapping[str, SitePart] = field(default_factory=dict)
     layers: Mapping[str, LayerPart] = field(default_factory=dict)
+    tallies: Mapping[Key, TallyPart] = field(default_factory=dict)
     averages: float = 1.0
     """The gradients that are read at sites are too large by this factor, since data parallelism averages gradients over ranks only later."""
     scale: Tensor | None = None

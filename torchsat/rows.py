@@ -7,8 +7,9 @@ cannot be known (no element was finite, no gradient was seen, the function has n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torchsat.columns import BINS, COLUMN, HEADS, LAYER, UNITS
 from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
@@ -64,6 +65,15 @@ class LayerRow:
     """Elements that the weight has."""
     learning_rate: float | None = None
     """The learning rate of the optimizer's group that owns the weight."""
+
+
+@dataclass(frozen=True)
+class TallyRow:
+    """The numbers of one place of a tally (columns.Tally) on the host."""
+
+    facts: Mapping[str, Any]
+    numbers: Mapping[str, Sequence[float]]
+    """For each column of the tally, as many numbers as its block is wide."""
 
 
 def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, Stuck | None]:

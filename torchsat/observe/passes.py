@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from torchsat.internals_distributed import rehearses
 from torchsat.observe.gradients import Backward, Fate, Gradients
 from torchsat.observe.graph import ends
 from torchsat.observe.hooks import Guard
+from torchsat.parts import Key
 from torchsat.statistics import empty_row, merge_, merge_heads_
 from torchsat.structure import Found, Stages
 from torchsat.weights import input_sums
@@ -61,6 +62,7 @@ class PassEvent(Enum):
     """An error of our own code has ended the observation and all monitoring of this model."""
 
 
+Name = TypeVar("Name", str, Key)
 OnPass = Callable[[PassEvent, bool], None]
 """Called with each event, and with whether it belongs to a training pass."""
 
@@ -77,6 +79,10 @@ class Pass:
     """The block of heads of each softmax."""
     inputs: dict[str, Tensor] = field(default_factory=dict)
     """The sums of each layer's input, [6, features] (columns.FEATURES)."""
+    tally_sums: dict[Key, Tensor] = field(default_factory=dict)
+    """The block of sums of each place of a tally (columns.Tally)."""
+    tally_maxes: dict[Key, Tensor] = field(default_factory=dict)
+    """The block of maxima of each of these places."""
     backwards: list[Backward] = field(default_factory=list)
     """The backwards that have run through this pass."""
     merged: list[Pass] = field(default_factory=list)
@@ -91,8 +97,8 @@ class Pass:
         fates = {Fate.ADDED if each.fate is Fate.RUNNING else each.fate for each in self.backwards}
         return next((each for each in _STANDING if each in fates), Fate.NONE)
 
-    def add(self, kind: dict[str, Tensor], name: str, value: Tensor) -> None:
-        """Merge a row, a block or the sums of an input into one of the four dictionaries."""
+    def add(self, kind: dict[Name, Tensor], name: Name, value: Tensor) -> None:
+        """Merge a row, a block or the sums of an input into one of the six dictionaries."""
         if self.dropped:
             return
         old = kind.get(name)
@@ -102,6 +108,8 @@ class Pass:
             merge_(old, value.to(old.device))
         elif kind is self.heads:
             merge_heads_(old, value.to(old.device))
+        elif kind is self.tally_maxes:
+            torch.maximum(old, value.to(old.device), out=old)
         else:
             old += value.to(old.device)
 
@@ -120,16 +128,27 @@ class Pass:
         sums = self.place(self.inputs, name, x.device)
         self.put(self.inputs, name, input_sums(x, axis, limit, seed, sums if sums is not None and sums.shape[1] == x.shape[axis] else None))
 
+    def tally(self, key: Key, sums: Tensor, maxes: Tensor | None = None) -> None:
+        """Merge the blocks of one place of a tally."""
+        self.add(self.tally_sums, key, sums)
+        if maxes is not None:
+            self.add(self.tally_maxes, key, maxes)
+
     def drop(self) -> None:
         """Forget everything: the pass does not count."""
         self.dropped = True
         for kind in (self.rows, self.blocks, self.heads, self.inputs):
             kind.clear()
+        for tallied in (self.tally_sums, self.tally_maxes):
+            tallied.clear()
 
     def forget(self, site: str) -> None:
         """Forget what was measured of one site."""
         for kind in (self.rows, self.blocks, self.heads):
             kind.pop(site, None)
+        for tallied in (self.tally_sums, self.tally_maxes):
+            for key in [key for key in tallied if key[1] == site]:
+                del tallied[key]
 
     def keep_where(self, alive: Tensor) -> None:
         """Empty the pass if this flag is false. The flag stays on the device: the host does not wait for it."""
@@ -142,6 +161,11 @@ class Pass:
             nothing = torch.zeros_like(heads)
             nothing[-1] = -math.inf
             self.heads[name] = torch.where(alive.to(heads.device), heads, nothing)
+        for key, value in self.tally_sums.items():
+            # Not a product: a sum that is inf or nan has to go too.
+            self.tally_sums[key] = torch.where(alive.to(value.device), value, torch.zeros_like(value))
+        for key, value in self.tally_maxes.items():
+            self.tally_maxes[key] = torch.where(alive.to(value.device), value, torch.full_like(value, -math.inf))
 
     def settle(self, into: Pass, guard: Guard) -> None:
         """Merge this pass into another one, each place under the guard. Numbers that arrive later go there too."""
@@ -149,9 +173,13 @@ class Pass:
         for mine, theirs in pairs:
             for name, value in list(mine.items()):
                 guard.attempt(name, into.add, theirs, name, value)
+        for tallied, into_tallied in ((self.tally_sums, into.tally_sums), (self.tally_maxes, into.tally_maxes)):
+            for key, value in list(tallied.items()):
+                guard.attempt(key[1], into.add, into_tallied, key, value)
         into.backwards.extend(each for each in self.backwards if each not in into.backwards)
         for each in (self, *self.merged):
             each.rows, each.blocks, each.heads, each.inputs, each.backwards = into.rows, into.blocks, into.heads, into.inputs, into.backwards
+            each.tally_sums, each.tally_maxes = into.tally_sums, into.tally_maxes
             into.merged.append(each)
         self.merged = []
 

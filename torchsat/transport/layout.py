@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from torchsat.columns import BLOCK, FEATURES, HEADS, MAXES, SUMS, WEIGHT
-from torchsat.parts import LayerPart, Parts, SitePart
+from torchsat.columns import BLOCK, FEATURES, HEADS, MAXES, SUMS, TALLIES, WEIGHT
+from torchsat.parts import Key, LayerPart, Parts, SitePart
 from torchsat.record import LayerFacts, SiteFacts
 
 WORST = ("worst", "nonfinite")
@@ -61,6 +61,14 @@ class LayerEntry:
 
 
 @dataclass(frozen=True)
+class TallyEntry:
+    """One place of a tally in a layout."""
+
+    facts: Mapping[str, Any]
+    width: int
+
+
+@dataclass(frozen=True)
 class Places:
     """The lengths of the two vectors, and the slice of each table in one of them."""
 
@@ -84,6 +92,10 @@ class Places:
     """ENDS in the maxes; ENDS_ALONE in the layout of one process."""
     tops: dict[str, slice]
     """The last row of HEADS [1, heads] of each softmax, in the maxes."""
+    tally_sums: dict[Key, slice]
+    """[Tally.sums, width] of each place of a tally, in the sums."""
+    tally_maxes: dict[Key, slice]
+    """[Tally.maxes, width] of each place of a tally, in the maxes."""
     sums: int
     """Length of the vector whose elements add up."""
     maxes: int
@@ -96,6 +108,7 @@ class Layout:
 
     sites: dict[str, SiteEntry] = field(default_factory=dict)
     layers: dict[str, LayerEntry] = field(default_factory=dict)
+    tallies: dict[Key, TallyEntry] = field(default_factory=dict)
     owners: dict[str, int] = field(default_factory=dict)
     """In the layout of several ranks: for each layer, the rank in their group whose numbers are taken if every rank holds the whole weight."""
     shared: bool = False
@@ -106,7 +119,8 @@ class Layout:
         """The layout of this process alone: the sites that ran and the layers that were measured."""
         sites = {name: _site_alone(part) for name, part in parts.sites.items() if part.row is not None}
         layers = {name: _layer_alone(part) for name, part in parts.layers.items() if part.numbers is not None and part.n}
-        return Layout(sites, layers)
+        tallies = {key: TallyEntry(part.facts, part.width) for key, part in parts.tallies.items() if part.sums is not None}
+        return Layout(sites, layers, tallies)
 
     @staticmethod
     def joined(texts: Mapping[int, bytes]) -> Layout:
@@ -117,6 +131,7 @@ class Layout:
         """
         sites: dict[str, SiteEntry] = {}
         layers: dict[str, LayerEntry] = {}
+        tallies: dict[Key, TallyEntry] = {}
         owners: dict[str, int] = {}
         for rank, text in texts.items():
             told = json.loads(text)
@@ -127,9 +142,12 @@ class Layout:
                 layer = LayerEntry(**{**given, "facts": LayerFacts(**_tuples(given["facts"]))})
                 layers[name] = _join_layers(layers[name], layer) if name in layers else layer
                 owners.setdefault(name, rank)
+            for kind, place, facts, width in told["tallies"]:
+                # Where the ranks disagree about the width, what does not fit is left out (packing.py).
+                tallies.setdefault((kind, place), TallyEntry(facts, width))
         sites = dict(sorted(sites.items(), key=lambda item: item[1].stage or 0))
         layers = dict(sorted(layers.items(), key=lambda item: item[1].stage or 0))
-        return Layout(_join_stages(sites), layers, owners, shared=True)
+        return Layout(_join_stages(sites), layers, tallies, owners, shared=True)
 
     @functools.cached_property
     def places(self) -> Places:
@@ -149,6 +167,8 @@ class Layout:
             layer_maxes=maxes.append((len(LAYER_MAXES) if self.shared else 1) * len(self.layers)),
             ends=maxes.append(len(ENDS if self.shared else ENDS_ALONE)),
             tops={name: maxes.append(count) for name, count in heads.items()},
+            tally_sums={key: sums.append(len(TALLIES[key[0]].sums) * entry.width) for key, entry in self.tallies.items()},
+            tally_maxes={key: maxes.append(len(TALLIES[key[0]].maxes) * entry.width) for key, entry in self.tallies.items()},
             sums=sums.length,
             maxes=maxes.length,
         )
@@ -163,7 +183,8 @@ def told(parts: Parts) -> bytes:
     """What this rank tells the others about its sites and layers, run or not: JSON, the same bytes for the same facts."""
     sites = {name: asdict(_site_of_all(part)) for name, part in parts.sites.items()}
     layers = {name: asdict(LayerEntry(part.facts, part.features, part.stage)) for name, part in parts.layers.items()}
-    return json.dumps({"sites": sites, "layers": layers}, separators=(",", ":")).encode()
+    tallies = [(kind, place, part.facts, part.width) for (kind, place), part in parts.tallies.items()]
+    return json.dumps({"sites": sites, "layers": layers, "tallies": tallies}, separators=(",", ":")).encode()
 
 
 class _Vector:

@@ -47,8 +47,9 @@ def _by_device(parts: Parts, layout: Layout) -> dict[torch.device, Parts]:
     """The parts that are on each device. The devices of the loss scale and of the overflow flag count too, since no site may be on them."""
     rows = {name: part.row.device for name, part in parts.sites.items() if name in layout.sites and part.row is not None}
     numbers = {name: part.numbers.device for name, part in parts.layers.items() if name in layout.layers and part.numbers is not None}
+    tallied = {key: part.sums.device for key, part in parts.tallies.items() if part.sums is not None}
     scale, skipped = (None if flag is None else flag.device for flag in (parts.scale, parts.skipped))
-    found = {device: parts for device in (*rows.values(), *numbers.values(), scale, skipped) if device is not None}
+    found = {device: parts for device in (*rows.values(), *numbers.values(), *tallied.values(), scale, skipped) if device is not None}
     if len(found) == 1:
         return found
     return {
@@ -56,6 +57,7 @@ def _by_device(parts: Parts, layout: Layout) -> dict[torch.device, Parts]:
             parts,
             sites={name: part for name, part in parts.sites.items() if rows.get(name) == device},
             layers={name: part for name, part in parts.layers.items() if numbers.get(name) == device},
+            tallies={key: part for key, part in parts.tallies.items() if tallied.get(key) == device},
             scale=parts.scale if scale == device else None,
             skipped=parts.skipped if skipped == device else None,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torchsat.columns import BLOCK, COLUMN, FEATURES, HEADS, HEADS_LOSS_SCALED, INPUT, LOSS_SCALED, MAXES, SUMS, WEIGHT
-from torchsat.parts import LayerPart, Parts, SitePart
-from torchsat.rows import LayerRow, SiteRow
+from torchsat.columns import BLOCK, COLUMN, FEATURES, HEADS, HEADS_LOSS_SCALED, INPUT, LOSS_SCALED, MAXES, SUMS, TALLIES, WEIGHT
+from torchsat.parts import Key, LayerPart, Parts, SitePart
+from torchsat.rows import LayerRow, SiteRow, TallyRow
 from torchsat.statistics import accumulator, empty_row
 from torchsat.transport.layout import LAYER_MAXES, LAYER_SUMS, WORST, LayerEntry, Layout
 from torchsat.transport.windows import UnitWindows
@@ -61,6 +61,7 @@ class Numbers:
 
     sites: list[SiteRow]
     layers: list[LayerRow]
+    tallies: dict[Key, TallyRow] = field(default_factory=dict)
     scale: float = 1.0
     """The number by which gradients are still to be divided: the factor of a GradScaler, and what data parallelism averages over."""
     skipped: bool = False
@@ -102,10 +103,11 @@ def pack(parts: Parts, layout: Layout, device: torch.device, ends: Ends, *, rank
         maxes = [rows[:, len(SUMS) :], _rates_on(device, layers)]
         tables = _Tables([rows[:, : len(SUMS)], _weights(layers, device)], maxes, _input_pieces(layers, layout, device))
     blocks, heads, tops = _unit_pieces(sites, parts, layout, device)
+    added, largest = _tally_pieces(parts, layout, device)
     last = [skipped] if layout.shared else [skipped, _number(parts.scale, -math.inf, device)]
     return Vectors(
-        torch.cat([each.reshape(-1) for each in (*tables.sums, *blocks, *heads, *tables.inputs)]),
-        torch.cat([each.reshape(-1) for each in (*tables.maxes, *last, *tops)]),
+        torch.cat([each.reshape(-1) for each in (*tables.sums, *blocks, *heads, *tables.inputs, *added)]),
+        torch.cat([each.reshape(-1) for each in (*tables.maxes, *last, *tops, *largest)]),
     )
 
 
@@ -173,13 +175,14 @@ def unpack(vectors: Vectors, layout: Layout, windows: UnitWindows) -> Numbers:
             heads = [*sums[places.heads[name]].reshape(len(HEADS) - 1, -1).tolist(), maxes[places.tops[name]].tolist()]
         (share, worst_rank), (_, nonfinite_rank) = _decode(codes[0]), _decode(codes[1])
         sites.append(SiteRow(entry.facts, row, units, heads, share, worst_rank, nonfinite_rank))
+    tallies = _tally_rows(sums, maxes, layout)
     if not layout.shared:
         skipped, factor = maxes[places.ends].tolist()
-        return Numbers(sites, _layers_alone(sums, maxes, layout), factor if factor > 0 else 1.0, skipped > 0)
+        return Numbers(sites, _layers_alone(sums, maxes, layout), tallies, factor if factor > 0 else 1.0, skipped > 0)
     layers, differing = _layers_together(sums, maxes, layout)
     last_step, negated, interval, changed, earliest, skipped = maxes[places.ends].tolist()
     ends = Ends(round(-negated), round(last_step), round(interval), changed > 0, round(earliest))
-    return Numbers(sites, layers, 1.0, skipped > 0, differing, ends)
+    return Numbers(sites, layers, tallies, 1.0, skipped > 0, differing, ends)
 
 
 _NOBODY = (-math.inf,) * len(WORST)
@@ -261,6 +264,32 @@ def _input_pieces(layers: Sequence[LayerPart | None], layout: Layout, device: to
             first = part.first if part is not None and layout.shared else 0
             pieces.append(_piece(None if part is None else part.inputs, (len(FEATURES), entry.features), first, 0.0, device))
     return pieces
+
+
+def _tally_pieces(parts: Parts, layout: Layout, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """The blocks of the tallies: those whose columns add up, and those of which the largest is kept."""
+    sums, maxes = list[Tensor](), list[Tensor]()
+    for key, entry in layout.tallies.items():
+        tally, part = TALLIES[key[0]], parts.tallies.get(key)
+        added, largest = (None, None) if part is None or (layout.shared and not part.counts) else (part.sums, part.maxes)
+        if added is not None and layout.shared and tally.loss_scaled:
+            added = added.to(device).clone()
+            for name, power in tally.loss_scaled.items():
+                added[tally.sums.index(name)] /= _divisor(parts, added) ** power
+        sums.append(_piece(added, (len(tally.sums), entry.width), 0, 0.0, device))
+        maxes.append(_piece(largest, (len(tally.maxes), entry.width), 0, -math.inf, device))
+    return sums, maxes
+
+
+def _tally_rows(sums: Vector, maxes: Vector, layout: Layout) -> dict[Key, TallyRow]:
+    """The numbers of the tallies, by place."""
+    found, places = dict[Key, TallyRow](), layout.places
+    for key, entry in layout.tallies.items():
+        tally = TALLIES[key[0]]
+        added, largest = sums[places.tally_sums[key]].reshape(-1, entry.width), maxes[places.tally_maxes[key]].reshape(-1, entry.width)
+        numbers = dict(zip((*tally.sums, *tally.maxes), (*added.tolist(), *largest.tolist()), strict=True))
+        found[key] = TallyRow(entry.facts, numbers)
+    return found
 
 
 def _piece(values: Tensor | None, shape: tuple[int, int], first: int, empty: float, device: torch.device) -> Tensor:
