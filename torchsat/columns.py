@@ -162,7 +162,22 @@ class Tally:
         return {column.name: column.loss_scaled for column in self.columns if column.loss_scaled}
 
 
-LEDGER = Tally("ledger", (Column("grad_sq", "Sum of the squares of the gradient that arrives here.", Merge.SUM, Direction.BACKWARD, 2, False),))
-"""The gradient at one point of the way from the output of a model to its input (ledger.py)."""
-TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER,)}
+LEDGER = Tally(
+    "ledger",
+    (
+        Column("grad_sq", "Sum of the squares of the gradient at this point.", Merge.SUM, Direction.BACKWARD, 2, False),
+        Column("heard", "How many gradients were heard there.", Merge.SUM, Direction.BACKWARD, weighed=False),
+    ),
+)
+"""The gradient at the points of its way from the output of a model to its input, which are the columns of its one block (ledger.py)."""
+STREAM = Tally(
+    "stream",
+    (
+        Column("n", "Elements.", weighed=False),
+        Column("x_sq", "Sum of the squares of the elements.", weighed=False),
+        Column("top", "The largest magnitude of an element together with its channel, as one number (ledger.decode_top).", Merge.MAX, weighed=False),
+    ),
+)
+"""The input of a normalisation."""
+TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER, STREAM)}
 """Every kind of tally, by name."""

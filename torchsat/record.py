@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+from torchsat.ledger import Ledger
 from torchsat.shown import Shown, level_in_words
 
 Severity = Literal["warning", "critical"]
@@ -385,6 +386,8 @@ class Snapshot(Shown):
     """Whether any rule was in use. Without one nobody knows whether the run is healthy. True of an older file, which does not say."""
     nearest: Nearest | None = None
     """What came nearest to a warning, whether or not an alert fires elsewhere; None where no value has a way to go, or in such a file."""
+    ledger: Ledger | None = None
+    """By what factor each part of the model changes the gradient on its way to the input; None where that was not measured."""
 
     @property
     def in_short(self) -> str:
@@ -405,7 +408,7 @@ class Snapshot(Shown):
 
     def as_dict(self) -> dict[str, Any]:
         """The snapshot as nested dicts and tuples of plain values."""
-        return asdict(self)
+        return {**asdict(self), "ledger": None if self.ledger is None else self.ledger.as_dict()}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Snapshot:
@@ -419,7 +422,9 @@ class Snapshot(Shown):
         weights = tuple(Weight(**_known(Weight, each)) for each in values.get("weights", ()))
         alerts = tuple(map(Alert.from_dict, values.get("alerts", ())))
         nearest = Nearest(**_known(Nearest, values["nearest"])) if values.get("nearest") else None
-        return Snapshot(**{**_known(Snapshot, values), "records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest})
+        ledger = Ledger.from_dict(values["ledger"]) if values.get("ledger") else None
+        made = {"records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest, "ledger": ledger}
+        return Snapshot(**{**_known(Snapshot, values), **made})
 
     def __iter__(self) -> Iterator[Record]:
         """The records, in the order of `records`."""

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchsat.columns import BINS, COLUMN, HEADS, LAYER, UNITS
+from torchsat.columns import BINS, COLUMN, HEADS, LAYER, LEDGER, STREAM, UNITS
+from torchsat.ledger import Ledger, Stream, decode_top, ledger_of
 from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 
 _MOST_IN_DOUBT = 0.05
@@ -166,6 +167,24 @@ def to_weight(row: LayerRow) -> Weight:
         unevenness=None if known["unevenness"] is None else _finite(known["unevenness"]),
         learned_ratio=_root(_ratio(known["learned_sq"], known["weight_sq"])),
     )
+
+
+def to_ledger(tallies: Mapping[tuple[str, str], TallyRow], scale: float) -> Ledger | None:
+    """The ledger of the gradient, from the tallies of an observation; None where it was not measured.
+
+    Args:
+        scale: the factor that the gradients carry.
+    """
+    row = tallies.get((LEDGER.name, ""))
+    if row is None:
+        return None
+    streams = {place: _stream(row.numbers) for (kind, place), row in tallies.items() if kind == STREAM.name}
+    return ledger_of(row.facts["entries"], row.numbers["grad_sq"], row.numbers["heard"], scale, streams)
+
+
+def _stream(numbers: Mapping[str, Sequence[float]]) -> Stream:
+    (n,), (square,), (top,) = (numbers[name] for name in ("n", "x_sq", "top"))
+    return Stream(_root(square / n) if n else None, *decode_top(top))
 
 
 class _Columns(dict[str, float]):

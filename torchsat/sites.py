@@ -45,6 +45,7 @@ from torchsat.parts import Span
 from torchsat.record import Kind, SiteFacts
 from torchsat.structure import Found, clean, find
 from torchsat.unregistered import unregistered
+from torchsat.ways import Ways
 
 MISSES = 5
 """A site that has not run in this many observations in a row is reported as stopped. Randomly dropped layers and idle experts run again sooner."""
@@ -238,6 +239,8 @@ class Sites:
         self.failed: set[str] = set()
         """The places whose status is FAILED, as a set that every hook can look up quickly."""
         self.structure = Structure.NEW
+        self.ways = Ways()
+        """What is known of the graphs of the model, for the ledger of the gradient."""
         self.generation = 0
         """How many times the walk has found other modules than before."""
         self.own = Decisions()
@@ -303,6 +306,7 @@ class Sites:
     def learn_again(self) -> None:
         """Forget the structure of the model, so that the next observation learns it."""
         self.structure = Structure.NEW
+        self.ways = Ways()
         for site in self.known.values():
             site.start_over()
 

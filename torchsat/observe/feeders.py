@@ -172,6 +172,16 @@ def feeders(starts: Iterable[Step], places: Places, ends_at: Callable[[Node], bo
     return list(found.values())
 
 
+def weights_used(node: Node, weights: Mapping[int, str]) -> list[str]:
+    """The names of the weights that a node contracts with its input."""
+    return [use.name for use in _uses(node, weights)[1]]
+
+
+def is_weight(node: Node, weights: Mapping[int, str]) -> bool:
+    """Whether what a node has computed consists of parameters alone."""
+    return _operand(node, weights) is not None
+
+
 def widest(found: Iterable[Feeder]) -> list[Feeder]:
     """The feeders without those of which another range of the same layer covers all outputs. Rotary positions take every half apart, for example.
 

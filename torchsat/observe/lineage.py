@@ -96,6 +96,11 @@ class Lineage:
             weights[key] = name
             self._alive.append(weakref.ref(weight, lambda _: weights.pop(key, None)))
 
+    def site_of(self, node: Node) -> str | None:
+        """The site whose output this node of the present pass has computed; None where that is not known."""
+        site = self._nodes.get(node)
+        return None if site is None else site.name
+
     def name_of(self, weight: Tensor) -> str | None:
         """The name of this weight; None where it is not known."""
         return self._weights.get(id(weight))

@@ -74,6 +74,13 @@ _ACCOUNTED: dict[str, str] = {
     ),
 }
 _LINEAR = frozenset(name for names in _ACCOUNTED.values() for name in names.split())
+_VIEWS = frozenset((*_ACCOUNTED["views and copies"].split(), "BackwardHookFunction"))
+_NORMALISATIONS = frozenset(_ACCOUNTED["normalisations"].split())
+_ATTENTION = re.compile(r"_?(Safe|Sparse)?Softmax|\w*Attention\w*")
+_CONTRACTION = re.compile(
+    r"\w*Addmm|Mm|Bmm|Mv|Dot|Baddbmm|Addbmm|Addmv|\w*Conv\w*|(Mkldnn)?Linear|Trilinear|Embedding(Bag)?|GroupedMm|Index|IndexSelect|Gather|"
+    r"\w*Rnn\w*|\w*ThnnFused\w*|LstmMps"
+)
 _REDUCTIONS = frozenset(_ACCOUNTED["reductions"].split())
 _SIZES = _REDUCTIONS | {"Amax", "Amin", "Max", "Min", "ScatterAdd", "IndexAdd"}
 """What gives the size of a signal, over an axis or over the elements of a group."""
@@ -114,6 +121,27 @@ def unaccounted(node: Node) -> tuple[str, str] | None:
         return None
     reason = SELECTION if kind in _SELECTIONS else STEP if kind in _STEPS else UNMEASURED
     return spelled("square" if _is_square(node) else kind), reason
+
+
+def is_view(node: Node) -> bool:
+    """Whether a node passes its gradient on as it is: it views, casts, copies or joins tensors, or is one of torch's own that wrappers put in."""
+    made_by = internals.forward_class(node)
+    return kind_of(node) in _VIEWS if made_by is None else (made_by.__module__ or "").startswith("torch.nn.parallel")
+
+
+def is_normalisation(node: Node) -> bool:
+    """Whether a node is a normalisation, as torch has them."""
+    return kind_of(node) in _NORMALISATIONS
+
+
+def is_attention(node: Node) -> bool:
+    """Whether a node is a softmax or a fused attention."""
+    return _ATTENTION.fullmatch(kind_of(node)) is not None
+
+
+def is_contraction(node: Node) -> bool:
+    """Whether a node contracts its input with a weight, or selects rows of one."""
+    return _CONTRACTION.fullmatch(kind_of(node)) is not None
 
 
 def chosen(node: Node) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from torchsat import internals
 from torchsat.faults import MODEL, Faults
-from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent
+from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent, stream, way
 from torchsat.observe.calls import Calls
 from torchsat.observe.hooks import Guard, Hook
 from torchsat.observe.ingraph import GraphHooks, GraphReceiver
@@ -36,17 +36,19 @@ from torchsat.observe.meter import Meter
 from torchsat.observe.own import Candidate
 from torchsat.observe.passes import OnPass, Pass, Passes, PassEvent
 from torchsat.observe.saving import all_off, leave_out
+from torchsat.observe.way import Way
 from torchsat.options import Options
 from torchsat.parts import Key, Parts, SitePart, TallyPart
 from torchsat.schedule import Clock, Window
 from torchsat.sites import Site, Sites, Structure
 from torchsat.structure import Found
+from torchsat.ways import PLACE
 
 Source = Callable[["Observation", Found], Callable[[], None] | None]
 """A function that puts hooks on the modules that were found. If it returns a function, that one is called after all sources, for hooks that must run
 after those of the other sources."""
 
-SOURCES: tuple[Source, ...] = (passes.attach, calls.attach, modules.attach, own.attach, recurrent.attach, layers.attach)
+SOURCES: tuple[Source, ...] = (passes.attach, way.attach, calls.attach, modules.attach, own.attach, recurrent.attach, stream.attach, layers.attach)
 """Where activations come from in eager execution. Their hooks run in this order."""
 GRAPH_SOURCES: tuple[Source, ...] = (ingraph.attach,)
 """Where activations come from while the compiled graph measures."""
@@ -134,6 +136,7 @@ class Observation:
         self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True), self.lineage.hear_loss)
         self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note)
         self.layers = Layers(self)
+        self.way = Way(self)
         self.calls = Calls(self)
 
     @property
@@ -265,6 +268,7 @@ class Observation:
         """Take the hooks off and merge what the passes measured into Parts. Where nothing was measured, no part has a row."""
         weights = self.layers.weights()
         self._unhook(State.FINISHED)
+        self.guard.attempt(PLACE, self.way.conclude)
         whole, eager = self.passes.settle(), self.execution is Execution.EAGER
         if self.has_measured and eager:
             self.lineage.conclude(self.passes.has_entered)

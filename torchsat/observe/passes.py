@@ -39,6 +39,7 @@ from torchsat.observe.hooks import Guard
 from torchsat.parts import Key
 from torchsat.statistics import empty_row, merge_, merge_heads_
 from torchsat.structure import Found, Stages
+from torchsat.ways import PLACE
 from torchsat.weights import input_sums
 
 if TYPE_CHECKING:
@@ -453,6 +454,7 @@ def _enter(observation: Observation, model: nn.Module, args: Any, kwargs: Any) -
         observation.note_if_wanted(MODEL, TRANSFORMED)
     if training:
         observation.lineage.begin_pass()
+        observation.way.begin_pass()
     observation.on_pass(PassEvent.ENTERED, training)
 
 
@@ -467,5 +469,6 @@ def _leave(observation: Observation, model: nn.Module, args: Any, output: Any) -
             outputs = ends(output)
             observation.passes.expect_backward(outputs)
             observation.lineage.reached_output(outputs)
+            observation.guard.attempt(PLACE, observation.way.end_pass, outputs, observation.passes.newest)
         observation.lineage.end_pass()
     observation.on_pass(PassEvent.LEFT, training)

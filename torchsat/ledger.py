@@ -1,0 +1,196 @@
+"""The ledger of the gradient: by what factor each layer, activation, norm and residual join changes its norm on the way from output to input.
+
+An entry has the gradient at its two ends. Its factor is ||dL/d(input)|| / ||dL/d(output)||. On the *spine* one entry begins where the one before it
+ends, so that the factors multiply to the factor of the whole way. A residual join is one entry of the spine. The entries of its branches have a
+higher level; the spine goes on without them.
+
+Measuring half: observe/spine.py, observe/route.py, observe/way.py. Everything here is of the standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+
+class Kind(str, Enum):
+    """What an entry of the ledger is."""
+
+    LAYER = "layer"
+    """It multiplies by a weight."""
+    ACTIVATION = "activation"
+    NORM = "norm"
+    JOIN = "join"
+    """Branches that begin at one tensor are added or concatenated: mostly a block with its residual connection."""
+    GATE = "gate"
+    """Branches that begin at one tensor are multiplied with each other."""
+    ATTENTION = "attention"
+    STEP = "step"
+    """One step of a recurrence. The gradient at its ends is that of the state."""
+    OTHER = "other"
+    """Anything else: a mean over positions, a product with a constant, dropout."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of a ledger."""
+
+    place: str
+    """The path of the module, or the name of the site or of the weight; `blocks.3/add` is the join of a block."""
+    kind: Kind
+    level: int
+    """0 on the spine, 1 in a branch of a join or gate of the spine, 2 in a branch inside that one."""
+    parent: str | None
+    """The place of the join or gate in whose branch it lies; None on the spine."""
+    norm: float | None
+    """||dL/d(output)||, the gradient that arrives at it, of all samples together; None where none was heard. The factor of a GradScaler is divided
+    out."""
+    factor: float | None
+    """||dL/d(input)|| / ||dL/d(output)||. At the end of a branch, ||dL/d(input)|| is what this branch alone passes on."""
+    branch: float | None = None
+    """Of a join, ||gradient by the branches|| / ||gradient by the skip connection||, where the shortest branch counts as that."""
+    input_rms: float | None = None
+    """Of a norm, the root mean square of its input, by which it divides. Where the input is the residual stream, this is the size of the stream."""
+    input_top: float | None = None
+    """Of a norm, the largest |x| of its input."""
+    top_channel: int | None = None
+    """The channel (feature) in which that value stands."""
+
+
+@dataclass(frozen=True)
+class Total:
+    """Several entries of the spine taken together."""
+
+    kind: Kind
+    count: int
+    factor: float
+    """The product of their factors."""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The gradient's way in one observation, from the output of the model to the place at which data enters."""
+
+    entries: tuple[Entry, ...]
+    norm: float | None
+    """||dL/d(output of the model)||."""
+    end: float | None
+    """The norm of the gradient at the end of the way: at the output of the first layer, or at the input where that requires a gradient."""
+
+    @property
+    def factor(self) -> float | None:
+        """`end` / `norm`, which is the product of the factors of the spine."""
+        return None if self.end is None or not self.norm else self.end / self.norm
+
+    @property
+    def spine(self) -> tuple[Entry, ...]:
+        """The entries of level 0."""
+        return tuple(entry for entry in self.entries if entry.level == 0)
+
+    def inside(self, place: str) -> tuple[Entry, ...]:
+        """The entries in the branches of a join or gate."""
+        return tuple(entry for entry in self.entries if entry.parent == place)
+
+    def totals(self, entries: Iterable[Entry] | None = None) -> tuple[Total, ...]:
+        """For each kind the product of the factors of these entries (None: those of the spine), the one that takes most first. A kind of which a
+        factor is not known is left out."""
+        logs: dict[Kind, list[float]] = {}
+        for entry in self.spine if entries is None else entries:
+            logs.setdefault(entry.kind, []).append(math.log(entry.factor) if entry.factor else math.nan if entry.factor is None else -math.inf)
+        found = [Total(kind, len(each), math.exp(sum(each))) for kind, each in logs.items() if not math.isnan(sum(each))]
+        return tuple(sorted(found, key=lambda total: total.factor))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The ledger as nested dicts and tuples of plain values."""
+        return {**asdict(self), "entries": tuple({**asdict(entry), "kind": entry.kind.value} for entry in self.entries)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Ledger:
+        """The inverse of `as_dict`, also after JSON. Fields that are not known here, of a later version, are left out."""
+        names = Entry.__dataclass_fields__
+        entries = tuple(Entry(**{n: v for n, v in {**each, "kind": Kind(each["kind"])}.items() if n in names}) for each in values["entries"])
+        return Ledger(entries, values["norm"], values["end"])
+
+
+Fact = tuple[str, str, int, int | None, int, int, int | None, Sequence[int]]
+"""What travels of an entry beside the numbers: place, kind, level, the index of its parent, and the indices of the points at which the gradient was
+measured: at its output, at its input, by the skip connection, by each branch."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What was measured of the input of a norm."""
+
+    rms: float | None
+    top: float | None
+    channel: int | None
+
+
+def ledger_of(facts: Sequence[Fact], squares: Sequence[float], heard: Sequence[float], scale: float, streams: Mapping[str, Stream]) -> Ledger | None:
+    """The ledger of an observation; None where there is no entry.
+
+    Args:
+        squares: for each point the sum of the squares of its gradient.
+        heard: for each point how often a gradient was heard there.
+        scale: the factor that the gradients carry.
+        streams: the inputs of norms, by place.
+    """
+    if not facts:
+        return None
+    norms = [math.sqrt(square) / scale if count else None for square, count in zip(squares, heard, strict=True)]
+    entries = []
+    for place, kind, level, parent, start, end, skip, branches in facts:
+        into, stream = norms[start], streams.get(place)
+        by_branches = [norms[each] for each in branches]
+        entries.append(
+            Entry(
+                place,
+                Kind(kind),
+                level,
+                None if parent is None else facts[parent][0],
+                into,
+                _ratio(norms[end], into),
+                _ratio(_together(by_branches), None if skip is None else norms[skip]),
+                *((None, None, None) if stream is None else (stream.rms, stream.top, stream.channel)),
+            )
+        )
+    ends = [norms[fact[5]] for fact in facts if fact[2] == 0]
+    return Ledger(tuple(entries), entries[0].norm, ends[-1] if ends else None)
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    if above is None or not below or not (math.isfinite(above) and math.isfinite(below)):
+        return None
+    return above / below
+
+
+def _together(norms: Iterable[float | None]) -> float | None:
+    known = [each for each in norms if each is not None]
+    return math.hypot(*known) if known else None
+
+
+CHANNELS = 2**20
+"""The most channels whose index travels with the largest value."""
+
+
+def decode_top(code: float) -> tuple[float | None, int | None]:
+    """The largest |x| and its channel from the code that observe/way.py makes of them; None where there is none."""
+    if not math.isfinite(code) or code < 0:
+        return None, None
+    bits, channel = divmod(round(code), CHANNELS)
+    value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
+    return value, channel
+
+
+def expanded(entries: Sequence[Entry]) -> Iterator[tuple[Entry, float]]:
+    """The entries of the spine, each with the product of the factors up to its end; it stops where a factor is not known."""
+    product = 1.0
+    for entry in entries:
+        if entry.factor is None:
+            return
+        product *= entry.factor
+        yield entry, product
