@@ -3,6 +3,8 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import torchsat
-from torchsat.ledger import Entry, Kind, Ledger, Total, decode_top
+from torchsat.ledger import Entry, Kind, Ledger, decode_top
 from torchsat.observe.stream import observe_stream
 
 CLOSE = 1e-9
@@ -344,11 +346,15 @@ def test_a_ledger_survives_json_and_totals_leave_out_what_is_not_known() -> None
         Entry("1", Kind.NORM, 0, None, 1.0, 0.5, input_rms=2.0, input_top=8.0, top_channel=3),
         Entry("0", Kind.LAYER, 0, None, 0.5, None),
     )
-    ledger = Ledger(entries, 2.0, 0.25)
+    ledger = Ledger((*entries[:3], replace(entries[3], factor=0.5)))
+    assert [(each.kind, each.count) for each in ledger.totals()] == [(Kind.JOIN, 1), (Kind.NORM, 1), (Kind.LAYER, 1)]
+    assert [each.factor for each in ledger.totals()] == [pytest.approx(0.5)] * 3
+    assert ledger.end == pytest.approx(0.25)
+    ledger = Ledger(entries)
     assert Ledger.from_dict(json.loads(json.dumps(ledger.as_dict()))) == ledger
-    assert ledger.factor == 0.125
+    assert (ledger.norm, ledger.end, ledger.factor) == (2.0, None, None)
     assert ledger.inside("2/add") == entries[1:2]
-    assert ledger.totals() == (Total(Kind.JOIN, 1, pytest.approx(0.5)), Total(Kind.NORM, 1, pytest.approx(0.5)))
+    assert [each.kind for each in ledger.totals()] == [Kind.JOIN, Kind.NORM]
 
 
 def test_training_is_bit_identical_and_a_graph_that_changes_is_learned_again() -> None:
@@ -384,3 +390,18 @@ def test_training_is_bit_identical_and_a_graph_that_changes_is_learned_again() -
     assert places[0] == ["tanh_1", "two", "tanh"]
     assert places[1] is None
     assert places[-1] == ["tanh"]
+
+
+def test_a_ledger_is_read_back_from_the_event_files(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, kept = Transformer(1, before=True), list[torchsat.Snapshot]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torchsat.watch(model, tmp_path, errors="raise", every=1, sinks=[kept.append]):
+        for _ in range(3):
+            model(words()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = torchsat.read(tmp_path)
+    assert [each.ledger for each in found] == [each.ledger for each in kept]
+    assert found[0].ledger is not None
+    assert [each.kind for each in found[0].ledger.spine[:3]] == [Kind.LAYER, Kind.NORM, Kind.JOIN]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -76,10 +76,17 @@ class Ledger:
     """The gradient's way in one observation, from the output of the model to the place at which data enters."""
 
     entries: tuple[Entry, ...]
-    norm: float | None
-    """||dL/d(output of the model)||."""
-    end: float | None
-    """The norm of the gradient at the end of the way: at the output of the first layer, or at the input where that requires a gradient."""
+
+    @property
+    def norm(self) -> float | None:
+        """||dL/d(output of the model)||."""
+        return self.entries[0].norm
+
+    @property
+    def end(self) -> float | None:
+        """The norm of the gradient at the end of the way: at the output of the first layer, or at the input where that requires a gradient."""
+        last = self.spine[-1]
+        return None if last.norm is None or last.factor is None else last.norm * last.factor
 
     @property
     def factor(self) -> float | None:
@@ -106,15 +113,20 @@ class Ledger:
 
     def as_dict(self) -> dict[str, Any]:
         """The ledger as nested dicts and tuples of plain values."""
-        return {**asdict(self), "entries": tuple({**asdict(entry), "kind": entry.kind.value} for entry in self.entries)}
+        return {"entries": tuple({**asdict(entry), "kind": entry.kind.value} for entry in self.entries)}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Ledger:
         """The inverse of `as_dict`, also after JSON. Fields that are not known here, of a later version, are left out."""
-        names = Entry.__dataclass_fields__
-        entries = tuple(Entry(**{n: v for n, v in {**each, "kind": Kind(each["kind"])}.items() if n in names}) for each in values["entries"])
-        return Ledger(entries, values["norm"], values["end"])
+        names = (*ENTRY_FACTS, *ENTRY_METRICS)
+        given = ({**each, "kind": Kind(each["kind"])} for each in values["entries"])
+        return Ledger(tuple(Entry(**{name: each[name] for name in names if name in each}) for each in given))
 
+
+ENTRY_FACTS = ("place", "kind", "level", "parent")
+"""What is known of an entry besides its numbers."""
+ENTRY_METRICS = tuple(field.name for field in fields(Entry) if field.name not in ENTRY_FACTS)
+"""Names of the numbers of an entry."""
 
 Fact = tuple[str, str, int, int | None, int, int, int | None, Sequence[int]]
 """What travels of an entry beside the numbers: place, kind, level, the index of its parent, and the indices of the points at which the gradient was
@@ -158,8 +170,7 @@ def ledger_of(facts: Sequence[Fact], squares: Sequence[float], heard: Sequence[f
                 *((None, None, None) if stream is None else (stream.rms, stream.top, stream.channel)),
             )
         )
-    ends = [norms[fact[5]] for fact in facts if fact[2] == 0]
-    return Ledger(tuple(entries), entries[0].norm, ends[-1] if ends else None)
+    return Ledger(tuple(entries))
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

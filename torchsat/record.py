@@ -479,7 +479,7 @@ HEAD_METRICS = tuple(field.name for field in fields(Head))
 WEIGHT_FACTS = tuple(field.name for field in fields(LayerFacts))
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
 """Names of the numbers of a Head, a Record and a Weight: what can be drawn over time. The facts are what stays the same."""
-COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "worst_rank", "nonfinite_rank", "input_n", "rows")
+COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "worst_rank", "nonfinite_rank", "input_n", "rows", "top_channel")
 """The numbers that are integers."""
 
 
