@@ -1,6 +1,7 @@
 """axe-core finds nothing in the tab, in its pages and in the page of the report that would keep somebody from using them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import resources, util
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ pytest.importorskip("selenium", reason="selenium is not installed: pip install s
 from selenium.webdriver.common.by import By
 
 from tests.browsing import chromium, open_tab, serving, settled, wait
-from tests.test_browser import snapshots
+from tests.test_browser import snapshots as plain_snapshots
+from tests.test_ledger_tab import LEDGER
 from tests.test_tensorboard import write
+from torchsat import Snapshot
 from torchsat.report import report
 from torchsat.tensorboard import pages
 
@@ -21,6 +24,10 @@ pytestmark = [
     pytest.mark.skipif(chromium() is None, reason="no Chromium with its driver: apt-get install chromium chromium-driver"),
     pytest.mark.skipif(util.find_spec("axe_core_python") is None, reason="axe-core is not installed: pip install axe-core-python"),
 ]
+
+
+def snapshots(sites: int, count: int) -> list[Snapshot]:
+    return [replace(each, ledger=LEDGER) for each in plain_snapshots(sites, count)]
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,21 @@ class Kind(str, Enum):
     """Anything else: a mean over positions, a product with a constant, dropout."""
 
 
+_WORDS = {
+    Kind.LAYER: ("layer", "layers"),
+    Kind.ACTIVATION: ("activation", "activations"),
+    Kind.NORM: ("norm", "norms"),
+    Kind.JOIN: ("join", "joins"),
+    Kind.GATE: ("gated product", "gated products"),
+    Kind.ATTENTION: ("attention", "attentions"),
+    Kind.STEP: ("step in time", "steps in time"),
+    Kind.OTHER: ("other part", "other parts"),
+}
+"""One and several of a kind, in words."""
+_MOST_TOLD = 4
+"""So many kinds are named in a sentence."""
+
+
 @dataclass(frozen=True)
 class Entry:
     """One entry of a ledger."""
@@ -110,6 +125,16 @@ class Ledger:
             logs.setdefault(entry.kind, []).append(math.log(entry.factor) if entry.factor else math.nan if entry.factor is None else -math.inf)
         found = [Total(kind, len(each), math.exp(sum(each))) for kind, each in logs.items() if not math.isnan(sum(each))]
         return tuple(sorted(found, key=lambda total: total.factor))
+
+    @property
+    def told(self) -> str | None:
+        """By what factor the norm changes on the way, and what gives that factor, in words; None where it is not known."""
+        if self.factor is None:
+            return None
+        parts = sorted(self.totals(), key=lambda total: -abs(math.log(total.factor)) if total.factor else -math.inf)
+        given = [f"{each.count} {_WORDS[each.kind][each.count > 1]} {'give' if each.count > 1 else 'gives'} {each.factor:.2g}" for each in parts]
+        listed = ", ".join(given[:_MOST_TOLD])
+        return f"from the output to the input of the model the gradient's norm changes by a factor of {self.factor:.2g}: {listed}"
 
     def as_dict(self) -> dict[str, Any]:
         """The ledger as nested dicts and tuples of plain values."""

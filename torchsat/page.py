@@ -17,12 +17,13 @@ from typing import Any
 from urllib.parse import urlencode
 
 from torchsat.grids import Grid
+from torchsat.ledger import ENTRY_METRICS
 from torchsat.page_head import STYLE, head, title_of
 from torchsat.tensorboard import SCRIPTS
 from torchsat.tensorboard.reader import Run
 from torchsat.tensorboard.scalars import scalars_beside
 from torchsat.text import print_text
-from torchsat.view import from_snapshots, heads, histograms, scales
+from torchsat.view import from_snapshots, heads, histograms, ledger_entries, ledger_grid, scales
 
 PAGE_CELLS = 200_000
 """The most numbers of one metric of a run. If there are more, observations are left out at even distances."""
@@ -67,6 +68,9 @@ def _answers(run: Run) -> Iterator[tuple[str, dict[str, str], Any]]:
     scalars = scalars_beside(run.directory) if run.directory else {"tags": [], "loss": None, "rate": None, "grids": {}}
     yield from (("scalar", {"run": name, "tag": tag}, grid) for tag, grid in scalars.pop("grids").items())
     yield "scalars", {"run": name}, scalars
+    yield "ledger", {"run": name}, ledger_entries(run.snapshots)
+    for metric in ENTRY_METRICS:
+        yield "ledger_values", {"run": name, "metric": metric}, ledger_grid(metric, run.snapshots).thin(PAGE_HISTOGRAMS)
     for metric in series.values:
         yield "values", {"run": name, "metric": metric}, series.grid(metric).thin(most)
     for site in series.sites:

@@ -77,7 +77,8 @@ def sheets(run: Run, found: Sequence[Episode], bars: str = BARS, trend: int = 24
     """
     firing = {place for each in found if each.cleared is None for place in (each.alert.site, *each.alert.also)}
     made = [_site_sheet(run.snapshots, firing, bars, trend), _attention_sheet(run.snapshots, firing, bars, trend)]
-    return [sheet for sheet in (*made, _weight_sheet(run.snapshots[-1], firing)) if sheet.rows]
+    made += [_weight_sheet(run.snapshots[-1], firing), _ledger_sheet(run.snapshots)]
+    return [sheet for sheet in made if sheet.rows]
 
 
 def health_of(item: Record | Weight, firing: Iterable[str] = ()) -> str:
@@ -210,3 +211,38 @@ def _attention_sheet(snapshots: Sequence[Snapshot], firing: set[str], bars: str,
 def _weight_sheet(snapshot: Snapshot, firing: set[str]) -> Sheet:
     found = [_Shown(weight, health_of(weight, firing)) for weight in snapshot.weights]
     return _sheet("Layers that feed them", "layer", _WEIGHT_CELLS, found, lambda weight: 0.0)
+
+
+_LEDGER_COLUMNS = (
+    Column("part", left=True, name=True),
+    Column("is", left=True, rank=2),
+    Column("factor"),
+    Column("gradient left", rank=1),
+    Column("branch / skip", rank=3),
+    Column("rms input", rank=4),
+    Column("largest input", rank=5),
+)
+_FAR = math.log(1.5)
+"""A part whose factor is farther from 1 than this one, up or down, is worth a line in a large network."""
+
+
+def _ledger_sheet(snapshots: Sequence[Snapshot]) -> Sheet:
+    """The way of the gradient in the newest observation that has one, from the output to the input."""
+    ledger = next((each.ledger for each in reversed(snapshots) if each.ledger is not None), None)
+    if ledger is None or ledger.told is None:
+        return Sheet("", _LEDGER_COLUMNS, [], "part")
+    rows, left = [], 1.0
+    for entry in ledger.entries:
+        inside = "  " * entry.level
+        left *= (entry.factor or 0.0) if entry.level == 0 else 1.0
+        cells = (
+            inside + entry.place,
+            entry.kind.value,
+            number_or_dash(entry.factor),
+            number_or_dash(left, "{:.2e}") if entry.level == 0 else "-",
+            percent_or_dash(entry.branch),
+            number_or_dash(entry.input_rms),
+            "-" if entry.input_top is None else f"{entry.input_top:.3g} (channel {entry.top_channel})",
+        )
+        rows.append(Row(cells, entry.level == 0 and (not entry.factor or abs(math.log(entry.factor)) > _FAR)))
+    return Sheet(f"Where the gradient goes: {ledger.told}", _LEDGER_COLUMNS, rows, "part")

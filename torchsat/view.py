@@ -18,6 +18,7 @@ from torchsat.alerts import Episode, episodes
 from torchsat.colours import shades
 from torchsat.definitions import CAUSE_DEFINITIONS, RULE_DEFINITIONS
 from torchsat.grids import Grid, Table, join
+from torchsat.ledger import ENTRY_FACTS
 from torchsat.metrics import METRICS, Ramp, Values, excess, rows_of
 from torchsat.percent import PERCENT
 from torchsat.record import (
@@ -256,6 +257,28 @@ def heads(site: str, snapshots: Sequence[Snapshot]) -> Grid:
         if record.site == site and record.heads
     ]
     return _grid([str(index) for index in range(max((len(row) for _, row in found), default=0))], found)
+
+
+def ledger_entries(snapshots: Sequence[Snapshot]) -> list[dict[str, Any]]:
+    """The ENTRY_FACTS of the entries of the newest ledger, by name; empty where there is none."""
+    newest = next((each.ledger for each in reversed(snapshots) if each.ledger is not None), None)
+    return [] if newest is None else [{fact: getattr(entry, fact) for fact in ENTRY_FACTS} for entry in newest.entries]
+
+
+def ledger_grid(metric: str, snapshots: Sequence[Snapshot]) -> Grid:
+    """One number (ENTRY_METRICS) of each entry of the ledgers over time."""
+    tables = [
+        Table.of(
+            [entry.place for entry in each.ledger.entries],
+            each.step,
+            each.time,
+            [[to_float(getattr(entry, metric)) for entry in each.ledger.entries]],
+        )
+        for each in snapshots
+        if each.ledger is not None
+    ]
+    names, steps, times, values = join(tables, 1)
+    return Grid(steps, times, names, values[:, 0])
 
 
 def _grid(names: Sequence[str], found: Sequence[tuple[Snapshot, Sequence[float]]]) -> Grid:

@@ -33,6 +33,8 @@ _LEAST_OF_BLAME = 0.05
 """Causes with a smaller share of the blame are not told."""
 _MOST = 100.0
 """The largest size of a term. A number that has overflowed would have an infinite size, and the shares would not add up."""
+_OF_THE_WAY = ("vanishing_gradient", "exploding_gradient")
+"""The rules about what the gradient loses or gains on its way. The ledger of the gradient is evidence for their causes."""
 _INITIAL = ("inputs_uncentred", "inputs_unscaled", "init_too_large", "init_too_small")
 """Causes that were there before training began."""
 
@@ -58,6 +60,9 @@ def explain(alert: Alert, scene: Scene) -> tuple[Cause, ...]:
     whole = sum(term.size for term in kept)
     beside = next((term for term in kept if term.cause == "weight_growth"), kept[0] if kept else None)
     told = [replace(term, evidence=f"{term.evidence}; {rise.told(alert.since)}") if rise and term is beside else term for term in kept]
+    ledger = scene.now.ledger if alert.rule in _OF_THE_WAY else None
+    if told and ledger is not None and ledger.told is not None:
+        told[0] = replace(told[0], evidence=f"{told[0].evidence}; {ledger.told}")
     return tuple(Cause(term.cause, term.size / whole, term.evidence, term.remedy) for term in told)
 
 

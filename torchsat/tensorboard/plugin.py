@@ -9,6 +9,7 @@ are left out at even distances.
     run?run=                      sites, layers and alerts of a run
     values?run=&metric=           one metric, steps x sites             site?run=&site=    one site, steps x metrics
     histogram?run=&site=          steps x bins of |f'| / peak           heads?run=&site=   steps x entropies of heads
+    ledger?run=                         the entries of the ledger       ledger_values?run=&metric=   one number of each, steps x entries
     scalars?run=                  the user's own scalars beside a run: {tags, loss, rate}, of which two are guessed by their names
     scalar?run=&tag=              one of them, steps x 1
     docs/<page>?theme=            a page of the documentation (pages.py)
@@ -34,9 +35,10 @@ from werkzeug import wrappers
 
 from torchsat.alerts import episodes
 from torchsat.grids import Grid, Table, join, not_void
+from torchsat.ledger import ENTRY_METRICS
 from torchsat.metrics import rows_of
 from torchsat.record import Alert, Nearest
-from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, JUDGEMENT, PLUGIN, READABLE, RECORDS, SCRIPTS, SUBRUN, WEIGHTS, WHOLE, pages
+from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, JUDGEMENT, LEDGER, PLUGIN, READABLE, RECORDS, SCRIPTS, SUBRUN, WEIGHTS, WHOLE, pages
 from torchsat.tensorboard.reader import judgement_of
 from torchsat.tensorboard.scalars import UserScalars
 from torchsat.verdict import Verdict, verdict_of
@@ -84,6 +86,8 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             "/site": lambda query: query.series().site(query.site()),
             "/histogram": lambda query: query.tensor(HISTOGRAM, query.site()),
             "/heads": lambda query: query.tensor(HEADS, query.site()),
+            "/ledger": lambda query: query.ledger(),
+            "/ledger_values": lambda query: query.ledger_values(),
             "/scalars": lambda query: query.scalars().describe(),
             "/scalar": lambda query: query.scalars().grid(query.tag()),
         }
@@ -258,6 +262,23 @@ class Query:
         names, at_steps, at_times, values = join(tables, 1)
         valid = not_void(at_steps.tolist(), at_times.tolist(), self.series().grid("saturated"))
         return Grid(at_steps[valid], at_times[valid], names, values[valid, 0])
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """The facts of the entries of the newest ledger of a run."""
+        run = self.run()
+        tags = self.tags(run).get(run, {})
+        found = [(each.max_wall_time, known) for tag, each in tags.items() if _kind(tag) == LEDGER and (known := _known(each)) is not None]
+        newest = max(found, key=operator.itemgetter(0), default=(0.0, None))[1]
+        return [] if newest is None else [dict(zip(newest["facts"], each, strict=True)) for each in newest["entries"]]
+
+    def ledger_values(self) -> Grid:
+        """One number of each entry of the ledger, over time."""
+        run, metric = self.run(), self._argument("metric", ENTRY_METRICS, "metrics")
+        data = self._data(run, self.tags(run).get(run, {}), LEDGER, MOST_HISTOGRAMS)
+        tables = [_table([each[0] for each in known["entries"]], found, known["metrics"], [metric]) for known, found in data]
+        names, steps, times, values = join(tables, 1)
+        valid = not_void(steps.tolist(), times.tolist(), self.series().grid("saturated"))
+        return Grid(steps[valid], times[valid], names, values[valid, 0])
 
     def _data(self, run: str, tags: Mapping[str, Any], kind: str, most: int) -> Iterator[tuple[dict[str, Any], list[Any]]]:
         """For each tag of one kind, the content of its metadata and its data."""
