@@ -26,10 +26,20 @@ from torchsat.record import Head, Record, Snapshot, Weight
 
 VALUES = (Record, Head, Weight, Snapshot)
 NOT_NUMBERS = {
-    *("Snapshot.alerts", "Snapshot.judged", "Snapshot.nearest", "Record.heads", "Record.alert_level", "Weight.alert_level", "Weight.layer"),
+    *(
+        "Snapshot.alerts",
+        "Snapshot.judged",
+        "Snapshot.ledger",
+        "Snapshot.nearest",
+        "Record.heads",
+        "Record.alert_level",
+        "Weight.alert_level",
+        "Weight.layer",
+    ),
 }
 """The fields that hold no measured number. Each head is compared field by field. Alerts are judged over several observations, and are checked by
-benchmarks/faults.py and by the tests of the rules; how near an alert is, and what a layer is called, by tests/test_verdict.py."""
+benchmarks/faults.py and by the tests of the rules; how near an alert is, and what a layer is called, by tests/test_verdict.py.
+tests/test_ledger.py compares the entries of a ledger with autograd."""
 
 
 def kind_of(found: object) -> str:

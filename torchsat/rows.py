@@ -175,7 +175,9 @@ def to_ledger(tallies: Mapping[tuple[str, str], TallyRow], scale: float) -> Ledg
     Args:
         scale: the factor that the gradients carry.
     """
-    row = tallies.get((LEDGER.name, ""))
+    found = [row for (kind, _), row in tallies.items() if kind == LEDGER.name and row.facts.get("entries")]
+    # Micro-batches may differ in their graphs. The one in which most gradients were heard is shown.
+    row = max(found, key=lambda row: sum(row.numbers["heard"]), default=None)
     if row is None:
         return None
     streams = {place: _stream(row.numbers) for (kind, place), row in tallies.items() if kind == STREAM.name}

@@ -26,6 +26,8 @@ class Listener:
 class Plan:
     """Where the gradient is measured in one graph, whose nodes are numbered from the output on."""
 
+    number: int
+    """Which of the graphs of the model it is."""
     facts: tuple[Fact, ...]
     points: int
     listeners: Mapping[int, Listener]

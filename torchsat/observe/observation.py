@@ -48,7 +48,10 @@ Source = Callable[["Observation", Found], Callable[[], None] | None]
 """A function that puts hooks on the modules that were found. If it returns a function, that one is called after all sources, for hooks that must run
 after those of the other sources."""
 
-SOURCES: tuple[Source, ...] = (passes.attach, way.attach, calls.attach, modules.attach, own.attach, recurrent.attach, stream.attach, layers.attach)
+SOURCES: tuple[Source, ...] = (
+    *(passes.attach, way.attach, calls.attach, modules.attach, own.attach, recurrent.attach, stream.attach),
+    layers.attach,
+)
 """Where activations come from in eager execution. Their hooks run in this order."""
 GRAPH_SOURCES: tuple[Source, ...] = (ingraph.attach,)
 """Where activations come from while the compiled graph measures."""
@@ -259,6 +262,11 @@ class Observation:
             self.enters_step(optimizer)
         self.passes.gradients.has_stepped()
         self.layers.after_step(optimizer, closure)
+
+    def take_over(self, earlier: Observation) -> None:
+        """Take over the passes of an earlier observation that may still enter a step."""
+        self.passes.take_over(earlier.passes)
+        self.tally_facts.update(earlier.tally_facts)
 
     def stage_of(self, name: str) -> int | None:
         """The number of the pipeline's stage that a site or layer is in; None where there is no pipeline."""

@@ -36,7 +36,6 @@ from torchsat.ways import PLACE, Listener, Plan
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
-LEDGER: Key = ("ledger", "")
 _MOST_NODES = 8000
 """The most nodes of a graph that are walked; graph.Survey says why there is a limit. A larger graph has no ledger."""
 _MOST_OF_PARAMETER = 32
@@ -131,8 +130,10 @@ class Way:
                 (each.to(device, non_blocking=True) for each in kept.sums.values()), torch.zeros((), dtype=accumulator(device), device=device)
             )
             heard = torch.tensor(kept.heard, dtype=squares.dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-            kept.into.tally(LEDGER, torch.stack([squares, heard]))
-            self._observation.tally_facts[LEDGER] = {"entries": kept.plan.facts}
+            # A pass may count in a later observation, whose graph may be another one. So each graph has a place of its own.
+            key: Key = ("ledger", str(kept.plan.number))
+            kept.into.tally(key, torch.stack([squares, heard]))
+            self._observation.tally_facts[key] = {"entries": kept.plan.facts}
         self._kept.clear()
 
     def _walk(self, ends: Sequence[Node]) -> tuple[list[Node], list[Node]] | None:
@@ -184,7 +185,8 @@ class Way:
             at, to, *others = [points.setdefault(each, len(points)) for each in wanted]
             skip = None if entry.skip is None else others.pop(0)
             facts.append((entry.place, entry.kind.value, entry.level, entry.parent, at, to, skip, tuple(others)))
-        return Plan(tuple(facts), len(points), _listeners(points, graph, [None, *nodes]))
+        number = len(self._observation.sites.ways.plans)
+        return Plan(number, tuple(facts), len(points), _listeners(points, graph, [None, *nodes]))
 
     def _weights(self) -> dict[int, str]:
         """The name of each weight of the model by the id of its tensor."""
