@@ -33,6 +33,7 @@ from torchsat.activations import CLAMP, Activation, Bound, bind_call, calls_of
 from torchsat.faults import MODEL
 from torchsat.observe import glu, softmaxes
 from torchsat.observe.conditions import Conditions
+from torchsat.observe.functions import Functions, may_be_function
 from torchsat.observe.graph import Survey, ends, has_weight
 from torchsat.observe.meter import Call, check_plain
 from torchsat.observe.mode import CallMode, Frame, Function
@@ -104,6 +105,7 @@ class Calls:
         self._conditions = Conditions()
         self._names: frozenset[str] = frozenset()
         """The sites that are modules. A call that would have such a name gets another one."""
+        self._functions = Functions(observation)
         self._roles: dict[Any, Activation | Role] = dict(ROLES)
         for row in reversed(observation.options.activations):
             self._roles.update(dict.fromkeys(row.calls, row))
@@ -126,7 +128,7 @@ class Calls:
 
     def hook(self, found: Found) -> Callable[[], None]:
         """Hook the beginning of each forward. The function that is returned hooks their ends."""
-        self._names = frozenset(found.names)
+        self._names = self._functions.names = frozenset(found.names)
         self._outside = Outside(found, self._mode)
         callers = {each.module for each in found.callers}
         others = [each for each in found.modules if each.module not in callers]
@@ -223,15 +225,11 @@ class Calls:
         reason = UNSEEN.get(getattr(function, "__name__", "")) if role is None else None
         guard, lineage = observation.guard, observation.lineage
         looks = guard.is_open and frame.hears and lineage.looks
-        if looks and role is None and reason is None:
-            result = self._mode.origins.call(function, args, kwargs)
-            guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, lineage.survey.choices)
-            return result
-        if (role is None and reason is None) or not guard.is_open or not frame.hears:
+        if not guard.is_open or not frame.hears:
             return self._mode.origins.call(function, args, kwargs)
+        if (role is None and reason is None) or (role is Role.CLAMP and _bounds(function, args, kwargs) is None):
+            return self._call_other(frame, outside, function, args, kwargs)
         if outside is not None and not outside.claims((args, kwargs)):
-            return self._mode.origins.call(function, args, kwargs)
-        if role is Role.CLAMP and _bounds(function, args, kwargs) is None:
             return self._mode.origins.call(function, args, kwargs)
         place = frame.place(_site_name(role, function))
         place += "_call" if place in self._names else ""
@@ -248,6 +246,22 @@ class Calls:
             guard(place, finish)(result)
         if looks:
             guard(MODEL, lineage.survey.explain)(ends(result), before)
+        return result
+
+    def _call_other(self, frame: Frame, outside: Outside | None, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that is no activation. It may be a mathematical function of a signal, or choose elements of one by a condition."""
+        observation, guard = self._observation, self._observation.guard
+        place: str | None = None
+        finish: Finish | None = None
+        if may_be_function(function, args) and (outside is None or outside.claims((args, kwargs))):
+            place = guard(MODEL, self._functions.place)(frame, function, args, kwargs)
+        if place is not None:
+            finish = guard(place, self._functions.begin)(place, frame.module, function, args, kwargs)
+        result = self._mode.origins.call(function, args, kwargs)
+        if place is not None and finish is not None:
+            guard(place, finish)(result)
+        if observation.lineage.looks:
+            guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, observation.lineage.survey.choices)
         return result
 
     def _before(

@@ -195,6 +195,10 @@ class Meter:
     def ran(self, site: Site, steps: Sequence[Step], z: Tensor | None = None, cut: Cut | None = None) -> None:
         """Note that a site ran on these outputs of nodes; see Lineage.ran."""
         self._passes.has_measured = True
+        if self._sites.known.get(site.name) is not site:
+            # It may still turn out to be no site (observe/functions.py).
+            self._lineage.ran(site, steps, z, cut)
+            return
         self._passes.runs(site.name)
         self._latest = (self._passes.current, site.name)
         self._sites.has_run(site)

@@ -127,6 +127,11 @@ def is_generic(node: Node) -> bool:
     return internals.forward_class(node) is None and not _ACTIVATION.fullmatch(kind_of(node))
 
 
+def comes_from_parameter(node: Node) -> bool:
+    """Whether what this node made is a function of one parameter alone, or a parameter."""
+    return hasattr(node, "variable") or is_of_parameter(node)
+
+
 def is_of_parameter(node: Node) -> bool:
     """Whether a node is a function of one parameter alone, or divides a parameter, as spectral norm does. A product does not count: its other factor
     may be data, which is not in the graph."""
