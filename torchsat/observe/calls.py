@@ -33,6 +33,7 @@ from torchsat.activations import CLAMP, Activation, Bound, bind_call, calls_of
 from torchsat.faults import MODEL
 from torchsat.observe import glu, softmaxes
 from torchsat.observe.conditions import Conditions
+from torchsat.observe.forms import Forms
 from torchsat.observe.functions import Functions, may_be_function
 from torchsat.observe.graph import Survey, ends, has_weight
 from torchsat.observe.meter import Call, check_plain
@@ -106,6 +107,7 @@ class Calls:
         self._names: frozenset[str] = frozenset()
         """The sites that are modules. A call that would have such a name gets another one."""
         self._functions = Functions(observation)
+        self._forms = Forms(observation, self._conditions)
         self._roles: dict[Any, Activation | Role] = dict(ROLES)
         for row in reversed(observation.options.activations):
             self._roles.update(dict.fromkeys(row.calls, row))
@@ -128,7 +130,7 @@ class Calls:
 
     def hook(self, found: Found) -> Callable[[], None]:
         """Hook the beginning of each forward. The function that is returned hooks their ends."""
-        self._names = self._functions.names = frozenset(found.names)
+        self._names = self._functions.names = self._forms.names = frozenset(found.names)
         self._outside = Outside(found, self._mode)
         callers = {each.module for each in found.callers}
         others = [each for each in found.modules if each.module not in callers]
@@ -251,17 +253,22 @@ class Calls:
     def _call_other(self, frame: Frame, outside: Outside | None, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that is no activation. It may be a mathematical function of a signal, or choose elements of one by a condition."""
         observation, guard = self._observation, self._observation.guard
-        place: str | None = None
-        finish: Finish | None = None
+        lineage, begun = observation.lineage, list[tuple[str, Finish | None]]()
+        hears_forms = self._forms.are_heard
         if may_be_function(function, args) and (outside is None or outside.claims((args, kwargs))):
             place = guard(MODEL, self._functions.place)(frame, function, args, kwargs)
-        if place is not None:
-            finish = guard(place, self._functions.begin)(place, frame.module, function, args, kwargs)
+            if place is not None:
+                begun.append((place, guard(place, self._functions.begin)(place, frame.module, function, args, kwargs)))
+        if not begun and hears_forms and (form := guard(MODEL, self._forms.find)(frame, function, args, kwargs)) is not None:
+            begun.append((form.place, guard(form.place, self._forms.begin)(form, frame.module, function)))
         result = self._mode.origins.call(function, args, kwargs)
-        if place is not None and finish is not None:
-            guard(place, finish)(result)
-        if observation.lineage.looks:
-            guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, observation.lineage.survey.choices)
+        if hears_forms:
+            guard(MODEL, self._conditions.heard)(
+                function, (*args, *kwargs.values()), result, lineage.survey.choices if lineage.looks else None
+            )
+        for place, finish in begun:
+            if finish is not None:
+                guard(place, finish)(result)
         return result
 
     def _before(

@@ -43,7 +43,7 @@ class FunctionCall:
         self._before = observation.meter.latest
         self.place = site.name
 
-    def decide(self) -> str | None:
+    def decide(self, reason: str) -> str | None:
         """Make the place a site, since its function is on the way of the signal. Returns why that cannot be done; None where it is a site now."""
         sites, site = self._observation.sites, self._site
         if self._unread is not None:

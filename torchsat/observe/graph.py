@@ -196,8 +196,9 @@ class Heard(Protocol):
 
     place: str
 
-    def decide(self) -> str | None:
-        """Called when no other site accounts for the function. Returns why it is not measured; None where its place is a site from now on."""
+    def decide(self, reason: str) -> str | None:
+        """Called when no other site accounts for the function. Returns why it is not measured, which may be the reason that is given; None where its
+        place is a site from now on."""
 
 
 Unaccounted = tuple[str, str, bool]
@@ -289,6 +290,11 @@ class Survey:
             if not is_before(node) and not hasattr(node, "variable"):
                 self._heard[node] = heard
 
+    def heard_inside(self, own: Node, z: Node) -> list[Heard]:
+        """The calls between a node and another one before it that may be sites."""
+        found = [heard for node in self.upstream([own], lambda node: node is z, MOST_OF_CALL) if node is not z and (heard := self._heard.get(node))]
+        return list(dict.fromkeys(found))
+
     def explore(self, starts: Iterable[Node]) -> Iterator[Unaccounted]:
         """What no site accounts for among these nodes and those before them that were not met yet."""
         starts = set(starts)
@@ -341,5 +347,5 @@ class Survey:
             heard = self._heard.get(node)
             if heard is None:
                 yield *told, False
-            elif (reason := heard.decide()) is not None:
+            elif (reason := heard.decide(told[1])) is not None:
                 yield heard.place, reason, True

@@ -209,6 +209,12 @@ class Observation:
             for place in inside:
                 each.forget(place)
 
+    def forget_place(self, place: str) -> None:
+        """Forget a site that has turned out to be a part of another one."""
+        self.sites.forget_place(place)
+        for each in self.passes:
+            each.forget(place)
+
     def fail(self, place: str, error: Exception) -> None:
         """Stop watching a place at which our own code raised. At MODEL this ends the observation.
 

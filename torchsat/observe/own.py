@@ -56,18 +56,24 @@ _UNDECIDED = 20
 
 Numbers = tuple[Tensor, Tensor, Tensor, Tensor]
 """z, a, dL/da and dL/dz at the elements of a call that were read."""
-Look = Callable[["Observation", "Candidate", nn.Module, Sample, Numbers], None]
+Look = Callable[["Observation", "Candidate", Sample, Numbers], None]
 """What is concluded from the numbers of a call."""
 
 
 @dataclass(eq=False)
 class Candidate:
-    """A module that may be an activation, in one observation."""
+    """A module that may be an activation, in one observation; or a place at which several calls of torch together may be one (forms.py)."""
 
     name: str
     site: Site
     is_due: bool
     """Whether it is to be examined, although it has been decided before."""
+    key: object
+    """What is decided about: the module, or what `Sites.forms` has for the place."""
+    label: str
+    """What it is called if no row of the table fits."""
+    inside: list[str] = field(default_factory=list)
+    """Places of mathematical functions that are parts of it, so that they are no sites of their own if it is one."""
     calls: dict[int, Call] = field(default_factory=dict)
     """The call that is running, by the id of the thread."""
     before: str | None = None
@@ -102,8 +108,9 @@ def attach(observation: Observation, found: Found) -> None:
             del sites.own[each.module]
         bound = sites.own.get(each.module)
         known = sites.known.get(each.name) if bound is not None else None
-        new = anonymous(re.sub(r"[^A-Za-z0-9_.-]", "_", type(each.module).__name__), observation.options.epsilon)
-        candidate = Candidate(each.name, known or Site(each.name, bound or new), is_due)
+        label = re.sub(r"[^A-Za-z0-9_.-]", "_", type(each.module).__name__)
+        new = anonymous(label, observation.options.epsilon)
+        candidate = Candidate(each.name, known or Site(each.name, bound or new), is_due, each.module, label)
         observation.candidates.append(candidate)
         observation.hook_before(each.module, each.name, _before, observation, candidate)
         observation.hook_after(each.module, each.name, _after, observation, candidate, always=True)
@@ -115,6 +122,8 @@ def conclude(observation: Observation) -> None:
     if any(each.is_late for each in observation.candidates):
         sites.learn_again()
     for each in observation.candidates:
+        if each.name in sites.forms:
+            continue
         is_seen = each.site is sites.known.get(each.name) or any(name.startswith(f"{each.name}/") for name in sites.ran)
         if not is_seen and each.bends:
             observation.note_if_wanted(each.name, each.open)
@@ -134,19 +143,24 @@ def _before(observation: Observation, candidate: Candidate, module: nn.Module, a
 
 def _after(observation: Observation, candidate: Candidate, module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
     """Measure a call, and see what it says about the module."""
-    call, sites = candidate.calls.pop(threading.get_ident(), None), observation.sites
-    if call is None or not isinstance(a, Tensor) or a.shape != call.z.shape or not a.is_floating_point():
-        return
+    call = candidate.calls.pop(threading.get_ident(), None)
+    if call is not None and isinstance(a, Tensor) and a.shape == call.z.shape and a.is_floating_point():
+        examine(observation, candidate, call, a)
+
+
+def examine(observation: Observation, candidate: Candidate, call: Call, a: Tensor) -> None:
+    """Measure a call that has returned a, and see what it says about the candidate."""
+    sites, key = observation.sites, candidate.key
     assert isinstance(call.sample, Sample)
     taken = call.sample.take(part_of(a).detach())
-    examines = (candidate.is_due or module not in sites.own) and candidate.examined < _EXAMINED
+    examines = (candidate.is_due or key not in sites.own) and candidate.examined < _EXAMINED
     if examines:
         candidate.examined += 1
-        _compare(observation, candidate, module, call, taken)
-    elif sites.own.get(module) is not None and call.counts:
-        _doubt(observation, candidate, module, call.taken, taken)
-    bound, site = sites.own.get(module), candidate.site
-    if module in sites.own and bound is None:
+        _compare(observation, candidate, call, taken)
+    elif sites.own.get(key) is not None and call.counts:
+        _doubt(observation, candidate, call.taken, taken)
+    bound, site = sites.own.get(key), candidate.site
+    if key in sites.own and bound is None:
         return
     if call.counts:
         if bound is None:
@@ -167,7 +181,7 @@ def _after(observation: Observation, candidate: Candidate, module: nn.Module, ar
         # On a GPU the host would have to wait for the numbers. There, a decision is made again only when it is due.
         look = _glance if bound is not None and a.is_cpu and not candidate.examined else None
         candidate.examined += look is not None
-    missing = observation.meter.tap(candidate.name, call, a, _Heard(observation, candidate, module, call, taken.clone(), look))
+    missing = observation.meter.tap(candidate.name, call, a, _Heard(observation, candidate, call, taken.clone(), look))
     if missing is not None:
         candidate.open = f"{UNDECIDED}{missing}"
         if bound is not None:
@@ -177,11 +191,10 @@ def _after(observation: Observation, candidate: Candidate, module: nn.Module, ar
 class _Heard:
     """What is done with the gradients of one call of an anonymous function, or of a module that may be one."""
 
-    def __init__(self, observation: Observation, candidate: Candidate, module: nn.Module, call: Call, a: Tensor, look: Look | None) -> None:
+    def __init__(self, observation: Observation, candidate: Candidate, call: Call, a: Tensor, look: Look | None) -> None:
         assert isinstance(call.sample, Sample)
         self._observation = observation
         self._candidate = candidate
-        self._module = module
         self._sample = call.sample
         self._numbers = (call.taken, a)
         self._look = look
@@ -191,25 +204,25 @@ class _Heard:
         ]
 
     def __call__(self, grad_a: Tensor | None, grad_z: Tensor | None) -> None:
-        sites = self._observation.sites
-        bound = sites.own.get(self._module)
-        if self._module in sites.own and (bound is None or not is_anonymous(bound)):
+        sites, key = self._observation.sites, self._candidate.key
+        bound = sites.own.get(key)
+        if key in sites.own and (bound is None or not is_anonymous(bound)):
             return
         for add in self._adders:
             add(grad_a, grad_z)
         look, self._look = self._look, None
         if look is not None and grad_a is not None and grad_z is not None:
-            look(self._observation, self._candidate, self._module, self._sample, (*self._numbers, grad_a, grad_z))
+            look(self._observation, self._candidate, self._sample, (*self._numbers, grad_a, grad_z))
 
 
-def _compare(observation: Observation, candidate: Candidate, module: nn.Module, call: Call, a: Tensor) -> None:
+def _compare(observation: Observation, candidate: Candidate, call: Call, a: Tensor) -> None:
     """Compare the numbers of a call with the table of activations."""
     found = recognise(call.taken, a, observation.options.activations, observation.options.epsilon)
     if found.bound is not None:
         for each in observation.passes:
             each.forget(candidate.name)
-        _decide(observation, candidate, module, found.bound)
-    elif module not in observation.sites.own:
+        _decide(observation, candidate, found.bound)
+    elif candidate.key not in observation.sites.own:
         assert isinstance(call.sample, Sample)
         candidate.open = SEVERAL if found.may_come else NO_GRADIENT
         candidate.first = candidate.first or (call.sample, call.taken, a.clone())
@@ -224,17 +237,17 @@ def _nature(sample: Sample, numbers: Numbers, most: int) -> tuple[Nature, bool]:
     return nature(z[known], a[known], grad_z[known].double() / grad_a[known].double(), units, rounding), bool(known.any())
 
 
-def _glance(observation: Observation, candidate: Candidate, module: nn.Module, sample: Sample, numbers: Numbers) -> None:
+def _glance(observation: Observation, candidate: Candidate, sample: Sample, numbers: Numbers) -> None:
     """Have an anonymous function decided again from the next observation on, if a few of its elements speak against it."""
     if _nature(sample, numbers, _GLANCE)[0] is Nature.OTHER:
-        observation.sites.own.suspect(module)
+        observation.sites.own.suspect(candidate.key)
 
 
-def _judge(observation: Observation, candidate: Candidate, module: nn.Module, sample: Sample, numbers: Numbers) -> None:
+def _judge(observation: Observation, candidate: Candidate, sample: Sample, numbers: Numbers) -> None:
     """Decide by the gradients of a call whether the module is an activation, if they are enough to tell."""
-    (found, is_heard), tally = _nature(sample, numbers, _enough(sample)), observation.sites.own.tally(module)
+    (found, is_heard), tally = _nature(sample, numbers, _enough(sample)), observation.sites.own.tally(candidate.key)
     if found is Nature.ACTIVATION and candidate.open != SEVERAL:
-        _decide(observation, candidate, module, candidate.site.bound)
+        _decide(observation, candidate, candidate.site.bound)
         return
     tally[found] += 1
     if found is Nature.OTHER:
@@ -242,16 +255,16 @@ def _judge(observation: Observation, candidate: Candidate, module: nn.Module, sa
     elif found is not Nature.ACTIVATION and is_heard and candidate.open == NO_GRADIENT:
         candidate.open = ONE_PIECE
     if tally[Nature.OTHER] >= _REFUTED:
-        _decide(observation, candidate, module, None)
+        _decide(observation, candidate, None)
     elif sum(tally.values()) >= _UNDECIDED and not candidate.is_due:
-        _decide(observation, candidate, module, candidate.site.bound if tally[Nature.ACTIVATION] else None)
+        _decide(observation, candidate, candidate.site.bound if tally[Nature.ACTIVATION] else None)
 
 
-def _decide(observation: Observation, candidate: Candidate, module: nn.Module, bound: Bound | None) -> None:
+def _decide(observation: Observation, candidate: Candidate, bound: Bound | None) -> None:
     """Keep what a module computes. None: it is no activation."""
     sites, name = observation.sites, candidate.name
-    was_known = sites.own.get(module) is not None
-    sites.own.decide(module, bound)
+    was_known = sites.own.get(candidate.key) is not None
+    sites.own.decide(candidate.key, bound)
     candidate.is_due = False
     if bound is None:
         for each in observation.passes:
@@ -264,13 +277,15 @@ def _decide(observation: Observation, candidate: Candidate, module: nn.Module, b
     if not was_known:
         sites.known[name] = candidate.site
         observation.forget_inside(name)
+        for place in candidate.inside:
+            observation.forget_place(place)
         if is_anonymous(bound):
             # The rest of the pass was observed without this site.
             sites.has_run(candidate.site, candidate.before)
             candidate.is_late = True
 
 
-def _doubt(observation: Observation, candidate: Candidate, module: nn.Module, z: Tensor, a: Tensor) -> None:
+def _doubt(observation: Observation, candidate: Candidate, z: Tensor, a: Tensor) -> None:
     """Check that a module still computes the function that it was recognised as. If it does not, it is looked for again."""
     site = candidate.site
     if is_anonymous(site.bound):
@@ -284,7 +299,7 @@ def _doubt(observation: Observation, candidate: Candidate, module: nn.Module, z:
         site.doubt = None
         options = observation.options
         found = recognise(z, a, options.activations, options.epsilon).bound
-        _decide(observation, candidate, module, found or anonymous(type(module).__name__, options.epsilon))
+        _decide(observation, candidate, found or anonymous(candidate.label, options.epsilon))
 
 
 def _enough(sample: Sample) -> int:
