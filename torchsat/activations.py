@@ -146,8 +146,8 @@ class Bound:
         given = {**self.plain, **learned}
         slope = self.derivative(z, **given, **({"a": a} if self.activation.from_output else {})).abs()
         peak = self.activation.peak if self.constants is None else self.constants.peak
-        peak = peak(**{**self.plain, **self.learned}) if callable(peak) else peak
-        return slope, None if isinstance(peak, float) and math.isinf(peak) else peak, self.edges(learned)
+        found = peak(**{**self.plain, **self.learned}) if callable(peak) else peak
+        return slope, None if isinstance(found, float) and math.isinf(found) else found, self.edges(learned)
 
     def edges(self, learned: Mapping[str, Tensor]) -> Edges:
         """The edges of the tails. `learned` are the learned parameters, as in `evaluate`."""

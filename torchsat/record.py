@@ -62,8 +62,8 @@ class SiteFacts:
     activation: str
     """The name of the activation function, such as `tanh`."""
     kind: Kind
-    """Whether the activation is a module, a function call, a gate of a recurrent layer, or a softmax. A `function` is a call of a mathematical function
-    whose slope has no bound, such as `exp`: it has no plateau, and only inf and nan are judged."""
+    """Whether the activation is a module, a function call, a gate of a recurrent layer, or a softmax. A `function` is a call of a mathematical
+    function whose slope has no bound, such as `exp`: it has no plateau, and only inf and nan are judged."""
     tails: Tails
     """On which sides the function has a plateau: a tail in which |f'| stays below epsilon times its peak."""
     output: bool

@@ -263,9 +263,7 @@ class Calls:
             begun.append((form.place, guard(form.place, self._forms.begin)(form, frame.module, function)))
         result = self._mode.origins.call(function, args, kwargs)
         if hears_forms:
-            guard(MODEL, self._conditions.heard)(
-                function, (*args, *kwargs.values()), result, lineage.survey.choices if lineage.looks else None
-            )
+            guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, lineage.survey.choices if lineage.looks else None)
         for place, finish in begun:
             if finish is not None:
                 guard(place, finish)(result)

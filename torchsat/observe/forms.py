@@ -1,8 +1,8 @@
 """Measures activations that are written as several calls of torch: `torch.where(z > 0, z, 0)`, `z * (z > theta)`, `torch.maximum(z, floor)`.
 
-Such a *form* ends with a call that chooses elements: by a condition that was computed from a signal (conditions.py), or as the larger of a signal and a
-constant. It begins at that signal z, of which its output may be a function a = f(z). Whether it is one is found out as for a module of the user's own
-(own.py): by comparing z and a with the table, or by the quotient dL/dz / dL/da. What the form contains is then no site of its own. Until that is
+Such a *form* ends with a call that chooses elements: by a condition that was computed from a signal (conditions.py), or as the larger of a signal and
+a constant. It begins at that signal z, of which its output may be a function a = f(z). Whether it is one is found out as for a module of the user's
+own (own.py): by comparing z and a with the table, or by the quotient dL/dz / dL/da. What the form contains is then no site of its own. Until that is
 decided, and where a form turns out to be no activation, the walk over the graph names it as a choice of elements (nodes.py).
 """
 
@@ -145,4 +145,3 @@ class Forms:
         bound = observation.sites.own.get(candidate.key)
         if bound is not None and call.node is not None:
             lineage.survey.explain([node], {call.node})
-

@@ -2,8 +2,8 @@
 
 Whether such a call is a site shows only after it: `x.square()` may be the first step of a normalisation, and `y.abs()` a part of the loss. So a call
 is measured under the name of its place, and the walk over the graph decides (graph.py, nodes.py): where it would name the function as one that no
-site accounts for, the place becomes a site. The rows of a name that is no site reach nobody. Once the structure of the model is known, only the places
-that have become sites are measured.
+site accounts for, the place becomes a site. The rows of a name that is no site reach nobody. Once the structure of the model is known, only the
+places that have become sites are measured.
 
 Never a site is a function of a parameter alone (`A_log.exp()`), of data, and of the size of a signal (`x.square().mean().sqrt()`).
 """
@@ -76,9 +76,7 @@ class Functions:
         observation = self._observation
         return place if observation.options.selects(place) and (observation.lineage.looks or place in observation.sites.known) else None
 
-    def begin(
-        self, place: str, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Callable[[Any], None] | None:
+    def begin(self, place: str, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Any], None] | None:
         """Called before the function runs. Returns what is to be called with its result; None: nothing."""
         given, observation, sites = _read(function, args, kwargs), self._observation, self._observation.sites
         assert given is not None
@@ -118,13 +116,15 @@ def may_be_function(function: Function, args: tuple[Any, ...]) -> bool:
 def is_signal(z: Tensor) -> bool:
     """Whether this is computed from a signal, is no size of one, and is no function of a parameter alone."""
     node: Node | None = z.grad_fn if z.requires_grad else None
-    is_there = node is not None and z.numel() > 0 and not internals.stands_for_others(z)
-    return is_there and not comes_from_parameter(node) and not is_size(node)
+    if node is None or not z.numel() or internals.stands_for_others(z):
+        return False
+    return not comes_from_parameter(node) and not is_size(node)
 
 
 def _read(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Activation, Tensor, dict[str, Any]] | None:
     """The row, the signal and the parameters of a call; None where it is a call of no such function, or not of one tensor."""
-    row, given = functions.ROWS.get(function), (*args, *(kwargs[name] for name in ("input", "self", "other", "exponent") if name in kwargs))
+    row = functions.ROWS.get(function)
+    given: tuple[Any, ...] = (*args, *(kwargs[name] for name in ("input", "self", "other", "exponent") if name in kwargs))
     z, other = given[0] if given else None, given[1] if len(given) > 1 else None
     if function in _PRODUCTS:
         return (SQUARE, z, {}) if isinstance(z, Tensor) and z is other else None

@@ -194,7 +194,9 @@ def _contents(value: Any) -> Iterator[Any]:
 class Heard(Protocol):
     """A call of a function that may be a site."""
 
-    place: str
+    @property
+    def place(self) -> str:
+        """Where it is called."""
 
     def decide(self, reason: str) -> str | None:
         """Called when no other site accounts for the function. Returns why it is not measured, which may be the reason that is given; None where its
@@ -340,6 +342,12 @@ class Survey:
             size = kinds.normalised_by(node)
             if size is not None:
                 self._met.update(size)
+                continue
+            summed = kinds.summed_exponentials(node)
+            if summed is not None:
+                self._met.update(summed)
+                if node not in objective:
+                    yield "logsumexp", kinds.UNMEASURED, False
                 continue
             told = kinds.chosen(node) if node in self.choices else kinds.unaccounted(node)
             if told is None or (kinds.is_generic(node) and (node in objective or kinds.is_of_parameter(node))):

@@ -279,6 +279,8 @@ def _decide(observation: Observation, candidate: Candidate, bound: Bound | None)
         observation.forget_inside(name)
         for place in candidate.inside:
             observation.forget_place(place)
+            if place in sites.forms:
+                sites.own.decide(sites.forms[place], None)
         if is_anonymous(bound):
             # The rest of the pass was observed without this site.
             sites.has_run(candidate.site, candidate.before)
