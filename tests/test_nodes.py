@@ -102,8 +102,8 @@ MEASURED: list[tuple[Callable[[Tensor], Tensor], str, str, str]] = [
     (assigned, "masked_fill" if "MaskedFill" in maker_of(assigned) else "index_put", "relu", "call"),  # torch 2.15 has made the one the other
     (lambda z: torch.maximum(z, torch.zeros_like(z)), "maximum", "relu", "call"),
     (lambda z: z.clamp(min=torch.zeros(8)), "clamp", "relu", "call"),
-    (lambda z: torch.where(z > 0, z, 0.3 * z), "where", "where", "call"),
-    (lambda z: torch.minimum(torch.full_like(z, 0.4), z), "minimum", "minimum", "call"),
+    (lambda z: torch.where(z > 0, z, 0.3 * z), "where", "leaky_relu", "call"),
+    (lambda z: torch.minimum(torch.full_like(z, 0.4), z), "minimum", "clamp", "call"),
     (lambda z: torch.logaddexp(z, torch.zeros(8)), "logaddexp", "softplus", "call"),
     (elu_by_hand, "where", "elu", "call"),
     (bounded_by_hand, "where_1", "hardtanh", "call"),

@@ -489,6 +489,6 @@ ACTIVATIONS: tuple[Activation, ...] = (
 )
 """The element-wise activations of torch.nn. Peak (sup|f'| > 1) and tails of GELU, SiLU and Mish have no closed form and are searched on the grid."""
 
-CLAMP = Activation("clamp", (), ("min", "max"), _clamp, 1.0, _clamp_tails, defaults=(None, None))
+CLAMP = Activation("clamp", (), ("min", "max"), _clamp, 1.0, _clamp_tails, lambda z, **bounds: z.clamp(**bounds), defaults=(None, None))
 """`z.clamp(min, max)` of a signal, with one bound or two. It is no row of the table, since its calls are told apart by their arguments
 (observe/calls.py): with tensors for bounds, or to keep a divisor away from 0, a clamp is no activation."""

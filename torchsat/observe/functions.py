@@ -71,7 +71,7 @@ class Functions:
         row, z, _ = given
         if not is_signal(z):
             return None
-        place = frame.place(row.name)
+        place = frame.place(row.name) if functions.is_judged(row) else frame.place_of_line(row.name)
         place += "_call" if place in self.names else ""
         observation = self._observation
         return place if observation.options.selects(place) and (observation.lineage.looks or place in observation.sites.known) else None
@@ -139,4 +139,4 @@ def _read(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         row, rest = (SQUARE, {}) if row is POWER and other == 2 else (row, {row.parameters[0]: other})
     elif function.__name__ in ("logit", "special_logit") and (other is not None or "eps" in kwargs):
         return None
-    return (row, z, rest) if isinstance(z, Tensor) else None
+    return (row, z, rest) if row is not None and isinstance(z, Tensor) else None
