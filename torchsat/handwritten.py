@@ -79,7 +79,7 @@ JUMP_RELU = Activation(
 
 def frequency(row: Activation, given: Mapping[str, Any]) -> float:
     """By how much z is multiplied before a sine is taken of it: the rounding of that product grows with z. 0 for every other function."""
-    return abs(given.get({"sin": "omega", "snake": "alpha"}.get(row.name, ""), 0.0))
+    return float(abs(given.get({"sin": "omega", "snake": "alpha"}.get(row.name, ""), 0.0)))
 
 
 PLAIN: tuple[Activation, ...] = (QUICK_GELU, SQUARED_RELU)

@@ -56,6 +56,7 @@ class Role(Enum):
 
     SOFTMAX = "softmax"
     SOFTMIN = "softmin"
+    GUMBEL = "gumbel_softmax"
     ATTENTION = "attention"
     GLU = "glu"
     CLAMP = "clamp"
@@ -68,6 +69,7 @@ ROLES: Mapping[Function, Role] = {
     F.softmax: Role.SOFTMAX,
     Tensor.softmax: Role.SOFTMAX,
     F.softmin: Role.SOFTMIN,
+    F.gumbel_softmax: Role.GUMBEL,
     F.scaled_dot_product_attention: Role.ATTENTION,
     F.multi_head_attention_forward: Role.ATTENTION,
     F.glu: Role.GLU,
@@ -84,10 +86,10 @@ PRODUCTS = frozenset(
 UNSEEN: Mapping[str, str] = {
     "log_softmax": "its derivative does not vanish: there is nothing to saturate",
     "special_log_softmax": "its derivative does not vanish: there is nothing to saturate",
-    "gumbel_softmax": "its logits are disturbed by random numbers inside",
     "flex_attention": "fused attention with scores of the user's own, which torchsat does not compute again",
 }
 """The functions that are heard but not measured, by name, and why."""
+_HARD = "its samples are hard (hard=True), so that the probabilities behind them are not seen"
 _NOT_HEARD = "what it calls outside of its own forward is not heard while torch.compile or another TorchFunctionMode is in use"
 _FUSED = "it is frozen and in evaluation mode, where torch runs it as one kernel"
 _SOFTMAX = Bound(Activation("softmax"), lambda z: z, {}, {}, 0.0, None)
@@ -274,7 +276,7 @@ class Calls:
     ) -> Finish | None:
         """Called before a function that is a site runs. Returns what is to be called with its result; None: nothing."""
         rest = args[1:]
-        z = args[0] if args else kwargs.get("query" if role is Role.ATTENTION else "input")
+        z = args[0] if args else kwargs.get({Role.ATTENTION: "query", Role.GUMBEL: "logits"}.get(role, "input"))
         if isinstance(z, Tensor) and self._observation.passes.is_inside and internals.stands_for_others(z):
             self._observation.note_if_wanted(place, IN_TRANSFORM)
         if not isinstance(z, Tensor) or not z.is_floating_point() or not internals.is_real(z) or not z.numel():
@@ -288,6 +290,9 @@ class Calls:
         check_plain(plain(z))
         if role is Role.GLU:
             return glu.begin(self._observation, place, module, z, int(rest[0] if rest else kwargs.get("dim", -1)) % z.ndim)
+        if role is Role.GUMBEL and (rest[1] if len(rest) > 1 else kwargs.get("hard", False)):
+            self._observation.note_if_wanted(place, _HARD)
+            return None
         site = self._observation.sites.known.setdefault(place, Site(place, _SOFTMAX, "softmax"))
         counts = self._observation.meter.counts_at(place, module)
         if counts is None:
@@ -296,6 +301,9 @@ class Calls:
         if role is Role.ATTENTION:
             began = internals.next_node_number()
             return functools.partial(softmaxes.end_attention, self._observation, site, function, args, kwargs, counts, began)
+        if role is Role.GUMBEL:
+            axis = int(rest[3] if len(rest) > 3 else kwargs.get("dim", -1)) % z.ndim
+            return functools.partial(softmaxes.end_gumbel, self._observation, site, self._observation.meter.rows_of(z, axis, False, place), counts)
         given = rest[0] if rest else kwargs.get("dim")
         axis = (_implicit_axis(z.ndim) if given is None else int(given)) % max(1, z.ndim)
         if z.ndim == 4 and axis == 3 and site.is_attention is None and z.grad_fn is not None:
@@ -327,7 +335,7 @@ def _site_name(role: Activation | Role | None, function: Function) -> str:
         return role.name
     if role is None:
         return function.__name__
-    return role.value if role in (Role.GLU, Role.CLAMP) else "softmax"
+    return role.value if role in (Role.GLU, Role.CLAMP, Role.GUMBEL) else "softmax"
 
 
 def _bounds(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -106,7 +106,8 @@ def _source(known: dict[int, tuple[weakref.ref[Tensor], Source | None]], tensor:
 
 
 def _holds(known: dict[int, tuple[weakref.ref[Tensor], Source | None]], tensor: Tensor) -> bool:
-    found = known.get(id(tensor))
+    # What a custom autograd.Function makes of a condition is a signal once the function has returned it.
+    found = None if tensor.requires_grad else known.get(id(tensor))
     return found is not None and found[0]() is tensor
 
 

@@ -22,6 +22,7 @@ from torchsat.observe.functions import is_signal
 from torchsat.observe.graph import maker
 from torchsat.observe.meter import Call
 from torchsat.observe.mode import Frame, Function
+from torchsat.observe.nodes import is_size
 from torchsat.observe.own import Candidate
 from torchsat.recognise import anonymous
 from torchsat.sites import Form, Site
@@ -44,15 +45,20 @@ class FormCall:
 
     observation: Observation
     candidate: Candidate
+    path: str
+    """That of the module in which it is, up to and with the slash."""
 
     @property
     def place(self) -> str:
         """Where it is."""
         return self.candidate.name
 
-    def decide(self, reason: str) -> str | None:
+    def decide(self, name: str, reason: str) -> str | None:
         """None where it has been found to be an activation; otherwise the reason that is given."""
-        return None if self.observation.sites.known.get(self.place) is self.candidate.site else reason
+        if self.observation.sites.known.get(self.place) is self.candidate.site:
+            return None
+        self.candidate.noted.add((self.path + name, reason))
+        return reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +101,7 @@ class Forms:
             others = [value for value in tensors if not any(value is each for each in signals)]
             if len(signals) == 1 and any(other.ndim for other in others):
                 z, began = signals[0], internals.next_node_number()
-        if z is None or began is None or why_unread(plain(z)) is not None:
+        if z is None or began is None or why_unread(plain(z)) is not None or is_size(z.grad_fn):
             return None
         label = _NAMES.get(function.__name__, function.__name__.strip("_").removeprefix("special_"))
         place = frame.place(label)
@@ -141,7 +147,8 @@ class Forms:
         own.examine(observation, candidate, call, a)
         if not lineage.looks:
             return
-        lineage.survey.hear(node, internals.node_number(node), FormCall(observation, candidate))
+        path, inside, _ = candidate.name.rpartition("/")
+        lineage.survey.hear(node, internals.node_number(node), FormCall(observation, candidate, path + inside))
         bound = observation.sites.own.get(candidate.key)
         if bound is not None and call.node is not None:
             lineage.survey.explain([node], {call.node})

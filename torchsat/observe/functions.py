@@ -5,7 +5,7 @@ is measured under the name of its place, and the walk over the graph decides (gr
 site accounts for, the place becomes a site. The rows of a name that is no site reach nobody. Once the structure of the model is known, only the
 places that have become sites are measured.
 
-Never a site is a function of a parameter alone (`A_log.exp()`), of data, and of the size of a signal (`x.square().mean().sqrt()`).
+Never a site is a function of a parameter alone (`A_log.exp()`) or of data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torchsat.functions import EXPONENTIAL, POWER, QUOTIENT, SQUARE
 from torchsat.observe.graph import maker
 from torchsat.observe.meter import Call
 from torchsat.observe.mode import Frame, Function
-from torchsat.observe.nodes import comes_from_parameter, is_size
+from torchsat.observe.nodes import comes_from_parameter
 from torchsat.sites import Site
 from torchsat.tensors import plain, why_unread
 
@@ -43,7 +43,7 @@ class FunctionCall:
         self._before = observation.meter.latest
         self.place = site.name
 
-    def decide(self, reason: str) -> str | None:
+    def decide(self, name: str, reason: str) -> str | None:
         """Make the place a site, since its function is on the way of the signal. Returns why that cannot be done; None where it is a site now."""
         sites, site = self._observation.sites, self._site
         if self._unread is not None:
@@ -114,18 +114,17 @@ def may_be_function(function: Function, args: tuple[Any, ...]) -> bool:
 
 
 def is_signal(z: Tensor) -> bool:
-    """Whether this is computed from a signal, is no size of one, and is no function of a parameter alone."""
+    """Whether this is computed from a signal, and is no function of a parameter alone."""
     node: Node | None = z.grad_fn if z.requires_grad else None
-    if node is None or not z.numel() or internals.stands_for_others(z):
-        return False
-    return not comes_from_parameter(node) and not is_size(node)
+    return node is not None and z.numel() > 0 and not internals.stands_for_others(z) and not comes_from_parameter(node)
 
 
 def _read(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Activation, Tensor, dict[str, Any]] | None:
     """The row, the signal and the parameters of a call; None where it is a call of no such function, or not of one tensor."""
     row = functions.ROWS.get(function)
     given: tuple[Any, ...] = (*args, *(kwargs[name] for name in ("input", "self", "other", "exponent") if name in kwargs))
-    z, other = given[0] if given else None, given[1] if len(given) > 1 else None
+    z: Any = given[0] if given else None
+    other: Any = given[1] if len(given) > 1 else None
     if function in _PRODUCTS:
         return (SQUARE, z, {}) if isinstance(z, Tensor) and z is other else None
     if row is None:

@@ -198,13 +198,13 @@ class Heard(Protocol):
     def place(self) -> str:
         """Where it is called."""
 
-    def decide(self, reason: str) -> str | None:
-        """Called when no other site accounts for the function. Returns why it is not measured, which may be the reason that is given; None where its
-        place is a site from now on."""
+    def decide(self, name: str, reason: str) -> str | None:
+        """Called when no other site accounts for the function, with what would be said of it. Returns why it is not measured, which may be the reason
+        that is given; None where its place is a site."""
 
 
-Unaccounted = tuple[str, str, bool]
-"""What no site accounts for: its name, why it is not measured, and whether the name is already that of a place."""
+Unaccounted = tuple[str, str]
+"""What no site accounts for: its name, and why it is not measured."""
 
 
 class Survey:
@@ -347,13 +347,12 @@ class Survey:
             if summed is not None:
                 self._met.update(summed)
                 if node not in objective:
-                    yield "logsumexp", kinds.UNMEASURED, False
+                    yield "logsumexp", kinds.UNMEASURED
                 continue
             told = kinds.chosen(node) if node in self.choices else kinds.unaccounted(node)
             if told is None or (kinds.is_generic(node) and (node in objective or kinds.is_of_parameter(node))):
                 continue
-            heard = self._heard.get(node)
-            if heard is None:
-                yield *told, False
-            elif (reason := heard.decide(told[1])) is not None:
-                yield heard.place, reason, True
+            heard, (name, reason) = self._heard.get(node), told
+            missing = reason if heard is None else heard.decide(name, reason)
+            if missing is not None:
+                yield name, missing

@@ -223,8 +223,8 @@ class Lineage:
         Args:
             owns: between the parts of a model that are called one by one, which leaves are parameters of the model; None inside the model.
         """
-        for what, reason, is_place in self.survey.explore(nodes) if owns is None else self.survey.explore_parts(nodes, owns):
-            self._note(what if is_place or not path else f"{path}/{what}", reason)
+        for what, reason in self.survey.explore(nodes) if owns is None else self.survey.explore_parts(nodes, owns):
+            self._note(f"{path}/{what}" if path else what, reason)
 
     def conclude(self, whole_model: bool) -> None:
         """Decide which sites compute an output of the model, at the end of an observation that has seen training passes.

@@ -164,7 +164,7 @@ def normalised_by(node: Node) -> list[Node] | None:
 
     In `e / e.sum()`, a softmax that is written by hand, the exponential e above the line is none of them.
     """
-    found = _size(_divisor(node) if kind_of(node) == "Div" else node if kind_of(node) in _ROOTS else None)
+    found = _size(_divisor(node) if kind_of(node) == "Div" else node if _is_root(node) else None)
     above = node.next_functions[0][0] if kind_of(node) == "Div" else None
     return None if found is None else [each for each in found if each is not above]
 
@@ -178,6 +178,12 @@ def summed_exponentials(node: Node) -> list[Node] | None:
 def is_size(node: Node | None) -> bool:
     """Whether this node computes the size of a signal: a mean, a sum or a norm, maybe with a small number added, or the root of one."""
     return _size(node) is not None
+
+
+def _is_root(node: Node) -> bool:
+    """Whether a node may be the last step of a normalisation. A power is one if it is no whole number, or is below 0."""
+    exponent = getattr(node, "_saved_exponent", None) if node.name() == "PowBackward0" else 0.5
+    return kind_of(node) in _ROOTS and isinstance(exponent, (int, float)) and (exponent < 0 or exponent != int(exponent))
 
 
 def _size(node: Node | None) -> list[Node] | None:

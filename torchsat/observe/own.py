@@ -74,6 +74,8 @@ class Candidate:
     """What it is called if no row of the table fits."""
     inside: list[str] = field(default_factory=list)
     """Places of mathematical functions that are parts of it, so that they are no sites of their own if it is one."""
+    noted: set[tuple[str, str]] = field(default_factory=set)
+    """What coverage says of it as long as it is not decided: places, and reasons."""
     calls: dict[int, Call] = field(default_factory=dict)
     """The call that is running, by the id of the thread."""
     before: str | None = None
@@ -277,6 +279,8 @@ def _decide(observation: Observation, candidate: Candidate, bound: Bound | None)
     if not was_known:
         sites.known[name] = candidate.site
         observation.forget_inside(name)
+        for place, reason in candidate.noted:
+            observation.retract(place, reason)
         for place in candidate.inside:
             observation.forget_place(place)
             if place in sites.forms:
