@@ -88,6 +88,8 @@ class SiteFacts:
     """Of an output of the model, the functions of the loss that take it, as `torch.nn.functional` calls them: `log_softmax`, which is the first half
     of `cross_entropy`, `binary_cross_entropy`, `mse_loss`, `square`, ... Behind the name stands "of scaled values" where a loss that is not of
     squares takes it shifted or scaled, and "of several signals" where it is not all that the function takes."""
+    learned: bool = field(default=False, kw_only=True)
+    """Whether peak and tails were learned from gradients, since no row of the table names the function. They are those of the z that was seen."""
 
 
 @dataclass(frozen=True, repr=False)

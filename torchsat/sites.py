@@ -40,8 +40,10 @@ from torch import Tensor, nn
 
 from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_plain
 from torchsat.coverage import Coverage
+from torchsat.curves import Curve
 from torchsat.elementwise import Nature
 from torchsat.parts import Span
+from torchsat.recognise import is_anonymous
 from torchsat.record import Kind, SiteFacts
 from torchsat.structure import Found, clean, find
 from torchsat.unregistered import unregistered
@@ -161,6 +163,8 @@ class Site:
     """For a softmax over the last of four axes: whether a batched matrix product computes its logits, as in attention. None: not known yet."""
     doubt: Tensor | None = None
     """A flag, maybe still on its way to the host: whether a user's module no longer computes the function that it was recognised as."""
+    curve: Curve | None = None
+    """Of a function that no row names, what gradients have shown of its slope so far, from which its peak and tails are learned."""
     missed: int = 0
     """Number of observations in a row in which it did not run."""
 
@@ -187,6 +191,7 @@ class Site:
             normal_derivative=constants.normal_derivative if constants else None,
             last=self.last,
             losses=tuple(self.losses) if self.output else (),
+            learned=constants is not None and is_anonymous(self.bound),
         )
 
 

@@ -276,7 +276,7 @@ class Calls:
     ) -> Finish | None:
         """Called before a function that is a site runs. Returns what is to be called with its result; None: nothing."""
         rest = args[1:]
-        z = args[0] if args else kwargs.get({Role.ATTENTION: "query", Role.GUMBEL: "logits"}.get(role, "input"))
+        z = args[0] if args else kwargs.get("query" if role is Role.ATTENTION else "logits" if role is Role.GUMBEL else "input")
         if isinstance(z, Tensor) and self._observation.passes.is_inside and internals.stands_for_others(z):
             self._observation.note_if_wanted(place, IN_TRANSFORM)
         if not isinstance(z, Tensor) or not z.is_floating_point() or not internals.is_real(z) or not z.numel():

@@ -240,7 +240,7 @@ class Meter:
         if formula is not None and bound.constants is not None:
             slope, peak, edges = formula, bound.constants.peak, (bound.constants.low, bound.constants.high)
         elif is_unknown:
-            slope, peak, edges = torch.zeros_like(z), None, (None, None)
+            slope, peak, edges = torch.zeros_like(z), None, bound.edges({})
         else:
             z = upcast(z).contiguous()
             learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
@@ -254,6 +254,8 @@ class Meter:
         row, block = observe(z, a, slope, peak, edges, elements, bound.activation.name == "sigmoid", units, row, block, exact)
         if is_unknown:
             row[COLUMN["derivative_unknown"]] = row[COLUMN["n"]]
+            if bound.constants is not None and bound.constants.peak is not None:
+                row[COLUMN["peak"]] = bound.constants.peak
         current.put(current.rows, site.name, row)
         if block is not None:
             current.put(current.blocks, site.name, block)

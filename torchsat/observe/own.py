@@ -4,8 +4,8 @@ The module is never run for this, and no backward is: it is judged by what the u
 
 - In the forward pass its inputs z and outputs a are compared with the table of activations (recognise.py). If they fit a row, it is that function.
 - Otherwise the hooks of the backward pass give dL/da and dL/dz at the same elements. If their quotient is the derivative of a function that acts on
-  each element alone (elementwise.py), the module is an activation of which neither the peak nor the plateaus are known: an *anonymous* one. Its
-  derivative is that quotient, in every observation.
+  each element alone (elementwise.py), the module is an activation of which nothing else is known: an *anonymous* one. Its
+  derivative is that quotient, in every observation. Its peak and plateaus are learned from the quotients (curves.py).
 
 Until this is decided, the module is measured as if it were anonymous, under its own name in the rows of the pass. With the decision its site becomes
 one of `Sites`; the rows of a name that is no site reach nobody. A decision is not for ever: a named function is compared with the numbers of each
@@ -14,6 +14,7 @@ call, and every other decision is made again after twice as many observations.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from collections.abc import Callable
@@ -21,9 +22,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchsat.activations import Bound
+from torchsat.curves import Curve, learn
 from torchsat.elementwise import Nature, bends, nature
 from torchsat.observe.graph import maker
 from torchsat.observe.meter import Call, exact
@@ -31,7 +34,7 @@ from torchsat.recognise import anonymous, differs, is_anonymous, recognise
 from torchsat.sampling import Sample, Units
 from torchsat.sharding import is_pending, part_of
 from torchsat.sites import Site
-from torchsat.statistics import knows_quotient
+from torchsat.statistics import knows_quotient, upcast
 from torchsat.structure import Found
 from torchsat.tensors import why_unread
 
@@ -124,6 +127,7 @@ def conclude(observation: Observation) -> None:
     if any(each.is_late for each in observation.candidates):
         sites.learn_again()
     for each in observation.candidates:
+        _learn_tails(observation, each)
         if each.name in sites.forms:
             continue
         is_seen = each.site is sites.known.get(each.name) or any(name.startswith(f"{each.name}/") for name in sites.ran)
@@ -212,9 +216,31 @@ class _Heard:
             return
         for add in self._adders:
             add(grad_a, grad_z)
+        if grad_a is not None and grad_z is not None:
+            self._learn(grad_a, grad_z)
         look, self._look = self._look, None
         if look is not None and grad_a is not None and grad_z is not None:
             look(self._observation, self._candidate, self._sample, (*self._numbers, grad_a, grad_z))
+
+    def _learn(self, grad_a: Tensor, grad_z: Tensor) -> None:
+        """Add the slopes of a call to the curve of the function."""
+        z, site = self._numbers[0], self._candidate.site
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # Each rank would learn other tails from its own elements, and their shares could not be merged.
+            return
+        site.curve = site.curve or Curve()
+        known = knows_quotient(grad_a, grad_z) & torch.isfinite(z)
+        site.curve.add(z, (upcast(grad_z) / upcast(grad_a)).abs(), known, self._sample.elements / max(1, known.numel()))
+
+
+def _learn_tails(observation: Observation, candidate: Candidate) -> None:
+    """Learn peak and tails of an anonymous function. They are used from the next observation on."""
+    site, sites = candidate.site, observation.sites
+    is_open = sites.own.get(candidate.key) is site.bound and is_anonymous(site.bound)
+    numbers = site.curve.read() if is_open and site.curve is not None else None
+    if numbers is not None:
+        site.bound = dataclasses.replace(site.bound, constants=learn(*numbers, sites.epsilon))
+        sites.own[candidate.key] = site.bound
 
 
 def _compare(observation: Observation, candidate: Candidate, call: Call, a: Tensor) -> None:
@@ -275,7 +301,8 @@ def _decide(observation: Observation, candidate: Candidate, bound: Bound | None)
             for reason in (NO_GRADIENT, ONE_PIECE, SEVERAL):
                 sites.retract(name, reason)
         return
-    candidate.site.bound = bound
+    if candidate.site.bound is not bound:
+        candidate.site.bound, candidate.site.curve = bound, None
     if not was_known:
         sites.known[name] = candidate.site
         observation.forget_inside(name)
