@@ -14,7 +14,9 @@ _spec = importlib.util.spec_from_file_location("architectures", Path(__file__).p
 assert _spec is not None
 assert _spec.loader is not None
 architectures = sys.modules["architectures"] = importlib.util.module_from_spec(_spec)
+sys.path.insert(0, _spec.origin.rpartition("/")[0] if _spec.origin is not None else "")
 _spec.loader.exec_module(architectures)
+sys.path.pop(0)
 
 ALL = {each.name: each for each in architectures.ARCHITECTURES}
 SITES = {

@@ -102,7 +102,10 @@ ARROWS = {
     "tensors": {"internals"},
     "numeric": set(),
     "activations": {"attributes", "internals", "numeric", "record", "tensors"},
-    "recognise": {"activations"},
+    "functions": {"activations"},
+    "handwritten": {"activations"},
+    "curves": {"activations"},
+    "recognise": {"activations", "functions", "handwritten"},
     "elementwise": set(),
     "sampling": {"kernels.cpu"},
     "kernels": {"kernels.cpu", "kernels.cuda"},
@@ -127,7 +130,7 @@ ARROWS = {
     "structure": {"activations", "internals", "internals_distributed", "weights"},
     "unregistered": set(),
     "parts": {"record"},
-    "sites": {"activations", "coverage", "elementwise", "parts", "record", "structure", "unregistered"},
+    "sites": {"activations", "coverage", "curves", "elementwise", "parts", "recognise", "record", "structure", "unregistered"},
     # One observation.
     "observe": set(),
     "observe.marks": {"internals"},
@@ -153,20 +156,29 @@ ARROWS = {
         *("softmax", "tensors"),
     },
     "observe.mode": {"internals", "observe.origins"},
-    "observe.conditions": {"observe.marks"},
+    "observe.conditions": {"internals", "observe.marks", "observe.nodes"},
+    "observe.functions": {
+        *("activations", "functions", "internals", "observe.graph", "observe.meter", "observe.mode", "observe.nodes", "observe.observation", "sites"),
+        "tensors",
+    },
+    "observe.forms": {
+        *("activations", "internals", "observe.conditions", "observe.functions", "observe.graph", "observe.meter", "observe.mode", "observe.nodes"),
+        *("observe.observation", "observe.own", "recognise", "sites", "tensors"),
+    },
     "observe.outside": {"internals", "observe.graph", "observe.mode", "structure"},
     "observe.modules": {
         *("activations", "attributes", "internals", "observe.meter", "observe.nodes", "observe.observation", "sharding", "sites", "structure"),
     },
     "observe.own": {
-        *("activations", "elementwise", "observe.graph", "observe.meter", "observe.observation", "recognise", "sampling", "sharding", "sites"),
-        *("statistics", "structure", "tensors"),
+        *("activations", "curves", "elementwise", "observe.graph", "observe.meter", "observe.observation", "recognise", "sampling", "sharding"),
+        *("sites", "statistics", "structure", "tensors"),
     },
     "observe.glu": {
         *("observe.feeders", "observe.graph", "observe.meter", "observe.observation", "sampling", "sites", "statistics", "tensors"),
     },
     "observe.calls": {
-        *("activations", "faults", "internals", "observe.conditions", "observe.glu", "observe.graph", "observe.meter"),
+        *("activations", "faults", "internals", "observe.conditions", "observe.forms", "observe.functions", "observe.glu", "observe.graph"),
+        "observe.meter",
         *("observe.mode", "observe.nodes", "observe.observation", "observe.outside", "observe.softmaxes", "sites", "structure", "tensors"),
     },
     "observe.softmaxes": {

@@ -62,8 +62,7 @@ class SiteFacts:
     activation: str
     """The name of the activation function, such as `tanh`."""
     kind: Kind
-    """Whether the activation is a module, a function call, a gate of a recurrent layer, or a softmax. A `function` is a call of a mathematical
-    function whose slope has no bound, such as `exp`: it has no plateau, and only inf and nan are judged."""
+    """Whether it is a module, a function call, a gate of a recurrent layer, a softmax, or a mathematical function without a plateau (`exp`)."""
     tails: Tails
     """On which sides the function has a plateau: a tail in which |f'| stays below epsilon times its peak."""
     output: bool
@@ -89,7 +88,7 @@ class SiteFacts:
     of `cross_entropy`, `binary_cross_entropy`, `mse_loss`, `square`, ... Behind the name stands "of scaled values" where a loss that is not of
     squares takes it shifted or scaled, and "of several signals" where it is not all that the function takes."""
     learned: bool = field(default=False, kw_only=True)
-    """Whether peak and tails were learned from gradients, since no row of the table names the function. They are those of the z that was seen."""
+    """Whether peak and tails were learned from gradients, at the z that was seen, since no row of the table names the function."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -193,15 +193,12 @@ class Meter:
         return f"dL/dz is not seen: it made more than {MOST_OF_CALL} nodes of the autograd graph" if taking is None else None
 
     def ran(self, site: Site, steps: Sequence[Step], z: Tensor | None = None, cut: Cut | None = None) -> None:
-        """Note that a site ran on these outputs of nodes; see Lineage.ran."""
+        """Note that a site ran on these outputs of nodes; see Lineage.ran. What is no known site may still turn out to be none."""
         self._passes.has_measured = True
-        if self._sites.known.get(site.name) is not site:
-            # It may still turn out to be no site (observe/functions.py).
-            self._lineage.ran(site, steps, z, cut)
-            return
-        self._passes.runs(site.name)
-        self._latest = (self._passes.current, site.name)
-        self._sites.has_run(site)
+        if self._sites.known.get(site.name) is site:
+            self._passes.runs(site.name)
+            self._latest = (self._passes.current, site.name)
+            self._sites.has_run(site)
         self._lineage.ran(site, steps, z, cut)
 
     @property
@@ -268,11 +265,8 @@ class Meter:
         current.add(current.heads, site.name, heads)
 
     def gradient_adder(self, site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Callable[[Tensor | None, Tensor | None], None]:
-        """A function to be called in the backward with dL/da and dL/dz at the elements of a sample. It adds them to the pass that runs now.
-
-        Args:
-            z: the elements of z that are read. Only on which side they lie is kept.
-        """
+        """A function to be called in the backward with dL/da and dL/dz at the elements z that were read. It adds them to the pass that runs now. Of z it
+        keeps only on which sides the elements lie."""
         current, elements, sides = self._passes.current, sample.elements, sides_at(site, sample, z)
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:

@@ -209,18 +209,6 @@ class Observation:
             for place in inside:
                 each.forget(place)
 
-    def retract(self, place: str, reason: str) -> None:
-        """Take back what was noted at a place that is none, if it was noted for this reason."""
-        self.sites.retract(place, reason)
-        if self._noted.get(place) == reason:
-            del self._noted[place]
-
-    def forget_place(self, place: str) -> None:
-        """Forget a site that has turned out to be a part of another one."""
-        self.sites.forget_place(place)
-        for each in self.passes:
-            each.forget(place)
-
     def fail(self, place: str, error: Exception) -> None:
         """Stop watching a place at which our own code raised. At MODEL this ends the observation.
 

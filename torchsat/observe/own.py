@@ -307,9 +307,11 @@ def _decide(observation: Observation, candidate: Candidate, bound: Bound | None)
         sites.known[name] = candidate.site
         observation.forget_inside(name)
         for place, reason in candidate.noted:
-            observation.retract(place, reason)
+            sites.retract(place, reason)
         for place in candidate.inside:
-            observation.forget_place(place)
+            sites.forget_place(place)
+            for each in observation.passes:
+                each.forget(place)
             if place in sites.forms:
                 sites.own.decide(sites.forms[place], None)
         if is_anonymous(bound):
