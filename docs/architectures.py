@@ -21,8 +21,8 @@ from networks import (
     Inputs,
     JumpReLU,
     Lambda,
-    Straight,
     attend,
+    binarised,
     capsules,
     conv_stack,
     dense,
@@ -182,7 +182,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("TabNet", "sparsemax masks, GLU", lambda: Lambda(
         tab_net, steps=nn.ModuleList(nn.Linear(6, 6) for _ in range(2)), features=nn.Linear(6, 8)), rows(16, 6)),
     Architecture("Binarised network", "sign with a straight-through gradient", lambda: Lambda(
-        lambda m, x: m.last(Straight.apply(m.first(x))), first=nn.Linear(6, 12), last=nn.Linear(12, 2)), rows(16, 6)),
+        binarised, first=nn.Linear(6, 12), last=nn.Linear(12, 2)), rows(16, 6)),
     Architecture("Primer", "squared ReLU", lambda: Lambda(
         primer, attention=nn.MultiheadAttention(8, 2, batch_first=True), up=nn.Linear(8, 16), down=nn.Linear(16, 8)), rows(4, 6, 8)),
     Architecture("gpt-oss block", "clamped SwiGLU, RMS norm by hand", lambda: Lambda(

@@ -59,7 +59,8 @@ class Spike(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (v,) = ctx.saved_tensors
-        return grad / (1 + 5 * v.abs()).square()
+        slope: Tensor = 1 / (1 + 5 * v.abs()).square()
+        return grad * slope
 
 
 class Straight(torch.autograd.Function):
@@ -73,7 +74,8 @@ class Straight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (z,) = ctx.saved_tensors
-        return grad * (z.abs() <= 1)
+        inside: Tensor = z.abs() <= 1
+        return grad * inside
 
 
 class Jump(torch.autograd.Function):
@@ -114,7 +116,8 @@ class Snake(nn.Module):
 def siren() -> nn.Module:
     net = dense(2, 16, 16, 1, act=Sine)
     with torch.no_grad():
-        for layer in net[2::2]:
+        for layer in list(net)[2::2]:
+            assert isinstance(layer, nn.Linear)
             layer.weight.uniform_(-math.sqrt(6 / 16) / 30, math.sqrt(6 / 16) / 30)
     return net
 
@@ -279,7 +282,7 @@ def wavenet(m: Any, x: Tensor) -> Tensor:
 
 def capsules(m: Any, x: Tensor) -> Tensor:
     votes = m.votes(x).reshape(len(x), 4, 3, 5)
-    logits = torch.zeros(len(x), 4, 3)
+    logits, v = torch.zeros(len(x), 4, 3), torch.zeros(())
     for _ in range(2):
         s = (torch.softmax(logits, -1)[..., None] * votes).sum(1)
         size = s.square().sum(-1, keepdim=True)
@@ -437,3 +440,8 @@ def snake_vocoder() -> nn.Module:
 
 def image() -> Inputs:
     return (2 * torch.randn(4, 3, 8, 8),)
+
+
+def binarised(m: Any, x: Tensor) -> Tensor:
+    out: Tensor = m.last(Straight.apply(m.first(x)))  # type: ignore[no-untyped-call]
+    return out

@@ -411,7 +411,8 @@ def test_the_slope_of_a_function_of_torch_is_that_of_autograd(row: Activation) -
         EXPONENTIAL: lambda z: 2.7**z,
         QUOTIENT: lambda z: 2.7 / z,
     }
-    (slope,) = torch.autograd.grad(calls.get(row, row.calls[0])(z).sum(), z)
+    function: Callable[[torch.Tensor], torch.Tensor] = calls.get(row, row.calls[0])
+    (slope,) = torch.autograd.grad(function(z).sum(), z)
     bound = bind_plain(row, 0.05, given)
     found, peak, _ = bound.evaluate(z.detach(), z.detach(), {})
     assert torch.allclose(found, slope.abs(), rtol=1e-9, atol=1e-11)

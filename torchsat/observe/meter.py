@@ -265,8 +265,8 @@ class Meter:
         current.add(current.heads, site.name, heads)
 
     def gradient_adder(self, site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Callable[[Tensor | None, Tensor | None], None]:
-        """A function to be called in the backward with dL/da and dL/dz at the elements z that were read. It adds them to the pass that runs now. Of z it
-        keeps only on which sides the elements lie."""
+        """A function to be called in the backward with dL/da and dL/dz at the elements z that were read. It adds them to the pass that runs now. Of z
+        it keeps only on which sides the elements lie."""
         current, elements, sides = self._passes.current, sample.elements, sides_at(site, sample, z)
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:
