@@ -4,11 +4,42 @@ from pathlib import Path
 
 import torch
 
-from torchsat import ACTIVATIONS, RULES
-from torchsat.activations import bind
+from torchsat import ACTIVATIONS, RULES, Activation
+from torchsat.activations import CLAMP, Constants, bind, bind_plain
+from torchsat.functions import CURVES, FUNCTIONS
+from torchsat.handwritten import JUMP_RELU, QUICK_GELU, SINE, SNAKE, SOFT_CAP, SQUARED_RELU, SWISH
 
 DOCS = Path(__file__).parent
 EPSILON = 0.05
+
+
+WRITTEN: tuple[tuple[Activation, dict[str, float | None], str], ...] = (
+    (SQUARED_RELU, {}, "`relu(z)**2`"),
+    (QUICK_GELU, {}, "`z * sigmoid(1.702 * z)`"),
+    (SWISH, {"beta": 2.0}, "`z * sigmoid(2 * z)`"),
+    (JUMP_RELU, {"theta": 0.5}, "`z * (z > 0.5)`"),
+    (CLAMP, {"min": None, "max": 7.0}, "`z.clamp(max=7)`"),
+    (SOFT_CAP, {"cap": 30.0}, "`30 * tanh(z / 30)`"),
+    (SINE, {"omega": 30.0}, "`sin(30 * z)`"),
+    (SNAKE, {"alpha": 1.0}, "`z + sin(z)**2`"),
+)
+"""Activations that are written by hand, with a parameter as an example."""
+
+
+def _numbers(constants: Constants) -> str:
+    values = (constants.peak, constants.low, constants.high, constants.normal_derivative)
+    return " | ".join("-" if value is None else f"{value:.4g}" for value in values)
+
+
+def functions() -> str:
+    lines = ["| name | written as | sup\\|f'\\| | tail below | tail above | E\\|f'\\|/sup at N(0, 1) |", "|---|---|---|---|---|---|"]
+    for row, given, written in (*((row, dict[str, float | None](), f"`torch.{row.name}(z)`") for row in CURVES), *WRITTEN):
+        written = "`torch.special.ndtr(z)`" if row.name == "ndtr" else written
+        constants = bind_plain(row, EPSILON, given).constants
+        assert constants is not None
+        lines.append(f"| {row.name} | {written} | {_numbers(constants)} |")
+    others = sorted({row.name for row in FUNCTIONS if row not in CURVES})
+    return "\n".join([*lines, "", "Without a bound, or without a plateau: " + ", ".join(f"`{name}`" for name in others) + "."])
 
 
 def activations() -> str:
@@ -16,12 +47,8 @@ def activations() -> str:
     for row in ACTIVATIONS:
         module = row.modules[0](0.0, 0.0) if row.name == "threshold" else row.modules[0]()
         constants = bind(row, module, EPSILON).constants
-        numbers = ["learned", "-", "-", "-"]
-        if constants is not None:
-            numbers = [
-                "-" if value is None else f"{value:.4g}" for value in (constants.peak, constants.low, constants.high, constants.normal_derivative)
-            ]
-        lines.append(f"| {row.name} | `{row.modules[0].__name__}` | {', '.join(row.parameters)} | {' | '.join(numbers)} |")
+        numbers = "learned | - | - | -" if constants is None else _numbers(constants)
+        lines.append(f"| {row.name} | `{row.modules[0].__name__}` | {', '.join(row.parameters)} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -39,15 +66,17 @@ def rules() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"saturation.md": ("activations", activations), "alerts.md": ("rules", rules)}
+TABLES = {"saturation.md": (("activations", activations), ("functions", functions)), "alerts.md": (("rules", rules),)}
 
 
 def filled(name: str) -> str:
-    """The text of one page with its table as the code has it now."""
-    mark, make = TABLES[name]
-    head, rest = (DOCS / name).read_text().split(f"<!-- {mark} -->\n")
-    _, tail = rest.split(f"<!-- /{mark} -->")
-    return f"{head}<!-- {mark} -->\n{make()}\n<!-- /{mark} -->{tail}"
+    """The text of one page with its tables as the code has them now."""
+    text = (DOCS / name).read_text()
+    for mark, make in TABLES[name]:
+        head, rest = text.split(f"<!-- {mark} -->\n")
+        _, tail = rest.split(f"<!-- /{mark} -->")
+        text = f"{head}<!-- {mark} -->\n{make()}\n<!-- /{mark} -->{tail}"
+    return text
 
 
 if __name__ == "__main__":

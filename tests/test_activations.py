@@ -11,7 +11,8 @@ from torch import nn
 
 from tests.truth import known
 from torchsat import ACTIVATIONS, Activation
-from torchsat.activations import bind
+from torchsat.activations import bind, bind_plain
+from torchsat.functions import CURVES, EXPONENTIAL, FUNCTIONS, POWER, QUOTIENT
 from torchsat.recognise import Recognition, differs, recognise
 
 MODULES = [
@@ -344,21 +345,88 @@ def test_gelu_and_its_relatives_are_known_at_any_z_and_told_apart(name: str, mea
 @pytest.mark.parametrize(
     "function",
     [
-        lambda z: z * torch.sigmoid(1.6 * z),
-        lambda z: z * torch.sigmoid(1.5 * z),
-        lambda z: z * torch.sigmoid(1.05 * z),
         lambda z: z * torch.erf(z),
         lambda z: torch.tanh(1.02 * z),
-        torch.atan,
-        torch.sin,
-        lambda z: F.elu(z, 0.9),
-        lambda z: F.leaky_relu(z, 0.1),
         lambda z: 1.7159 * torch.tanh(2 / 3 * z),
+        lambda z: z * torch.sigmoid(z).square(),
+        lambda z: torch.sin(z) + 0.1 * z,
+        lambda z: z.clamp(-1, 1) + 0.01 * z,
     ],
 )
 def test_a_function_like_one_of_the_table_gets_no_wrong_name(function: Any, std: float, dtype: torch.dtype) -> None:
     z = (std * torch.randn(16384)).to(dtype)
     assert recognise(z, function(z), ACTIVATIONS, 0.05).bound is None
+
+
+FITTED: list[tuple[Callable[[torch.Tensor], torch.Tensor], str, dict[str, float | None], float, tuple[float | None, float | None]]] = [
+    (lambda z: F.leaky_relu(z, 0.2), "leaky_relu", {"negative_slope": 0.2}, 1.0, (None, None)),
+    (lambda z: z * (z > 0.3), "jump_relu", {"theta": 0.3}, 1.0, (0.3, None)),
+    (lambda z: z.clamp(-1.5, 1.5), "clamp", {"min": -1.5, "max": 1.5}, 1.0, (-1.5, 1.5)),
+    (lambda z: z.clamp(max=0.4), "clamp", {"min": None, "max": 0.4}, 1.0, (None, 0.4)),
+    (lambda z: F.elu(z, 0.9), "elu", {"alpha": 0.9}, 1.0, (math.log(0.05 / 0.9), None)),
+    (lambda z: z * torch.sigmoid(1.3 * z), "swish", {"beta": 1.3}, 1.09983932, (-3.9299 / 1.3, None)),
+    (lambda z: torch.sin(30 * z), "sin", {"omega": 30.0}, 30.0, (None, None)),
+    (lambda z: torch.sin(z), "sin", {}, 1.0, (None, None)),
+    (lambda z: z + torch.sin(0.7 * z) ** 2 / 0.7, "snake", {"alpha": 0.7}, 2.0, (None, None)),
+    (lambda z: 2 * torch.tanh(z / 2), "soft_cap", {"cap": 2.0}, 1.0, (-4.35654, 4.35654)),
+    (torch.atan, "atan", {}, 1.0, (-math.sqrt(19), math.sqrt(19))),
+    (torch.erf, "erf", {}, 2 / math.sqrt(math.pi), (-1.730818, 1.730818)),
+]
+
+
+@pytest.mark.parametrize("at", range(len(FITTED)))
+def test_the_parameter_of_a_function_that_is_written_by_hand_is_found(at: int) -> None:
+    function, name, plain, peak, tails = FITTED[at]
+    z = 1.2 * torch.randn(4096)
+    bound = recognise(z, function(z), ACTIVATIONS, 0.05).bound
+    assert bound is not None
+    assert bound.activation.name == name
+    assert dict(bound.plain) == pytest.approx(plain)
+    constants = known(bound.constants)
+    assert constants.peak == pytest.approx(peak)
+    assert (constants.low, constants.high) == pytest.approx(tails, abs=1e-4)
+    exact = torch.linspace(-6, 6, 997, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(function(exact).sum(), exact)
+    assert torch.allclose(bound.evaluate(exact.detach(), exact.detach(), {})[0], slope.abs(), rtol=1e-5, atol=1e-9)
+
+
+def test_squared_relu_has_no_peak_and_a_low_tail() -> None:
+    z = torch.randn(500)
+    bound = known(recognise(z, F.relu(z).square(), ACTIVATIONS, 0.05).bound)
+    assert (bound.activation.name, bound.tails_known, bound.tails) == ("squared_relu", True, "low")
+    constants = known(bound.constants)
+    assert (constants.peak, constants.low, constants.high) == (None, 0.0, None)
+
+
+@pytest.mark.parametrize("row", FUNCTIONS, ids=lambda row: row.name)
+def test_the_slope_of_a_function_of_torch_is_that_of_autograd(row: Activation) -> None:
+    """Where it is defined, and near the ends of that range."""
+    given = dict.fromkeys(row.parameters, 2.7)
+    first, last = {"acosh": (1.001, 6.0), "erfinv": (-0.999, 0.999), "asin": (-0.999, 0.999), "acos": (-0.999, 0.999), "atanh": (-0.999, 0.999)}.get(
+        row.name, (0.001, 0.999) if row.name in ("logit", "entr") else (-6.0, 6.0) if row in CURVES else (0.001, 6.0)
+    )
+    z = torch.linspace(first, last, 1001, dtype=torch.float64, requires_grad=True)
+    calls: dict[Any, Callable[[torch.Tensor], torch.Tensor]] = {
+        POWER: lambda z: z**2.7,
+        EXPONENTIAL: lambda z: 2.7**z,
+        QUOTIENT: lambda z: 2.7 / z,
+    }
+    function: Callable[[torch.Tensor], torch.Tensor] = calls.get(row, row.calls[0])
+    (slope,) = torch.autograd.grad(function(z).sum(), z)
+    bound = bind_plain(row, 0.05, given)
+    found, peak, _ = bound.evaluate(z.detach(), z.detach(), {})
+    assert torch.allclose(found, slope.abs(), rtol=1e-9, atol=1e-11)
+    assert peak is None or float(found.max()) <= float(peak) * (1 + 1e-9)
+    assert (peak is not None) == (row in CURVES or row.name == "abs")
+
+
+@pytest.mark.parametrize("row", CURVES, ids=lambda row: row.name)
+@pytest.mark.parametrize("epsilon", [0.01, 0.05, 0.3])
+def test_peak_and_tails_of_a_curve_agree_with_the_search_on_a_grid(row: Activation, epsilon: float) -> None:
+    closed, found = known(bind_plain(row, epsilon).constants), known(bind_plain(Activation("bare", derivative=row.derivative), epsilon).constants)
+    assert found.peak == pytest.approx(closed.peak, rel=1e-6)
+    if row.name not in ("sin", "cos"):
+        assert (found.low, found.high) == pytest.approx((closed.low, closed.high), abs=3e-3)
 
 
 def test_a_sigmoid_of_1_7_z_is_no_gelu_in_bfloat16() -> None:
@@ -371,7 +439,15 @@ def test_a_sigmoid_of_1_7_z_is_no_gelu_in_bfloat16() -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [lambda z: z, lambda z: 2 * z, torch.sin, lambda z: torch.tanh(1.1 * z), lambda z: z / z.square().mean().sqrt(), torch.zeros_like, torch.abs],
+    [
+        lambda z: z,
+        lambda z: 2 * z,
+        lambda z: 2 * torch.sin(z),
+        lambda z: torch.tanh(1.1 * z),
+        lambda z: z / z.square().mean().sqrt(),
+        torch.zeros_like,
+        torch.abs,
+    ],
 )
 def test_other_functions_are_not_taken_for_a_row(function: Any) -> None:
     z = 2 * torch.randn(500)

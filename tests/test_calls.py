@@ -1,5 +1,6 @@
 """Activations that are called as functions: which calls become sites, how they are named, and that listening to them does not change the training."""
 
+import math
 import threading
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torchsat
 from tests.models import Calling, Everything
 from tests.truth import check, known, one_step, same, truth
 from torchsat import ACTIVATIONS, Activation, Record
+from torchsat.flow import ways
 
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "leaky_relu": (0.2,),
@@ -423,3 +425,97 @@ def test_a_compiled_forward_is_observed_eager_and_not_compiled_again(backend: st
         optimizer.step()
     assert monitor.coverage.seen == tuple(NESTED)
     assert len(runs) == 1
+
+
+def test_the_softmax_inside_a_gumbel_softmax_is_measured() -> None:
+    """Its entropy is that of the probabilities it returns, and dL/dz that of the disturbed logits, with the numbers of autograd in float64."""
+
+    class Net(nn.Module):
+        def __init__(self, hard: bool) -> None:
+            super().__init__()
+            self.layer, self.last, self.hard = nn.Linear(4, 6), nn.Linear(6, 2), hard
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.p = F.gumbel_softmax(self.layer(x), tau=0.7, hard=self.hard)
+            out: Tensor = self.last(self.p)
+            return out
+
+    model, x = Net(hard=False), torch.randn(64, 4)
+    record = one_step(model, x=x)["gumbel_softmax"]
+    p = model.p.detach().double()
+    assert (record.activation, record.kind) == ("softmax", "softmax")
+    assert record.entropy == pytest.approx((-(p * p.log()).sum(-1).mean() / math.log(6)).item(), rel=1e-4)
+    z = p.log().requires_grad_()
+    a = z.softmax(-1)
+    weight, bias = model.last.weight.detach().double(), model.last.bias.detach().double()
+    (grad_a,) = torch.autograd.grad(F.linear(a, weight, bias).square().sum(), a, retain_graph=True)
+    (grad_z,) = torch.autograd.grad(F.linear(a, weight, bias).square().sum(), z)
+    assert record.attenuation == pytest.approx((grad_z.norm() / grad_a.norm()).item(), rel=1e-4)
+    monitor = torchsat.watch(hard := Net(hard=True), errors="raise")
+    hard(x).sum().backward()
+    monitor.step()
+    assert [place for place, _ in monitor.coverage.unseen] == ["gumbel_softmax"]
+
+
+def test_a_function_in_a_loop_over_time_is_one_site_and_a_curve_in_each_layer_is_its_own() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.sin(layer(x))
+            state = torch.zeros(())
+            for at in range(5):
+                state = 0.5 * state + torch.exp(x[:, at % 4])
+            return state
+
+    snapshot = one_step(Net(), x=torch.randn(16, 4))
+    assert [(record.site, record.n, record.kind) for record in snapshot.records] == [
+        *((site, 64, "call") for site in ("sin", "sin_1", "sin_2")),
+        ("exp", 80, "function"),
+    ]
+    assert [record.after for record in snapshot.records] == [(), ("sin",), ("sin_1",), ("sin_2",)]
+
+
+def test_functions_stand_beside_the_way_of_the_gradient() -> None:
+    """What is behind a sigmoid that computes an output does not make it a hidden layer, and a square in front of a layer is no end of a path."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = torch.sigmoid(self.last(F.relu(self.first(x)) ** 2))
+            return out.log()
+
+    snapshot = one_step(Net(), x=torch.randn(32, 4))
+    assert [(r.site, r.output, r.gate) for r in snapshot.records] == [
+        ("relu", False, False),
+        ("square", False, False),
+        ("sigmoid", True, False),
+        ("log", False, False),
+    ]
+    assert snapshot["sigmoid"].after == ("relu",)
+    assert snapshot["log"].after == ("sigmoid",)
+    assert list(ways(snapshot)) == []
+    for record in snapshot.records:
+        if record.kind == "function":
+            assert (record.saturated, record.stuck, record.blocked, record.relative_derivative) == (None, None, None, None)
+            assert record.attenuation is not None
+
+
+def test_a_swiglu_has_no_gate_and_a_glu_has_one() -> None:
+    class Net(nn.Module):
+        def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.up, self.gate, self.down, self.act = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2), act
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.down(self.act(self.gate(x)) * self.up(x))
+            return out
+
+    for act, name, is_gate in ((F.silu, "silu", False), (F.gelu, "gelu", False), (F.relu, "relu", False), (torch.sigmoid, "sigmoid", True)):
+        assert one_step(Net(act), x=torch.randn(16, 4))[name].gate == is_gate

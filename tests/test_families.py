@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchsat
 from tests.truth import known
+from torchsat.functions import NAMES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
@@ -69,7 +70,7 @@ def missing(name: str, **options: Any) -> list[tuple[str, str]]:
         families.loss_of(model(**inputs)).backward()
         monitor.step()
     assert monitor.latest is not None
-    table = {*(row.name for row in torchsat.ACTIVATIONS), "softmax", "quick_gelu", "squared_relu"}
+    table = {*(row.name for row in torchsat.ACTIVATIONS), "softmax", "quick_gelu", "squared_relu", *NAMES}
     assert {record.activation for record in monitor.latest.records} <= table
     for record in monitor.latest.records:
         if record.activation == "gelu":

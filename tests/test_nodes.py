@@ -1,4 +1,4 @@
-"""What the graph of a pass holds is a site, is accounted for, or is named: every function that is no activation of the table, once per module."""
+"""What the graph of a pass holds is a site, is accounted for, or is named."""
 
 import re
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import torchsat
 from tests.truth import check, one_step, truth
+from torchsat import functions
 from torchsat.coverage import Coverage
 from torchsat.observe import nodes
 
@@ -62,29 +63,68 @@ def maker_of(function: Callable[[Tensor], Tensor]) -> str:
     return "" if made is None else made.name()
 
 
-NAMED: list[tuple[Callable[[Tensor], Tensor], set[str]]] = [
-    (lambda z: torch.sin(30 * z), {"sin"}),
-    (lambda z: torch.where(z > 0, z, 0.0), {"where"}),
-    (lambda z: torch.where(z.detach() > 0, z, torch.zeros_like(z)), {"where"}),
-    (lambda z: z * (z > 0), {"mul"}),
-    (lambda z: z * (z > 0).float(), {"mul"}),
-    (lambda z: z.masked_fill(z < 0, 0), {"masked_fill"}),
-    (assigned, {"masked_fill" if "MaskedFill" in maker_of(assigned) else "index_put"}),  # torch 2.15 has made the one the other
-    (lambda z: torch.maximum(z, torch.zeros_like(z)), {"maximum"}),
-    (lambda z: z.clamp(min=torch.zeros(8)), {"clamp"}),
-    (lambda z: torch.zeros_like(z).scatter(-1, z.topk(3).indices, z.topk(3).values), {"topk"}),
-    (lambda z: z * (z >= z.kthvalue(4, dim=-1, keepdim=True).values), {"mul"}),
-    (lambda z: F.relu(z).square(), {"square"}),
-    (lambda z: z * z, {"square"}),
-    (lambda z: z**3, {"pow"}),
-    (lambda z: z.abs().sqrt(), {"abs", "sqrt"}),
-    (lambda z: z / (1 + z.abs()), {"abs", "div"}),
-    (lambda z: torch.exp(-(z**2)), {"exp", "square"}),
-    (lambda z: z.cumprod(-1), {"cumprod"}),
-    (lambda z: z - z.logsumexp(-1, keepdim=True), {"logsumexp"}),
-    (torch.round, {"round"}),
-    (torch.special.erfcx, {"special_erfcx"}),
-    (scatter_softmax, {"exp"}),
+def softmax_by_hand(z: Tensor) -> Tensor:
+    return (z - z.amax(-1, keepdim=True)).exp() / (z - z.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)
+
+
+def elu_by_hand(z: Tensor) -> Tensor:
+    return torch.where(z > 0, z, torch.exp(z) - 1)
+
+
+def bounded_by_hand(z: Tensor) -> Tensor:
+    inner = torch.where(z > 1, torch.ones_like(z), z)
+    return torch.where(z < -1, -torch.ones_like(z), inner)
+
+
+CURVES = {row.name for row in functions.CURVES}
+# The function, its place, the activation that is found there, and the kind of the site.
+MEASURED: list[tuple[Callable[[Tensor], Tensor], str, str, str]] = [
+    (torch.sin, "sin", "sin", "call"),
+    (lambda z: z.cos(), "cos", "cos", "call"),
+    (torch.special.erf, "erf", "erf", "call"),
+    (lambda z: torch.atan(input=z), "atan", "atan", "call"),
+    (torch.sinc, "sinc", "sinc", "call"),
+    (lambda z: z.exp(), "exp", "exp", "function"),
+    (lambda z: 2**z, "pow", "pow", "function"),
+    (lambda z: torch.pow(3.0, z), "pow", "pow", "function"),
+    (lambda z: z**3, "pow", "pow", "function"),
+    (lambda z: z**2, "square", "square", "function"),
+    (lambda z: z * z, "square", "square", "function"),
+    (lambda z: z.clone().square_(), "square", "square", "function"),
+    (lambda z: z.abs(), "abs", "abs", "function"),
+    (lambda z: 3 / z, "reciprocal", "reciprocal", "function"),
+    (torch.special.erfcx, "erfcx", "erfcx", "function"),
+    (lambda z: torch.where(z > 0, z, 0.0), "where", "relu", "call"),
+    (lambda z: torch.where(z.detach() > 0, z, torch.zeros_like(z)), "where", "relu", "call"),
+    (lambda z: z * (z > 0), "mul", "relu", "call"),
+    (lambda z: z * (z > 0).float(), "mul", "relu", "call"),
+    (lambda z: z.masked_fill(z < 0, 0), "masked_fill", "relu", "call"),
+    (assigned, "masked_fill" if "MaskedFill" in maker_of(assigned) else "index_put", "relu", "call"),  # torch 2.15 has made the one the other
+    (lambda z: torch.maximum(z, torch.zeros_like(z)), "maximum", "relu", "call"),
+    (lambda z: z.clamp(min=torch.zeros(8)), "clamp", "relu", "call"),
+    (lambda z: torch.where(z > 0, z, 0.3 * z), "where", "leaky_relu", "call"),
+    (lambda z: torch.minimum(torch.full_like(z, 0.4), z), "minimum", "clamp", "call"),
+    (lambda z: torch.logaddexp(z, torch.zeros(8)), "logaddexp", "softplus", "call"),
+    (elu_by_hand, "where", "elu", "call"),
+    (bounded_by_hand, "where_1", "hardtanh", "call"),
+]
+# The function, and the places that are named; those that are sites beside them.
+NAMED: list[tuple[Callable[[Tensor], Tensor], set[str], set[str]]] = [
+    (lambda z: torch.zeros_like(z).scatter(-1, z.topk(3).indices, z.topk(3).values), {"topk"}, set()),
+    (lambda z: z * (z >= z.kthvalue(4, dim=-1, keepdim=True).values), {"mul"}, set()),
+    (lambda z: torch.maximum(z, z.flip(0)), {"maximum"}, set()),
+    (lambda z: z / (1 + z.abs()), {"div"}, {"abs"}),
+    (lambda z: z.cumprod(-1), {"cumprod"}, set()),
+    (lambda z: z - z.logsumexp(-1, keepdim=True), {"logsumexp"}, set()),
+    (lambda z: z - z.exp().sum(-1, keepdim=True).log(), {"logsumexp"}, set()),
+    (torch.round, {"round"}, set()),
+    (lambda z: torch.ops.aten.sin(z), {"sin"}, set()),
+    (lambda z: torch.view_as_real(torch.exp(1j * z)).sum(-1), {"exp"}, set()),
+    (lambda z: F.relu(z).square(), set(), {"relu", "square"}),
+    (lambda z: z.abs().sqrt(), set(), {"abs", "sqrt"}),
+    (lambda z: torch.exp(-(z**2)), set(), {"square", "exp"}),
+    (scatter_softmax, set(), {"exp"}),
+    (softmax_by_hand, set(), {"exp"}),
 ]
 ACCOUNTED: list[Callable[[Tensor], Tensor]] = [
     lambda z: torch.where(torch.arange(8) > 3, z, 0.0),
@@ -106,12 +146,42 @@ ACCOUNTED: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
+@pytest.mark.parametrize("at", range(len(MEASURED)))
+def test_a_function_of_a_signal_is_a_site_with_the_numbers_of_autograd(at: int) -> None:
+    """In the first observation, which decides that it is one, and in later ones."""
+    function, place, activation, kind = MEASURED[at]
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(self.layer(x))
+
+    model, x = Net(), 2 * torch.randn(32, 6)
+    monitor = torchsat.watch(model, every=1, budget=None, errors="raise")
+    for _ in range(3):
+        model(x).square().sum().backward()
+        monitor.step()
+        monitor.flush()
+        assert monitor.coverage.seen == (place,)
+        assert monitor.coverage.unseen == ()
+        assert monitor.latest is not None
+        record = monitor.latest[place]
+        assert (record.activation, record.kind) == (activation, kind)
+        check(record, truth(function, model.layer(x)), rel=1e-4)
+        assert (record.saturated is None) == (activation == place not in {*CURVES, "abs"})
+
+
 @pytest.mark.parametrize("at", range(len(NAMED)))
-def test_a_function_that_no_row_of_the_table_names_is_named(at: int) -> None:
-    function, names = NAMED[at]
-    found = unseen(Between(function))
-    assert found.keys() == names
-    assert set(found.values()) <= {nodes.UNMEASURED, nodes.SELECTION, nodes.STEP}
+def test_what_is_no_function_of_one_signal_is_named(at: int) -> None:
+    function, names, seen = NAMED[at]
+    monitor = torchsat.watch(model := Between(function), errors="raise")
+    model(torch.randn(8, 6)).square().sum().backward()
+    monitor.step()
+    assert set(monitor.coverage.seen) == seen
+    assert {place for place, _ in monitor.coverage.unseen} == names
 
 
 @pytest.mark.parametrize("at", range(len(ACCOUNTED)))
@@ -172,7 +242,8 @@ def test_a_raw_parameter_is_a_weight() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.sin(30 * x @ self.weight)
 
-    assert unseen(Net()) == {"sin": nodes.UNMEASURED}
+    record = one_step(Net(), x=torch.randn(8, 6))["sin"]
+    assert record.n == 48
 
 
 def test_the_loss_in_a_model_is_none_of_its_activations() -> None:
@@ -186,8 +257,14 @@ def test_the_loss_in_a_model_is_none_of_its_activations() -> None:
             loss = F.cross_entropy(y, torch.zeros(8, dtype=torch.long)) + y.abs().mean() + (y - 1).pow(2).mean().sqrt()
             return (y, loss) if self.both else loss
 
-    assert unseen(Net(both=False)) == {}
-    assert unseen(Net(both=True)) == {"exp": nodes.UNMEASURED}
+    for both in (False, True):
+        model = Net(both)
+        monitor = torchsat.watch(model, errors="raise")
+        out = model(torch.randn(8, 6))
+        sum(each.square().sum() for each in (out if both else (out,))).backward()
+        monitor.step()
+        assert monitor.coverage.seen == (("tanh", "exp") if both else ("tanh",))
+        assert monitor.coverage.unseen == ()
 
 
 def test_the_graph_of_an_earlier_pass_is_not_explored() -> None:
@@ -216,13 +293,13 @@ def test_a_function_in_a_transform_of_torch_func_is_said() -> None:
 
 
 def test_alike_places_take_one_line() -> None:
-    model = nn.Sequential(*(Between(lambda z: torch.sin(z)[:, :6], 6) for _ in range(3)))
+    model = nn.Sequential(*(Between(lambda z: z.cumprod(-1)[:, :6], 6) for _ in range(3)))
     for each in model:
         each.last = nn.Linear(6, 6)
     monitor = torchsat.watch(model, errors="raise")
     model(torch.randn(4, 6)).sum().backward()
-    assert [place for place, _ in monitor.coverage.unseen] == ["0/sin", "1/sin", "2/sin"]
-    assert str(monitor.coverage).splitlines()[1:] == [f"  0/sin and 2 more: {nodes.UNMEASURED}"]
+    assert [place for place, _ in monitor.coverage.unseen] == ["0/cumprod", "1/cumprod", "2/cumprod"]
+    assert str(monitor.coverage).splitlines()[1:] == [f"  0/cumprod and 2 more: {nodes.UNMEASURED}"]
     layers = Coverage((), (("layers.0", "x"), ("layers.1", "x"), ("head", "x")))
     assert str(layers).splitlines()[1:] == ["  layers.0 and 1 more: x", "  head: x"]
 

@@ -191,7 +191,8 @@ def test_activations_between_parts_that_no_hook_hears_are_named() -> None:
         return out.mean()
 
     _, _, _, monitor = train(Auto(), use)
-    assert {place for place, _ in monitor.coverage.unseen} == {"Tanh", "sin"}
+    assert {place for place, _ in monitor.coverage.unseen} == {"Tanh"}
+    assert "sin" in monitor.coverage.seen
 
 
 class Mine(TorchFunctionMode):

@@ -44,8 +44,8 @@ class Activation:
         parameters: attributes of the module, which are passed by name to `derivative`, `peak`, `tails` and `function`. A tensor of more than one
             element is spread over z as `torch.nn.PReLU` does it (dimension 1), or broadcast if it has several dimensions.
         derivative: f'(z) for a float32 or float64 tensor of any shape. None: `function` is differentiated automatically.
-        peak: sup|f'|, a number or a function of the parameters. None: it is searched on a grid, and unknown if |f'| has no bound there or the
-            parameters are learned.
+        peak: sup|f'|, a number or a function of the parameters; math.inf where |f'| has no bound. None: it is searched on a grid, and unknown if
+            |f'| has no bound there or the parameters are learned.
         tails: (z_L, z_R) as a function of (epsilon, **parameters), with None for a tail that is absent. None: they are searched on a grid, and
             unknown where there is no peak or where the parameters are learned.
         function: f(z). None: the module or call itself. It is used only where there is no `derivative`, and to recognise modules by their numbers.
@@ -146,7 +146,8 @@ class Bound:
         given = {**self.plain, **learned}
         slope = self.derivative(z, **given, **({"a": a} if self.activation.from_output else {})).abs()
         peak = self.activation.peak if self.constants is None else self.constants.peak
-        return slope, peak(**{**self.plain, **self.learned}) if callable(peak) else peak, self.edges(learned)
+        found = peak(**{**self.plain, **self.learned}) if callable(peak) else peak
+        return slope, None if isinstance(found, float) and math.isinf(found) else found, self.edges(learned)
 
     def edges(self, learned: Mapping[str, Tensor]) -> Edges:
         """The edges of the tails. `learned` are the learned parameters, as in `evaluate`."""
@@ -241,10 +242,9 @@ def _constants(activation: Activation, derivative: Callable[..., Tensor], plain:
         unknown = {"a": torch.full_like(z, math.nan)} if activation.from_output else {}
         return derivative(z, **given, **unknown).abs()
 
-    magnitude = slope(grid())
     peak = activation.peak(**given) if callable(activation.peak) else activation.peak
-    if peak is None:
-        peak = peak_on_grid(slope, magnitude)
+    magnitude = grid() if peak == math.inf else slope(grid())
+    peak = peak_on_grid(slope, magnitude) if peak is None else None if peak == math.inf else peak
     if activation.tails is not None:
         low, high = activation.tails(epsilon, **given)
     elif peak is None:
@@ -489,6 +489,6 @@ ACTIVATIONS: tuple[Activation, ...] = (
 )
 """The element-wise activations of torch.nn. Peak (sup|f'| > 1) and tails of GELU, SiLU and Mish have no closed form and are searched on the grid."""
 
-CLAMP = Activation("clamp", (), ("min", "max"), _clamp, 1.0, _clamp_tails, defaults=(None, None))
+CLAMP = Activation("clamp", (), ("min", "max"), _clamp, 1.0, _clamp_tails, lambda z, **bounds: z.clamp(**bounds), defaults=(None, None))
 """`z.clamp(min, max)` of a signal, with one bound or two. It is no row of the table, since its calls are told apart by their arguments
 (observe/calls.py): with tensors for bounds, or to keep a divisor away from 0, a clamp is no activation."""

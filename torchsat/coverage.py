@@ -46,4 +46,10 @@ class Coverage(Shown):
         return "\n".join([f"{self.described} seen; {rest}", *lines])
 
 
-_NOUNS = {"module": ("module", "modules"), "call": ("call", "calls"), "recurrent": ("gate", "gates"), "softmax": ("softmax", "softmaxes")}
+_NOUNS: dict[Kind, tuple[str, str]] = {
+    "module": ("module", "modules"),
+    "call": ("call", "calls"),
+    "recurrent": ("gate", "gates"),
+    "softmax": ("softmax", "softmaxes"),
+    "function": ("function", "functions"),
+}

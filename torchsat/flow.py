@@ -15,8 +15,9 @@ from torchsat.start import LONG, Start, per_snapshot
 
 
 def on_signal_path(record: Record) -> bool:
-    """Whether the signal passes through this site on its way to the loss. A gate and the logits of attention stand beside that way."""
-    return not (record.output or record.gate or record.kind == "softmax")
+    """Whether the signal passes through this site on its way to the loss. A gate and the logits of attention stand beside that way. Functions without
+    a bound (`exp`, `square`) are left out: the activations in front of them and behind them are compared directly."""
+    return not (record.output or record.gate or record.kind in ("softmax", "function"))
 
 
 def gradient_over_depth(snapshot: Snapshot) -> float | None:

@@ -1,8 +1,9 @@
 """Finds out what a user's module computes, where the table of activations has no row for its type.
 
 The module is never run for this: it is judged by the inputs z and outputs a of its real calls. If they fit one row of the table, the module is that
-function. Several rows can fit: on positive numbers ReLU is the identity, and in bfloat16 the two forms of GELU are the same. Then the best fit is
-taken where all that fit have one name or agree at every z, and otherwise nothing is said before other numbers tell them apart.
+function. Where none does, the functions with one parameter are tried that models write by hand (handwritten.py). Several rows can fit: on positive
+numbers ReLU is the identity, and in bfloat16 the two forms of GELU are the same. Then the best fit is taken where all that fit have one name or agree
+at every z, and otherwise nothing is said before other numbers tell them apart.
 
 How far the outputs of two ways to write a function lie apart is the rounding of their terms, which are as large as a, as z and as 1: in
 `0.5 * z * (1 + erf(z / sqrt(2)))` the sum is rounded to eps although it vanishes for negative z, so that a is off by eps * |z| / 4 where it is nearly
@@ -17,20 +18,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchsat.activations import Activation, Bound, bind_plain
+from torchsat.functions import CURVES
+from torchsat.handwritten import FAMILIES, PLAIN, Guess, frequency
 
-_WITHOUT_MODULE = (
-    Activation(
-        "quick_gelu",
-        derivative=lambda z: torch.sigmoid(1.702 * z) * (1 + 1.702 * z * torch.sigmoid(-1.702 * z)),
-        function=lambda z: z * torch.sigmoid(1.702 * z),
-    ),
-    Activation("squared_relu", derivative=lambda z: 2 * F.relu(z), function=lambda z: F.relu(z).square()),
-)
-"""Functions that torch has no module for and that models write out by hand."""
 _MOST = 8192
 """The most elements that are compared."""
 _FIRST = 64
@@ -64,7 +57,7 @@ class _Fit:
 
 
 def recognise(z: Tensor, a: Tensor, rows: Sequence[Activation], epsilon: float) -> Recognition:
-    """The function f with a = f(z): one of these rows with its default parameters, the tanh form of GELU, quick GELU or squared ReLU.
+    """The function f with a = f(z): one of these rows with its default parameters, the tanh form of GELU, or one that models write by hand.
 
     Only numbers are compared, in the precision of a; no function of the user's module is called.
 
@@ -74,7 +67,9 @@ def recognise(z: Tensor, a: Tensor, rows: Sequence[Activation], epsilon: float) 
     numbers = _Numbers(z, a)
     if numbers.z.numel() < _FEWEST:
         return Recognition(None, may_come=True)
-    fits = [fit for row, given in _candidates((*rows, *_WITHOUT_MODULE)) if (fit := numbers.fit(row, given)) is not None]
+    fits = [fit for row, given in _candidates((*rows, *PLAIN, *CURVES)) if (fit := numbers.fit(row, given)) is not None]
+    if not fits and numbers.is_exact and not numbers.is_narrow:
+        fits = [fit for each in FAMILIES if (given := numbers.guess(each.guess)) is not None and (fit := numbers.fit(each.row, given)) is not None]
     if not fits:
         return Recognition(None)
     best = min(fits, key=lambda fit: fit.error)
@@ -91,7 +86,7 @@ def differs(bound: Bound, z: Tensor, a: Tensor) -> Tensor:
     """Whether a is no longer f(z) for a function that was recognised before: a boolean tensor on the device, true if they differ."""
     function = bound.activation.function or bound.activation.calls[0]
     made = function(z.clone(), **bound.plain)
-    return ((made - a.to(made)).abs() > 4 * _tolerance(a.dtype) * _size(z, made)).any()
+    return ((made - a.to(made)).abs() > 4 * _tolerance(a.dtype) * _size(z, made, frequency(bound.activation, bound.plain))).any()
 
 
 def anonymous(name: str, epsilon: float) -> Bound:
@@ -121,38 +116,43 @@ class _Numbers:
             taken = torch.randperm(z.numel(), generator=torch.Generator().manual_seed(0))[:_MOST]
             z, a = z[taken], a[taken]
         self.z, self._a = z, a
-        self._expected = self._tolerance * _size(z, a)
         self._bins = ((z.clamp(-_REACH, _REACH) + _REACH) / _BIN).long()
 
     def fit(self, row: Activation, given: dict[str, Any]) -> _Fit | None:
         """How well a row fits; None where it does not."""
         function = row.function or row.calls[0]
-        if not bool(((function(self.z[:_FIRST].clone(), **given) - self._a[:_FIRST]).abs() <= self._expected[:_FIRST]).all()):
+        expected = self._tolerance * _size(self.z, self._a, frequency(row, given))
+        if not bool(((function(self.z[:_FIRST].clone(), **given) - self._a[:_FIRST]).abs() <= expected[:_FIRST]).all()):
             return None
-        made = function(self.z.clone(), **given)
-        return _Fit(row, given, made, float(self._errors(made).square().mean().sqrt())) if self._fits(made) else None
+        errors = ((made := function(self.z.clone(), **given)) - self._a) / expected
+        return _Fit(row, given, made, float(errors.square().mean().sqrt())) if self._fits(errors) else None
 
     def agree(self, one: Tensor, other: Tensor) -> bool:
         """Whether two functions have the same values at all these z, even in float32."""
         return bool(((one - other).abs() <= _tolerance(torch.float32) * _size(self.z, one)).all())
 
     @property
+    def is_exact(self) -> bool:
+        """Whether a parameter can be found: in a low precision several functions with one would fit."""
+        return not self._averages
+
+    def guess(self, guess: Guess) -> dict[str, Any] | None:
+        """The parameter that a family of functions would have."""
+        return guess(self.z, self._a)
+
+    @property
     def is_linear(self) -> bool:
         """Whether a straight line fits too."""
         z = self.z - self.z.mean()
         slope = z.dot(self._a) / z.dot(z).clamp(min=1e-300)
-        return self._fits(slope * z + self._a.mean())
+        return self._fits((slope * z + self._a.mean() - self._a) / (self._tolerance * _size(self.z, self._a)))
 
-    def _errors(self, made: Tensor) -> Tensor:
-        return (made - self._a) / self._expected
-
-    def _fits(self, made: Tensor) -> bool:
-        """Whether these values differ from a by no more than rounding.
+    def _fits(self, errors: Tensor) -> bool:
+        """Whether values differ from a by no more than rounding, by their errors in units of the rounding that is expected.
 
         In low precision the bound on one rounding is so wide that other functions lie within it. But roundings have no preferred sign, so the mean
         error in each range of z must be much smaller: at most a fifth, beside three standard errors of it.
         """
-        errors = self._errors(made)
         if not bool((errors.abs() <= 1).all()):
             return False
         if not self._averages:
@@ -172,9 +172,9 @@ def _candidates(rows: Sequence[Activation]) -> Iterator[tuple[Activation, dict[s
             yield row, dict(zip(row.parameters, values, strict=True))
 
 
-def _size(z: Tensor, a: Tensor) -> Tensor:
+def _size(z: Tensor, a: Tensor, frequency: float = 0.0) -> Tensor:
     """The size of the terms whose rounding a carries."""
-    return a.abs() + 0.25 * z.abs() + 0.25
+    return a.abs() + (0.25 + 0.25 * frequency) * z.abs() + 0.25
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -18,7 +18,7 @@ from torchsat.shown import Shown, level_in_words
 
 Severity = Literal["warning", "critical"]
 Tails = Literal["both", "low", "high", "none", "unknown"]
-Kind = Literal["module", "call", "recurrent", "softmax"]
+Kind = Literal["module", "call", "recurrent", "softmax", "function"]
 
 CODE_INDENT = "    "
 """What stands before each line of code in `Cause.remedy`."""
@@ -63,7 +63,7 @@ class SiteFacts:
     activation: str
     """The name of the activation function, such as `tanh`."""
     kind: Kind
-    """Whether the activation is a module, a function call, a gate of a recurrent layer, or a softmax."""
+    """Whether it is a module, a function call, a gate of a recurrent layer, a softmax, or a mathematical function without a plateau (`exp`)."""
     tails: Tails
     """On which sides the function has a plateau: a tail in which |f'| stays below epsilon times its peak."""
     output: bool
@@ -88,6 +88,8 @@ class SiteFacts:
     """Of an output of the model, the functions of the loss that take it, as `torch.nn.functional` calls them: `log_softmax`, which is the first half
     of `cross_entropy`, `binary_cross_entropy`, `mse_loss`, `square`, ... Behind the name stands "of scaled values" where a loss that is not of
     squares takes it shifted or scaled, and "of several signals" where it is not all that the function takes."""
+    learned: bool = field(default=False, kw_only=True)
+    """Whether peak and tails were learned from gradients, at the z that was seen, since no row of the table names the function."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -134,7 +134,8 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         worst=row.worst,
         worst_rank=row.worst_rank,
         nonfinite_rank=row.nonfinite_rank,
-        histogram=tuple([at[name] / at.n for name in BINS]) if at.n and peak else None,
+        # A function whose peak was learned has a derivative for each element only in the backward, where no histogram is made.
+        histogram=tuple([at[name] / at.n for name in BINS]) if at.n and peak and not facts.learned else None,
         heads=of_heads.each() if is_softmax else None,
     )
     return record, stuck

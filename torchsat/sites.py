@@ -40,8 +40,10 @@ from torch import Tensor, nn
 
 from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_plain
 from torchsat.coverage import Coverage
+from torchsat.curves import Curve
 from torchsat.elementwise import Nature
 from torchsat.parts import Span
+from torchsat.recognise import is_anonymous
 from torchsat.record import Kind, SiteFacts
 from torchsat.structure import Found, clean, find
 from torchsat.unregistered import unregistered
@@ -162,6 +164,8 @@ class Site:
     """For a softmax over the last of four axes: whether a batched matrix product computes its logits, as in attention. None: not known yet."""
     doubt: Tensor | None = None
     """A flag, maybe still on its way to the host: whether a user's module no longer computes the function that it was recognised as."""
+    curve: Curve | None = None
+    """Of a function that no row names, what gradients have shown of its slope so far, from which its peak and tails are learned."""
     missed: int = 0
     """Number of observations in a row in which it did not run."""
 
@@ -188,37 +192,44 @@ class Site:
             normal_derivative=constants.normal_derivative if constants else None,
             last=self.last,
             losses=tuple(self.losses) if self.output else (),
+            learned=constants is not None and is_anonymous(self.bound),
         )
 
 
-class Decisions(weakref.WeakKeyDictionary[nn.Module, Bound | None]):
-    """The function that each module of a user's own type was found to compute. None: it is no activation. No entry: it is not known yet."""
+class Form:
+    """Stands for a place at which several calls of torch together may be one activation, as `torch.where(z > 0, z, 0)` is. It is the key by which is
+    kept what was decided there."""
+
+
+class Decisions(weakref.WeakKeyDictionary[object, Bound | None]):
+    """The function that each module of a user's own type, or each form, was found to compute. None: it is no activation. No entry: it is not known
+    yet."""
 
     def __init__(self) -> None:
         super().__init__()
         self.walks = 0
         """How often the modules have been walked over: once for each observation."""
-        self._again: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+        self._again: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
         """For each module the walk from which on it is to be decided again."""
-        self._tallies: weakref.WeakKeyDictionary[nn.Module, Counter[Nature]] = weakref.WeakKeyDictionary()
+        self._tallies: weakref.WeakKeyDictionary[object, Counter[Nature]] = weakref.WeakKeyDictionary()
 
-    def decide(self, module: nn.Module, bound: Bound | None) -> None:
+    def decide(self, key: object, bound: Bound | None) -> None:
         """Keep what a module computes. It is to be decided again after twice as many observations."""
-        self[module] = bound
-        self._again[module] = 2 * self.walks + 8
-        self._tallies.pop(module, None)
+        self[key] = bound
+        self._again[key] = 2 * self.walks + 8
+        self._tallies.pop(key, None)
 
-    def suspect(self, module: nn.Module) -> None:
+    def suspect(self, key: object) -> None:
         """Have it decided again from the next observation on what a module computes."""
-        self._again[module] = 0
+        self._again[key] = 0
 
-    def is_due(self, module: nn.Module) -> bool:
+    def is_due(self, key: object) -> bool:
         """Whether it is to be decided again what a module computes."""
-        return module in self and self.walks >= self._again[module]
+        return key in self and self.walks >= self._again[key]
 
-    def tally(self, module: nn.Module) -> Counter[Nature]:
+    def tally(self, key: object) -> Counter[Nature]:
         """How often the gradients of a module that is not decided have shown what."""
-        return self._tallies.setdefault(module, Counter())
+        return self._tallies.setdefault(key, Counter())
 
 
 class Sites:
@@ -244,6 +255,8 @@ class Sites:
         self.generation = 0
         """How many times the walk has found other modules than before."""
         self.own = Decisions()
+        self.forms: dict[str, Form] = {}
+        """The places at which calls of torch may together be an activation."""
         self.fed_by_data: set[str] = set()
         """Names of the layers whose input is data: no parameter was used to compute it."""
         self.uses: dict[str, int | None] = {}
@@ -377,6 +390,11 @@ class Sites:
             self.ran.pop(name, None)
         for name in [name for name, place in self._others.items() if name.startswith(prefix) and place.status is Status.UNSEEN]:
             del self._others[name]
+
+    def forget_place(self, name: str) -> None:
+        """Forget one site, since it turned out to be a part of another one."""
+        self.known.pop(name, None)
+        self.ran.pop(name, None)
 
     def retract(self, name: str, reason: str) -> None:
         """Take back the status UNSEEN of a place, if it was given for this reason."""

@@ -33,6 +33,8 @@ from torchsat.activations import CLAMP, Activation, Bound, bind_call, calls_of
 from torchsat.faults import MODEL
 from torchsat.observe import glu, softmaxes
 from torchsat.observe.conditions import Conditions
+from torchsat.observe.forms import Forms
+from torchsat.observe.functions import Functions, may_be_function
 from torchsat.observe.graph import Survey, ends, has_weight
 from torchsat.observe.meter import Call, check_plain
 from torchsat.observe.mode import CallMode, Frame, Function
@@ -54,6 +56,7 @@ class Role(Enum):
 
     SOFTMAX = "softmax"
     SOFTMIN = "softmin"
+    GUMBEL = "gumbel_softmax"
     ATTENTION = "attention"
     GLU = "glu"
     CLAMP = "clamp"
@@ -66,6 +69,7 @@ ROLES: Mapping[Function, Role] = {
     F.softmax: Role.SOFTMAX,
     Tensor.softmax: Role.SOFTMAX,
     F.softmin: Role.SOFTMIN,
+    F.gumbel_softmax: Role.GUMBEL,
     F.scaled_dot_product_attention: Role.ATTENTION,
     F.multi_head_attention_forward: Role.ATTENTION,
     F.glu: Role.GLU,
@@ -82,10 +86,10 @@ PRODUCTS = frozenset(
 UNSEEN: Mapping[str, str] = {
     "log_softmax": "its derivative does not vanish: there is nothing to saturate",
     "special_log_softmax": "its derivative does not vanish: there is nothing to saturate",
-    "gumbel_softmax": "its logits are disturbed by random numbers inside",
     "flex_attention": "fused attention with scores of the user's own, which torchsat does not compute again",
 }
 """The functions that are heard but not measured, by name, and why."""
+_HARD = "its samples are hard (hard=True), so that the probabilities behind them are not seen"
 _NOT_HEARD = "what it calls outside of its own forward is not heard while torch.compile or another TorchFunctionMode is in use"
 _FUSED = "it is frozen and in evaluation mode, where torch runs it as one kernel"
 _SOFTMAX = Bound(Activation("softmax"), lambda z: z, {}, {}, 0.0, None)
@@ -104,6 +108,8 @@ class Calls:
         self._conditions = Conditions()
         self._names: frozenset[str] = frozenset()
         """The sites that are modules. A call that would have such a name gets another one."""
+        self._functions = Functions(observation)
+        self._forms = Forms(observation, self._conditions)
         self._roles: dict[Any, Activation | Role] = dict(ROLES)
         for row in reversed(observation.options.activations):
             self._roles.update(dict.fromkeys(row.calls, row))
@@ -126,7 +132,7 @@ class Calls:
 
     def hook(self, found: Found) -> Callable[[], None]:
         """Hook the beginning of each forward. The function that is returned hooks their ends."""
-        self._names = frozenset(found.names)
+        self._names = self._functions.names = self._forms.names = frozenset(found.names)
         self._outside = Outside(found, self._mode)
         callers = {each.module for each in found.callers}
         others = [each for each in found.modules if each.module not in callers]
@@ -223,15 +229,11 @@ class Calls:
         reason = UNSEEN.get(getattr(function, "__name__", "")) if role is None else None
         guard, lineage = observation.guard, observation.lineage
         looks = guard.is_open and frame.hears and lineage.looks
-        if looks and role is None and reason is None:
-            result = self._mode.origins.call(function, args, kwargs)
-            guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, lineage.survey.choices)
-            return result
-        if (role is None and reason is None) or not guard.is_open or not frame.hears:
+        if not guard.is_open or not frame.hears:
             return self._mode.origins.call(function, args, kwargs)
+        if (role is None and reason is None) or (role is Role.CLAMP and _bounds(function, args, kwargs) is None):
+            return self._call_other(frame, outside, function, args, kwargs)
         if outside is not None and not outside.claims((args, kwargs)):
-            return self._mode.origins.call(function, args, kwargs)
-        if role is Role.CLAMP and _bounds(function, args, kwargs) is None:
             return self._mode.origins.call(function, args, kwargs)
         place = frame.place(_site_name(role, function))
         place += "_call" if place in self._names else ""
@@ -250,12 +252,31 @@ class Calls:
             guard(MODEL, lineage.survey.explain)(ends(result), before)
         return result
 
+    def _call_other(self, frame: Frame, outside: Outside | None, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that is no activation. It may be a mathematical function of a signal, or choose elements of one by a condition."""
+        observation, guard = self._observation, self._observation.guard
+        lineage, begun = observation.lineage, list[tuple[str, Finish | None]]()
+        hears_forms = self._forms.are_heard
+        if may_be_function(function, args) and (outside is None or outside.claims((args, kwargs))):
+            place = guard(MODEL, self._functions.place)(frame, function, args, kwargs)
+            if place is not None:
+                begun.append((place, guard(place, self._functions.begin)(place, frame.module, function, args, kwargs)))
+        if not begun and hears_forms and (form := guard(MODEL, self._forms.find)(frame, function, args, kwargs)) is not None:
+            begun.append((form.place, guard(form.place, self._forms.begin)(form, frame.module, function)))
+        result = self._mode.origins.call(function, args, kwargs)
+        if hears_forms:
+            guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, lineage.survey.choices if lineage.looks else None)
+        for place, finish in begun:
+            if finish is not None:
+                guard(place, finish)(result)
+        return result
+
     def _before(
         self, place: str, role: Activation | Role, module: nn.Module, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Finish | None:
         """Called before a function that is a site runs. Returns what is to be called with its result; None: nothing."""
         rest = args[1:]
-        z = args[0] if args else kwargs.get("query" if role is Role.ATTENTION else "input")
+        z = args[0] if args else kwargs.get("query" if role is Role.ATTENTION else "logits" if role is Role.GUMBEL else "input")
         if isinstance(z, Tensor) and self._observation.passes.is_inside and internals.stands_for_others(z):
             self._observation.note_if_wanted(place, IN_TRANSFORM)
         if not isinstance(z, Tensor) or not z.is_floating_point() or not internals.is_real(z) or not z.numel():
@@ -269,6 +290,9 @@ class Calls:
         check_plain(plain(z))
         if role is Role.GLU:
             return glu.begin(self._observation, place, module, z, int(rest[0] if rest else kwargs.get("dim", -1)) % z.ndim)
+        if role is Role.GUMBEL and (rest[1] if len(rest) > 1 else kwargs.get("hard", False)):
+            self._observation.note_if_wanted(place, _HARD)
+            return None
         site = self._observation.sites.known.setdefault(place, Site(place, _SOFTMAX, "softmax"))
         counts = self._observation.meter.counts_at(place, module)
         if counts is None:
@@ -277,6 +301,9 @@ class Calls:
         if role is Role.ATTENTION:
             began = internals.next_node_number()
             return functools.partial(softmaxes.end_attention, self._observation, site, function, args, kwargs, counts, began)
+        if role is Role.GUMBEL:
+            axis = int(rest[3] if len(rest) > 3 else kwargs.get("dim", -1)) % z.ndim
+            return functools.partial(softmaxes.end_gumbel, self._observation, site, self._observation.meter.rows_of(z, axis, False, place), counts)
         given = rest[0] if rest else kwargs.get("dim")
         axis = (_implicit_axis(z.ndim) if given is None else int(given)) % max(1, z.ndim)
         if z.ndim == 4 and axis == 3 and site.is_attention is None and z.grad_fn is not None:
@@ -308,7 +335,7 @@ def _site_name(role: Activation | Role | None, function: Function) -> str:
         return role.name
     if role is None:
         return function.__name__
-    return role.value if role in (Role.GLU, Role.CLAMP) else "softmax"
+    return role.value if role in (Role.GLU, Role.CLAMP, Role.GUMBEL) else "softmax"
 
 
 def _bounds(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from types import FunctionType, GetSetDescriptorType, MemberDescriptorType, ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.autograd.graph import Node
 
 from torchsat import internals
 from torchsat.observe import nodes as kinds
-from torchsat.observe.marks import NodeSet
+from torchsat.observe.marks import NodeSet, NodeTable
 
 _MATRIX_PRODUCT = re.compile(r"Addmm|^Mm|Bmm|Baddbmm|Convolution|Matmul|Linear|Attention|Rnn|CheckpointFunction")
 _VIEW = re.compile(r"(\w*View|Unsqueeze|Squeeze|Expand|Transpose|Permute|Slice|Select|Split|Chunk|ToCopy|Clone|Alias|T)Backward")
@@ -42,6 +42,8 @@ _MOST_OBJECTS = 2000
 """The most containers and objects that are opened in one structure, and the most values that are looked at in one of them."""
 MOST_NODES = 3000
 """The most nodes that are looked at in one pass; `Survey` says why there is a limit."""
+_MOST_OF_FUNCTION = 16
+"""More nodes than the call of one mathematical function makes."""
 MOST_OF_CALL = 512
 """The most nodes that are looked at to find the gradients of one call."""
 
@@ -189,6 +191,22 @@ def _contents(value: Any) -> Iterator[Any]:
                     yield from dict.values(held) if is_dict else (held,)
 
 
+class Heard(Protocol):
+    """A call of a function that may be a site."""
+
+    @property
+    def place(self) -> str:
+        """Where it is called."""
+
+    def decide(self, name: str, reason: str) -> str | None:
+        """Called when no other site accounts for the function, with what would be said of it. Returns why it is not measured, which may be the reason
+        that is given; None where its place is a site."""
+
+
+Unaccounted = tuple[str, str]
+"""What no site accounts for: its name, and why it is not measured."""
+
+
 class Survey:
     """The walks over the graph of one pass, and the nodes that they have met. A part of the graph is walked whenever a module begins or ends.
 
@@ -206,6 +224,8 @@ class Survey:
         """Nodes that were met and do not belong to the model."""
         self.choices = NodeSet()
         """Nodes that keep or drop elements by a condition that was computed from a signal, as `torch.where(z > 0, z, 0)` does."""
+        self._heard = NodeTable[Heard]()
+        """The nodes of calls that may be sites."""
         self.products: list[tuple[Node, Node]] = []
         """Pairs of nodes whose outputs are multiplied with each other."""
 
@@ -262,13 +282,28 @@ class Survey:
             if node not in before:
                 self._met.add(node)
 
-    def explore(self, starts: Iterable[Node]) -> Iterator[tuple[str, str]]:
-        """For each node among these and those before them that was not met yet and is not accounted for: its name, and why it is not measured."""
+    def hear(self, own: Node, began: int, heard: Heard) -> None:
+        """Note the nodes that a call has made which may be a site: from the one that made its output back to the number at which it began."""
+
+        def is_before(node: Node) -> bool:
+            return internals.node_number(node) < began
+
+        for node in upstream([own], is_before, _MOST_OF_FUNCTION):
+            if not is_before(node) and not hasattr(node, "variable"):
+                self._heard[node] = heard
+
+    def heard_inside(self, own: Node, z: Node) -> list[Heard]:
+        """The calls between a node and another one before it that may be sites."""
+        found = [heard for node in self.upstream([own], lambda node: node is z, MOST_OF_CALL) if node is not z and (heard := self._heard.get(node))]
+        return list(dict.fromkeys(found))
+
+    def explore(self, starts: Iterable[Node]) -> Iterator[Unaccounted]:
+        """What no site accounts for among these nodes and those before them that were not met yet."""
         starts = set(starts)
         found = [node for node in self.upstream(starts, self._is_done) if not self._is_done(node)]
         yield from self._name(found, self._objective(starts))
 
-    def explore_parts(self, starts: Iterable[Node], owns: Callable[[Tensor], bool]) -> Iterator[tuple[str, str]]:
+    def explore_parts(self, starts: Iterable[Node], owns: Callable[[Tensor], bool]) -> Iterator[Unaccounted]:
         """Like `explore`, for what runs between the parts of a model that are called one by one. Only nodes that depend on the model are looked at:
         on an output of a part, or on a parameter for which `owns` holds. All others are left out."""
         found = [node for node in self.upstream(starts, self._is_done) if not self._is_done(node)]
@@ -294,7 +329,7 @@ class Survey:
         others = set(self.upstream(starts - numbers, self._is_done))
         return set(self.upstream(numbers, lambda node: self._is_done(node) or has_weight(node))) - others
 
-    def _name(self, found: Iterable[Node], objective: set[Node]) -> Iterator[tuple[str, str]]:
+    def _name(self, found: Iterable[Node], objective: set[Node]) -> Iterator[Unaccounted]:
         """Mark these nodes as met, and give a name and a reason for each that is not accounted for."""
         for node in found:
             if node in self._met:
@@ -308,7 +343,16 @@ class Survey:
             if size is not None:
                 self._met.update(size)
                 continue
+            summed = kinds.summed_exponentials(node)
+            if summed is not None:
+                self._met.update(summed)
+                if node not in objective:
+                    yield "logsumexp", kinds.UNMEASURED
+                continue
             told = kinds.chosen(node) if node in self.choices else kinds.unaccounted(node)
             if told is None or (kinds.is_generic(node) and (node in objective or kinds.is_of_parameter(node))):
                 continue
-            yield told
+            heard, (name, reason) = self._heard.get(node), told
+            missing = reason if heard is None else heard.decide(name, reason)
+            if missing is not None:
+                yield name, missing

@@ -127,6 +127,9 @@ class Lineage:
         """
         if not self.learns:
             return
+        if site.kind == "function":
+            self._follow(site, steps)
+            return
         if internals.in_backward():
             if site.name not in self._blind:
                 return
@@ -143,6 +146,10 @@ class Lineage:
         axes = {feeder.landing.axis for feeder in found if feeder.landing is not None and feeder.landing.axis is not None}
         if z is not None and len(axes) == 1:
             site.unit_axis = (z.ndim, axes.pop())
+        self._follow(site, steps)
+
+    def _follow(self, site: Site, steps: Sequence[Step]) -> None:
+        """Note which sites come before this one."""
         for node, passed in self.survey.before([node for node, _ in steps], self._nodes.__contains__):
             before = self._nodes[node]
             before.hidden = before.hidden or passed
@@ -173,7 +180,9 @@ class Lineage:
             self._sites.rows[rows.name] = rows
 
     def made(self, site: Site, node: Node) -> None:
-        """Note the node that computed the output of a site."""
+        """Note the node that computed the output of a site. Sites behind a mathematical function come after the site in front of it."""
+        if site.kind == "function":
+            return
         if self.looks or (self.learns and site.name in self._blind):
             self._nodes[node] = self._made[node] = site
             # Where a node of a recompute leads to cannot be seen, so it cannot be told whether the site computes an output.
@@ -236,8 +245,10 @@ class Lineage:
             return
         self._mark_gates()
         self._sites.structure = Structure.KNOWN
-        followed = {name for site in self._sites.known.values() for name in site.after}
+        followed = {name for site in self._sites.known.values() if site.kind != "function" for name in site.after}
         for name, site in self._sites.known.items():
+            # A call that came before may have turned out to be no site.
+            site.after = {name: None for name in site.after if name in self._sites.known}
             site.decided = site.decided or name in self._sites.ran
             is_last = not self._loses_track and name not in followed
             site.output = site.traced and not site.hidden and (site.reaches_output or is_last or not whole_model)

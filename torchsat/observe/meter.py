@@ -193,11 +193,12 @@ class Meter:
         return f"dL/dz is not seen: it made more than {MOST_OF_CALL} nodes of the autograd graph" if taking is None else None
 
     def ran(self, site: Site, steps: Sequence[Step], z: Tensor | None = None, cut: Cut | None = None) -> None:
-        """Note that a site ran on these outputs of nodes; see Lineage.ran."""
+        """Note that a site ran on these outputs of nodes; see Lineage.ran. What is no known site may still turn out to be none."""
         self._passes.has_measured = True
-        self._passes.runs(site.name)
-        self._latest = (self._passes.current, site.name)
-        self._sites.has_run(site)
+        if self._sites.known.get(site.name) is site:
+            self._passes.runs(site.name)
+            self._latest = (self._passes.current, site.name)
+            self._sites.has_run(site)
         self._lineage.ran(site, steps, z, cut)
 
     @property
@@ -236,7 +237,7 @@ class Meter:
         if formula is not None and bound.constants is not None:
             slope, peak, edges = formula, bound.constants.peak, (bound.constants.low, bound.constants.high)
         elif is_unknown:
-            slope, peak, edges = torch.zeros_like(z), None, (None, None)
+            slope, peak, edges = torch.zeros_like(z), None, bound.edges({})
         else:
             z = upcast(z).contiguous()
             learned = {name: sample.spread(value.to(z.device)).to(z.dtype) for name, value in bound.learned.items()}
@@ -250,6 +251,8 @@ class Meter:
         row, block = observe(z, a, slope, peak, edges, elements, bound.activation.name == "sigmoid", units, row, block, exact)
         if is_unknown:
             row[COLUMN["derivative_unknown"]] = row[COLUMN["n"]]
+            if bound.constants is not None and bound.constants.peak is not None:
+                row[COLUMN["peak"]] = bound.constants.peak
         current.put(current.rows, site.name, row)
         if block is not None:
             current.put(current.blocks, site.name, block)
@@ -262,11 +265,8 @@ class Meter:
         current.add(current.heads, site.name, heads)
 
     def gradient_adder(self, site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Callable[[Tensor | None, Tensor | None], None]:
-        """A function to be called in the backward with dL/da and dL/dz at the elements of a sample. It adds them to the pass that runs now.
-
-        Args:
-            z: the elements of z that are read. Only on which side they lie is kept.
-        """
+        """A function to be called in the backward with dL/da and dL/dz at the elements z that were read. It adds them to the pass that runs now. Of z
+        it keeps only on which sides the elements lie."""
         current, elements, sides = self._passes.current, sample.elements, sides_at(site, sample, z)
 
         def add(grad_a: Tensor | None, grad_z: Tensor | None) -> None:

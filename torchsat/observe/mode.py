@@ -7,6 +7,7 @@ which module a call belongs to: while a module runs, or between the parts of a m
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from torchsat import internals
-from torchsat.observe.origins import Origins
+from torchsat.observe.origins import HOUSE, Origins
 
 Function = Callable[..., Any]
 
@@ -32,6 +33,20 @@ class Frame:
     """Whether the mode stays open although no calls are measured, since closing and opening it would cost more than the few calls in this forward."""
     calls: dict[str, int] = field(default_factory=dict)
     """For each site name, such as `gelu`, how often its function has been called so far."""
+
+    lines: dict[tuple[int, int], tuple[types.CodeType, str]] = field(default_factory=dict)
+    """The places of the calls that share one, by the code and the position of the instruction that calls. The code is kept, since another could get
+    the same id."""
+
+    def place_of_line(self, name: str) -> str:
+        """Like `place`, but all calls that one line of code makes in one run of the forward share a place: a loop over time makes thousands."""
+        caller = internals.caller_of_torch(HOUSE)
+        if caller is None:
+            return self.place(name)
+        key = id(caller.f_code), caller.f_lasti
+        if key not in self.lines:
+            self.lines[key] = caller.f_code, self.place(name)
+        return self.lines[key][1]
 
     def place(self, name: str) -> str:
         """The place of the next call of this function, such as `blocks.0/gelu_1`. Each use of this method counts one call."""

@@ -6,10 +6,11 @@ interpolation. Normalisations, max pooling, sorting and losses are accounted for
 Each output of a pool, of a maximum over an axis and of a sort passes its whole gradient to one input. What a loss does to its input is no activation.
 Every node that is not in the table is named, whatever it is, so that a function which a later torch adds is named once too often rather than missed.
 
-Three things show only from the nodes around one:
+Four things show only from the nodes around one:
 
 - A normalisation that is written by hand is a root, a reciprocal or a divisor that comes from a reduction (a mean, a sum, a norm) of squares.
 - A product of a signal with itself is a square.
+- The logarithm of a sum of exponentials is one function, as torch.logsumexp is.
 - A function of a parameter alone (as `exp(A_log)`) has no signal in it.
 """
 
@@ -91,9 +92,22 @@ _ROOTS = ("Sqrt", "Rsqrt", "Reciprocal", "Pow", "Clamp", "ClampMin", "ClampMax",
 _BETWEEN = (*_ROOTS, "Div", "Mul", "Add", "Sub", "Expand", "View", "UnsafeView", "Unsqueeze", "Squeeze", "ToCopy", "Clone", "Index", "IndexSelect")
 """What may stand between that size and the place where the signal is divided by it."""
 
-UNHEARD = "called where no hook of torch is heard: in a compiled or scripted function, in torch.ops, in a transform of torch.func"
+_ELEMENTWISE = frozenset(
+    (
+        *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Cos", "Cosh", "Digamma", "Erf", "Erfc", "Erfinv", "Exp", "Exp2", "Expm1", "I0"),
+        *("Lgamma", "Log", "Log10", "Log1P", "Log2", "Logit", "Pow", "Reciprocal", "Rsqrt", "Sin", "Sinc", "Sinh", "SpecialEntr", "SpecialErfcx"),
+        *("SpecialLogNdtr", "SpecialNdtr", "Sqrt", "Tan"),
+    )
+)
+"""The nodes of the functions that are measured where they are heard (functions.py)."""
+
+UNHEARD = (
+    "called where no hook of torch is heard: in a compiled or scripted function, in torch.ops, in a transform of torch.func, "
+    "in another function of torch"
+)
 IN_TRANSFORM = "called in a transform of torch.func, whose tensors are not measured"
-UNMEASURED = "its derivative is not measured, since no row of activations= names it"
+UNMEASURED = "its derivative is not measured: it is no function of one signal that acts on each element alone"
+DIVISION = "a division by another signal: how its output depends on the divisor is not measured"
 SELECTION = "which elements pass a gradient depends on their values, and that is not measured"
 STEP = "it passes no gradient: its derivative is 0"
 COMPILED = "a compiled function: what is fused in it runs no hook"
@@ -116,11 +130,11 @@ def unaccounted(node: Node) -> tuple[str, str] | None:
         return None if kind in _LINEAR else (kind, UNHEARD)
     if kind in _LINEAR or kind.endswith("Backward") or kind.startswith("Nested"):
         # A kind that ends so is the derivative of a function, in a graph that the user has differentiated.
-        return ("square", UNMEASURED) if _is_square(node) else None
+        return ("square", UNHEARD) if _is_square(node) else None
     if kind == "Div" and _divisor(node) is None:
         return None
-    reason = SELECTION if kind in _SELECTIONS else STEP if kind in _STEPS else UNMEASURED
-    return spelled("square" if _is_square(node) else kind), reason
+    reasons = {**dict.fromkeys(_SELECTIONS, SELECTION), **dict.fromkeys(_STEPS, STEP), **dict.fromkeys(_ELEMENTWISE, UNHEARD), "Div": DIVISION}
+    return spelled("square" if _is_square(node) else kind), reasons.get(kind, UNMEASURED)
 
 
 def is_view(node: Node) -> bool:
@@ -155,6 +169,11 @@ def is_generic(node: Node) -> bool:
     return internals.forward_class(node) is None and not _ACTIVATION.fullmatch(kind_of(node))
 
 
+def comes_from_parameter(node: Node) -> bool:
+    """Whether what this node made is a function of one parameter alone, or a parameter."""
+    return hasattr(node, "variable") or is_of_parameter(node)
+
+
 def is_of_parameter(node: Node) -> bool:
     """Whether a node is a function of one parameter alone, or divides a parameter, as spectral norm does. A product does not count: its other factor
     may be data, which is not in the graph."""
@@ -169,13 +188,30 @@ def is_of_parameter(node: Node) -> bool:
 
 
 def normalised_by(node: Node) -> list[Node] | None:
-    """For a root, a reciprocal or a division by the size of a signal, the nodes that compute that size; None for every other node."""
-    return _size(_divisor(node) if kind_of(node) == "Div" else node if kind_of(node) in _ROOTS else None)
+    """For a root, a reciprocal or a division by the size of a signal, the nodes that compute that size; None for every other node.
+
+    In `e / e.sum()`, a softmax that is written by hand, the exponential e above the line is none of them.
+    """
+    found = _size(_divisor(node) if kind_of(node) == "Div" else node if _is_root(node) else None)
+    above = node.next_functions[0][0] if kind_of(node) == "Div" else None
+    return None if found is None else [each for each in found if each is not above]
+
+
+def summed_exponentials(node: Node) -> list[Node] | None:
+    """For the logarithm of a sum of exponentials, the nodes of that sum and of the exponentials; None for every other node."""
+    found = _size(node.next_functions[0][0]) if kind_of(node) == "Log" else None
+    return found if found is not None and any(kind_of(each) == "Exp" for each in found) else None
 
 
 def is_size(node: Node | None) -> bool:
     """Whether this node computes the size of a signal: a mean, a sum or a norm, maybe with a small number added, or the root of one."""
     return _size(node) is not None
+
+
+def _is_root(node: Node) -> bool:
+    """Whether a node may be the last step of a normalisation. A power is one if it is no whole number, or is below 0."""
+    exponent = getattr(node, "_saved_exponent", None) if node.name() == "PowBackward0" else 0.5
+    return kind_of(node) in _ROOTS and isinstance(exponent, (int, float)) and (exponent < 0 or exponent != int(exponent))
 
 
 def _size(node: Node | None) -> list[Node] | None:
@@ -187,7 +223,7 @@ def _size(node: Node | None) -> list[Node] | None:
         path.append(node)
         inputs = [before for before, _ in node.next_functions if before is not None and not hasattr(before, "variable")]
         if kind_of(node) in _SIZES:
-            return path + [each for each in inputs if _is_square(each) or kind_of(each) == "Abs"]
+            return path + [each for each in inputs if _is_square(each) or kind_of(each) in ("Abs", "Exp")]
         if not (kind_of(node) in _BETWEEN and len(set(inputs)) == 1):
             return None
         node = inputs[0]
@@ -202,7 +238,8 @@ def _divisor(node: Node) -> Node | None:
 def _is_square(node: Node) -> bool:
     """Whether this is `x ** 2`, or `x * x` of one and the same signal."""
     if kind_of(node) == "Pow":
-        return getattr(node, "_saved_exponent", None) == 2
+        # The exponent of the other nodes of that name is a saved tensor, and to read it would run the user's hooks on saved tensors.
+        return node.name() == "PowBackward0" and getattr(node, "_saved_exponent", None) == 2
     inputs = node.next_functions
     return kind_of(node) == "Mul" and len(inputs) == 2 and inputs[0] == inputs[1] and inputs[0][0] is not None
 

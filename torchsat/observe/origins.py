@@ -19,7 +19,7 @@ Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 _DIRECT = 3
 """The `_stacklevel` of a softmax whose caller is the user's line."""
-_HOUSE = str(Path(__file__).parent)
+HOUSE = str(Path(__file__).parent)
 # It stands on one line, so that all of it gets the line number that is put in.
 _call: Call = lambda function, args, kwargs: function(*args, **kwargs)  # noqa: E731
 
@@ -33,7 +33,7 @@ class Origins:
 
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function in the name of the line that has called torch."""
-        frame = internals.caller_of_torch(_HOUSE)
+        frame = internals.caller_of_torch(HOUSE)
         if "_stacklevel" in kwargs:
             # torch.nn.Softmax tells the function how many frames above it the user's line is.
             for _ in range(kwargs["_stacklevel"] - _DIRECT):

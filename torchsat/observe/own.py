@@ -4,8 +4,8 @@ The module is never run for this, and no backward is: it is judged by what the u
 
 - In the forward pass its inputs z and outputs a are compared with the table of activations (recognise.py). If they fit a row, it is that function.
 - Otherwise the hooks of the backward pass give dL/da and dL/dz at the same elements. If their quotient is the derivative of a function that acts on
-  each element alone (elementwise.py), the module is an activation of which neither the peak nor the plateaus are known: an *anonymous* one. Its
-  derivative is that quotient, in every observation.
+  each element alone (elementwise.py), the module is an activation of which nothing else is known: an *anonymous* one. Its
+  derivative is that quotient, in every observation. Its peak and plateaus are learned from the quotients (curves.py).
 
 Until this is decided, the module is measured as if it were anonymous, under its own name in the rows of the pass. With the decision its site becomes
 one of `Sites`; the rows of a name that is no site reach nobody. A decision is not for ever: a named function is compared with the numbers of each
@@ -14,6 +14,7 @@ call, and every other decision is made again after twice as many observations.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import threading
 from collections.abc import Callable
@@ -21,9 +22,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchsat.activations import Bound
+from torchsat.curves import Curve, learn
 from torchsat.elementwise import Nature, bends, nature
 from torchsat.observe.graph import maker
 from torchsat.observe.meter import Call, exact
@@ -31,7 +34,7 @@ from torchsat.recognise import anonymous, differs, is_anonymous, recognise
 from torchsat.sampling import Sample, Units
 from torchsat.sharding import is_pending, part_of
 from torchsat.sites import Site
-from torchsat.statistics import knows_quotient
+from torchsat.statistics import knows_quotient, upcast
 from torchsat.structure import Found
 from torchsat.tensors import why_unread
 
@@ -56,18 +59,26 @@ _UNDECIDED = 20
 
 Numbers = tuple[Tensor, Tensor, Tensor, Tensor]
 """z, a, dL/da and dL/dz at the elements of a call that were read."""
-Look = Callable[["Observation", "Candidate", nn.Module, Sample, Numbers], None]
+Look = Callable[["Observation", "Candidate", Sample, Numbers], None]
 """What is concluded from the numbers of a call."""
 
 
 @dataclass(eq=False)
 class Candidate:
-    """A module that may be an activation, in one observation."""
+    """A module that may be an activation, in one observation; or a place at which several calls of torch together may be one (forms.py)."""
 
     name: str
     site: Site
     is_due: bool
     """Whether it is to be examined, although it has been decided before."""
+    key: object
+    """What is decided about: the module, or what `Sites.forms` has for the place."""
+    label: str
+    """What it is called if no row of the table fits."""
+    inside: list[str] = field(default_factory=list)
+    """Places of mathematical functions that are parts of it, so that they are no sites of their own if it is one."""
+    noted: set[tuple[str, str]] = field(default_factory=set)
+    """What coverage says of it as long as it is not decided: places, and reasons."""
     calls: dict[int, Call] = field(default_factory=dict)
     """The call that is running, by the id of the thread."""
     before: str | None = None
@@ -102,8 +113,9 @@ def attach(observation: Observation, found: Found) -> None:
             del sites.own[each.module]
         bound = sites.own.get(each.module)
         known = sites.known.get(each.name) if bound is not None else None
-        new = anonymous(re.sub(r"[^A-Za-z0-9_.-]", "_", type(each.module).__name__), observation.options.epsilon)
-        candidate = Candidate(each.name, known or Site(each.name, bound or new), is_due)
+        label = re.sub(r"[^A-Za-z0-9_.-]", "_", type(each.module).__name__)
+        new = anonymous(label, observation.options.epsilon)
+        candidate = Candidate(each.name, known or Site(each.name, bound or new), is_due, each.module, label)
         observation.candidates.append(candidate)
         observation.hook_before(each.module, each.name, _before, observation, candidate)
         observation.hook_after(each.module, each.name, _after, observation, candidate, always=True)
@@ -115,6 +127,9 @@ def conclude(observation: Observation) -> None:
     if any(each.is_late for each in observation.candidates):
         sites.learn_again()
     for each in observation.candidates:
+        _learn_tails(observation, each)
+        if each.name in sites.forms:
+            continue
         is_seen = each.site is sites.known.get(each.name) or any(name.startswith(f"{each.name}/") for name in sites.ran)
         if not is_seen and each.bends:
             observation.note_if_wanted(each.name, each.open)
@@ -134,19 +149,24 @@ def _before(observation: Observation, candidate: Candidate, module: nn.Module, a
 
 def _after(observation: Observation, candidate: Candidate, module: nn.Module, args: tuple[Any, ...], a: Any) -> None:
     """Measure a call, and see what it says about the module."""
-    call, sites = candidate.calls.pop(threading.get_ident(), None), observation.sites
-    if call is None or not isinstance(a, Tensor) or a.shape != call.z.shape or not a.is_floating_point():
-        return
+    call = candidate.calls.pop(threading.get_ident(), None)
+    if call is not None and isinstance(a, Tensor) and a.shape == call.z.shape and a.is_floating_point():
+        examine(observation, candidate, call, a)
+
+
+def examine(observation: Observation, candidate: Candidate, call: Call, a: Tensor) -> None:
+    """Measure a call that has returned a, and see what it says about the candidate."""
+    sites, key = observation.sites, candidate.key
     assert isinstance(call.sample, Sample)
     taken = call.sample.take(part_of(a).detach())
-    examines = (candidate.is_due or module not in sites.own) and candidate.examined < _EXAMINED
+    examines = (candidate.is_due or key not in sites.own) and candidate.examined < _EXAMINED
     if examines:
         candidate.examined += 1
-        _compare(observation, candidate, module, call, taken)
-    elif sites.own.get(module) is not None and call.counts:
-        _doubt(observation, candidate, module, call.taken, taken)
-    bound, site = sites.own.get(module), candidate.site
-    if module in sites.own and bound is None:
+        _compare(observation, candidate, call, taken)
+    elif sites.own.get(key) is not None and call.counts:
+        _doubt(observation, candidate, call.taken, taken)
+    bound, site = sites.own.get(key), candidate.site
+    if key in sites.own and bound is None:
         return
     if call.counts:
         if bound is None:
@@ -167,7 +187,7 @@ def _after(observation: Observation, candidate: Candidate, module: nn.Module, ar
         # On a GPU the host would have to wait for the numbers. There, a decision is made again only when it is due.
         look = _glance if bound is not None and a.is_cpu and not candidate.examined else None
         candidate.examined += look is not None
-    missing = observation.meter.tap(candidate.name, call, a, _Heard(observation, candidate, module, call, taken.clone(), look))
+    missing = observation.meter.tap(candidate.name, call, a, _Heard(observation, candidate, call, taken.clone(), look))
     if missing is not None:
         candidate.open = f"{UNDECIDED}{missing}"
         if bound is not None:
@@ -177,11 +197,10 @@ def _after(observation: Observation, candidate: Candidate, module: nn.Module, ar
 class _Heard:
     """What is done with the gradients of one call of an anonymous function, or of a module that may be one."""
 
-    def __init__(self, observation: Observation, candidate: Candidate, module: nn.Module, call: Call, a: Tensor, look: Look | None) -> None:
+    def __init__(self, observation: Observation, candidate: Candidate, call: Call, a: Tensor, look: Look | None) -> None:
         assert isinstance(call.sample, Sample)
         self._observation = observation
         self._candidate = candidate
-        self._module = module
         self._sample = call.sample
         self._numbers = (call.taken, a)
         self._look = look
@@ -191,25 +210,47 @@ class _Heard:
         ]
 
     def __call__(self, grad_a: Tensor | None, grad_z: Tensor | None) -> None:
-        sites = self._observation.sites
-        bound = sites.own.get(self._module)
-        if self._module in sites.own and (bound is None or not is_anonymous(bound)):
+        sites, key = self._observation.sites, self._candidate.key
+        bound = sites.own.get(key)
+        if key in sites.own and (bound is None or not is_anonymous(bound)):
             return
         for add in self._adders:
             add(grad_a, grad_z)
+        if grad_a is not None and grad_z is not None:
+            self._learn(grad_a, grad_z)
         look, self._look = self._look, None
         if look is not None and grad_a is not None and grad_z is not None:
-            look(self._observation, self._candidate, self._module, self._sample, (*self._numbers, grad_a, grad_z))
+            look(self._observation, self._candidate, self._sample, (*self._numbers, grad_a, grad_z))
+
+    def _learn(self, grad_a: Tensor, grad_z: Tensor) -> None:
+        """Add the slopes of a call to the curve of the function."""
+        z, site = self._numbers[0], self._candidate.site
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            # Each rank would learn other tails from its own elements, and their shares could not be merged.
+            return
+        site.curve = site.curve or Curve()
+        known = knows_quotient(grad_a, grad_z) & torch.isfinite(z)
+        site.curve.add(z, (upcast(grad_z) / upcast(grad_a)).abs(), known, self._sample.elements / max(1, known.numel()))
 
 
-def _compare(observation: Observation, candidate: Candidate, module: nn.Module, call: Call, a: Tensor) -> None:
+def _learn_tails(observation: Observation, candidate: Candidate) -> None:
+    """Learn peak and tails of an anonymous function. They are used from the next observation on."""
+    site, sites = candidate.site, observation.sites
+    is_open = sites.own.get(candidate.key) is site.bound and is_anonymous(site.bound)
+    numbers = site.curve.read() if is_open and site.curve is not None else None
+    if numbers is not None:
+        site.bound = dataclasses.replace(site.bound, constants=learn(*numbers, sites.epsilon))
+        sites.own[candidate.key] = site.bound
+
+
+def _compare(observation: Observation, candidate: Candidate, call: Call, a: Tensor) -> None:
     """Compare the numbers of a call with the table of activations."""
     found = recognise(call.taken, a, observation.options.activations, observation.options.epsilon)
     if found.bound is not None:
         for each in observation.passes:
             each.forget(candidate.name)
-        _decide(observation, candidate, module, found.bound)
-    elif module not in observation.sites.own:
+        _decide(observation, candidate, found.bound)
+    elif candidate.key not in observation.sites.own:
         assert isinstance(call.sample, Sample)
         candidate.open = SEVERAL if found.may_come else NO_GRADIENT
         candidate.first = candidate.first or (call.sample, call.taken, a.clone())
@@ -224,17 +265,17 @@ def _nature(sample: Sample, numbers: Numbers, most: int) -> tuple[Nature, bool]:
     return nature(z[known], a[known], grad_z[known].double() / grad_a[known].double(), units, rounding), bool(known.any())
 
 
-def _glance(observation: Observation, candidate: Candidate, module: nn.Module, sample: Sample, numbers: Numbers) -> None:
+def _glance(observation: Observation, candidate: Candidate, sample: Sample, numbers: Numbers) -> None:
     """Have an anonymous function decided again from the next observation on, if a few of its elements speak against it."""
     if _nature(sample, numbers, _GLANCE)[0] is Nature.OTHER:
-        observation.sites.own.suspect(module)
+        observation.sites.own.suspect(candidate.key)
 
 
-def _judge(observation: Observation, candidate: Candidate, module: nn.Module, sample: Sample, numbers: Numbers) -> None:
+def _judge(observation: Observation, candidate: Candidate, sample: Sample, numbers: Numbers) -> None:
     """Decide by the gradients of a call whether the module is an activation, if they are enough to tell."""
-    (found, is_heard), tally = _nature(sample, numbers, _enough(sample)), observation.sites.own.tally(module)
+    (found, is_heard), tally = _nature(sample, numbers, _enough(sample)), observation.sites.own.tally(candidate.key)
     if found is Nature.ACTIVATION and candidate.open != SEVERAL:
-        _decide(observation, candidate, module, candidate.site.bound)
+        _decide(observation, candidate, candidate.site.bound)
         return
     tally[found] += 1
     if found is Nature.OTHER:
@@ -242,16 +283,16 @@ def _judge(observation: Observation, candidate: Candidate, module: nn.Module, sa
     elif found is not Nature.ACTIVATION and is_heard and candidate.open == NO_GRADIENT:
         candidate.open = ONE_PIECE
     if tally[Nature.OTHER] >= _REFUTED:
-        _decide(observation, candidate, module, None)
+        _decide(observation, candidate, None)
     elif sum(tally.values()) >= _UNDECIDED and not candidate.is_due:
-        _decide(observation, candidate, module, candidate.site.bound if tally[Nature.ACTIVATION] else None)
+        _decide(observation, candidate, candidate.site.bound if tally[Nature.ACTIVATION] else None)
 
 
-def _decide(observation: Observation, candidate: Candidate, module: nn.Module, bound: Bound | None) -> None:
+def _decide(observation: Observation, candidate: Candidate, bound: Bound | None) -> None:
     """Keep what a module computes. None: it is no activation."""
     sites, name = observation.sites, candidate.name
-    was_known = sites.own.get(module) is not None
-    sites.own.decide(module, bound)
+    was_known = sites.own.get(candidate.key) is not None
+    sites.own.decide(candidate.key, bound)
     candidate.is_due = False
     if bound is None:
         for each in observation.passes:
@@ -260,17 +301,26 @@ def _decide(observation: Observation, candidate: Candidate, module: nn.Module, b
             for reason in (NO_GRADIENT, ONE_PIECE, SEVERAL):
                 sites.retract(name, reason)
         return
-    candidate.site.bound = bound
+    if candidate.site.bound is not bound:
+        candidate.site.bound, candidate.site.curve = bound, None
     if not was_known:
         sites.known[name] = candidate.site
         observation.forget_inside(name)
+        for place, reason in candidate.noted:
+            sites.retract(place, reason)
+        for place in candidate.inside:
+            sites.forget_place(place)
+            for each in observation.passes:
+                each.forget(place)
+            if place in sites.forms:
+                sites.own.decide(sites.forms[place], None)
         if is_anonymous(bound):
             # The rest of the pass was observed without this site.
             sites.has_run(candidate.site, candidate.before)
             candidate.is_late = True
 
 
-def _doubt(observation: Observation, candidate: Candidate, module: nn.Module, z: Tensor, a: Tensor) -> None:
+def _doubt(observation: Observation, candidate: Candidate, z: Tensor, a: Tensor) -> None:
     """Check that a module still computes the function that it was recognised as. If it does not, it is looked for again."""
     site = candidate.site
     if is_anonymous(site.bound):
@@ -284,7 +334,7 @@ def _doubt(observation: Observation, candidate: Candidate, module: nn.Module, z:
         site.doubt = None
         options = observation.options
         found = recognise(z, a, options.activations, options.epsilon).bound
-        _decide(observation, candidate, module, found or anonymous(type(module).__name__, options.epsilon))
+        _decide(observation, candidate, found or anonymous(candidate.label, options.epsilon))
 
 
 def _enough(sample: Sample) -> int:

@@ -67,6 +67,18 @@ def end_softmax(observation: Observation, site: Site, call: Call, negated: bool,
         observation.note(site.name, missing)
 
 
+def end_gumbel(observation: Observation, site: Site, rows: SoftmaxRows, counts: bool, a: Tensor) -> None:
+    """Measure a Gumbel softmax after it has returned a.
+
+    Its logits, with the random numbers that torch has added and divided by tau, are the logarithm of a, up to a number for each row that changes
+    nothing.
+    """
+    z, own = plain(a).detach().log(), None if a.grad_fn is None else maker(a)[0]
+    node, nr = (None, 0) if own is None else own.next_functions[0]
+    call = Call(z, rows, z, node, nr, counts, began=0 if own is None else internals.node_number(own))
+    end_softmax(observation, site, call, False, a)
+
+
 def end_attention(
     observation: Observation,
     site: Site,
