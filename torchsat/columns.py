@@ -114,9 +114,9 @@ weight of its call but for `rows_read`, which counts them. `rows_heard` are the 
 are of; softmax.observe_demand says what they are."""
 HEADS_LOSS_SCALED = ("row_demand", "row_blocked", "row_trapped")
 """The rows of HEADS that carry a GradScaler's factor."""
-BLOCK = ("samples", "saturated", "samples_read")
-"""The rows of the unit block [3, units]: for each channel or feature the weights of its samples, the weights of the saturated ones, and how many
-samples were read."""
+BLOCK = ("samples", "saturated", "samples_read", "a_abs")
+"""The rows of the unit block [4, units]: for each channel or feature the weights of its samples, the weights of the saturated ones, how many samples
+were read, and the sum of |a| by the weights of the samples."""
 UNITS = ("units", "units_measured", "units_stuck", "units_in_doubt", "unit_samples")
 """Numbers that are derived from merged unit blocks (BLOCK): how many units there are, how many have enough samples to tell, how many are stuck
 (nearly all of their newest samples are saturated), how many may have become stuck lately, and the samples in which the median stuck unit has been

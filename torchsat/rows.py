@@ -42,6 +42,8 @@ class SiteRow:
     """The columns of columns.ROW."""
     units: Sequence[float] | None = None
     """The numbers of columns.UNITS, this observation included; None where the number of units is not fixed."""
+    dormant: float | None = None
+    """The share of its units that are dormant (transport/windows.py); None where that is not known."""
     heads: Sequence[Sequence[float]] = ()
     """For each name in columns.HEADS one number per head; empty where this is no softmax."""
     worst: float | None = None
@@ -104,6 +106,7 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         relative_derivative=derivative / peak if derivative is not None and peak else None,
         stuck=None if known is None or low is None else known.share,
         stuck_n=None if known is None or low is None else known.samples,
+        dormant=row.dormant,
         z_mean=at.mean("z"),
         z_std=at.std("z", "z_sq"),
         z_rms=at.rms("z_sq", at.n),

@@ -19,13 +19,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from torchsat.cause import Cause
 from torchsat.causes import advice
 from torchsat.causes.closed import of_closed
 from torchsat.causes.gradient import of_exploding, of_faded, of_nonfinite, of_shrunk, of_vanishing
 from torchsat.causes.outputs import of_attention, of_logits, of_size
 from torchsat.causes.rate import rise_before
 from torchsat.causes.scene import Moment, Scene, Term, remember, upstream_of
-from torchsat.record import Alert, Cause
+from torchsat.record import Alert
 
 __all__ = ["Moment", "Scene", "explain", "remember", "upstream_of"]
 

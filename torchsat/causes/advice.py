@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torchsat.cause import CODE_INDENT
 from torchsat.causes.scene import Scene
 from torchsat.expressions import attribute, gain_for, initialiser, matrix, owner, place_of, several
-from torchsat.record import CODE_INDENT, Record, Weight
+from torchsat.record import Record, Weight
 
 AS_TRAINED = "nothing, if the network does its task; if not, compare the scale of its inputs with that which it was trained on"
 GOOD_UPDATE = 0.01
