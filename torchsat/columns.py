@@ -164,5 +164,9 @@ class Tally:
 
 LEDGER = Tally("ledger", (Column("grad_sq", "Sum of the squares of the gradient that arrives here.", Merge.SUM, Direction.BACKWARD, 2, False),))
 """The gradient at one point of the way from the output of a model to its input (ledger.py)."""
-TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER,)}
+RANK = Tally(
+    "rank", (Column("gram", "Sum over samples of the outer product of some features of a, and a 1 behind them, with itself.", weighed=False),)
+)
+"""The Gram matrix of the features of a site (gram.py), measured with `extras="rank"`. Its last element is the number of samples that were read."""
+TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER, RANK)}
 """Every kind of tally, by name."""

@@ -177,8 +177,8 @@ class Record(Shown, SiteFacts):
     nonfinite_rank: int | None = None
     """The rank on which most elements were inf or nan, if any were."""
     dormant: float | None = None
-    """Share of units that are dormant: their mean |a| is at most 0.025 of the mean over the units (Sokar et al. 2023), by at least 200 samples of each
-    unit. Dead units are dormant too."""
+    """Share of units that are dormant: their mean |a| is at most 0.025 of the mean over the units (Sokar et al. 2023), by at least 200 samples of
+    each. Dead units are dormant too."""
     effective_rank: float | None = None
     """exp(H) of the singular values of the features, over the most that it could be, `rank_limit` (spectrum.py). None without `extras="rank"`."""
     srank: float | None = None

@@ -9,9 +9,9 @@ samples, a sparse one, which is seldom active, after many. (At that rate, a run 
 times.) The run is never shorter than LEAST_SAMPLES, and need not be longer than UNIT_SAMPLES. Halfway there the unit is in doubt. While many units
 are in doubt, as when they have died together, the share of stuck units is not known.
 
-A unit is *dormant* (Sokar et al. 2023) if its mean |a| is at most DORMANT_SCORE of the mean over the units of its layer. Such a unit may get a gradient,
-and on a function without plateaus too, but it hands on next to nothing. A dead ReLU is a special case. The means are taken over the newest
-observations that together have SAMPLES_FROM_START samples of each unit, which is one observation where the batch is large enough.
+A unit is *dormant* (Sokar et al. 2023) if its mean |a| is at most DORMANT_SCORE of the mean over the units of its layer. It may get a gradient, and
+its function may have no plateau, but it hands on next to nothing. A dead ReLU is a special case. The means are taken over the newest observations
+that together have SAMPLES_FROM_START samples of each unit, which is one observation where the batch is large enough.
 
 Everything is a few numbers per unit, however many samples there were. Ranks add up their blocks before they come here.
 """
