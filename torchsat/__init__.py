@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torchsat.activations import ACTIVATIONS, Activation
     from torchsat.cause import Cause
     from torchsat.coverage import Coverage
+    from torchsat.experts import Experts
     from torchsat.monitor import Monitor, watch
     from torchsat.plotting import plot
     from torchsat.record import Alert, Head, Record, Snapshot, Weight
@@ -32,6 +33,7 @@ _HOME = {
     "Alert": "record",
     "Cause": "cause",
     "Coverage": "coverage",
+    "Experts": "experts",
     "Head": "record",
     "Monitor": "monitor",
     "REMEDIES": "remedies",

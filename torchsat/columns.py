@@ -168,5 +168,18 @@ RANK = Tally(
     "rank", (Column("gram", "Sum over samples of the outer product of some features of a, and a 1 behind them, with itself.", weighed=False),)
 )
 """The Gram matrix of the features of a site (gram.py), measured with `extras="rank"`. Its last element is the number of samples that were read."""
-TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER, RANK)}
+EXPERTS = Tally("experts", (Column("choices", "How many tokens were sent to this expert.", weighed=False),))
+"""The experts of a mixture, as many columns wide (observe/routers.py)."""
+ROUTER = Tally(
+    "router",
+    (
+        Column("tokens", "Tokens that were routed.", weighed=False),
+        Column("entropy_tokens", "The weights of the tokens whose entropy was read."),
+        Column("entropy", "Sum of H / ln E over them."),
+        Column("margin_tokens", "The weights of the tokens whose margin was read."),
+        Column("margin", "Sum over them of the lowest score that was chosen less the highest one that was not."),
+    ),
+)
+"""The router of a mixture of experts."""
+TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER, RANK, EXPERTS, ROUTER)}
 """Every kind of tally, by name."""

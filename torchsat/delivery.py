@@ -28,7 +28,7 @@ from torchsat.options import Options, Sink
 from torchsat.percent import listed
 from torchsat.process import undisturbed
 from torchsat.record import Alert, Snapshot
-from torchsat.rows import Stuck, to_record, to_weight
+from torchsat.rows import Stuck, experts_of, to_record, to_weight
 from torchsat.sites import Sites
 from torchsat.spectrum import with_spectra
 from torchsat.tensorboard import SUBRUN
@@ -200,7 +200,8 @@ class Delivery:
                 self.say_nothing_watched()
             return None
         weights = tuple(to_weight(row) for row in numbers.layers)
-        snapshot = Snapshot(flight.step, flight.time, with_spectra(records, numbers.tallies), weights, overhead=overhead)
+        experts = experts_of(numbers.tallies)
+        snapshot = Snapshot(flight.step, flight.time, with_spectra(records, numbers.tallies), weights, overhead=overhead, experts=experts)
         events = self._judge.judge(snapshot)
         snapshot = self._judge.marked(snapshot)
         return replace(snapshot, alerts=self._diagnosis.judge(events, self._judge.firing, snapshot, self._judge.pending))

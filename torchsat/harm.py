@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 
+from torchsat.experts import Experts
 from torchsat.loss_functions import still_asks, takes_logits, takes_probabilities, takes_squares
 from torchsat.record import Record, Snapshot, Weight, normal_saturated
 from torchsat.start import LONG, Start, came_trained
@@ -335,6 +336,16 @@ def taken_by_decay(weight: Weight) -> float | None:
     if not step or not learned or not weight.norm or weight.grad_norm is None or weight.learning_rate is None or not math.isfinite(step / learned):
         return None
     return weight.learning_rate * weight.grad_norm / weight.norm * math.sqrt(max(0.0, (step / learned) ** 2 - 1))
+
+
+def dead_experts(experts: Experts, snapshot: Snapshot) -> float | None:
+    """The share of the experts of a mixture that get less than a twentieth of an even load."""
+    return None if experts.dead is None else experts.dead / experts.experts
+
+
+def one_expert(experts: Experts, snapshot: Snapshot) -> float | None:
+    """How far the busiest expert is on its way from an even load to one that gets every token."""
+    return None if experts.dead is None else experts.concentration
 
 
 def leaving_rows(record: Record, snapshot: Snapshot) -> float | None:

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 from torchsat.cause import Cause
+from torchsat.experts import Experts
 from torchsat.shown import Shown, level_in_words
 
 Severity = Literal["warning", "critical"]
@@ -367,6 +368,8 @@ class Snapshot(Shown):
     """Whether any rule was in use. Without one nobody knows whether the run is healthy. True of an older file, which does not say."""
     nearest: Nearest | None = None
     """What came nearest to a warning, whether or not an alert fires elsewhere; None where no value has a way to go, or in such a file."""
+    experts: tuple[Experts, ...] = ()
+    """The mixtures of experts whose routers have run."""
 
     @property
     def in_short(self) -> str:
@@ -401,7 +404,9 @@ class Snapshot(Shown):
         weights = tuple(Weight(**_known(Weight, each)) for each in values.get("weights", ()))
         alerts = tuple(map(Alert.from_dict, values.get("alerts", ())))
         nearest = Nearest(**_known(Nearest, values["nearest"])) if values.get("nearest") else None
-        return Snapshot(**{**_known(Snapshot, values), "records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest})
+        experts = tuple(Experts(**_known(Experts, each)) for each in values.get("experts", ()))
+        made = {"records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest, "experts": experts}
+        return Snapshot(**{**_known(Snapshot, values), **made})
 
     def __iter__(self) -> Iterator[Record]:
         """The records, in the order of `records`."""

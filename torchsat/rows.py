@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchsat.columns import BINS, COLUMN, HEADS, LAYER, UNITS
+from torchsat.columns import BINS, COLUMN, EXPERTS, HEADS, LAYER, ROUTER, UNITS
+from torchsat.experts import Experts
 from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 
 _MOST_IN_DOUBT = 0.05
@@ -169,6 +170,16 @@ def to_weight(row: LayerRow) -> Weight:
         unevenness=None if known["unevenness"] is None else _finite(known["unevenness"]),
         learned_ratio=_root(_ratio(known["learned_sq"], known["weight_sq"])),
     )
+
+
+def experts_of(tallies: Mapping[tuple[str, str], TallyRow]) -> tuple[Experts, ...]:
+    """The mixtures of experts of one observation."""
+    found = []
+    for (kind, place), row in tallies.items():
+        router = tallies.get((ROUTER.name, place))
+        if kind == EXPERTS.name and router is not None:
+            found.append(Experts.of(place, row.facts, row.numbers["choices"], router.numbers))
+    return tuple(each for each in found if each is not None)
 
 
 class _Columns(dict[str, float]):

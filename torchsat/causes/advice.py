@@ -242,6 +242,16 @@ def smaller_logits(record: Record, layers: Sequence[tuple[Record, Weight]], scen
     return f"{sentence}, or {slower(rate, update)}" if update > GOOD_UPDATE else f"{sentence}, or draw its query and key weights smaller"
 
 
+def balance(is_sure: bool) -> str:
+    """Against a router that uses few of its experts. `is_sure`: whether its probabilities are far from even."""
+    large = "; its logits are large, so add a router z-loss too (1e-3 times the mean square of their logsumexp; Zoph et al. 2022)" if is_sure else ""
+    return (
+        "add a loss that balances the load (0.01 times E times the sum over experts of load times mean probability; Fedus et al. 2022), or a bias on "
+        f"the scores that rises where an expert is idle (Wang et al. 2024){large}; give the router a lower rate, and noise while it learns. Experts "
+        "that were idle for long have learned nothing: begin from before that"
+    )
+
+
 def too_large(record: Record, weight: Weight, ratio: float) -> bool:
     """Whether the gain of a layer is more than `ratio` times what suits the site that it feeds."""
     return (weight.gain or 0.0) > ratio * gain_for(record.activation)

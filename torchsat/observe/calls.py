@@ -38,6 +38,7 @@ from torchsat.observe.meter import Call, check_plain
 from torchsat.observe.mode import CallMode, Frame, Function
 from torchsat.observe.nodes import IN_TRANSFORM, is_size
 from torchsat.observe.outside import FUSED, Outside
+from torchsat.observe.routers import CHOICES, SCORES, Routers
 from torchsat.sites import Site
 from torchsat.structure import Found
 from torchsat.tensors import plain
@@ -102,6 +103,7 @@ class Calls:
         self._mode = CallMode(self._hear)
         self._outside: Outside | None = None
         self._conditions = Conditions()
+        self._routers = Routers(observation)
         self._names: frozenset[str] = frozenset()
         """The sites that are modules. A call that would have such a name gets another one."""
         self._roles: dict[Any, Activation | Role] = dict(ROLES)
@@ -127,6 +129,7 @@ class Calls:
     def hook(self, found: Found) -> Callable[[], None]:
         """Hook the beginning of each forward. The function that is returned hooks their ends."""
         self._names = frozenset(found.names)
+        self._routers.know(found)
         self._outside = Outside(found, self._mode)
         callers = {each.module for each in found.callers}
         others = [each for each in found.modules if each.module not in callers]
@@ -223,6 +226,8 @@ class Calls:
         reason = UNSEEN.get(getattr(function, "__name__", "")) if role is None else None
         guard, lineage = observation.guard, observation.lineage
         looks = guard.is_open and frame.hears and lineage.looks
+        if function in CHOICES and guard.is_open and frame.hears and role is None:
+            return self._hear_choice(frame, function, args, kwargs)
         if looks and role is None and reason is None:
             result = self._mode.origins.call(function, args, kwargs)
             guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, lineage.survey.choices)
@@ -246,8 +251,21 @@ class Calls:
         result = self._mode.origins.call(function, args, kwargs)
         if finish is not None:
             guard(place, finish)(result)
+        if function in SCORES:
+            guard(MODEL, self._routers.heard_scores)(frame, result)
         if looks:
             guard(MODEL, lineage.survey.explain)(ends(result), before)
+        return result
+
+    def _hear_choice(self, frame: Frame, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that chooses the highest of several values, and count its choices, if it is a router of a mixture of experts."""
+        guard, survey = self._observation.guard, self._observation.lineage.survey
+        result = self._mode.origins.call(function, args, kwargs)
+        is_router = guard(MODEL, self._routers.heard_choice)(frame, function, args, kwargs, result)
+        if self._observation.lineage.looks and is_router:
+            guard(MODEL, survey.explain)(ends(result), ends((args, kwargs)))
+        elif self._observation.lineage.looks:
+            guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, survey.choices)
         return result
 
     def _before(
