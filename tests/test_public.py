@@ -346,7 +346,7 @@ def imports(path: Path, known: Iterable[str]) -> set[str]:
 def test_the_public_names_are_these() -> None:
     assert torchsat.__all__ == sorted(torchsat.__all__, key=lambda name: (not name.isupper(), name))
     assert torchsat.__all__ == [
-        *("ACTIVATIONS", "REMEDIES", "RULES", "Activation", "Alert", "Cause", "Coverage", "Head", "Monitor", "Record", "Remedy", "Rule"),
+        *("ACTIVATIONS", "REMEDIES", "RULES", "Activation", "Alert", "Cause", "Coverage", "Experts", "Head", "Monitor", "Record", "Remedy", "Rule"),
         *("Snapshot", "Trial", "Trials", "Weight", "plot", "probe", "read", "scalars", "try_remedies", "watch"),
     ]
     for name in torchsat.__all__:

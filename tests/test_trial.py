@@ -413,7 +413,7 @@ class Images(nn.Module):
 
 
 @pytest.mark.parametrize("make", [lambda: stack(nn.Tanh), Images])
-@pytest.mark.parametrize("remedy", REMEDIES, ids=lambda remedy: remedy.name)
+@pytest.mark.parametrize("remedy", [each for each in REMEDIES if each.applies is None], ids=lambda remedy: remedy.name)
 def test_the_code_of_a_remedy_does_what_the_remedy_did(make: Callable[[], nn.Module], remedy: Remedy) -> None:
     torch.manual_seed(3)
     model, batches = make(), data(2)
@@ -445,3 +445,56 @@ def test_the_code_of_standardised_inputs_never_divides_by_a_deviation_of_0(x: Te
     assert isinstance(standardised, Tensor)
     assert standardised.isfinite().all()
     assert torch.allclose(model(standardised), treated(x), rtol=1e-4, atol=1e-5)
+
+
+def with_dormant_units() -> nn.Sequential:
+    """Of the 32 units of its first layer 12 are dead, and 4 are dormant but alive; of the 16 of its second one 6 are dead."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 10))
+    with torch.no_grad():
+        model[0].bias[:12] = -1e4
+        model[0].weight[12:16] *= 1e-5
+        model[0].bias[12:16] = 0.0
+        model[2].bias[:6] = -1e4
+    return model
+
+
+def test_dormant_units_are_revived_without_a_change_of_what_the_model_computes() -> None:
+    model, batches = with_dormant_units(), data()
+    (remedy,) = [each for each in REMEDIES if each.name == "revived units"]
+    context, _ = _context(_Plan(model, batches, loss, None, 1, 1, 1, {}))
+    assert {site: int((sizes <= 0.025 * sizes.mean()).sum()) for site, sizes in context.sizes.items()} == {"1": 16, "3": 6}
+    before, revived, x = copy.deepcopy(model), copy.deepcopy(model), batches[0][0]
+    assert remedy.apply(revived, context) == "22 dormant units of 2 layers drawn anew, their outgoing weights 0"
+    # What was dead gave nothing; what was nearly silent gave next to nothing.
+    assert torch.allclose(before(x), revived(x), atol=1e-3)
+    alive = revived[1](revived[0](x))
+    assert ((alive > 0).float().mean(0) > 0.2).all()
+    assert not revived[2].weight[:, :16].any()
+    assert not revived[4].weight[:, :6].any()
+    kept = torch.ones(16, dtype=torch.bool).index_fill_(0, torch.arange(6), False)
+    assert torch.equal(revived[2].weight[kept][:, 16:], before[2].weight[kept][:, 16:])
+    assert torch.equal(revived[0].weight[16:], before[0].weight[16:])
+
+
+def test_the_code_that_revives_units_does_what_the_trial_did() -> None:
+    model, batches = with_dormant_units(), data()
+    trials = torchsat.try_remedies(model, batches, loss, steps=2, progress=False)
+    code = trials["revived units"].code
+    names = {"model": model, "x": torch.cat([x for x, _ in batches]), "optimizer": torch.optim.Adam(model.parameters())}
+    loss(model, batches[0]).backward()
+    names["optimizer"].step()
+    exec(code, {"torch": torch, **names})
+    assert not names["optimizer"].state
+    assert not model[1]._forward_hooks
+    assert ((model[:2](names["x"]) > 0).float().mean(0) > 0.2).all()
+    assert not model[2].weight[:, :16].any()
+    assert not model[4].weight[:, :6].any()
+
+
+def test_a_model_without_dormant_units_is_not_revived() -> None:
+    model = stack(nn.Tanh)
+    trials = torchsat.try_remedies(model, data(), loss, steps=1, progress=False)
+    assert "revived units" not in [trial.remedy for trial in trials.trials]
+    (remedy,) = [each for each in REMEDIES if each.name == "revived units"]
+    trials = torchsat.try_remedies(model, data(), loss, steps=1, progress=False, remedies=[remedy])
+    assert trials["revived units"].change == "no unit of a hidden activation that a linear or convolutional layer feeds is dormant"

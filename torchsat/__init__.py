@@ -61,6 +61,7 @@ __all__ = [
     "Alert",
     "Cause",
     "Coverage",
+    "Experts",
     "Head",
     "Monitor",
     "Record",

@@ -19,6 +19,7 @@ Key = tuple[str, str]
 ADJECTIVE = {
     "saturated": "saturated",
     "stuck_units": "full of stuck units",
+    "dormant_units": "full of dormant units",
     "vanishing_gradient": "short of gradient",
     "exploding_gradient": "flooded with gradient",
     "frozen_weights": "frozen",

@@ -38,6 +38,11 @@ RULE_DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition("stuck_units", "Units (channels or features) that lie on a plateau for nearly every sample. On ReLU they are dead units.", "stuck"),
     Definition(
+        "dormant_units",
+        "Units whose mean size has become far smaller than that of their layer, as where targets change again and again.",
+        "dormant",
+    ),
+    Definition(
         "vanishing_gradient", "The gradient is far smaller at the first activation than at the last. The first layers do not learn.", "grad_z_rms"
     ),
     Definition("exploding_gradient", "The gradient is far larger at the first activation than at the last.", "grad_z_rms"),

@@ -9,6 +9,8 @@ Where the limits come from:
 - The limits of the gradient are the range of float16.
 - Attention has collapsed when each query looks at a single key (Zhai et al. 2023), and not at the one that the gradient asks for. Where no gradient
   is seen, the entropy tells: heads that put four fifths of their weight on the first key are common in healthy models, and theirs is near 0.27.
+- Units that fall asleep in training are those of Sokar et al. (2023), who recycle each at a fortieth of the mean size of its layer. How many of them
+  are too many is what healthy networks do not reach while most of the gradient is lost (harm.dormant).
 - A rectifier is sparse by design: networks with 90 % zeros train well, and healthy ones have half of their units dead. Of functions with one
   plateau only stuck units and a layer that is closed as a whole are reported.
 """
@@ -281,6 +283,18 @@ RULES: tuple[Rule, ...] = (
             f"(in {r.stuck_n} samples; limit {percent(limit)})"
         ),
         patience=1,
+    ),
+    Rule(
+        "dormant_units",
+        harm.dormant,
+        harm.dormant_limit,
+        harm.dormant_limit_critical,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}): {percent(value)} of its {r.units} units are dormant (limit {percent(limit)}): their mean size is at most a "
+            f"fortieth of that of the layer{'' if r.blocked is None else f', and {percent(r.blocked)} of the gradient is lost on its plateau'}"
+        ),
+        patience=5,
+        compares=True,
     ),
     Rule(
         "vanishing_gradient",

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from torchsat.cause import Cause
 from torchsat.causes import advice
-from torchsat.causes.closed import of_closed
+from torchsat.causes.closed import of_closed, of_dormant
 from torchsat.causes.gradient import of_exploding, of_faded, of_nonfinite, of_shrunk, of_vanishing
 from torchsat.causes.outputs import of_attention, of_logits, of_size
 from torchsat.causes.rate import rise_before
@@ -85,6 +85,7 @@ def _of_saturated(alert: Alert, scene: Scene) -> list[Term]:
 _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {
     "saturated": _of_saturated,
     "stuck_units": of_closed,
+    "dormant_units": of_dormant,
     "vanishing_gradient": of_vanishing,
     "frozen_weights": of_vanishing,
     "shrunk_weights": of_shrunk,
