@@ -296,8 +296,8 @@ def dormant(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """`dormant`, where a quarter of the units have fallen asleep since the start, and most of the demand falls to elements on a plateau.
 
     Healthy networks let units sleep too. A sparse code has two thirds of them dormant, and an agent at a high rate three quarters, but the others
-    carry the demand: 84 % of it, and 73 %, are blocked. Where a network loses its plasticity, because its targets change again and again, the part
-    that is blocked comes to 90 % and more before half of the units are dormant.
+    carry the demand: 85 % of it, and 73 %, are blocked. Where a network loses its plasticity, because its targets change again and again, the part
+    that is blocked comes to 90 % and more before a third of the units are dormant.
     """
     if record.output or record.gate or not record.units or record.dormant is None:
         return None
@@ -307,8 +307,8 @@ def dormant(record: Record, snapshot: Snapshot, start: Start) -> float | None:
 
 
 def dormant_limit(record: Record) -> float:
-    """Half of the units, and by the 95 % bound of a share of so many units more."""
-    return min(0.95, 0.5 + 1.645 * 0.5 * _per_units(record))
+    """35 % of the units, and by the 95 % bound of a share of so many units more."""
+    return min(0.95, 0.35 + 1.645 * math.sqrt(0.35 * 0.65) * _per_units(record))
 
 
 def dormant_limit_critical(record: Record) -> float:
