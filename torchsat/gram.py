@@ -34,7 +34,8 @@ def gram(a: Tensor, axis: int, seed: int) -> Tensor:
     column = torch.arange(features, device=a.device).mul_(width).div_(features, rounding_mode="floor")
     row = places(samples, min(samples, SAMPLES), seed, a.device).long()
     # Only what is read is copied, however large and in whatever order of memory the activation is.
-    read = x[(*(index.unsqueeze(1) for index in torch.unravel_index(row, shape)), column)].to(dtype)
+    chosen = (*(index.unsqueeze(1) for index in torch.unravel_index(row, shape)), column)
+    read = x[chosen].to(dtype)
     finite = torch.isfinite(read).all(1, keepdim=True)
     read = torch.cat([torch.where(finite, read, torch.zeros_like(read)), finite.to(dtype)], 1)
     return (read.T @ read).reshape(1, -1)
