@@ -24,6 +24,8 @@ from torchsat.rows import experts_of
 class Mixture(nn.Module):
     """Eight experts, of which each token goes to two."""
 
+    bias: Tensor
+
     def __init__(self, kind: str = "softmax", width: int = 16, experts: int = 8, k: int = 2) -> None:
         super().__init__()
         self.kind, self.k = kind, k
@@ -154,7 +156,8 @@ class Chooser(nn.Module):
         z = torch.softmax(self.layer(x), -1)
         for part in self.parts:
             z = part(z)
-        return z.topk(2).values + self.conv(x.unsqueeze(1)).mean((1, 2)).unsqueeze(1)
+        out: Tensor = z.topk(2).values + self.conv(x.unsqueeze(1)).mean((1, 2)).unsqueeze(1)
+        return out
 
 
 def test_other_choices_are_no_routers() -> None:
@@ -169,7 +172,8 @@ class Slices(nn.Module):
         self.gate, self.experts = Gate(), Stacked()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.experts(x, *self.gate(x))
+        out: Tensor = self.experts(x, *self.gate(x))
+        return out
 
 
 class Gate(nn.Module):
@@ -195,10 +199,11 @@ class Stacked(nn.Module):
 
 
 def test_a_router_of_its_own_and_experts_in_one_parameter() -> None:
-    model, x = nn.Sequential(Slices(), nn.Linear(16, 1)), torch.randn(40, 16)
+    mixture, x = Slices(), torch.randn(40, 16)
+    model = nn.Sequential(mixture, nn.Linear(16, 1))
     (found,) = observed(model, x).experts
     with torch.no_grad():
-        chosen = F.linear(x, model[0].gate.weight).topk(3).indices
+        chosen = F.linear(x, mixture.gate.weight).topk(3).indices
     assert (found.site, found.k, found.tokens) == ("0.gate/experts", 3, 40)
     assert found.load == pytest.approx([float((chosen == at).sum()) / 120 for at in range(6)])
     # 20 choices per expert are too few to tell which are dead.
@@ -231,7 +236,8 @@ def test_numbers_that_are_known_by_hand() -> None:
 class Tower(nn.Module):
     def __init__(self, depth: int = 2) -> None:
         super().__init__()
-        self.blocks, self.head = nn.ModuleList(Mixture() for _ in range(depth)), nn.Linear(16, 4)
+        self.mixtures = [Mixture() for _ in range(depth)]
+        self.blocks, self.head = nn.ModuleList(self.mixtures), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -249,7 +255,7 @@ def trained(model: Tower, steps: int, log_dir: Path | None = None, balance: floa
         for _ in range(steps):
             x = torch.randn(256, 16)
             loss = F.cross_entropy(model(x), (x @ teacher).argmax(1))
-            for block in model.blocks if balance else ():
+            for block in model.mixtures if balance else ():
                 p = torch.softmax(block.router(x), -1)
                 load = F.one_hot(p.topk(2).indices, 8).float().mean((0, 1))
                 loss = loss + balance * 8 * (load * p.mean(0)).sum()
@@ -271,7 +277,7 @@ def test_routers_that_send_all_tokens_to_the_same_experts_are_told_once_with_the
     torch.manual_seed(0)
     model = Tower()
     with torch.no_grad():
-        for block in model.blocks:
+        for block in model.mixtures:
             block.router.bias[:2] += 20
     monitor = trained(model, 30, tmp_path)
     (alert,) = [each for each in monitor.alerts if each.rule == "expert_collapse"]
