@@ -43,8 +43,6 @@ class SiteRow:
     """The columns of columns.ROW."""
     units: Sequence[float] | None = None
     """The numbers of columns.UNITS, this observation included; None where the number of units is not fixed."""
-    dormant: float | None = None
-    """The share of its units that are dormant (transport/windows.py); None where that is not known."""
     heads: Sequence[Sequence[float]] = ()
     """For each name in columns.HEADS one number per head; empty where this is no softmax."""
     worst: float | None = None
@@ -53,6 +51,8 @@ class SiteRow:
     """The rank with that share."""
     nonfinite_rank: int | None = None
     """The rank on which most elements were inf or nan, if any were."""
+    dormant: float | None = None
+    """The share of its units that are dormant (transport/windows.py); None where that is not known."""
 
 
 @dataclass(frozen=True)
