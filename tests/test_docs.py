@@ -262,6 +262,16 @@ def test_an_example_says_what_is_wrong_and_its_sane_twin_is_healthy(name: str, s
     assert "the verdict: healthy: no alert was raised" in run_example(name, "--sane", "--steps", str(steps))
 
 
+def test_the_plasticity_example_measures_and_draws(tmp_path: Path, run_example: RunExample) -> None:
+    printed = run_example("plasticity", "--tasks", "2", "--steps", "40", "--rate", "0.01", "--picture", "plasticity.png")
+    rows = [line.split() for line in printed.splitlines() if line.count("%") == 2]
+    plain, redo = (next(row for row in rows if row[0] == name and row[-4] == "2") for name in ("plain", "with"))
+    # The first recycling comes between the two tasks, and wakes units that would sleep on.
+    assert float(redo[-2].strip("%")) < float(plain[-2].strip("%"))
+    assert 1 < float(plain[-1]) < 64
+    assert (tmp_path / "plasticity.png").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_the_gates_example_learns_and_draws(cell: str, tmp_path: Path, run_example: RunExample) -> None:
     printed = run_example("lstm_gates", "--steps", "21", "--cell", cell, "--picture", "gates.png")

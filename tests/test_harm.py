@@ -250,3 +250,34 @@ def test_a_rule_may_compare_with_the_first_observation() -> None:
     kept.load_state_dict(judge.state_dict())
     assert kept.state_dict()["starts"] == judge.state_dict()["starts"]
     assert not kept.judge(Snapshot(3, 0.0, (hidden(0.0, 0.0, 0.0, z_std=3.5),)))
+
+
+def rectifier(dormant: float | None, blocked: float | None, **given: Any) -> Record:
+    """A ReLU layer of 64 units, of which some are dormant."""
+    facts = {"activation": "relu", "tails": "low", "normal_low": 0.5, "normal_high": 0.0, "units": 64, "saturated": 0.5, "low": 0.5, "high": 0.0}
+    return record(**{**facts, "dormant": dormant, "blocked": blocked, "trapped": 0.2, **given})
+
+
+@pytest.mark.parametrize(("units", "limit"), [(64, 0.448), (256, 0.399), (4096, 0.362)])
+def test_the_limit_of_dormant_units_is_35_percent_and_the_error_of_a_share_of_so_many(units: int, limit: float) -> None:
+    assert harm.dormant_limit(rectifier(0.0, 0.5, units=units)) == pytest.approx(limit, abs=5e-4)
+
+
+def test_units_that_fall_asleep_and_take_the_gradient_along_are_told() -> None:
+    awake = [rectifier(0.02, 0.5)] * 10
+    assert rules_of(awake + [rectifier(0.5, 0.95)] * 6) == [("dormant_units", 140)]
+    # They have slept from the start, the others carry the demand, or too few have fallen asleep.
+    assert rules_of([rectifier(0.5, 0.95)] * 16) == []
+    assert rules_of(awake + [rectifier(0.66, 0.85)] * 6) == []
+    assert rules_of(awake + [rectifier(0.4, 0.95)] * 6) == []
+    assert "dormant_units" not in dict(rules_of(awake + [rectifier(0.5, 0.95, output=True)] * 6))
+    assert rules_of(awake + [rectifier(0.5, 0.95, gate=True)] * 6) == []
+    # It clears once units are awake again.
+    assert rules_of(awake + [rectifier(0.5, 0.95)] * 6 + [rectifier(0.1, 0.95)] * 6 + [rectifier(0.5, 0.95)] * 6) == [
+        ("dormant_units", 140),
+        ("dormant_units", 260),
+    ]
+
+
+def test_where_no_gradient_is_seen_the_share_of_dormant_units_tells() -> None:
+    assert rules_of([rectifier(None, None)] * 10 + [rectifier(0.5, None)] * 6) == [("dormant_units", 140)]

@@ -64,7 +64,7 @@ def measured(z: Tensor, grad: Tensor, elements: int | None = None) -> Tensor:
 def block(z: Tensor) -> Tensor:
     """BLOCK of z [samples, units]."""
     count = torch.full((z.shape[1],), float(len(z)))
-    return torch.stack([count, (z.abs() > 1).sum(0), count]).double()
+    return torch.stack([count, (z.abs() > 1).sum(0), count, z.abs().sum(0)]).double()
 
 
 def features(x: Tensor, weight: float = 1.0) -> Tensor:
@@ -324,7 +324,7 @@ def test_each_rank_of_tensor_parallelism_has_its_own_units_and_heads() -> None:
     assert found.sites[0].facts.units == 5
     window = windows.get("act")
     assert window is not None
-    samples, saturated, read = block(z).tolist()
+    samples, saturated, read, _ = block(z).tolist()
     assert samples == read
     # Every unit was active in some of its samples, so none is in a run.
     assert window.tolist() == [samples, pytest.approx([n - s for n, s in zip(samples, saturated, strict=True)]), [0.0] * 5, [0.0] * 5]
@@ -470,7 +470,7 @@ def test_the_formula_of_the_docs_is_what_is_sent() -> None:
 
 
 def samples(count: int, saturated: int = 0, units: int = 4) -> Tensor:
-    return torch.tensor([[count] * units, [saturated] * units, [count] * units]).double()
+    return torch.tensor([[count] * units, [saturated] * units, [count] * units, [count] * units]).double()
 
 
 def test_what_is_known_of_units_lasts_as_long_as_there_are_as_many() -> None:

@@ -129,7 +129,7 @@ def test_any_split_of_the_data_merges_to_the_same_record(module: nn.Module) -> N
 
     whole = to_host(*part(slice(0, 60)))
     for cuts in ([0, 1, 60], [0, 13, 14, 40, 60], list(range(61))):
-        merged, block = empty_row(z.device), torch.zeros(3, 40, dtype=torch.float64)
+        merged, block = empty_row(z.device), torch.zeros(4, 40, dtype=torch.float64)
         for start, end in itertools.pairwise(cuts):
             row_, block_ = part(slice(start, end))
             merge_(merged, row_)
@@ -376,7 +376,7 @@ def test_half_precision_is_summed_in_double() -> None:
 
 def test_calls_weigh_by_the_elements_they_have_and_not_by_those_that_were_read() -> None:
     small, large = torch.tensor([[3.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 3.0]]).repeat(1000, 1)
-    row, block = empty_row(small.device), torch.zeros(3, 2, dtype=torch.float64)
+    row, block = empty_row(small.device), torch.zeros(4, 2, dtype=torch.float64)
     for z in (small, large):
         sample = Sample.of(z, 100, 0)
         taken = sample.take(z)

@@ -84,7 +84,7 @@ def test_forward_rows_and_units(
     there = [sample.take(each.to(DEVICE)) for each in (whole, torch.tanh(whole.float()).to(dtype))]
     for sigmoid in (True, False):
         row, block = observe(z, a, slope, peak, edges, whole.numel(), sigmoid, units)
-        found, counts = statistics.empty_row(DEVICE), torch.zeros(3, units.size, dtype=torch.float64, device=DEVICE)
+        found, counts = statistics.empty_row(DEVICE), torch.zeros(4, units.size, dtype=torch.float64, device=DEVICE)
         for _ in range(2):
             kernels.observe(*there, slope.to(DEVICE), peak, edges, whole.numel(), sigmoid, None, found, units.place, counts)
         close(found, statistics.merge_(row, row.clone()))
@@ -108,7 +108,7 @@ def test_extremes(kernels: ModuleType, dtype: torch.dtype) -> None:
 def test_of_many_elements_the_units_are_counted_on_an_even_sample(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_UNIT_SAMPLES", 3000)
     z = torch.arange(7.0, device=DEVICE).sub(3).repeat(4000, 1)
-    units, counts = Units(Sample.of(z, None, 0), 1), torch.zeros(3, 7, dtype=torch.float64, device=DEVICE)
+    units, counts = Units(Sample.of(z, None, 0), 1), torch.zeros(4, 7, dtype=torch.float64, device=DEVICE)
     row = statistics.empty_row(DEVICE)
     kernels.observe(z.flatten(), z.flatten(), torch.ones_like(z).flatten(), 1.0, (-2.5, 1.5), z.numel(), False, None, row, units.place, counts)
     counts = counts.cpu()

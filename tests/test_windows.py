@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 
 from tests.test_rows import row
 from torchsat.rows import to_record
-from torchsat.transport.windows import LEAST_SAMPLES, UNIT_SAMPLES, UnitWindows
+from torchsat.transport.windows import DORMANT_SCORE, LEAST_SAMPLES, UNIT_SAMPLES, UnitWindows
 
 
 def block(samples: Sequence[float], saturated: Sequence[float], weight: float = 1.0) -> NDArray[np.float64]:
     """columns.BLOCK of one observation. `weight`: how many elements each sample stands for."""
-    counts = np.array([samples, saturated, samples], np.float64)
-    return counts * [[weight], [weight], [1.0]]
+    counts = np.array([samples, saturated, samples, samples], np.float64)
+    return counts * [[weight], [weight], [1.0], [weight]]
 
 
 def stuck(*phases: tuple[int, Sequence[float]], samples: int = 64) -> list[tuple[float | None, int | None]]:
@@ -115,4 +115,33 @@ def test_what_is_kept_does_not_grow() -> None:
 def test_the_share_of_a_unit_is_weighed_by_its_calls_and_its_samples_are_those_read() -> None:
     windows = UnitWindows()
     # 500 samples were read, which stand for 2000; of these 1990 and 1900 are saturated.
-    assert windows.add("act", np.array([[2000.0, 2000.0], [1990.0, 1900.0], [500.0, 500.0]])) == [2, 2, 1, 0, 500]
+    assert windows.add("act", np.array([[2000.0, 2000.0], [1990.0, 1900.0], [500.0, 500.0], [1.0, 1.0]])) == [2, 2, 1, 0, 500]
+
+
+def test_a_unit_is_dormant_whose_mean_size_is_a_fortieth_of_that_of_its_layer() -> None:
+    windows, counts = UnitWindows(), np.full(4, 400.0)
+    assert windows.dormant("act") is None
+    for score, expected in ((DORMANT_SCORE, 0.5), (1.001 * DORMANT_SCORE, 0.25)):
+        # The mean over the units is 1, so that the sizes are the scores.
+        sizes = np.array([2.0, score, 0.0, 2.0 - score])
+        windows.add("act", np.stack([counts, 0 * counts, counts, sizes * counts]))
+        assert windows.dormant("act") == expected
+
+
+def test_the_dormant_share_waits_for_200_samples_of_each_unit_and_keeps_its_value_until_the_next_200() -> None:
+    windows, found = UnitWindows(), []
+    for quiet in (0.0, 0.0, 0.0, 0.0, 5.0, 5.0, 5.0):
+        counts = np.array([64.0, 64.0])
+        windows.add("act", np.stack([10 * counts, 0 * counts, counts, 10 * counts * [quiet, 2.0]]))
+        found.append(windows.dormant("act"))
+    assert found == [None, None, None, 0.5, 0.5, 0.5, 0.5]
+    windows.add("act", np.stack([counts, 0 * counts, counts, counts * [5.0, 2.0]]))
+    assert windows.dormant("act") == 0.0
+    windows.add("act", np.zeros((4, 3)))
+    assert windows.dormant("act") is None
+
+
+def test_all_units_of_a_layer_without_any_activation_are_dormant() -> None:
+    windows, counts = UnitWindows(), np.full(8, 500.0)
+    windows.add("act", np.stack([counts, counts, counts, 0 * counts]))
+    assert windows.dormant("act") == 1.0

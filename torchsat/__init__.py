@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchsat.activations import ACTIVATIONS, Activation
+    from torchsat.cause import Cause
     from torchsat.coverage import Coverage
+    from torchsat.experts import Experts
     from torchsat.monitor import Monitor, watch
     from torchsat.plotting import plot
-    from torchsat.record import Alert, Cause, Head, Record, Snapshot, Weight
+    from torchsat.record import Alert, Head, Record, Snapshot, Weight
     from torchsat.remedies import REMEDIES, Remedy
     from torchsat.rules import RULES, Rule
     from torchsat.tensorboard.reader import read
@@ -29,8 +31,9 @@ _HOME = {
     "ACTIVATIONS": "activations",
     "Activation": "activations",
     "Alert": "record",
-    "Cause": "record",
+    "Cause": "cause",
     "Coverage": "coverage",
+    "Experts": "experts",
     "Head": "record",
     "Monitor": "monitor",
     "REMEDIES": "remedies",
@@ -58,6 +61,7 @@ __all__ = [
     "Alert",
     "Cause",
     "Coverage",
+    "Experts",
     "Head",
     "Monitor",
     "Record",

@@ -19,12 +19,14 @@ Key = tuple[str, str]
 ADJECTIVE = {
     "saturated": "saturated",
     "stuck_units": "full of stuck units",
+    "dormant_units": "full of dormant units",
     "vanishing_gradient": "short of gradient",
     "exploding_gradient": "flooded with gradient",
     "frozen_weights": "frozen",
     "shrunk_weights": "shrunk",
     "faded_input": "short of input",
     "attention_collapse": "collapsed",
+    "expert_collapse": "using few experts",
     "bounded_logits": "bounding its logits",
     "nonfinite": "non-finite",
 }

@@ -114,9 +114,9 @@ weight of its call but for `rows_read`, which counts them. `rows_heard` are the 
 are of; softmax.observe_demand says what they are."""
 HEADS_LOSS_SCALED = ("row_demand", "row_blocked", "row_trapped")
 """The rows of HEADS that carry a GradScaler's factor."""
-BLOCK = ("samples", "saturated", "samples_read")
-"""The rows of the unit block [3, units]: for each channel or feature the weights of its samples, the weights of the saturated ones, and how many
-samples were read."""
+BLOCK = ("samples", "saturated", "samples_read", "a_abs")
+"""The rows of the unit block [4, units]: for each channel or feature the weights of its samples, the weights of the saturated ones, how many samples
+were read, and the sum of |a| by the weights of the samples."""
 UNITS = ("units", "units_measured", "units_stuck", "units_in_doubt", "unit_samples")
 """Numbers that are derived from merged unit blocks (BLOCK): how many units there are, how many have enough samples to tell, how many are stuck
 (nearly all of their newest samples are saturated), how many may have become stuck lately, and the samples in which the median stuck unit has been
@@ -179,5 +179,22 @@ STREAM = Tally(
     ),
 )
 """The input of a normalisation."""
-TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER, STREAM)}
+RANK = Tally(
+    "rank", (Column("gram", "Sum over samples of the outer product of some features of a, and a 1 behind them, with itself.", weighed=False),)
+)
+"""The Gram matrix of the features of a site (gram.py), measured with `extras="rank"`. Its last element is the number of samples that were read."""
+EXPERTS = Tally("experts", (Column("choices", "How many tokens were sent to this expert.", weighed=False),))
+"""The experts of a mixture, as many columns wide (observe/routers.py)."""
+ROUTER = Tally(
+    "router",
+    (
+        Column("tokens", "Tokens that were routed.", weighed=False),
+        Column("entropy_tokens", "The weights of the tokens whose entropy was read."),
+        Column("entropy", "Sum of H / ln E over them."),
+        Column("margin_tokens", "The weights of the tokens whose margin was read."),
+        Column("margin", "Sum over them of the lowest score that was chosen less the highest one that was not."),
+    ),
+)
+"""The router of a mixture of experts."""
+TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER, STREAM, RANK, EXPERTS, ROUTER)}
 """Every kind of tally, by name."""

@@ -26,6 +26,7 @@ class _Kind:
 
 _LAYERS = _Kind("layers")
 _RECURRENT = _Kind("recurrent layers")
+_MIXTURES = _Kind("mixtures of experts")
 
 
 class Census:
@@ -43,9 +44,14 @@ class Census:
         return {weight.name for weight in self._snapshot.weights}
 
     @cached_property
+    def _mixtures(self) -> set[str]:
+        return {experts.site for experts in self._snapshot.experts}
+
+    @cached_property
     def _count(self) -> Counter[_Kind]:
         places = {(_kind_of(record), _unit(record)) for record in self._snapshot.records}
         count = Counter(kind for kind, _ in places)
+        count[_MIXTURES] = len(self._snapshot.experts)
         count[_LAYERS] = sum(weight.whole is None for weight in self._snapshot.weights)
         return count
 
@@ -65,8 +71,8 @@ class Census:
             record = self._records.get(place)
             if record is not None:
                 kinds.append((_kind_of(record), _unit(record)))
-            elif place in self._layers:
-                kinds.append((_LAYERS, place))
+            elif place in self._layers or place in self._mixtures:
+                kinds.append((_LAYERS if place in self._layers else _MIXTURES, place))
             else:
                 return f"{len(places)} places"
         found, met = set(kinds), {kind for kind, _ in kinds}

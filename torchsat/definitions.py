@@ -38,6 +38,11 @@ RULE_DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition("stuck_units", "Units (channels or features) that lie on a plateau for nearly every sample. On ReLU they are dead units.", "stuck"),
     Definition(
+        "dormant_units",
+        "Units whose mean size has become far smaller than that of their layer, as where targets change again and again.",
+        "dormant",
+    ),
+    Definition(
         "vanishing_gradient", "The gradient is far smaller at the first activation than at the last. The first layers do not learn.", "grad_z_rms"
     ),
     Definition("exploding_gradient", "The gradient is far larger at the first activation than at the last.", "grad_z_rms"),
@@ -48,6 +53,11 @@ RULE_DEFINITIONS: tuple[Definition, ...] = (
     Definition(
         "bounded_logits",
         "An output that its function bounds, such as a softmax, goes into a loss that takes unbounded logits. The loss cannot become small.",
+        "alert_level",
+    ),
+    Definition(
+        "expert_collapse",
+        "The router of a mixture of experts sends nearly all tokens to a few experts. The others get no gradient and do not learn.",
         "alert_level",
     ),
     Definition("nonfinite", "Elements are inf or nan. Every number behind them is lost.", "nonfinite"),
@@ -89,6 +99,11 @@ CAUSE_DEFINITIONS: tuple[CauseDefinition, ...] = (
     ),
     CauseDefinition(
         "dead_units", "units that died", "Units of a rectifier are below 0 for nearly every sample. They get no gradient that would bring them back."
+    ),
+    CauseDefinition(
+        "router_collapse",
+        "a router that feeds itself",
+        "An expert that gets more tokens learns faster and gets more still, where nothing balances the load of the experts.",
     ),
     CauseDefinition("numeric_range", "numbers beyond the range of the type", "A number is too large for its type and became inf or nan."),
     CauseDefinition(

@@ -28,8 +28,9 @@ from torchsat.options import Options, Sink
 from torchsat.percent import listed
 from torchsat.process import undisturbed
 from torchsat.record import Alert, Snapshot
-from torchsat.rows import Stuck, to_ledger, to_record, to_weight
+from torchsat.rows import Stuck, experts_of, to_ledger, to_record, to_weight
 from torchsat.sites import Sites
+from torchsat.spectrum import with_spectra
 from torchsat.tensorboard import SUBRUN
 from torchsat.transport import meeting
 from torchsat.transport.flight import Flight
@@ -199,8 +200,9 @@ class Delivery:
                 self.say_nothing_watched()
             return None
         weights = tuple(to_weight(row) for row in numbers.layers)
-        ledger = to_ledger(numbers.tallies, numbers.scale)
-        snapshot = Snapshot(flight.step, flight.time, tuple(records), weights, overhead=overhead, ledger=ledger)
+        ledger, experts = to_ledger(numbers.tallies, numbers.scale), experts_of(numbers.tallies)
+        told = with_spectra(records, numbers.tallies)
+        snapshot = Snapshot(flight.step, flight.time, told, weights, overhead=overhead, ledger=ledger, experts=experts)
         events = self._judge.judge(snapshot)
         snapshot = self._judge.marked(snapshot)
         return replace(snapshot, alerts=self._diagnosis.judge(events, self._judge.firing, snapshot, self._judge.pending))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from torchsat.record import Cause
+from torchsat.cause import Cause
 from torchsat.sheets import verdicts_of
 from torchsat.tensorboard.reader import Run
 from torchsat.verdict import Health, Verdict, summary, worst_first

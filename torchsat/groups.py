@@ -29,6 +29,7 @@ RANK: Mapping[str, int] = {
     "bounded_logits": 1,
     "shrunk_weights": 1,
     "faded_input": 1,
+    "dormant_units": 2,
     "exploding_gradient": 2,
     "vanishing_gradient": 2,
     "frozen_weights": 3,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 
+from torchsat.experts import Experts
 from torchsat.loss_functions import still_asks, takes_logits, takes_probabilities, takes_squares
 from torchsat.record import Record, Snapshot, Weight, normal_saturated
 from torchsat.start import LONG, Start, came_trained
@@ -291,6 +292,30 @@ def stuck_limit_critical(record: Record) -> float:
     return (1 + stuck_limit(record)) / 2
 
 
+def dormant(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """`dormant`, where a quarter of the units have fallen asleep since the start, and most of the demand falls to elements on a plateau.
+
+    Healthy networks let units sleep too. A sparse code has two thirds of them dormant, and an agent at a high rate three quarters, but the others
+    carry the demand: 85 % of it, and 73 %, are blocked. Where a network loses its plasticity, because its targets change again and again, the part
+    that is blocked comes to 90 % and more before a third of the units are dormant.
+    """
+    if record.output or record.gate or not record.units or record.dormant is None:
+        return None
+    before = start.item.dormant if isinstance(start.item, Record) else None
+    has_grown = record.dormant - (before or 0.0) >= 0.25 and snapshot.step >= start.step + LONG
+    return record.dormant if has_grown and (record.blocked is None or record.blocked >= 0.9) else 0.0
+
+
+def dormant_limit(record: Record) -> float:
+    """35 % of the units, and by the 95 % bound of a share of so many units more."""
+    return min(0.95, 0.35 + 1.645 * math.sqrt(0.35 * 0.65) * _per_units(record))
+
+
+def dormant_limit_critical(record: Record) -> float:
+    """Halfway from the limit of a warning to all."""
+    return (1 + dormant_limit(record)) / 2
+
+
 def shrunk(weight: Weight, snapshot: Snapshot, start: Start) -> float | None:
     """What is left of the gain that a layer began with, where weight decay is the reason: a step is far from what the gradient makes of it, since
     decay takes away what is learned, or is all that there is. Where less than a tenth is left, the reason may be a penalty in the loss."""
@@ -335,6 +360,16 @@ def taken_by_decay(weight: Weight) -> float | None:
     if not step or not learned or not weight.norm or weight.grad_norm is None or weight.learning_rate is None or not math.isfinite(step / learned):
         return None
     return weight.learning_rate * weight.grad_norm / weight.norm * math.sqrt(max(0.0, (step / learned) ** 2 - 1))
+
+
+def dead_experts(experts: Experts, snapshot: Snapshot) -> float | None:
+    """The share of the experts of a mixture that get less than a twentieth of an even load."""
+    return None if experts.dead is None else experts.dead / experts.experts
+
+
+def one_expert(experts: Experts, snapshot: Snapshot) -> float | None:
+    """How far the busiest expert is on its way from an even load to one that gets every token."""
+    return None if experts.dead is None else experts.concentration
 
 
 def leaving_rows(record: Record, snapshot: Snapshot) -> float | None:

@@ -13,9 +13,10 @@ from typing import Any
 
 from torchsat.alert_level import alert_level, way_to_warning
 from torchsat.alerts import ADJECTIVE, Firing, Key
+from torchsat.experts import Experts
 from torchsat.percent import percent
 from torchsat.record import Alert, Nearest, Record, Severity, Snapshot, Weight, with_levels
-from torchsat.rules import RULES, Rule
+from torchsat.rules import RULES, Item, Rule
 from torchsat.start import Start, came_trained
 
 STANDS_OUT = 0.1
@@ -67,7 +68,7 @@ class Judge:
             on.
 
     Raises:
-        ValueError: rows of the same name are over records and over weights.
+        ValueError: rows of the same name are over records and over weights, for instance.
     """
 
     def __init__(self, rules: Sequence[Rule] = RULES, fault: Callable[[str, Exception], None] | None = None) -> None:
@@ -114,9 +115,8 @@ class Judge:
             for (place, rule), state in self._states.items()
         ]
         items = [start.item for start in self._starts.values()]
-        starts = Snapshot(
-            0, 0.0, tuple(item for item in items if isinstance(item, Record)), tuple(item for item in items if isinstance(item, Weight))
-        )
+        records, weights = tuple(item for item in items if isinstance(item, Record)), tuple(item for item in items if isinstance(item, Weight))
+        starts = Snapshot(0, 0.0, records, weights, experts=tuple(item for item in items if isinstance(item, Experts)))
         facts = {place: (start.step, start.trained) for place, start in self._starts.items()}
         return {"observations": self._observations, "states": states, "starts": starts.as_dict(), "since": facts}
 
@@ -148,10 +148,13 @@ class Judge:
         self._step = snapshot.step
         self.levels, self.nearest = {}, None
         self._note_starts(snapshot)
-        records: dict[str, Record | Weight] = {record.site: record for record in snapshot.records}
-        weights: dict[str, Record | Weight] = {weight.name: weight for weight in snapshot.weights}
+        kinds: dict[str, dict[str, Item]] = {
+            "records": {record.site: record for record in snapshot.records},
+            "weights": {weight.name: weight for weight in snapshot.weights},
+            "experts": {experts.site: experts for experts in snapshot.experts},
+        }
         for name, rules in list(self._groups.items()):
-            items = weights if rules[0].over == "weights" else records
+            items = kinds[rules[0].over]
             events += self._clear_missing(name, rules, items, snapshot)
             try:
                 for place, item in items.items():
@@ -168,7 +171,8 @@ class Judge:
     def marked(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot that was judged last, with what was found: whether there was any rule, the level of each place, and what came nearest."""
         records, weights = with_levels(snapshot.records, self.levels), with_levels(snapshot.weights, self.levels)
-        return replace(snapshot, records=records, weights=weights, judged=bool(self._groups), nearest=self.nearest)
+        experts = tuple(replace(each, alert_level=self.levels.get(each.site)) for each in snapshot.experts)
+        return replace(snapshot, records=records, weights=weights, judged=bool(self._groups), nearest=self.nearest, experts=experts)
 
     def _note_starts(self, snapshot: Snapshot) -> None:
         """Note the places that were not there before."""
@@ -190,7 +194,7 @@ class Judge:
                 cleared.append(replace(state.alert, step=snapshot.step, firing=False, message=f"{place}: no longer runs"))
         return cleared
 
-    def _judge_one(self, key: Key, rules: Sequence[Rule], item: Record | Weight, snapshot: Snapshot) -> Alert | None:
+    def _judge_one(self, key: Key, rules: Sequence[Rule], item: Item, snapshot: Snapshot) -> Alert | None:
         """One rule at one place: the alert that it raises, makes worse or clears, if any."""
         known = self._states.get(key)
         fires = known is not None and known.alert is not None and known.is_early
@@ -226,12 +230,13 @@ class Judge:
         return None
 
 
-def _places(snapshot: Snapshot) -> dict[str, Record | Weight]:
-    """The records and the weights of a snapshot by the names of their places."""
-    return {**{record.site: record for record in snapshot.records}, **{weight.name: weight for weight in snapshot.weights}}
+def _places(snapshot: Snapshot) -> dict[str, Item]:
+    """The records, the weights and the mixtures of experts of a snapshot by the names of their places."""
+    named = {weight.name: weight for weight in snapshot.weights}
+    return {**{record.site: record for record in snapshot.records}, **named, **{experts.site: experts for experts in snapshot.experts}}
 
 
-def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snapshot: Snapshot) -> Alert | None:
+def _raise(state: _State, key: Key, worst: _Reading, item: Item, snapshot: Snapshot) -> Alert | None:
     """A value is beyond a limit: raise the alert, or make it worse, once the patience is over. Otherwise keep its value up to date."""
     state.calm = 0
     if state.since is None:
@@ -261,9 +266,7 @@ def _raise(state: _State, key: Key, worst: _Reading, item: Record | Weight, snap
     return alert
 
 
-def _calm(
-    state: _State, alert: Alert, values: Sequence[tuple[Rule, float]], rules: Sequence[Rule], item: Record | Weight, snapshot: Snapshot
-) -> Alert | None:
+def _calm(state: _State, alert: Alert, values: Sequence[tuple[Rule, float]], rules: Sequence[Rule], item: Item, snapshot: Snapshot) -> Alert | None:
     """An alert fires and no value is beyond a limit: clear it once all values have been safe for as long as the patience."""
     lowest = [
         _Reading(rule, value, limit)
@@ -282,7 +285,7 @@ def _calm(
     return replace(alert, value=told.value, step=snapshot.step, firing=False, message=message)
 
 
-def _first_beyond(values: Sequence[tuple[Rule, float]], level: Severity, item: Record | Weight) -> _Reading | None:
+def _first_beyond(values: Sequence[tuple[Rule, float]], level: Severity, item: Item) -> _Reading | None:
     """The first criterion of a rule that is beyond its limit of that level."""
     for rule, value in values:
         limit = rule.limit(level, item)
@@ -296,7 +299,7 @@ def _patience(rules: Sequence[Rule]) -> int:
     return max((rule.patience for rule in rules), default=1)
 
 
-def _worst_rank(rule: str, item: Record | Weight) -> tuple[int | None, str]:
+def _worst_rank(rule: str, item: Item) -> tuple[int | None, str]:
     """If several ranks observe together and one stands out: that rank, and the end of the alert's sentence that says so."""
     if isinstance(item, Record) and rule == "nonfinite" and item.nonfinite_rank is not None:
         return item.nonfinite_rank, f"; most of them on rank {item.nonfinite_rank}"

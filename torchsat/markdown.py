@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from torchsat.alerts import Episode, episodes_of
+from torchsat.cause import CODE_INDENT
 from torchsat.percent import listed, percent
-from torchsat.record import CODE_INDENT, Alert
+from torchsat.record import Alert
 from torchsat.sheets import comparison, extent, sheets, verdicts_of
 from torchsat.tables import Column, Row, Sheet, bars_for
 from torchsat.tensorboard.reader import Run

@@ -90,6 +90,19 @@ METRICS: tuple[Metric, ...] = (
         group="saturation",
     ),
     Metric(
+        "dormant",
+        "Dormant units",
+        "Share of units whose mean |a| is at most a fortieth of that of their layer (Sokar et al. 2023).",
+        group="saturation",
+    ),
+    Metric(
+        "effective_rank",
+        "Effective rank",
+        'Directions of the features, by the entropy of their singular values, over the most there can be. Only with extras="rank".',
+        worst="low",
+        group="saturation",
+    ),
+    Metric(
         "attenuation",
         "Attenuation",
         "||dL/dz|| / ||dL/da||: what this activation alone does to the gradient.",

@@ -35,7 +35,7 @@ class SitePart:
     row: Tensor | None = None
     """The numbers of columns.ROW, merged over all calls; None where the site did not run."""
     block: Tensor | None = None
-    """The unit block [3, units]: columns.BLOCK of each unit in this observation; None where the number of units is not fixed."""
+    """The unit block [4, units]: columns.BLOCK of each unit in this observation; None where the number of units is not fixed."""
     heads: Tensor | None = None
     """[12, heads]: the numbers of columns.HEADS for each head; None where this is no softmax."""
     span: Span = Span(None)

@@ -15,13 +15,14 @@ class Paths:
     """Which of some places lie before which others in the order of data flow.
 
     Args:
-        places: the sites and layers that are compared. A layer stands for the sites that it feeds.
+        places: what is compared. A layer stands for the sites that it feeds, and a mixture of experts for those around its router.
     """
 
     def __init__(self, snapshot: Snapshot, places: Iterable[str]) -> None:
         wanted = set(places)
         self._position = {record.site: at for at, record in enumerate(snapshot.records)}
         feeds = {weight.name: weight.feeds for weight in snapshot.weights if weight.name in wanted}
+        feeds |= {each.site: self._around(each.site) for each in snapshot.experts if each.site in wanted}
         self._sites = {place: tuple(site for site in feeds.get(place, (place,)) if site in self._position) for place in wanted}
         bits = {site: 1 << at for at, site in enumerate({site: None for sites in self._sites.values() for site in sites})}
         before = dict.fromkeys(self._position, 0)
@@ -38,6 +39,12 @@ class Paths:
                     changed = True
         self._own = {place: _union(bits[site] for site in sites) for place, sites in self._sites.items()}
         self._before = {place: _union(before[site] for site in sites) for place, sites in self._sites.items()}
+
+    def _around(self, experts: str) -> tuple[str, ...]:
+        """The sites in the module that holds a router and its experts."""
+        module = experts.rpartition("/")[0]
+        within = (f"{module}/", f"{module}.", *([f"{above}."] if (above := module.rpartition(".")[0]) else []))
+        return tuple(site for site in self._position if site.startswith(within))
 
     def own(self, place: str) -> int:
         """The bits of the sites of a place."""

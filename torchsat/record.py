@@ -13,15 +13,14 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+from torchsat.cause import Cause
+from torchsat.experts import Experts
 from torchsat.ledger import Ledger
 from torchsat.shown import Shown, level_in_words
 
 Severity = Literal["warning", "critical"]
 Tails = Literal["both", "low", "high", "none", "unknown"]
 Kind = Literal["module", "call", "recurrent", "softmax", "function"]
-
-CODE_INDENT = "    "
-"""What stands before each line of code in `Cause.remedy`."""
 
 OCTAVES = 24
 """The histogram of the relative derivative |f'| / peak reaches from 2^-24 to 1, in this many octaves."""
@@ -181,6 +180,15 @@ class Record(Shown, SiteFacts):
     """The rank with that share."""
     nonfinite_rank: int | None = None
     """The rank on which most elements were inf or nan, if any were."""
+    dormant: float | None = None
+    """Share of units that are dormant: their mean |a| is at most 0.025 of the mean over the units (Sokar et al. 2023), by at least 200 samples of
+    each. Dead units are dormant too."""
+    effective_rank: float | None = None
+    """exp(H) of the singular values of the features, over the most that it could be, `rank_limit` (spectrum.py). None without `extras="rank"`."""
+    srank: float | None = None
+    """How many singular values make up 99 % of their sum (Kumar et al. 2021), over `rank_limit`."""
+    rank_limit: int | None = None
+    """The number of features, or that of samples if it is smaller, whose singular values these are."""
     alert_level: float | None = None
     """How near the site is to an alert, by the rule that is worst: 0 is healthy, 0.5 is at the limit of a warning, 1 at that of a critical alert
     (alert_level.py). None where no rule judges the site."""
@@ -283,31 +291,6 @@ class Weight(Shown, LayerFacts):
         return self.learned_ratio not in (None, self.update_ratio)
 
 
-@dataclass(frozen=True)
-class Cause:
-    """One explanation of an alert."""
-
-    name: str
-    share: float
-    """How much of the alert it explains; the shares of an alert's causes add up to 1."""
-    evidence: str
-    """The figures that speak for it."""
-    remedy: str
-    """What to try against it: a sentence, and behind it, where there is any, the lines of `code`, indented."""
-
-    @property
-    def advice(self) -> str:
-        """The sentence of the remedy, without the code."""
-        return " ".join(line for line in self.remedy.splitlines() if not line.startswith(CODE_INDENT))
-
-    @property
-    def code(self) -> str:
-        """The lines of the remedy that can be pasted into the user's code, after `model` and `optimizer` are made, with the inputs of the training
-        set as `x`. Empty where the remedy is a sentence only."""
-        lines = [line.removeprefix(CODE_INDENT) for line in self.remedy.splitlines() if line.startswith(CODE_INDENT)]
-        return "\n".join(lines)
-
-
 @dataclass(frozen=True, repr=False)
 class Alert(Shown):
     """A rule that fired or cleared at a site.
@@ -390,6 +373,8 @@ class Snapshot(Shown):
     """What came nearest to a warning, whether or not an alert fires elsewhere; None where no value has a way to go, or in such a file."""
     ledger: Ledger | None = None
     """By what factor each part of the model changes the gradient on its way to the input; None where that was not measured."""
+    experts: tuple[Experts, ...] = ()
+    """The mixtures of experts whose routers have run."""
 
     @property
     def in_short(self) -> str:
@@ -425,7 +410,8 @@ class Snapshot(Shown):
         alerts = tuple(map(Alert.from_dict, values.get("alerts", ())))
         nearest = Nearest(**_known(Nearest, values["nearest"])) if values.get("nearest") else None
         ledger = Ledger.from_dict(values["ledger"]) if values.get("ledger") else None
-        made = {"records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest, "ledger": ledger}
+        experts = tuple(Experts(**_known(Experts, each)) for each in values.get("experts", ()))
+        made = {"records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest, "ledger": ledger, "experts": experts}
         return Snapshot(**{**_known(Snapshot, values), **made})
 
     def __iter__(self) -> Iterator[Record]:
@@ -481,7 +467,20 @@ HEAD_METRICS = tuple(field.name for field in fields(Head))
 WEIGHT_FACTS = tuple(field.name for field in fields(LayerFacts))
 WEIGHT_METRICS = tuple(field.name for field in fields(Weight) if field.name not in WEIGHT_FACTS)
 """Names of the numbers of a Head, a Record and a Weight: what can be drawn over time. The facts are what stays the same."""
-COUNTS = ("n", "elements", "nonfinite", "grad_n", "grad_nonfinite", "stuck_n", "worst_rank", "nonfinite_rank", "input_n", "rows", "top_channel")
+COUNTS = (
+    "n",
+    "elements",
+    "nonfinite",
+    "grad_n",
+    "grad_nonfinite",
+    "stuck_n",
+    "worst_rank",
+    "nonfinite_rank",
+    "input_n",
+    "rows",
+    "rank_limit",
+    "top_channel",
+)
 """The numbers that are integers."""
 
 

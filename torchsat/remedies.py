@@ -10,8 +10,8 @@ trial would judge the old gain and not the new activation.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torchsat.internals import tree_leaves, tree_map
 from torchsat.record import Record
 from torchsat.weights import is_layer
+
+_DORMANT = 0.025
+"""The most that the mean |a| of a dormant unit is of the mean over its layer; transport/windows.py measures by the same threshold."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Context:
     """The path of each module as `named_modules` gives it, by site or layer name. The two differ where torch wraps a module."""
     input_leaf: int | None
     """The index, among the leaves of a batch, of the tensor that is the input of the model. None: the model is given no tensor of the batch."""
+    heads: tuple[str, ...] = ()
+    """The names of the linear and convolutional layers that feed no site, as those that make the output of the model do."""
+    sizes: Mapping[str, Tensor] = field(default_factory=dict)
+    """The mean |a| of each unit over some batches, by the name of the site; for sites that are modules and whose number of units is fixed."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Remedy:
     """The factor that the learning rate of every parameter group is multiplied by."""
     code: Callable[[Context], str] | None = None
     """Gives the change of the model as code that can be pasted, for a module `model`. None: there is none."""
+    applies: Callable[[Context], bool] | None = None
+    """Whether the default table has it for this model. None: for every model."""
 
     def as_code(self, context: Context) -> str:
         """The change of the model and of the learning rate as code; empty where the remedy has none."""
@@ -228,12 +237,108 @@ def _standardise_code(context: Context) -> str:
     )
 
 
+def _dormant(sizes: Tensor) -> Tensor:
+    """Which units of a layer with these mean |a| are dormant (Sokar et al. 2023)."""
+    return sizes <= _DORMANT * sizes.mean()
+
+
+def _has_dormant(context: Context) -> bool:
+    return any(bool(_dormant(sizes).any()) for sizes in context.sizes.values())
+
+
+def _ways(context: Context, site: str) -> tuple[list[str], list[str]]:
+    """The names of the layers that feed a site, and of those whose input comes from it: those that feed the sites behind it and, behind the last one,
+    the layers that feed no site."""
+    before = [name for name, feeds in context.feeds.items() if site in feeds and name in context.paths]
+    behind = {record.site for record in context.sites if site in record.after}
+    after = [name for name, feeds in context.feeds.items() if behind & set(feeds) and name in context.paths]
+    last = next((record.last for record in context.sites if record.site == site), False)
+    return before, after + [name for name in context.heads if last or not behind]
+
+
+def _revive(model: nn.Module, context: Context) -> str:
+    """Draw the incoming weights of dormant units anew, as torch draws them first, and set the outgoing ones to 0, so that the outputs of the model
+    hardly change. The copy has a new optimizer, whose moments are empty."""
+    count, layers = 0, 0
+    for site, sizes in context.sizes.items():
+        dormant, (before, after) = _dormant(sizes), _ways(context, site)
+        incoming = [layer for layer in (_module(model, context, name) for name in before) if _gives(layer, len(sizes))]
+        if not dormant.any() or not incoming:
+            continue
+        count, layers = count + int(dormant.sum()), layers + 1
+        for layer in incoming:
+            weight, fresh = cast(Tensor, layer.weight), torch.empty_like(cast(Tensor, layer.weight))
+            nn.init.kaiming_uniform_(fresh, a=5**0.5)
+            weight.data[dormant] = fresh[dormant]
+            if isinstance(layer.bias, Tensor):
+                layer.bias.data[dormant] = 0.0
+        for layer in (_module(model, context, name) for name in after):
+            if _takes(layer, len(sizes)):
+                cast(Tensor, layer.weight).data[:, dormant] = 0.0
+    if not count:
+        raise ValueError("no unit of a hidden activation that a linear or convolutional layer feeds is dormant")
+    return f"{count} dormant units of {layers} layers drawn anew, their outgoing weights 0"
+
+
+_OWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def _gives(layer: nn.Module, units: int) -> bool:
+    """Whether each row of its weight makes one of so many units."""
+    return isinstance(layer, _OWN) and layer.weight.requires_grad and layer.weight.shape[0] == units
+
+
+def _takes(layer: nn.Module, units: int) -> bool:
+    """Whether each column of its weight is that of one of so many units."""
+    return isinstance(layer, _OWN) and layer.weight.shape[1] == units
+
+
+def _revive_code(context: Context) -> str:
+    """The code of `_revive`. It measures the units anew, on the inputs `x`."""
+    rows = []
+    for site, sizes in context.sizes.items():
+        before, after = _ways(context, site)
+        if _dormant(sizes).any() and before:
+            rows.append(f"    {json.dumps(context.paths[site])}: ({_paths(context, before)}, {_paths(context, after)}),")
+    return "\n".join(
+        [
+            "ways = {  # each activation, the layers before it, and those behind it",
+            *rows,
+            "}",
+            "sizes = {}",
+            "for name in ways:",
+            "    model.get_submodule(name).register_forward_hook(lambda module, args, a, name=name: sizes.update({name: a.detach().abs()}))",
+            "with torch.no_grad():",
+            "    model(x)",
+            "    for name, (before, behind) in ways.items():",
+            "        model.get_submodule(name)._forward_hooks.popitem()",
+            "        mean = sizes[name].movedim(1 if sizes[name].ndim != 3 else 2, 0).flatten(1).mean(1)",
+            f"        dormant = mean <= {_DORMANT} * mean.mean()",
+            "        for layer in map(model.get_submodule, before):",
+            "            fresh = torch.empty_like(layer.weight)",
+            "            nn.init.kaiming_uniform_(fresh, a=5**0.5)",
+            "            layer.weight[dormant] = fresh[dormant]",
+            "            if layer.bias is not None:",
+            "                layer.bias[dormant] = 0",
+            "        for layer in map(model.get_submodule, behind):",
+            "            if layer.weight.shape[1] == len(dormant):",
+            "                layer.weight[:, dormant] = 0",
+            "optimizer.state.clear()  # the moments of what has gone",
+        ]
+    )
+
+
+def _paths(context: Context, names: Sequence[str]) -> str:
+    return f"[{', '.join(json.dumps(context.paths[name]) for name in names)}]"
+
+
 REMEDIES: tuple[Remedy, ...] = (
     *(
         Remedy(kind.__name__, partial(_activate, kind=kind), code=partial(_activate_code, kind=kind))
         for kind in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU)
     ),
     *(Remedy(f"{rule} init", partial(_initialise, rule=rule), code=partial(_initialise_code, rule=rule)) for rule in _DRAW),
+    Remedy("revived units", _revive, code=_revive_code, applies=_has_dormant),
     Remedy("standardised inputs", _standardise, code=_standardise_code),
     Remedy("BatchNorm", partial(_normalise, layer_norm=False), code=partial(_normalise_code, layer_norm=False)),
     Remedy("LayerNorm", partial(_normalise, layer_norm=True), code=partial(_normalise_code, layer_norm=True)),

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchsat.columns import BINS, COLUMN, HEADS, LAYER, LEDGER, STREAM, UNITS
+from torchsat.columns import BINS, COLUMN, EXPERTS, HEADS, LAYER, LEDGER, ROUTER, STREAM, UNITS
+from torchsat.experts import Experts
 from torchsat.ledger import Ledger, Stream, decode_top, ledger_of
 from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 
@@ -51,6 +52,8 @@ class SiteRow:
     """The rank with that share."""
     nonfinite_rank: int | None = None
     """The rank on which most elements were inf or nan, if any were."""
+    dormant: float | None = None
+    """The share of its units that are dormant (transport/windows.py); None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         relative_derivative=derivative / peak if derivative is not None and peak else None,
         stuck=None if known is None or low is None else known.share,
         stuck_n=None if known is None or low is None else known.samples,
+        dormant=row.dormant,
         z_mean=at.mean("z"),
         z_std=at.std("z", "z_sq"),
         z_rms=at.rms("z_sq", at.n),
@@ -188,6 +192,16 @@ def to_ledger(tallies: Mapping[tuple[str, str], TallyRow], scale: float) -> Ledg
 def _stream(numbers: Mapping[str, Sequence[float]]) -> Stream:
     (n,), (square,), (top,) = (numbers[name] for name in ("n", "x_sq", "top"))
     return Stream(_root(square / n) if n else None, *decode_top(top))
+
+
+def experts_of(tallies: Mapping[tuple[str, str], TallyRow]) -> tuple[Experts, ...]:
+    """The mixtures of experts of one observation."""
+    found = []
+    for (kind, place), row in tallies.items():
+        router = tallies.get((ROUTER.name, place))
+        if kind == EXPERTS.name and router is not None:
+            found.append(Experts.of(place, row.facts, row.numbers["choices"], router.numbers))
+    return tuple(each for each in found if each is not None)
 
 
 class _Columns(dict[str, float]):

@@ -9,6 +9,8 @@ Where the limits come from:
 - The limits of the gradient are the range of float16.
 - Attention has collapsed when each query looks at a single key (Zhai et al. 2023), and not at the one that the gradient asks for. Where no gradient
   is seen, the entropy tells: heads that put four fifths of their weight on the first key are common in healthy models, and theirs is near 0.27.
+- Units that fall asleep in training are those of Sokar et al. (2023), who recycle each at a fortieth of the mean size of its layer. How many of them
+  are too many is what healthy networks do not reach while most of the gradient is lost (harm.dormant).
 - A rectifier is sparse by design: networks with 90 % zeros train well, and healthy ones have half of their units dead. Of functions with one
   plateau only stuck units and a layer that is closed as a whole are reported.
 """
@@ -21,10 +23,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchsat import harm
+from torchsat.experts import Experts
 from torchsat.flow import nothing_arrives, over_depth, shallow, step_size
 from torchsat.percent import percent
 from torchsat.record import Record, Severity, Snapshot, Weight
 
+Item = Record | Weight | Experts
+"""What a rule judges."""
 HYSTERESIS = 0.8
 """An alert clears only on the safe side of this factor times its limit, so that a value close to the limit does not raise and clear it in turns."""
 
@@ -40,7 +45,7 @@ class Rule:
         says: the sentence of the alert, from (record or weight, value, limit).
         below: the rule fires when the value is at or below its limit. By default it fires at or above.
         patience: an alert is raised after this many observations in a row beyond the limit, and cleared after as many on the safe side.
-        over: whether records or weights are judged.
+        over: whether records, weights or mixtures of experts are judged.
         first: the rule is judged only in this many first observations, and after that only where it fires. None: always.
         compares: `value` takes a third argument, a `Start`: the record or weight as it was at the first observation.
     """
@@ -52,11 +57,11 @@ class Rule:
     says: Callable[[Any, float, float], str]
     below: bool = False
     patience: int = 3
-    over: Literal["records", "weights"] = "records"
+    over: Literal["records", "weights", "experts"] = "records"
     first: int | None = None
     compares: bool = False
 
-    def limit(self, severity: Severity, item: Record | Weight) -> float | None:
+    def limit(self, severity: Severity, item: Item) -> float | None:
         """The limit of one level at this record or weight; None if there is no such level."""
         limit = self.critical if severity == "critical" else self.warning
         found = limit(item) if callable(limit) else limit
@@ -280,6 +285,18 @@ RULES: tuple[Rule, ...] = (
         patience=1,
     ),
     Rule(
+        "dormant_units",
+        harm.dormant,
+        harm.dormant_limit,
+        harm.dormant_limit_critical,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}): {percent(value)} of its {r.units} units are dormant (limit {percent(limit)}): their mean size is at most a "
+            f"fortieth of that of the layer{'' if r.blocked is None else f', and {percent(r.blocked)} of the gradient is lost on its plateau'}"
+        ),
+        patience=5,
+        compares=True,
+    ),
+    Rule(
         "vanishing_gradient",
         over_depth,
         1e-3,
@@ -389,6 +406,28 @@ RULES: tuple[Rule, ...] = (
             f"{r.site}: the attention has collapsed: in its worst head {percent(value)} of the rows look at one key alone, and the gradient asks "
             f"for another one (limit {percent(limit)})"
         ),
+    ),
+    Rule(
+        "expert_collapse",
+        harm.dead_experts,
+        0.25,
+        0.5,
+        lambda e, value, limit: (
+            f"{e.site}: the experts have collapsed: {e.dead} of {e.experts} get less than a twentieth of an even share of the tokens (limit "
+            f"{percent(limit)}), and the busiest gets {percent(max(e.load))} of all choices, where {percent(1 / e.experts)} is even"
+        ),
+        over="experts",
+    ),
+    Rule(
+        "expert_collapse",
+        harm.one_expert,
+        0.9,
+        None,
+        lambda e, value, limit: (
+            f"{e.site}: the experts have collapsed: one of {e.experts} gets {percent(max(e.load) * e.k)} of the tokens, where "
+            f"{percent(e.k / e.experts)} is even ({percent(value)} of the way to all; limit {percent(limit)})"
+        ),
+        over="experts",
     ),
     Rule(
         "nonfinite",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from torchsat.alerts import Episode
+from torchsat.experts import Experts
 from torchsat.percent import number_or_dash, percent_or_dash
 from torchsat.record import Record, Snapshot, Weight
 from torchsat.shown import level_in_words
@@ -18,7 +19,7 @@ from torchsat.tables import BARS, Column, Row, Sheet
 from torchsat.tensorboard.reader import Run
 from torchsat.verdict import Health, Verdict, verdict_on, worst_first
 
-Item = TypeVar("Item", Record, Weight)
+Item = TypeVar("Item", Record, Weight, Experts)
 
 
 def extent(run: Run, found: Sequence[Episode]) -> str:
@@ -77,33 +78,34 @@ def sheets(run: Run, found: Sequence[Episode], bars: str = BARS, trend: int = 24
     """
     firing = {place for each in found if each.cleared is None for place in (each.alert.site, *each.alert.also)}
     made = [_site_sheet(run.snapshots, firing, bars, trend), _attention_sheet(run.snapshots, firing, bars, trend)]
-    made += [_weight_sheet(run.snapshots[-1], firing), _ledger_sheet(run.snapshots)]
+    last = run.snapshots[-1]
+    made += [_expert_sheet(last, firing), _weight_sheet(last, firing), _ledger_sheet(run.snapshots)]
     return [sheet for sheet in made if sheet.rows]
 
 
-def health_of(item: Record | Weight, firing: Iterable[str] = ()) -> str:
+def health_of(item: Record | Weight | Experts, firing: Iterable[str] = ()) -> str:
     """How a site or a layer is in one observation, in a word; a dash where no rule judges it.
 
     Args:
         firing: the places of the alerts that fire. One that is healthy now and is among them is recovering: its alert waits before it clears.
     """
-    broken = item.nonfinite or item.grad_nonfinite if isinstance(item, Record) else not math.isfinite(item.norm or 0.0)
+    broken = item.nonfinite or item.grad_nonfinite if isinstance(item, Record) else isinstance(item, Weight) and not math.isfinite(item.norm or 0.0)
     word = level_in_words(item.alert_level, broken)
     if word in (Health.NOT_FINITE.value, Health.CRITICAL.value, Health.WARNING.value):
         return word
     if item.alert_level is None:
         return "-"
-    place = item.site if isinstance(item, Record) else item.name
+    place = item.name if isinstance(item, Weight) else item.site
     return "recovering" if place in firing else Health.HEALTHY.value
 
 
-def _notable(item: Record | Weight, health: str) -> bool:
+def _notable(item: Record | Weight | Experts, health: str) -> bool:
     """Whether a row is worth a line in a large network. Where no rule judges a site, one that is far from normal is."""
     is_closed = isinstance(item, Record) and item.kind != "softmax" and badness(item) >= 0.3
     return health != Health.HEALTHY.value and (health != "-" or is_closed)
 
 
-def _severity(item: Record | Weight, health: str) -> tuple[bool, float]:
+def _severity(item: Record | Weight | Experts, health: str) -> tuple[bool, float]:
     """The sort key of rows, of which the largest is the worst: what is not finite, then by level."""
     return health == Health.NOT_FINITE.value, -1.0 if item.alert_level is None else item.alert_level
 
@@ -178,6 +180,16 @@ _ATTENTION_CELLS: Cells[Record] = (
     (Column("largest logit", rank=6), lambda row: number_or_dash(row.item.z_max)),
     (Column("trend", left=True, rank=2), lambda row: row.trend),
 )
+_EXPERT_CELLS: Cells[Experts] = (
+    (Column("router", left=True, name=True), lambda row: row.item.site),
+    (Column("health", left=True), lambda row: row.health),
+    (Column("experts", rank=2), lambda row: str(row.item.experts)),
+    (Column("chosen", rank=5), lambda row: str(row.item.k)),
+    (Column("dead", rank=1), lambda row: "-" if row.item.dead is None else str(row.item.dead)),
+    (Column("busiest / even", rank=3), lambda row: f"{row.item.busiest:.2f}"),
+    (Column("entropy", rank=4), lambda row: number_or_dash(row.item.entropy)),
+    (Column("margin", rank=6), lambda row: number_or_dash(row.item.margin)),
+)
 _WEIGHT_CELLS: Cells[Weight] = (
     (Column("layer", left=True, name=True), lambda row: row.item.titled),
     (Column("health", left=True), lambda row: row.health),
@@ -206,6 +218,11 @@ def _attention_sheet(snapshots: Sequence[Snapshot], firing: set[str], bars: str,
     found = [_Shown(record, health_of(record, firing), sparkline(series, trend, bars)) for record, series in _latest(snapshots, True, "entropy_min")]
     title = "Attention and softmax at the last step (trend: the entropy of the lowest head)"
     return _sheet(title, "softmax", _ATTENTION_CELLS, found, lambda record: -(1.0 if record.entropy_min is None else record.entropy_min))
+
+
+def _expert_sheet(snapshot: Snapshot, firing: set[str]) -> Sheet:
+    found = [_Shown(experts, health_of(experts, firing)) for experts in snapshot.experts]
+    return _sheet("Mixtures of experts", "mixture", _EXPERT_CELLS, found, lambda experts: experts.busiest)
 
 
 def _weight_sheet(snapshot: Snapshot, firing: set[str]) -> Sheet:

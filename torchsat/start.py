@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import TypeVar
 
+from torchsat.experts import Experts
 from torchsat.record import Record, Snapshot, Weight
 
 _Found = TypeVar("_Found")
@@ -26,7 +27,7 @@ _TOO_LARGE_A_STEP = 0.05
 class Start:
     """What a rule may compare a place with (`Rule.compares`)."""
 
-    item: Record | Weight
+    item: Record | Weight | Experts
     """The place at the first observation that had it."""
     step: int
     """The step of that observation."""

@@ -256,7 +256,8 @@ def _observe(
         return row, None
     samples = finite.to(dtype)
     block = torch.zeros(len(BLOCK), units.size, dtype=dtype, device=device)
-    return row, block.index_add_(1, units.index(device), torch.stack([samples * weight, (in_low | in_high).to(dtype) * weight, samples]))
+    found = [samples * weight, (in_low | in_high).to(dtype) * weight, samples, a.abs() * weight]
+    return row, block.index_add_(1, units.index(device), torch.stack(found))
 
 
 def _bin(relative: Tensor) -> Tensor:

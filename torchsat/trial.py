@@ -14,7 +14,7 @@ import itertools
 import logging
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,6 +34,7 @@ from torchsat.remedies import REMEDIES, Context, Remedy
 from torchsat.rules import RULES
 from torchsat.structure import clean
 from torchsat.trials import Trial, Trials
+from torchsat.weights import is_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -43,6 +44,8 @@ log = logging.getLogger("torchsat")
 Loss = Callable[[nn.Module, Any], Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
+_SAMPLES = 200
+"""So many samples of each unit tell which units are dormant."""
 _PLAIN = Remedy("as it is", lambda model, context: "nothing")
 """The untouched copy, which every other trial is compared with."""
 
@@ -152,7 +155,6 @@ def try_remedies(
             module.
     """
     _check(batches, loss, optimizer, steps, seeds)
-    chosen = REMEDIES if remedies is None else tuple(remedies)
     with _random_numbers_kept():
         restore = _random_state()
         taken = [_detached(batch) for batch in itertools.islice(batches, steps)]
@@ -160,6 +162,7 @@ def try_remedies(
             raise ValueError("batches is empty; at least one batch is needed")
         plan = _Plan(model, taken, loss, optimizer, steps, every, seeds, options)
         context, notes = _context(plan)
+        chosen = [each for each in REMEDIES if each.applies is None or each.applies(context)] if remedies is None else tuple(remedies)
         with _bar(progress, (len(chosen) + 1) * steps * seeds) as advance:
             trials = [_try_seeds(plan, remedy, context, restore, advance) for remedy in (_PLAIN, *chosen)]
     found = Trials(tuple(trials), notes)
@@ -296,7 +299,29 @@ def _context(plan: _Plan) -> tuple[Context, tuple[str, ...]]:
         raise ValueError(f"no hidden activation of this model is a module that could be changed; seen were: {', '.join(others) or 'none'}")
     notes = (f"not changed, since they are no modules: {', '.join(others)}",) if others else ()
     feeds = {weight.name: weight.feeds for weight in snapshots[-1].weights}
-    return Context(sites, feeds, shapes, plan.batches, paths, next(iter(reached), None)), notes
+    heads = tuple(name for name, path in paths.items() if is_layer(twin.get_submodule(path)) and name not in feeds)
+    sizes = _sizes(plan, twin, {record.site: twin.get_submodule(paths[record.site]) for record in sites if record.units})
+    return Context(sites, feeds, shapes, plan.batches, paths, next(iter(reached), None), heads, sizes), notes
+
+
+def _sizes(plan: _Plan, twin: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The mean |a| of each unit of these sites, over the batches until each unit has enough samples."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def add(name: str, module: nn.Module, args: Any, a: Tensor) -> None:
+        units = a.detach().double().abs().movedim(2 if a.ndim == 3 else 1, 0).flatten(1)
+        sums[name] = sums.get(name, torch.zeros_like(units[:, 0])) + units.sum(1)
+        counts[name] = counts.get(name, 0) + units.shape[1]
+
+    handles = [module.register_forward_hook(partial(add, name)) for name, module in sites.items()]
+    for batch in plan.batches:
+        plan.loss(twin, batch)
+        if min(counts.values(), default=_SAMPLES) >= _SAMPLES:
+            break
+    for handle in handles:
+        handle.remove()
+    return {name: total / counts[name] for name, total in sums.items() if counts[name] >= _SAMPLES}
 
 
 def _note_shape(module: nn.Module, name: str, shapes: dict[str, tuple[int, ...]]) -> RemovableHandle:

@@ -1,9 +1,9 @@
 """Why an alert fires: its causes, ranked, from what was measured; standard library only.
 
 Each kind of damage has a file: `size.py` (z is too large), `closed.py` (units that never leave their plateau), `gradient.py` (it vanishes, explodes,
-or is no number), `outputs.py` (what an output or a softmax is asked for). Each gives terms, a name with a size and with the figures that speak for
-it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in `advice.py`. `rate.py` finds a learning rate that
-rose just before.
+or is no number), `outputs.py` (what an output or a softmax is asked for), `routing.py` (experts that get no tokens). Each gives terms, a name with a
+size and with the figures that speak for it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in
+`advice.py`. `rate.py` finds a learning rate that rose just before.
 
 Every figure in an evidence text is a field of a record or a layer as it stands in a snapshot, so that a reader can look it up.
 
@@ -19,13 +19,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from torchsat.cause import Cause
 from torchsat.causes import advice
-from torchsat.causes.closed import of_closed
+from torchsat.causes.closed import of_closed, of_dormant
 from torchsat.causes.gradient import of_exploding, of_faded, of_nonfinite, of_shrunk, of_vanishing
 from torchsat.causes.outputs import of_attention, of_logits, of_size
 from torchsat.causes.rate import rise_before
+from torchsat.causes.routing import of_experts
 from torchsat.causes.scene import Moment, Scene, Term, remember, upstream_of
-from torchsat.record import Alert, Cause
+from torchsat.record import Alert
 
 __all__ = ["Moment", "Scene", "explain", "remember", "upstream_of"]
 
@@ -88,6 +90,7 @@ def _of_saturated(alert: Alert, scene: Scene) -> list[Term]:
 _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {
     "saturated": _of_saturated,
     "stuck_units": of_closed,
+    "dormant_units": of_dormant,
     "vanishing_gradient": of_vanishing,
     "frozen_weights": of_vanishing,
     "shrunk_weights": of_shrunk,
@@ -96,5 +99,6 @@ _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {
     "nonfinite": of_nonfinite,
     "attention_collapse": of_attention,
     "bounded_logits": of_logits,
+    "expert_collapse": of_experts,
 }
 """Which function explains the alerts of which rule. A rule of the user's is explained like one of size."""

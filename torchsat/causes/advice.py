@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from torchsat.cause import CODE_INDENT
 from torchsat.causes.scene import Scene
 from torchsat.expressions import attribute, gain_for, initialiser, matrix, owner, place_of, several
-from torchsat.record import CODE_INDENT, Record, Weight
+from torchsat.record import Record, Weight
 
 AS_TRAINED = "nothing, if the network does its task; if not, compare the scale of its inputs with that which it was trained on"
 GOOD_UPDATE = 0.01
@@ -239,6 +240,29 @@ def smaller_logits(record: Record, layers: Sequence[tuple[Record, Weight]], scen
     if layers:
         return with_code(f"{sentence}, or begin the training anew with smaller query and key weights", *_drawn(layers))
     return f"{sentence}, or {slower(rate, update)}" if update > GOOD_UPDATE else f"{sentence}, or draw its query and key weights smaller"
+
+
+def revive(record: Record, before: Sequence[Weight], after: Sequence[Weight]) -> str:
+    """Against units that fell asleep. `before`, `after`: the layers that feed the site, and those that feed the sites behind it."""
+    return (
+        f"recycle the dormant units {place_of(record)} from time to time (ReDo, Sokar et al. 2023): draw the weights {_of_layers(before)} that feed "
+        f"them anew, set those {_of_layers(after)} that take them to 0, and empty the optimizer's moments of both. A lower rate, weight decay or "
+        "LayerNorm before each activation keeps units awake. torchsat.try_remedies measures it as `revived units`, and prints its code"
+    )
+
+
+def _of_layers(weights: Sequence[Weight]) -> str:
+    return f"of {owner(weights[0].name)}" if weights else "of the next layer"
+
+
+def balance(is_sure: bool) -> str:
+    """Against a router that uses few of its experts. `is_sure`: whether its probabilities are far from even."""
+    large = "; its logits are large, so add a router z-loss too (1e-3 times the mean square of their logsumexp; Zoph et al. 2022)" if is_sure else ""
+    return (
+        "add a loss that balances the load (0.01 times E times the sum over experts of load times mean probability; Fedus et al. 2022), or a bias on "
+        f"the scores that rises where an expert is idle (Wang et al. 2024){large}; give the router a lower rate, and noise while it learns. Experts "
+        "that were idle for long have learned nothing: begin from before that"
+    )
 
 
 def too_large(record: Record, weight: Weight, ratio: float) -> bool:

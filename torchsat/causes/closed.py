@@ -41,6 +41,30 @@ def of_closed(alert: Alert, scene: Scene) -> list[Term]:
     return why_shut(record, scene) or [_dead(record, scene, "")]
 
 
+def of_dormant(alert: Alert, scene: Scene) -> list[Term]:
+    """Units that fell asleep in training. Steps that were too large, and inputs or weights of a wrong size, put units to sleep as they shut them.
+    Where none is found, the network has learned one thing after another until its units were spent (Dohare et al. 2024)."""
+    record, start = scene.record(alert.site), scene.start(alert.site)
+    if record is None:
+        return []
+    known = why_shut(record, scene) if record.tails == "low" else []
+    before = f", {percent(start.dormant)} at the first observation" if start is not None and start.dormant is not None else ""
+    evidence = f"{percent(record.dormant or 0.0)} of the units of {spoken(record.site)} are dormant{before}"
+    if record.blocked is not None:
+        evidence += f"; {percent(record.blocked)} of the gradient is lost on its plateau"
+    others = [replace(term, evidence=f"{evidence}; {term.evidence}") if term.cause == "dead_units" else term for term in known]
+    return others if any(term.cause == "dead_units" for term in others) else [*others, Term("dead_units", 0.7, evidence, _revive(record, scene))]
+
+
+def _revive(record: Record, scene: Scene) -> str:
+    """What to try against units that fell asleep in training."""
+    if scene.trained:
+        return f"{advice.AS_TRAINED}; other inputs may wake these units"
+    behind = {each.site for each in scene.now.records if record.site in each.after}
+    after = [weight for weight in scene.now.weights if behind & set(weight.feeds)]
+    return advice.revive(record, scene.feeders(record.site), after)
+
+
 def _drawn_as_zero(layers: list[tuple[Record, Weight]], scene: Scene) -> Term:
     """Weights that are all 0 at the first observation, so that z is 0, which is where the plateau of a rectifier begins."""
     weight = layers[0][1]

@@ -82,9 +82,10 @@ static void merge(double *into, const double *row, double weight)
 }
 
 /* The row of elements `begin_at` to `end_at` of a forward call, each with the weight 1, without the column ELEMENTS. Unless it is NULL, each element
-   enters a tally of its unit: as 1 and, if it is saturated, as SATURATED_ONE too, so that one addition counts both. Neighbours take turns between the
-   two rows of tallies [2, units], since an addition to the same unit would wait for the one before. */
-static void observe(const call *in, int64_t begin_at, int64_t end_at, double *row, const axis *units, int64_t *tallies)
+   enters a tally of its unit: as 1 and, if it is saturated, as SATURATED_ONE too, so that one addition counts both. Its |a| is added to the sizes of its
+   unit. Neighbours take turns between the two rows of tallies [2, units], and of sizes, since an addition to the same unit would wait for the one
+   before. */
+static void observe(const call *in, int64_t begin_at, int64_t end_at, double *row, const axis *units, int64_t *tallies, double *sizes)
 {
     double z[BLOCK], a[BLOCK], slope[BLOCK], ok[BLOCK], saturated[BLOCK];
     int32_t bin[BLOCK], found[BLOCK];
@@ -158,7 +159,11 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double *ro
             if (!units->table) find_units(units, first, m, found);
 #pragma omp simd
             for (int i = 0; i < m; i++) tally[i] = ok[i] != 0 ? saturated[i] != 0 ? SATURATED_ONE | 1 : 1 : 0;
-            for (int i = 0; i < m; i++) tallies[(i & 1) * units->size + unit_of[i]] += tally[i];
+            for (int i = 0; i < m; i++) {
+                int64_t at = (i & 1) * units->size + unit_of[i];
+                tallies[at] += tally[i];
+                sizes[at] += fabs(a[i]);
+            }
         }
     }
     clear(row);
@@ -188,7 +193,7 @@ static void observe(const call *in, int64_t begin_at, int64_t end_at, double *ro
     row[A_MIN_NEGATED] = -a_min;
 }
 
-/* Merge one forward call into a row, and add the samples of each unit to block [3, size], unless it is NULL. `count` of its `elements` were read.
+/* Merge one forward call into a row, and add the samples of each unit to block [4, size], unless it is NULL. `count` of its `elements` were read.
    low, high, peak: NaN where there is none. The elements are divided among `parts` threads. exact: what torchsat_extremes has found among all elements
    of the call, if only some were read; otherwise NULL. */
 void torchsat_observe(const vector *z, const vector *a, const derivative *of, int64_t count, double elements, double low, double high,
@@ -197,13 +202,22 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
     call in = { z, a, of, low, high, peak, sigmoid };
     double rows[PARTS][WIDTH], weight = count ? elements / (double)count : 1;
     int64_t size = block ? units->size : 0, *tallies = 0;
+    double *sizes = 0;
     if (parts > PARTS) parts = PARTS;
-    if (block) tallies = calloc((size_t)(2 * size * parts), sizeof *tallies);
+    if (block) {
+        tallies = calloc((size_t)(2 * size * parts), sizeof *tallies);
+        sizes = calloc((size_t)(2 * size * parts), sizeof *sizes);
+        if (!sizes) {
+            free(tallies);
+            tallies = 0;
+        }
+    }
 #ifdef _OPENMP
 #pragma omp parallel for schedule(static, 1) if (parts > 1)
 #endif
     for (int64_t part = 0; part < parts; part++)
-        observe(&in, count * part / parts, count * (part + 1) / parts, rows[part], units, tallies ? tallies + 2 * size * part : 0);
+        observe(&in, count * part / parts, count * (part + 1) / parts, rows[part], units, tallies ? tallies + 2 * size * part : 0,
+                tallies ? sizes + 2 * size * part : 0);
     for (int64_t part = 0; part < parts; part++) {
         if (exact) rows[part][NONFINITE] = 0;
         merge(row, rows[part], weight);
@@ -219,8 +233,10 @@ void torchsat_observe(const vector *z, const vector *a, const derivative *of, in
             block[SAMPLES * size + i] += weight * samples;
             block[SATURATED * size + i] += weight * saturated;
             block[SAMPLES_READ * size + i] += samples;
+            block[A_ABS * size + i] += weight * sizes[each * size + i];
         }
     free(tallies);
+    free(sizes);
     row[ELEMENTS] += elements;
 }
 

@@ -2,7 +2,7 @@
 
 `kernels/cuda.py` starts them; cuda_elements.py says how a program reads.
 
-Units are counted at a sample of the elements: two atomic additions for every element would cost many times as much as reading it.
+Units are counted at a sample of the elements: several atomic additions for every element would cost many times as much as reading it.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ _A_MIN_NEGATED = constexpr(COLUMN["a_min_negated"])
 _SAMPLES = constexpr(BLOCK.index("samples"))
 _SATURATED = constexpr(BLOCK.index("saturated"))
 _SAMPLES_READ = constexpr(BLOCK.index("samples_read"))
+_A_ABS = constexpr(BLOCK.index("a_abs"))
 
 # The kinds of derivatives.
 _GIVEN = constexpr(GIVEN)
@@ -118,7 +119,7 @@ def _count_units(
         if unit_count < count:
             at = place(mine, count, unit_count, seed + 1)
         # A derivative that is computed from z is finite where z is, whatever the parameters of its formula.
-        z, _a, _slope, ok = _read(z_ptr, a_ptr, slope_ptr, at, mine < unit_count, False, kind, 1.0, 1.0, 1.0)
+        z, a, _slope, ok = _read(z_ptr, a_ptr, slope_ptr, at, mine < unit_count, False, kind, 1.0, 1.0, 1.0)
         if read < whole:
             at = place(at, whole, read, seed)
         unit = (at // inner) % size
@@ -127,6 +128,8 @@ def _count_units(
         tl.atomic_add(block_ptr + _SAMPLES * size + unit, weighed, mask=ok, sem="relaxed")
         tl.atomic_add(block_ptr + _SATURATED * size + unit, weighed, mask=ok & ((z <= low) | (z >= high)), sem="relaxed")
         tl.atomic_add(block_ptr + _SAMPLES_READ * size + unit, one, mask=ok, sem="relaxed")
+        sizes = tl.where(ok, tl.abs(a), 0.0).to(tl.float64)
+        tl.atomic_add(block_ptr + _A_ABS * size + unit, sizes * elements / unit_count, mask=ok, sem="relaxed")
 
 
 @triton.jit

@@ -40,6 +40,7 @@ from torchsat.observe.meter import Call, check_plain
 from torchsat.observe.mode import CallMode, Frame, Function
 from torchsat.observe.nodes import IN_TRANSFORM, is_size
 from torchsat.observe.outside import FUSED, Outside
+from torchsat.observe.routers import CHOICES, SCORES, Routers
 from torchsat.sites import Site
 from torchsat.structure import Found
 from torchsat.tensors import plain
@@ -106,6 +107,7 @@ class Calls:
         self._mode = CallMode(self._hear)
         self._outside: Outside | None = None
         self._conditions = Conditions()
+        self._routers = Routers(observation)
         self._names: frozenset[str] = frozenset()
         """The sites that are modules. A call that would have such a name gets another one."""
         self._functions = Functions(observation)
@@ -133,6 +135,7 @@ class Calls:
     def hook(self, found: Found) -> Callable[[], None]:
         """Hook the beginning of each forward. The function that is returned hooks their ends."""
         self._names = self._functions.names = self._forms.names = frozenset(found.names)
+        self._routers.know(found)
         self._outside = Outside(found, self._mode)
         callers = {each.module for each in found.callers}
         others = [each for each in found.modules if each.module not in callers]
@@ -229,6 +232,8 @@ class Calls:
         reason = UNSEEN.get(getattr(function, "__name__", "")) if role is None else None
         guard, lineage = observation.guard, observation.lineage
         looks = guard.is_open and frame.hears and lineage.looks
+        if function in CHOICES and guard.is_open and frame.hears and role is None:
+            return self._hear_choice(frame, function, args, kwargs)
         if not guard.is_open or not frame.hears:
             return self._mode.origins.call(function, args, kwargs)
         if (role is None and reason is None) or (role is Role.CLAMP and _bounds(function, args, kwargs) is None):
@@ -248,6 +253,8 @@ class Calls:
         result = self._mode.origins.call(function, args, kwargs)
         if finish is not None:
             guard(place, finish)(result)
+        if function in SCORES:
+            guard(MODEL, self._routers.heard_scores)(frame, result)
         if looks:
             guard(MODEL, lineage.survey.explain)(ends(result), before)
         return result
@@ -269,6 +276,16 @@ class Calls:
         for place, finish in begun:
             if finish is not None:
                 guard(place, finish)(result)
+
+    def _hear_choice(self, frame: Frame, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that chooses the highest of several values, and count its choices, if it is a router of a mixture of experts."""
+        guard, lineage = self._observation.guard, self._observation.lineage
+        result = self._mode.origins.call(function, args, kwargs)
+        is_router = guard(MODEL, self._routers.heard_choice)(frame, function, args, kwargs, result)
+        if lineage.looks and is_router:
+            guard(MODEL, lineage.survey.explain)(ends(result), ends((args, kwargs)))
+        elif self._forms.are_heard:
+            guard(MODEL, self._conditions.heard)(function, (*args, *kwargs.values()), result, lineage.survey.choices if lineage.looks else None)
         return result
 
     def _before(

@@ -20,7 +20,8 @@ from torch.autograd.graph import Node
 from torchsat import internals
 from torchsat.activations import Edges
 from torchsat.attention import Logits, SoftmaxRows
-from torchsat.columns import COLUMN
+from torchsat.columns import COLUMN, RANK
+from torchsat.gram import gram
 from torchsat.kernels import reads_whole
 from torchsat.kernels.formulas import Formula
 from torchsat.observe.feeders import Cut
@@ -153,6 +154,7 @@ class Meter:
             if part.numel():
                 taken, of_a = take(sample, part.detach(), is_z=False)
                 self.count(site, sample, call.taken, taken, exact=exact(call, part, of_a))
+                self._tally_features(site, part.detach(), sample.seed)
         else:
             self._lineage.ran(site, call.steps, call.z)
         self.tap_output(site, call, a)
@@ -313,6 +315,12 @@ class Meter:
                 each.blocks.pop(site.name, None)
             return None
         return sample.units(axis)
+
+    def _tally_features(self, site: Site, a: Tensor, seed: int) -> None:
+        """Add the Gram matrix of the features of one call, if that is asked for."""
+        axis = self._unit_axis(site, tuple(a.shape))
+        if "rank" in self._options.extras and axis is not None and site.units is not None:
+            self._passes.current.tally((RANK.name, site.name), gram(a, axis, seed))
 
     def _unit_axis(self, site: Site, shape: tuple[int, ...]) -> int | None:
         """The axis of channels or features: where the graph shows that the outputs of the layers lie that feed the site; otherwise by the number of

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchsat import internals
+from torchsat.columns import RANK
 from torchsat.faults import MODEL, Faults
 from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent, stream, way
 from torchsat.observe.calls import Calls
@@ -38,7 +39,7 @@ from torchsat.observe.passes import OnPass, Pass, Passes, PassEvent
 from torchsat.observe.saving import all_off, leave_out
 from torchsat.observe.way import Way
 from torchsat.options import Options
-from torchsat.parts import Key, Parts, SitePart, TallyPart
+from torchsat.parts import Key, Parts, SitePart, Span, TallyPart
 from torchsat.schedule import Clock, Window
 from torchsat.sites import Site, Sites, Structure
 from torchsat.structure import Found
@@ -338,9 +339,14 @@ class Observation:
         return SitePart(facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves)
 
     def _tally_parts(self, whole: Pass) -> dict[Key, TallyPart]:
-        return {
-            key: TallyPart(self.tally_facts.get(key, {}), sums.shape[1], sums, whole.tally_maxes.get(key)) for key, sums in whole.tally_sums.items()
-        }
+        found = {}
+        for key, sums in whole.tally_sums.items():
+            span = self.sites.span(self.sites.ran[key[1]]) if key[1] in self.sites.ran else Span(None)
+            if key[0] == RANK.name and span.count not in (None, self.sites.ran[key[1]].units):
+                # Another rank holds the other features, so that nobody has the products of all of them.
+                continue
+            found[key] = TallyPart(self.tally_facts.get(key, {}), sums.shape[1], sums, whole.tally_maxes.get(key), span.counts)
+        return found
 
     def _report_failures(self) -> None:
         for error, places in self._failures.values():

@@ -9,6 +9,7 @@ read them:
     torchsat/ledger.<hash>      [metrics, entries of the ledger of the gradient]
     torchsat/whole.<hash>       [metrics, 1]: the numbers of the observation as a whole
     torchsat/events             one string: the alerts of this step as JSON
+    torchsat/experts            one string: the mixtures of experts, if there are any, as JSON
     torchsat/judgement          one string: whether rules were in use, and what came nearest to a warning, as JSON
 
 The metadata of a tag says in its content what the rows and columns are. TensorBoard keeps only the first metadata of each tag. The tag therefore ends
@@ -33,6 +34,7 @@ directory."""
 RECORDS, HISTOGRAM, WEIGHTS = "torchsat/records", "torchsat/histogram", "torchsat/weights"
 HEADS, WHOLE, EVENTS, JUDGEMENT = "torchsat/heads", "torchsat/whole", "torchsat/events", "torchsat/judgement"
 LEDGER = "torchsat/ledger"
+EXPERTS = "torchsat/experts"
 OVERHEAD = "torchsat/overhead"
 """The tag of a scalar, a float32, that `torchsat.read` reads from files of version 4."""
 

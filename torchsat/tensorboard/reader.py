@@ -23,11 +23,27 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
+from torchsat.experts import Experts
 from torchsat.ledger import Ledger
 from torchsat.record import HISTOGRAM_BINS, Alert, Head, Nearest, Record, Snapshot, Weight, from_float
-from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, JUDGEMENT, LEDGER, OVERHEAD, PLUGIN, READABLE, RECORDS, SUBRUN, WEIGHTS, WHOLE
+from torchsat.tensorboard import (
+    EVENTS,
+    EXPERTS,
+    FORMAT,
+    HEADS,
+    HISTOGRAM,
+    JUDGEMENT,
+    LEDGER,
+    OVERHEAD,
+    PLUGIN,
+    READABLE,
+    RECORDS,
+    SUBRUN,
+    WEIGHTS,
+    WHOLE,
+)
 
-Made = TypeVar("Made", Record, Weight, Head, Nearest)
+Made = TypeVar("Made", Record, Weight, Head, Nearest, Experts)
 
 
 @dataclass
@@ -189,6 +205,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
     overhead: float | None = None
     judgement: tuple[bool, Nearest | None] = (True, None)
     ledger: Ledger | None = None
+    experts: tuple[Experts, ...] = ()
     for value in event.summary.value:
         if value.tag == OVERHEAD:
             overhead = value.simple_value
@@ -220,6 +237,8 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
             overhead = next(_columns(value.tensor, {**known, "facts": []}, [[]]))["overhead"]
         elif kind == EVENTS:
             alerts = tuple(Alert.from_dict(alert) for alert in json.loads(value.tensor.string_val[0]))
+        elif kind == EXPERTS:
+            experts = tuple(_made(Experts, each) for each in json.loads(value.tensor.string_val[0]))
         elif kind == JUDGEMENT:
             judgement = judgement_of(value.tensor.string_val[0])
     if records is None:
@@ -228,7 +247,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
         replace(record, histogram=histograms.get(record.site), heads=tuple(heads[record.site]) if record.site in heads else None)
         for record in records
     )
-    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead, *judgement, ledger)
+    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead, *judgement, ledger, experts)
 
 
 def judgement_of(written: bytes) -> tuple[bool, Nearest | None]:

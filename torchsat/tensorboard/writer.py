@@ -32,7 +32,7 @@ from tensorboard.summary.writer import event_file_writer
 from torchsat.alerts import Firing
 from torchsat.ledger import ENTRY_FACTS, ENTRY_METRICS
 from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot, to_float
-from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, JUDGEMENT, LEDGER, PLUGIN, RECORDS, SUBRUN, WEIGHTS, WHOLE, as_json, content, tag
+from torchsat.tensorboard import EVENTS, EXPERTS, HEADS, HISTOGRAM, JUDGEMENT, LEDGER, PLUGIN, RECORDS, SUBRUN, WEIGHTS, WHOLE, as_json, content, tag
 from torchsat.tensorboard.heatmap import Heatmap
 from torchsat.tensorboard.stock import NETWORK, SITES, Group, alert_table, layout, levels_of, network
 from torchsat.verdict import what_is_where
@@ -204,6 +204,8 @@ class TensorBoardWriter:
         yield self._tensor(name, described, np.array([[to_float(getattr(snapshot, metric))] for metric in _WHOLE]))
         judgement = as_json({"judged": snapshot.judged, "nearest": snapshot.nearest and asdict(snapshot.nearest)})
         yield self._string(JUDGEMENT, judgement.encode(), PLUGIN, content("judgement"))
+        if snapshot.experts:
+            yield self._string(EXPERTS, as_json([asdict(each) for each in snapshot.experts]).encode(), PLUGIN, content("experts"))
         if snapshot.alerts:
             events = as_json([alert.as_dict() for alert in snapshot.alerts])
             yield self._string(EVENTS, events.encode(), PLUGIN, content("events"))

@@ -34,7 +34,7 @@ class SiteEntry:
 
     facts: SiteFacts
     units: int | None = None
-    """Columns of its unit block [3, units]; None where it has none."""
+    """Columns of its unit block [4, units]; None where it has none."""
     heads: int | None = None
     """Columns of its block of heads [12, heads]; None where it is no softmax."""
     stage: int | None = None
@@ -77,7 +77,7 @@ class Places:
     layer_sums: slice
     """[layers, LAYER_SUMS] in the sums; [layers, WEIGHT] in the layout of one process."""
     blocks: dict[str, slice]
-    """[3, units] of each site that has units, in the sums."""
+    """[4, units] of each site that has units, in the sums."""
     heads: dict[str, slice]
     """[6, heads] of each softmax, in the sums."""
     inputs: dict[str, slice]

@@ -174,7 +174,7 @@ def unpack(vectors: Vectors, layout: Layout, windows: UnitWindows) -> Numbers:
         if name in places.heads:
             heads = [*sums[places.heads[name]].reshape(len(HEADS) - 1, -1).tolist(), maxes[places.tops[name]].tolist()]
         (share, worst_rank), (_, nonfinite_rank) = _decode(codes[0]), _decode(codes[1])
-        sites.append(SiteRow(entry.facts, row, units, heads, share, worst_rank, nonfinite_rank))
+        sites.append(SiteRow(entry.facts, row, units, heads, share, worst_rank, nonfinite_rank, windows.dormant(name)))
     tallies = _tally_rows(sums, maxes, layout)
     if not layout.shared:
         skipped, factor = maxes[places.ends].tolist()

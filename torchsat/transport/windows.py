@@ -1,4 +1,4 @@
-"""Adds up unit blocks over observations, on the host, and tells which units (channels or features) are stuck now.
+"""Adds up unit blocks over observations, on the host, and tells which units (channels or features) are stuck now, and which are dormant.
 
 One batch of a small network has too few samples of a unit to tell whether it is stuck, so samples are added up over observations. But what a unit did
 long ago says nothing about whether it is stuck now: a sum over a fixed number of samples mixes healthy ones with dead ones, and is wrong until it has
@@ -8,6 +8,10 @@ active ACTIVE_BEFORE times in it at the rate at which it was active before: a un
 samples, a sparse one, which is seldom active, after many. (At that rate, a run of independent samples comes about by chance once in e^10 = 22,000
 times.) The run is never shorter than LEAST_SAMPLES, and need not be longer than UNIT_SAMPLES. Halfway there the unit is in doubt. While many units
 are in doubt, as when they have died together, the share of stuck units is not known.
+
+A unit is *dormant* (Sokar et al. 2023) if its mean |a| is at most DORMANT_SCORE of the mean over the units of its layer. It may get a gradient, and
+its function may have no plateau, but it hands on next to nothing. A dead ReLU is a special case. The means are taken over the newest observations
+that together have SAMPLES_FROM_START samples of each unit, which is one observation where the batch is large enough.
 
 Everything is a few numbers per unit, however many samples there were. Ranks add up their blocks before they come here.
 """
@@ -35,10 +39,14 @@ UNIT_SAMPLES = 1000
 seen to be so, however long it was stuck."""
 ACTIVE_BEFORE = 10.0
 """How many times a unit would have been active in its run, at the rate at which it was active before, for it to be stuck."""
+DORMANT_SCORE = 0.025
+"""The most that the mean |a| of a dormant unit is of the mean over all units of its layer: the threshold by which Sokar et al. recycle units."""
 Block = NDArray[np.float64]
-"""[3, units]: columns.BLOCK of each unit in one observation."""
+"""[4, units]: columns.BLOCK of each unit in one observation."""
 State = NDArray[np.float64]
 """[4, units]: samples and active (not saturated) samples of each unit before its run; samples and active samples of its run."""
+Sizes = NDArray[np.float64]
+"""[3, units]: of each unit the weights of its samples, the sum of |a|, and how many samples were read, since its layer was told about last."""
 
 
 class UnitWindows:
@@ -46,6 +54,8 @@ class UnitWindows:
 
     def __init__(self) -> None:
         self._states: dict[str, State] = {}
+        self._sizes: dict[str, Sizes] = {}
+        self._dormant: dict[str, float] = {}
 
     def get(self, site: str) -> State | None:
         """What is known of the units of a site; None where nothing is."""
@@ -58,26 +68,44 @@ class UnitWindows:
             The numbers of columns.UNITS, this observation included.
         """
         known = self._states.get(site)
-        state = known if known is not None and known.shape[1] == block.shape[1] else np.zeros((4, block.shape[1]))
-        self._states[site] = state = _joined(state, block)
+        if known is None or known.shape[1] != block.shape[1]:
+            self.drop(site)
+            known = np.zeros((4, block.shape[1]))
+        self._states[site] = state = _joined(known, block)
+        sizes = self._sizes.get(site, 0.0) + block[[0, 3, 2]]
+        if sizes[2].min() >= SAMPLES_FROM_START:
+            self._dormant[site], sizes = _dormant(sizes[1] / sizes[0]), np.zeros_like(sizes)
+        self._sizes[site] = sizes
         return _summary(state)
+
+    def dormant(self, site: str) -> float | None:
+        """The share of the units of a site that are dormant; None as long as some unit has too few samples."""
+        return self._dormant.get(site)
 
     def drop(self, site: str) -> None:
         """Forget a site that has no block any more."""
-        self._states.pop(site, None)
+        for kept in (self._states, self._sizes, self._dormant):
+            kept.pop(site, None)
 
     def keep(self, units: Mapping[str, int | None]) -> None:
         """Keep only what is known of sites that still have as many units as before."""
-        self._states = {site: state for site, state in self._states.items() if state.shape[1] == (units.get(site) or 0)}
+        for site in [site for site, state in self._states.items() if state.shape[1] != (units.get(site) or 0)]:
+            self.drop(site)
 
     def start_over(self) -> None:
         """Forget everything."""
-        self._states.clear()
+        for kept in (self._states, self._sizes, self._dormant):
+            kept.clear()
+
+
+def _dormant(sizes: NDArray[np.float64]) -> float:
+    """Which share of the units with these mean |a| is dormant. Where all means are 0, all units are."""
+    return float((sizes <= DORMANT_SCORE * sizes.mean()).mean())
 
 
 def _joined(state: State, block: Block) -> State:
     """The state after an observation: its samples join the run, begin a new one, or end it."""
-    weights, saturated, samples = block
+    weights, saturated, samples, _ = block
     # Which share of a unit is saturated is weighed by what each call has, and how sure that is depends on how many samples were read.
     active = samples * (1 - saturated / np.where(weights > 0, weights, 1.0))
     active = np.where((weights > 0) & (active > 1e-6), active, 0.0)  # What is less is rounding.

@@ -1,0 +1,76 @@
+"""What is known of one mixture of experts at one observation: which experts its router chooses, and how surely; standard library only.
+
+A router scores the experts for each token, and the token goes to the k experts with the highest scores. What is counted are these choices
+(observe/routers.py). Nothing here depends on whether the scores are a softmax, sigmoids or logits.
+
+The *load* of an expert is its part of all choices. With E experts, 1 / E is even. An expert is *dead* if it gets less than DEAD of that, and this is
+only told where there are so many choices that an expert with an even load would have LEAST of them. One expert can get each token once, so the
+highest load that there is, is 1 / k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DEAD = 0.05
+"""The part of an even load below which an expert is dead."""
+LEAST = 64
+"""So many choices per expert tell which experts are dead. An expert with an even load gets less than DEAD of them by chance once in 10^23 times."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """One mixture of experts in one observation."""
+
+    site: str
+    """The place where its router chooses: `blocks.3.moe.router/experts`, which is the path of the module, a slash and `experts`."""
+    k: int
+    """How many experts each token goes to."""
+    tokens: int
+    """How many tokens were routed."""
+    load: tuple[float, ...]
+    """Of each expert, its part of all choices. They add up to 1."""
+    entropy: float | None
+    """Mean of H / ln E over the tokens that were read, where H is the entropy of the probabilities of the router over the E experts. 1 is a router
+    that does not distinguish between experts, 0 one that is sure."""
+    margin: float | None
+    """Mean difference of the lowest score that was chosen and the highest one that was not, in probabilities where the scores are logits. Where it is
+    0 the choice is a matter of chance. None where all others are masked."""
+    alert_level: float | None = None
+    """How near the mixture is to an alert, as `Record.alert_level`."""
+
+    @property
+    def experts(self) -> int:
+        """How many experts there are."""
+        return len(self.load)
+
+    @property
+    def dead(self) -> int | None:
+        """How many experts are dead; None where too few tokens were routed to tell."""
+        if self.tokens * self.k < LEAST * self.experts:
+            return None
+        return sum(each * self.experts < DEAD for each in self.load)
+
+    @property
+    def busiest(self) -> float:
+        """The highest load over an even one: 1 where all have the same, at most E / k. Less 1, it is the maximal violation of balance by Wang et al.
+        (2024)."""
+        return max(self.load) * self.experts
+
+    @property
+    def concentration(self) -> float:
+        """How far the busiest expert is on its way from an even load, 0, to one that gets every token, 1."""
+        most = self.experts / self.k
+        return (self.busiest - 1) / (most - 1) if most > 1 else 0.0
+
+    @staticmethod
+    def of(site: str, facts: Mapping[str, Any], choices: Sequence[float], router: Mapping[str, Sequence[float]]) -> Experts | None:
+        """The mixture of the numbers of its two tallies (columns.EXPERTS and ROUTER); None where no token was routed."""
+        whole = sum(choices)
+        sums = {name: values[0] for name, values in router.items()}
+        if not whole or not sums["tokens"]:
+            return None
+        entropy, margin = (sums[name] / sums[f"{name}_tokens"] if sums[f"{name}_tokens"] else None for name in ("entropy", "margin"))
+        return Experts(site, int(facts["k"]), round(sums["tokens"]), tuple(each / whole for each in choices), entropy, margin)
