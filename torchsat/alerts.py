@@ -24,6 +24,7 @@ ADJECTIVE = {
     "frozen_weights": "frozen",
     "shrunk_weights": "shrunk",
     "faded_input": "short of input",
+    "underflow": "underflowing",
     "attention_collapse": "collapsed",
     "bounded_logits": "bounding its logits",
     "nonfinite": "non-finite",

@@ -28,7 +28,7 @@ from torchsat.options import Options, Sink
 from torchsat.percent import listed
 from torchsat.process import undisturbed
 from torchsat.record import Alert, Snapshot
-from torchsat.rows import Stuck, to_record, to_weight
+from torchsat.rows import Stuck, to_formats, to_record, to_weight
 from torchsat.sites import Sites
 from torchsat.tensorboard import SUBRUN
 from torchsat.transport import meeting
@@ -199,7 +199,7 @@ class Delivery:
                 self.say_nothing_watched()
             return None
         weights = tuple(to_weight(row) for row in numbers.layers)
-        snapshot = Snapshot(flight.step, flight.time, tuple(records), weights, overhead=overhead)
+        snapshot = Snapshot(flight.step, flight.time, tuple(records), weights, overhead=overhead, formats=to_formats(numbers.tallies))
         events = self._judge.judge(snapshot)
         snapshot = self._judge.marked(snapshot)
         return replace(snapshot, alerts=self._diagnosis.judge(events, self._judge.firing, snapshot, self._judge.pending))

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
+from torchsat.number_formats import FormatUse, WithFormats
 from torchsat.shown import Shown, level_in_words
 
 Severity = Literal["warning", "critical"]
@@ -367,7 +368,7 @@ class Nearest:
 
 
 @dataclass(frozen=True, repr=False)
-class Snapshot(Shown):
+class Snapshot(Shown, WithFormats):
     """All that was measured in one observation."""
 
     step: int
@@ -404,8 +405,8 @@ class Snapshot(Shown):
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """The snapshot as nested dicts and tuples of plain values."""
-        return asdict(self)
+        """The snapshot as nested dicts and tuples of plain values. `formats` is left out where it is empty."""
+        return {name: value for name, value in asdict(self).items() if name != "formats" or value}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Snapshot:
@@ -419,7 +420,8 @@ class Snapshot(Shown):
         weights = tuple(Weight(**_known(Weight, each)) for each in values.get("weights", ()))
         alerts = tuple(map(Alert.from_dict, values.get("alerts", ())))
         nearest = Nearest(**_known(Nearest, values["nearest"])) if values.get("nearest") else None
-        return Snapshot(**{**_known(Snapshot, values), "records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest})
+        made = {"formats": tuple(FormatUse(**_known(FormatUse, use)) for use in values.get("formats", ())), "alerts": alerts, "nearest": nearest}
+        return Snapshot(**{**_known(Snapshot, values), **made, "records": tuple(records), "weights": weights})
 
     def __iter__(self) -> Iterator[Record]:
         """The records, in the order of `records`."""

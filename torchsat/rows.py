@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchsat.columns import BINS, COLUMN, HEADS, LAYER, UNITS
+from torchsat.columns import BINS, COLUMN, FORMATS, FORMATS_OF_SHARDS, FORMATS_OF_WEIGHTS, HEADS, LAYER, UNITS
+from torchsat.number_formats import BY_DTYPE, OF_LAYER, OF_SITE, FormatUse
+from torchsat.number_formats import FORMATS as TABLE
 from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 
 _MOST_IN_DOUBT = 0.05
@@ -166,6 +168,25 @@ def to_weight(row: LayerRow) -> Weight:
         unevenness=None if known["unevenness"] is None else _finite(known["unevenness"]),
         learned_ratio=_root(_ratio(known["learned_sq"], known["weight_sq"])),
     )
+
+
+_TENSORS = {FORMATS.name: OF_SITE, FORMATS_OF_SHARDS.name: OF_LAYER, FORMATS_OF_WEIGHTS.name: OF_LAYER}
+"""The tensors in the blocks of the tallies of number formats."""
+
+
+def to_formats(tallies: Mapping[tuple[str, str], TallyRow]) -> tuple[FormatUse, ...]:
+    """What number formats do to each tensor that was counted, in the order in which the places were first measured."""
+    found = list[FormatUse]()
+    for (kind, place), row in tallies.items():
+        tensors = _TENSORS.get(kind, ())
+        for at, (tensor, known) in enumerate((tensor, known) for tensor in tensors for known in TABLE):
+            count = {name: values[at] for name, values in row.numbers.items()}
+            if count["n"] > 0:
+                in_use = BY_DTYPE.get(row.facts.get(tensor, "")) is known
+                share = {name: _finite(value / count["n"]) for name, value in count.items() if name not in ("n", "read")}
+                hidden = {"flushed": None, "clamped": None} if in_use else {}
+                found.append(FormatUse(place, tensor, known.name, in_use, round(count["read"]), **{**share, **hidden}))
+    return tuple(found)
 
 
 class _Columns(dict[str, float]):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from torchsat.alerts import Episode
+from torchsat.forecast import worst
+from torchsat.number_formats import IN_WORDS
 from torchsat.percent import number_or_dash, percent_or_dash
 from torchsat.record import Record, Snapshot, Weight
 from torchsat.shown import level_in_words
@@ -77,7 +79,7 @@ def sheets(run: Run, found: Sequence[Episode], bars: str = BARS, trend: int = 24
     """
     firing = {place for each in found if each.cleared is None for place in (each.alert.site, *each.alert.also)}
     made = [_site_sheet(run.snapshots, firing, bars, trend), _attention_sheet(run.snapshots, firing, bars, trend)]
-    return [sheet for sheet in (*made, _weight_sheet(run.snapshots[-1], firing)) if sheet.rows]
+    return [sheet for sheet in (*made, _weight_sheet(run.snapshots[-1], firing), _format_sheet(run.snapshots[-1])) if sheet.rows]
 
 
 def health_of(item: Record | Weight, firing: Iterable[str] = ()) -> str:
@@ -210,3 +212,19 @@ def _attention_sheet(snapshots: Sequence[Snapshot], firing: set[str], bars: str,
 def _weight_sheet(snapshot: Snapshot, firing: set[str]) -> Sheet:
     found = [_Shown(weight, health_of(weight, firing)) for weight in snapshot.weights]
     return _sheet("Layers that feed them", "layer", _WEIGHT_CELLS, found, lambda weight: 0.0)
+
+
+def _format_sheet(snapshot: Snapshot) -> Sheet:
+    columns = (
+        *(Column("format", left=True), Column("place", left=True, name=True), Column("tensor", left=True)),
+        *(Column("flushed"), Column("clamped", rank=1), Column("subnormal", rank=2), Column("zero", rank=3)),
+    )
+    rows = []
+    for use, notable in worst(snapshot.formats):
+        shares = (
+            f"~{percent_or_dash(use.lost)}" if use.in_use and use.lost is not None else percent_or_dash(use.flushed),
+            percent_or_dash(use.clamped),
+        )
+        named = f"{use.format} (in use)" if use.in_use else use.format
+        rows.append(Row((named, use.place, IN_WORDS[use.tensor], *shares, percent_or_dash(use.subnormal), percent_or_dash(use.zero)), notable))
+    return Sheet("What number formats would do at the last step, worst first (~ is an estimate)", columns, rows, "tensor")

@@ -1,7 +1,7 @@
 """Why an alert fires: its causes, ranked, from what was measured; standard library only.
 
 Each kind of damage has a file: `size.py` (z is too large), `closed.py` (units that never leave their plateau), `gradient.py` (it vanishes, explodes,
-or is no number), `outputs.py` (what an output or a softmax is asked for). Each gives terms, a name with a size and with the figures that speak for
+or is no number), `underflow.py` (it is too small for its type), `outputs.py` (what an output or a softmax is asked for). Each gives terms, a name with a size and with the figures that speak for
 it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in `advice.py`. `rate.py` finds a learning rate that
 rose just before.
 
@@ -25,6 +25,7 @@ from torchsat.causes.gradient import of_exploding, of_faded, of_nonfinite, of_sh
 from torchsat.causes.outputs import of_attention, of_logits, of_size
 from torchsat.causes.rate import rise_before
 from torchsat.causes.scene import Moment, Scene, Term, remember, upstream_of
+from torchsat.causes.underflow import of_underflow
 from torchsat.record import Alert, Cause
 
 __all__ = ["Moment", "Scene", "explain", "remember", "upstream_of"]
@@ -89,6 +90,7 @@ _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {
     "faded_input": of_faded,
     "exploding_gradient": of_exploding,
     "nonfinite": of_nonfinite,
+    "underflow": of_underflow,
     "attention_collapse": of_attention,
     "bounded_logits": of_logits,
 }

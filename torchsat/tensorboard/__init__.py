@@ -6,6 +6,7 @@ read them:
 
     torchsat/records.<hash>     [metrics, sites]     torchsat/histogram.<hash>   [sites, bins]
     torchsat/weights.<hash>     [metrics, layers]    torchsat/heads.<hash>       [metrics, heads of all softmaxes]
+    torchsat/formats.<hash>     [metrics, tensors x number formats], where these were asked for
     torchsat/whole.<hash>       [metrics, 1]: the numbers of the observation as a whole
     torchsat/events             one string: the alerts of this step as JSON
     torchsat/judgement          one string: whether rules were in use, and what came nearest to a warning, as JSON
@@ -31,6 +32,7 @@ directory."""
 
 RECORDS, HISTOGRAM, WEIGHTS = "torchsat/records", "torchsat/histogram", "torchsat/weights"
 HEADS, WHOLE, EVENTS, JUDGEMENT = "torchsat/heads", "torchsat/whole", "torchsat/events", "torchsat/judgement"
+FORMATS = "torchsat/formats"
 OVERHEAD = "torchsat/overhead"
 """The tag of a scalar, a float32, that `torchsat.read` reads from files of version 4."""
 

@@ -23,10 +23,11 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.types_pb2 import DT_FLOAT
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
+from torchsat.number_formats import FormatUse
 from torchsat.record import HISTOGRAM_BINS, Alert, Head, Nearest, Record, Snapshot, Weight, from_float
-from torchsat.tensorboard import EVENTS, FORMAT, HEADS, HISTOGRAM, JUDGEMENT, OVERHEAD, PLUGIN, READABLE, RECORDS, SUBRUN, WEIGHTS, WHOLE
+from torchsat.tensorboard import EVENTS, FORMAT, FORMATS, HEADS, HISTOGRAM, JUDGEMENT, OVERHEAD, PLUGIN, READABLE, RECORDS, SUBRUN, WEIGHTS, WHOLE
 
-Made = TypeVar("Made", Record, Weight, Head, Nearest)
+Made = TypeVar("Made", Record, Weight, Head, Nearest, FormatUse)
 
 
 @dataclass
@@ -187,6 +188,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
     alerts: tuple[Alert, ...] = ()
     overhead: float | None = None
     judgement: tuple[bool, Nearest | None] = (True, None)
+    formats: tuple[FormatUse, ...] = ()
     for value in event.summary.value:
         if value.tag == OVERHEAD:
             overhead = value.simple_value
@@ -212,6 +214,8 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
                 heads.setdefault(values.pop("site"), []).append(_made(Head, values))
         elif kind == WEIGHTS:
             weights = tuple(_made(Weight, values) for values in _columns(value.tensor, known, known["layers"]))
+        elif kind == FORMATS:
+            formats = tuple(_made(FormatUse, values) for values in _columns(value.tensor, known, known["uses"]))
         elif kind == WHOLE:
             overhead = next(_columns(value.tensor, {**known, "facts": []}, [[]]))["overhead"]
         elif kind == EVENTS:
@@ -224,7 +228,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
         replace(record, histogram=histograms.get(record.site), heads=tuple(heads[record.site]) if record.site in heads else None)
         for record in records
     )
-    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead, *judgement)
+    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead, *judgement, formats=formats)
 
 
 def judgement_of(written: bytes) -> tuple[bool, Nearest | None]:

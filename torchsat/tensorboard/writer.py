@@ -30,8 +30,9 @@ from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_STRING
 from tensorboard.summary.writer import event_file_writer
 
 from torchsat.alerts import Firing
+from torchsat.number_formats import USE_FACTS, USE_METRICS
 from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot, to_float
-from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, JUDGEMENT, PLUGIN, RECORDS, SUBRUN, WEIGHTS, WHOLE, as_json, content, tag
+from torchsat.tensorboard import EVENTS, FORMATS, HEADS, HISTOGRAM, JUDGEMENT, PLUGIN, RECORDS, SUBRUN, WEIGHTS, WHOLE, as_json, content, tag
 from torchsat.tensorboard.heatmap import Heatmap
 from torchsat.tensorboard.stock import NETWORK, SITES, Group, alert_table, layout, levels_of, network
 from torchsat.verdict import what_is_where
@@ -195,6 +196,10 @@ class TensorBoardWriter:
             layers = tuple(map(_WEIGHT_FACTS, snapshot.weights))
             described, name = self._content(WEIGHTS, layers, facts=WEIGHT_FACTS, metrics=WEIGHT_METRICS, layers=layers)
             yield self._tensor(name, described, _floats(map(_WEIGHT_METRICS, snapshot.weights)).T)
+        if snapshot.formats:
+            uses = tuple(map(_USE_FACTS, snapshot.formats))
+            described, name = self._content(FORMATS, uses, facts=USE_FACTS, metrics=USE_METRICS, uses=uses)
+            yield self._tensor(name, described, _floats(map(_USE_METRICS, snapshot.formats)).T)
         described, name = self._content(WHOLE, (), metrics=_WHOLE)
         yield self._tensor(name, described, np.array([[to_float(getattr(snapshot, metric))] for metric in _WHOLE]))
         judgement = as_json({"judged": snapshot.judged, "nearest": snapshot.nearest and asdict(snapshot.nearest)})
@@ -278,6 +283,7 @@ _NO_HISTOGRAM = (math.nan,) * HISTOGRAM_BINS
 _SITE_FACTS, _RECORD_METRICS = operator.attrgetter(*SITE_FACTS), operator.attrgetter(*RECORD_METRICS)
 _WEIGHT_FACTS, _WEIGHT_METRICS = operator.attrgetter(*WEIGHT_FACTS), operator.attrgetter(*WEIGHT_METRICS)
 _HEAD_METRICS = operator.attrgetter(*HEAD_METRICS)
+_USE_FACTS, _USE_METRICS = operator.attrgetter(*USE_FACTS), operator.attrgetter(*USE_METRICS)
 
 
 def _floats(rows: Iterable[tuple[float | None, ...]]) -> NDArray[np.float64]:
