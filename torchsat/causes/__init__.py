@@ -1,11 +1,11 @@
 """Why an alert fires: its causes, ranked, from what was measured; standard library only.
 
 Each kind of damage has a file: `size.py` (z is too large), `closed.py` (units that never leave their plateau), `gradient.py` (it vanishes, explodes,
-or is no number), `underflow.py` (it is too small for its type), `outputs.py` (what an output or a softmax is asked for). Each gives terms, a name with a size and with the figures that speak for
-it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in `advice.py`. `rate.py` finds a learning rate that
-rose just before.
+or is no number), `underflow.py` (it is too small for its type), `outputs.py` (what an output or a softmax is asked for). Each gives terms, a name
+with a size and with the figures that speak for it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in
+`advice.py`. `rate.py` finds a learning rate that rose just before.
 
-Every figure in an evidence text is a field of a record or a layer as it stands in a snapshot, so that a reader can look it up.
+Every figure in an evidence text is a field of a record, a layer or a number format as it stands in a snapshot, so that a reader can look it up.
 
 The explanation is given for the first site, in the order of data flow, that is beyond a limit. Sites behind it may suffer from the same.
 

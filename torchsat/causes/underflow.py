@@ -30,7 +30,7 @@ def of_zeros(scene: Scene) -> list[Term]:
         return []
     known = BY_NAME[uses[0].format]
     evidence = f"dL/da at {uses[0].place} is kept in {known.name}, in which what is {known.smallest / 2:.2g} or smaller is 0"
-    return [Term("numeric_range", 1.0, evidence, _REMEDIES[known.name].format(place="the model"))]
+    return [Term("numeric_range", 2.0, evidence, _REMEDIES[known.name].format(place="the model"))]
 
 
 SMALLEST = 1e-30

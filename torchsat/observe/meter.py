@@ -323,8 +323,8 @@ class Meter:
 
 
 def _unit_axis(site: Site, shape: tuple[int, ...]) -> int | None:
-    """The axis of channels or features: where the graph shows that the outputs of the layers lie that feed the site; otherwise by the number of axes, as
-    torch.nn has them: [N, C], [N, L, C] and [N, C, ...]."""
+    """The axis of channels or features: where the graph shows that the outputs of the layers lie that feed the site; otherwise by the number of axes,
+    as torch.nn has them: [N, C], [N, L, C] and [N, C, ...]."""
     if site.unit_axis is not None and site.unit_axis[0] == len(shape):
         return site.unit_axis[1]
     return {0: None, 1: None, 2: 1, 3: 2}.get(len(shape), 1)

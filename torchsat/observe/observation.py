@@ -282,14 +282,8 @@ class Observation:
         sites, of_layers = self._site_parts(whole), self.layers.parts(whole.inputs, weights)
         own.conclude(self)
         self._report_failures()
-        return Parts(
-            sites,
-            of_layers,
-            tally_parts(whole, self.sites, self.tally_facts),
-            scale=self._scale,
-            skipped=self._skipped,
-            generation=self.sites.generation,
-        )
+        tallies = tally_parts(whole, self.sites, self.tally_facts)
+        return Parts(sites, of_layers, tallies, scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
 
     def abandon(self, why: Retry | None) -> None:
         """Take the hooks off and forget what was measured. `why` is the reason to observe a later step in its place; None where there is none."""
