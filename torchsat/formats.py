@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -57,9 +58,14 @@ def count(tensor: Tensor, limit: int | None, seed: int) -> Tensor:
         found = _counted(_taken(flat, index), inside, largest)
         numbers = found if numbers is None else numbers + found
     assert numbers is not None
-    weights = torch.full((len(COLUMNS.columns), 1), whole / wanted, dtype=numbers.dtype, device=numbers.device)
-    weights[[at for at, column in enumerate(COLUMNS.columns) if not column.weighed]] = 1
-    return numbers * weights
+    # Each block that is read stands for so many.
+    return numbers * (1 + _weighed(tensor.device) * (whole / wanted - 1))
+
+
+@functools.lru_cache(maxsize=8)
+def _weighed(device: torch.device) -> Tensor:
+    """[columns, 1]: 1 for a column that an element enters with the weight of its call, and 0 for any other."""
+    return torch.tensor([[float(column.weighed)] for column in COLUMNS.columns], dtype=accumulator(device)).to(device)
 
 
 def _largest(tensor: Tensor) -> Tensor:
@@ -148,7 +154,8 @@ def _nvfp4_factors(finite: Tensor, most: Tensor) -> Tensor:
     # e4m3 keeps 3 of 23 bits: add nearly one half of what is cut off, one half where the last bit that is kept is odd, and cut off.
     cut = _EXPONENT - scale.mantissa
     rounded = (bits + ((1 << cut - 1) - 1) + ((bits >> cut) & 1)) >> cut << cut
-    return ((1.0 / whole) / rounded.view(torch.float32)).repeat_interleave(inner.block, 1)
+    factors = (1.0 / whole) / rounded.view(torch.float32)
+    return factors[:, :, None].expand(-1, -1, inner.block).reshape(-1, BLOCK)
 
 
 def _bits(size: float) -> int:
@@ -175,7 +182,7 @@ def _tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scaled = [list(limits(each)) for each in _SCALED]
     none = len(plain) + 4 * len(_SCALED)
     first = {each: 2 + 4 * at for at, each in enumerate((*_PLAIN, *_SCALED))}
-    spans = {
+    spans: dict[str, Callable[[int], tuple[int, int]]] = {
         "n": lambda at: (finite, none),
         "read": lambda at: (finite, none),
         "zero": lambda at: (zero, none),

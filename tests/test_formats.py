@@ -1,0 +1,499 @@
+"""What number formats would do to numbers: counted as torch's own casts round, merged, and told."""
+
+import copy
+import io
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import torchsat
+from torchsat.columns import FORMATS as COLUMNS
+from torchsat.columns import FORMATS_OF_WEIGHTS
+from torchsat.forecast import forecasts
+from torchsat.formats import BLOCK, count, limits
+from torchsat.number_formats import BY_NAME, FORMATS, OF_SITE, FormatUse, NumberFormat
+from torchsat.parts import Parts, SitePart, TallyPart
+from torchsat.record import Snapshot
+from torchsat.report import report
+from torchsat.rows import to_formats
+
+from .facts import site_facts
+from .test_packing import row, sent, together
+
+PLAIN = [known for known in FORMATS if known.block == 1]
+KINDS = ("flushed", "smallest", "subnormal", "clamped")
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def columns(x: Tensor, limit: int | None = None, seed: int = 0) -> dict[str, dict[str, float]]:
+    """What is counted of a tensor: for each format, the columns by name."""
+    found = count(x, limit, seed).T.tolist()
+    return {known.name: dict(zip(COLUMNS.sums, each, strict=True)) for known, each in zip(FORMATS, found, strict=True)}
+
+
+def by_cast(x: Tensor, known: NumberFormat) -> dict[str, Tensor]:
+    """What torch's own cast does to each element of float32."""
+    cast, size = x.to(getattr(torch, known.dtype)).double().abs(), x.double().abs()
+    # Of the four formats e4m3 alone has no infinity. Beyond 464, the middle, newer versions of torch clamp, and older ones give nan.
+    beyond = ~cast.isfinite() | (size > 464) if known.name == "fp8_e4m3" else cast.isinf()
+    if known.name == "fp8_e4m3":
+        assert set(cast[size > 464].unique().tolist()) <= {448.0} or cast[size > 464].isnan().all()
+    kept = ~beyond & (cast > 0)
+    return {
+        "flushed": (size > 0) & (cast == 0),
+        "smallest": kept & (cast == known.smallest),
+        "subnormal": kept & (cast < known.smallest_normal),
+        "clamped": beyond,
+    }
+
+
+def every_value() -> Tensor:
+    """Every finite value of float16 and of bfloat16, and for each limit of each format the float32 around it."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    values = [bits.view(torch.float16).float(), bits.view(torch.bfloat16).float()]
+    for known in PLAIN:
+        edges = torch.tensor([*limits(known), *(torch.tensor([known.smallest_normal, known.largest]).view(torch.int32).tolist())], dtype=torch.int32)
+        near = (edges[:, None] + torch.arange(-300, 301, dtype=torch.int32)).clamp(min=0)
+        values += [near.view(torch.float32).reshape(-1), -near.view(torch.float32).reshape(-1)]
+    generator = torch.Generator().manual_seed(1)
+    values.append(torch.randint(-(2**31), 2**31 - 1, (2**16,), generator=generator).to(torch.int32).view(torch.float32))
+    joined = torch.cat(values)
+    return joined[joined.isfinite()]
+
+
+@pytest.mark.parametrize("known", PLAIN, ids=lambda known: known.name)
+def test_each_element_is_told_as_torch_casts_it(known: NumberFormat) -> None:
+    x = every_value()
+    expected = by_cast(x, known)
+    bits, (kept, larger, normal, clamped) = x.view(torch.int32) & 0x7FFFFFFF, limits(known)
+    ours = {
+        "flushed": (bits > 0) & (bits < kept),
+        "smallest": (bits >= kept) & (bits < larger),
+        "subnormal": (bits >= kept) & (bits < normal),
+        "clamped": bits >= clamped,
+    }
+    found = columns(x)[known.name]
+    for kind in KINDS:
+        assert torch.equal(ours[kind], expected[kind]), kind
+        assert found[kind] == int(expected[kind].sum()) > 0, kind
+    assert found["n"] == found["read"] == len(x)
+    assert found["zero"] == int((x == 0).sum()) > 0
+
+
+@pytest.mark.parametrize("known", PLAIN, ids=lambda known: known.name)
+def test_the_table_has_the_numbers_of_torch(known: NumberFormat) -> None:
+    told = torch.finfo(getattr(torch, known.dtype))
+    assert (known.largest, known.smallest_normal, known.smallest) == (told.max, told.smallest_normal, told.smallest_normal * told.eps)
+
+
+def test_one_element_at_each_limit_is_counted_alone() -> None:
+    for known in PLAIN:
+        for limit in limits(known):
+            for bits in (limit - 1, limit):
+                x = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+                if x.isfinite():
+                    assert {kind: columns(x)[known.name][kind] for kind in KINDS} == {kind: float(flag) for kind, flag in by_cast(x, known).items()}
+
+
+def nearest(size: float, values: list[float]) -> float:
+    """The nearest of these values, which rise from 0 and continue beyond the last; from the middle the one of even index."""
+    at = min(range(len(values)), key=lambda at: (abs(values[at] - size), at % 2))
+    return values[at]
+
+
+def mx_reference(x: Tensor) -> dict[str, int]:
+    """mxfp8 of rows of blocks in float64, by the rule of the OCP specification and the list of the values of e4m3."""
+    normal = [2.0**e * (1 + m / 8) for e in range(-6, 9) for m in range(8)]
+    values = [m * 2.0**-9 for m in range(8)] + normal
+    assert len(values) == 128
+    assert values[-2:] == [448.0, 480.0]
+    counts = dict.fromkeys(KINDS, 0)
+    for block in x.double().abs().reshape(-1, 32).tolist():
+        largest = max(block)
+        scale = 2.0 ** (math.floor(math.log2(largest)) - 8) if largest else 1.0
+        for size in block:
+            result = nearest(min(size / scale, 480.0), values)
+            counts["clamped"] += result > 448
+            counts["flushed"] += size > 0 and result == 0
+            counts["subnormal"] += 0 < result < 2.0**-6
+            counts["smallest"] += result == 2.0**-9
+    return counts
+
+
+def nvfp4_reference(x: Tensor) -> dict[str, int]:
+    """nvfp4 of rows of blocks: the scales in float32 with torch's own cast to e4m3, the elements in float64 by the list of the values of e2m1."""
+    whole = x.abs().max() / (448 * 6)
+    blocks = x.reshape(-1, 16)
+    scales = (blocks.abs().amax(1) / 6 / whole).clamp(2.0**-6, 448).to(torch.float8_e4m3fn).double() * whole.double()
+    counts = dict.fromkeys(KINDS, 0)
+    for block, scale in zip(blocks.double().abs().tolist(), scales.tolist(), strict=True):
+        for size in block:
+            result = nearest(size / scale, [*E2M1, 8.0])
+            counts["clamped"] += result > 6
+            counts["flushed"] += size > 0 and result == 0
+            counts["subnormal"] += result == 0.5
+            counts["smallest"] += result == 0.5
+    return counts
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0, 6.0])
+def test_block_scaled_formats_are_told_as_a_reference_in_float64_rounds(spread: float) -> None:
+    """With torchao 0.18 at hand, `to_mx` and `nvfp4_quantize` gave the same counts for 400 tensors like these."""
+    torch.manual_seed(int(spread))
+    x = torch.randn(8, 64) * torch.exp2(torch.randn(8, 64) * spread) * torch.exp2(8 * torch.rand(8, 1) - 12)
+    x[:, ::9] = 0
+    found = columns(x)
+    assert {kind: found["mxfp8"][kind] for kind in KINDS} == mx_reference(x)
+    assert {kind: found["nvfp4"][kind] for kind in KINDS} == nvfp4_reference(x)
+    assert found["nvfp4"]["flushed"] > 0
+    assert found["mxfp8"]["flushed" if spread > 1 else "clamped"] > 0
+
+
+def test_blocks_by_hand() -> None:
+    # The largest element of the tensor is 5.25 = 6 x 448 / 512, so that the scale of the second block of nvfp4, whose largest element is 3, is exactly 1
+    # / 2: in its units 0.25 lies in the middle and becomes 0, 0.75 becomes 1, and 5 becomes 4.
+    x = torch.tensor([[5.25, *[1.0] * 15, 3.0, 0.125, 0.1250001, 0.375, 0.3749999, 2.5, 0.0, 1e-9, *[1.0] * 8]])
+    found = columns(x)
+    assert found["nvfp4"] == {"n": 32, "read": 32, "zero": 1, "flushed": 2, "smallest": 2, "subnormal": 2, "clamped": 0}
+    # The scale of mxfp8 is 2^(2 - 8): flushed is what is 2^-16 or less, clamped what is above 464 / 64 = 7.25.
+    assert found["mxfp8"] == {"n": 32, "read": 32, "zero": 1, "flushed": 1, "smallest": 0, "subnormal": 0, "clamped": 0}
+    x[0, :3] = torch.tensor([7.5, 7.25, 2.0**-16 * 1.0001])
+    assert columns(x)["mxfp8"] == {"n": 32, "read": 32, "zero": 1, "flushed": 1, "smallest": 1, "subnormal": 1, "clamped": 1}
+
+
+def test_a_power_of_two_changes_nothing_in_a_block_scaled_format() -> None:
+    x = torch.randn(4, 96) * torch.exp2(4 * torch.randn(4, 96))
+    for exponent in (-40, -3, 5, 30):
+        scaled = columns(x * 2.0**exponent)
+        assert [scaled[name] for name in ("mxfp8", "nvfp4")] == [columns(x)[name] for name in ("mxfp8", "nvfp4")]
+
+
+def test_what_is_not_finite_is_left_out_and_zeros_harm_nothing() -> None:
+    x = torch.randn(2, 64)
+    x[0, :3], x[1, 5] = torch.tensor([math.inf, -math.inf, math.nan]), 0.0
+    for known in columns(x).values():
+        assert (known["n"], known["read"], known["zero"]) == (125, 125, 1)
+        assert known["flushed"] + known["clamped"] < 125
+    for known in columns(torch.zeros(3, 40)).values():
+        assert known == {"n": 120, "read": 120, "zero": 120, "flushed": 0, "smallest": 0, "subnormal": 0, "clamped": 0}
+    nothing = columns(torch.full((2, 8), math.nan))
+    assert all(not any(known.values()) for known in nothing.values())
+
+
+def test_a_float64_that_float32_cannot_hold_is_beyond_every_range() -> None:
+    found = columns(torch.tensor([1e300, -1e300, 1.0, math.inf], dtype=torch.float64))
+    assert [found[known.name]["clamped"] for known in PLAIN] == [2.0] * 4
+    assert found["fp16"]["n"] == 3
+
+
+def test_float8_itself_can_be_counted() -> None:
+    x = torch.tensor([[448.0, 2.0**-9, 0.0, 1.0]]).to(torch.float8_e4m3fn)
+    assert columns(x)["fp8_e4m3"] == {"n": 4, "read": 4, "zero": 1, "flushed": 0, "smallest": 1, "subnormal": 1, "clamped": 0}
+
+
+def shapes() -> Iterator[tuple[str, Tensor]]:
+    torch.manual_seed(3)
+    image = torch.randn(3, 4, 5, 70).to(memory_format=torch.channels_last)
+    yield "transposed", torch.randn(70, 9).t()
+    yield "channels last", image
+    yield "cut out", torch.randn(9, 200)[:, 3:100:2]
+    yield "expanded", torch.randn(1, 40).expand(7, 40)
+    yield "short", torch.randn(5, 3, 7)
+    yield "one axis", torch.randn(130)
+    yield "no axis", torch.tensor(3.0)
+
+
+@pytest.mark.parametrize(("name", "x"), [*shapes()], ids=lambda each: each if isinstance(each, str) else "")
+def test_blocks_follow_the_last_axis_however_a_tensor_lies_in_memory(name: str, x: Tensor) -> None:
+    x = x * torch.exp2(5 * torch.sin(torch.arange(float(x.numel()))).reshape(x.shape)) if name != "expanded" else x
+    assert columns(x) == columns(x.clone(memory_format=torch.contiguous_format))
+    assert columns(x)["nvfp4"]["n"] == x.numel()
+
+
+def test_a_sample_has_no_bias_and_leaves_the_random_numbers_alone() -> None:
+    torch.manual_seed(5)
+    x = torch.randn(512, 512) * torch.exp2(6 * torch.randn(512, 512))
+    state, whole = torch.get_rng_state(), columns(x)
+    found = [columns(x, 65536, seed) for seed in range(16)]
+    assert torch.equal(state, torch.get_rng_state())
+    assert found[0] == columns(x, 65536, 0) != found[1]
+    for name, expected in whole.items():
+        assert found[0][name]["read"] == 65536 / 8
+        assert found[0][name]["n"] == expected["n"] == x.numel()
+        for kind in KINDS:
+            share = sum(each[name][kind] for each in found) / 16 / x.numel()
+            assert share == pytest.approx(expected[kind] / x.numel(), abs=0.01)
+
+
+class Scaled(nn.Module):
+    """A model whose output is multiplied, so that its gradients have a size that a test chooses."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.act, self.second, self.last, self.scale = nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.GELU(), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.last(self.second(self.act(self.first(x)))).float() * self.scale
+        return output
+
+
+def trained(model: nn.Module, steps: int = 1, dtype: torch.dtype | None = None, **options: Any) -> torchsat.Monitor:
+    """A monitor of a few steps, each of them observed."""
+    optimizer, torch_state = torch.optim.SGD(model.parameters(), lr=0.01), torch.Generator().manual_seed(7)
+    with torchsat.watch(model, every=1, errors="raise", **{"extras": ("formats",), **options}) as monitor:
+        for _ in range(steps):
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                loss = model(torch.randn(32, 64, generator=torch_state)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return monitor
+
+
+def use(snapshot: Snapshot | None, place: str, tensor: str, name: str) -> FormatUse:
+    assert snapshot is not None
+    (found,) = [each for each in snapshot.formats_at[place] if (each.tensor, each.format) == (tensor, name)]
+    return found
+
+
+def test_each_tensor_of_a_site_and_of_a_layer_is_counted_as_it_is() -> None:
+    model, kept = Scaled(0.1), dict[str, Tensor]()
+    model.act.register_forward_hook(lambda module, args, a: kept.update(z=args[0].detach().clone(), a=a.detach().clone()))
+    model.act.register_full_backward_hook(lambda module, given, grad: kept.update(grad_z=given[0].clone(), grad_a=grad[0].clone()))
+    model.first.weight.register_post_accumulate_grad_hook(lambda p: kept.update(weight=p.detach().clone(), grad=p.grad.clone()))  # type: ignore[union-attr]
+    latest = trained(model).latest
+    assert latest is not None
+    for place, tensors in (("act", OF_SITE), ("first", ("weight", "grad"))):
+        assert {each.tensor for each in latest.formats_at[place]} == set(tensors)
+        for tensor in tensors:
+            expected = columns(kept[tensor])
+            for known in FORMATS:
+                found = use(latest, place, tensor, known.name)
+                assert (found.n, found.in_use) == (kept[tensor].numel(), False)
+                for kind in (*KINDS, "zero"):
+                    assert getattr(found, kind) == pytest.approx(expected[known.name][kind] / found.n, abs=1e-12)
+    assert (use(latest, "act", "grad_z", "fp16").subnormal or 0.0) > 0.9
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "fp16"), (torch.bfloat16, "bf16")])
+def test_the_format_in_use_is_that_of_the_tensor(dtype: torch.dtype, name: str) -> None:
+    latest = trained(Scaled(), dtype=dtype).latest
+    assert latest is not None
+    for tensor in OF_SITE:
+        found = [each for each in latest.formats_at["act"] if each.tensor == tensor]
+        assert [each.format for each in found if each.in_use] == [name]
+        mine = use(latest, "act", tensor, name)
+        assert (mine.flushed, mine.clamped) == (None, None)
+        assert mine.subnormal is not None
+    assert not any(each.in_use for each in latest.formats_at["first"])
+
+
+def test_a_gradient_is_counted_with_the_factor_of_a_grad_scaler() -> None:
+    shares = []
+    for factor in (1.0, 2.0**16):
+        torch.manual_seed(0)
+        model = Scaled(0.1)
+        scaler, optimizer = torch.amp.GradScaler("cpu", factor), torch.optim.SGD(model.parameters(), lr=0.01)
+        with torchsat.watch(model, extras="formats", errors="raise") as monitor:
+            scaler.scale(model(torch.randn(32, 64)).square().mean()).backward()  # type: ignore[no-untyped-call]
+            scaler.step(optimizer)
+        shares.append([use(monitor.latest, place, tensor, "fp16").subnormal for place, tensor in (("act", "grad_a"), ("first", "grad"))])
+    assert (shares[0][0] or 0.0) > 0.9
+    assert shares[1][0] is not None
+    assert shares[1][0] < 0.01
+    # The optimizer gets gradients of weights without the factor.
+    assert shares[0][1] == shares[1][1]
+
+
+def test_training_is_bit_for_bit_the_same() -> None:
+    weights = []
+    for options in ({"extras": ()}, {"extras": ("formats",)}):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64))
+        trained(model, steps=3, dtype=torch.bfloat16, **options)
+        weights.append([*(value.clone() for value in model.state_dict().values()), torch.get_rng_state()])
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+
+
+def test_nothing_is_measured_unless_it_is_asked_for() -> None:
+    latest = trained(Scaled(), extras=()).latest
+    assert latest is not None
+    assert latest.formats == ()
+    assert latest.formats_at == {}
+    assert "formats" not in latest.as_dict()
+
+
+def test_micro_batches_and_calls_of_one_site_merge() -> None:
+    model, parts = nn.Sequential(nn.Linear(64, 64), nn.Tanh()), (torch.randn(8, 64), 1e-4 * torch.randn(24, 64))
+    optimizer, expected = torch.optim.SGD(model.parameters(), lr=0.0), dict.fromkeys(KINDS, 0.0)
+    nn.init.zeros_(model[0].bias)
+    with torchsat.watch(model, extras="formats", errors="raise") as monitor:
+        for x in parts:
+            model(x).sum().backward()
+            found = columns(model[0](x).detach())["fp16"]
+            expected = {kind: expected[kind] + found[kind] for kind in KINDS}
+        optimizer.step()
+    mine = use(monitor.latest, "1", "z", "fp16")
+    assert mine.n == 32 * 64
+    assert [getattr(mine, kind) for kind in KINDS] == [expected[kind] / mine.n for kind in KINDS]
+    assert mine.subnormal is not None
+    assert 0.4 < mine.subnormal < 0.8
+
+
+def test_a_checkpoint_is_counted_once() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(64, 64), nn.Tanh())
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.body, x, use_reentrant=False)
+
+    latest = trained(Checkpointed()).latest
+    assert [use(latest, "body.1", tensor, "fp16").n for tensor in OF_SITE] == [32 * 64] * 4
+
+
+def test_a_softmax_is_counted_and_gates_inside_a_kernel_are_not() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.scores = nn.LSTM(64, 32, batch_first=True), nn.Linear(32, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(self.scores(self.rnn(x[:, None])[0]), -1)
+
+    latest = trained(Reader()).latest
+    assert latest is not None
+    assert {each.tensor for each in latest.formats_at["softmax"]} == set(OF_SITE)
+    assert not any(place.startswith("rnn.l0/") for place in latest.formats_at)
+    assert {each.tensor for each in latest.formats_at["rnn.weight_ih_l0"]} == {"weight", "grad"}
+
+
+def of_rank(x: Tensor, weight: Tensor) -> Parts:
+    """What one rank has counted of its rows of z, and of a weight that every rank holds."""
+    block = torch.nn.functional.pad(count(x, None, 0), (0, 3 * len(FORMATS)))
+    held = torch.nn.functional.pad(count(weight, None, 0), (0, len(FORMATS)))
+    tallies = {
+        (COLUMNS.name, "act"): TallyPart({"z": "float16"}, block.shape[1], block),
+        (FORMATS_OF_WEIGHTS.name, "layer"): TallyPart({"weight": "float32"}, held.shape[1], held.new_empty(0, held.shape[1]), held),
+    }
+    return Parts({"act": SitePart(site_facts(), row(n=1, read=1, elements=1))}, {}, tallies)
+
+
+def test_ranks_merge_to_what_one_process_counts() -> None:
+    # Blocks of nvfp4 depend on the largest element of the tensor, which each rank takes of its own.
+    x, weight = torch.randn(24, 64) * torch.exp2(3 * torch.randn(24, 64)), torch.randn(16, 32)
+    x[0, 0] = x[12, 0] = 1e6
+    alone = to_formats(sent(of_rank(x, weight)).tallies)
+    merged = to_formats(together(of_rank(x[:12], weight), of_rank(x[12:], weight)).tallies)
+    assert merged == alone
+    assert {(each.place, each.n) for each in merged} == {("act", 24 * 64), ("layer", 16 * 32)}
+    assert [each.format for each in merged if each.in_use] == ["fp16"]
+    assert any(each.flushed for each in merged if each.place == "act")
+
+
+def test_a_rank_without_a_place_changes_nothing() -> None:
+    x, weight = torch.randn(8, 64), torch.randn(4, 32)
+    one = of_rank(x, weight)
+    idle = Parts(one.sites, {}, {key: TallyPart(part.facts, part.width) for key, part in one.tallies.items()})
+    assert to_formats(together(one, idle).tallies) == to_formats(sent(one).tallies)
+
+
+def test_files_hold_what_was_measured(tmp_path: Any) -> None:
+    latest = trained(Scaled(), 2, torch.bfloat16, log_dir=tmp_path).latest
+    assert latest is not None
+    (_, read) = torchsat.read(tmp_path)
+    assert read.formats == latest.formats != ()
+    assert Snapshot.from_dict(json.loads(json.dumps(read.as_dict()))).formats == latest.formats
+    told = {form: io.StringIO() for form in ("text", "markdown", "json", "html")}
+    for form, out in told.items():
+        report(tmp_path, out, form)  # type: ignore[arg-type]
+    sentences = forecasts(latest.formats)
+    document = json.loads(told["json"].getvalue())["runs"][0]
+    assert document["forecasts"] == sentences
+    assert len(document["last"]["formats"]) == len(latest.formats)
+    assert "What number formats would do" in told["text"].getvalue()
+    assert "Forecast: " in told["text"].getvalue()
+    assert "What number formats would do" in told["markdown"].getvalue()
+    assert "Forecast: " in told["html"].getvalue()
+
+
+def one_use(place: str, name: str, tensor: str = "grad_z", **shares: float) -> FormatUse:
+    known = {"zero": 0.0, "flushed": 0.0, "clamped": 0.0, "subnormal": 0.0, "smallest": 0.0}
+    return FormatUse(place, tensor, name, False, 4096, **{**known, **shares})
+
+
+def test_forecasts_name_the_worst_place_of_each_format() -> None:
+    uses = [
+        one_use("layers.3", "nvfp4", flushed=0.06),
+        one_use("layers.17", "nvfp4", flushed=0.12),
+        one_use("layers.17", "mxfp8", "z", clamped=0.02, flushed=0.001),
+        one_use("layers.17", "bf16"),
+        FormatUse("layers.3", "z", "fp16", True, 4096, 0.0, None, None, 0.9, 0.5),
+    ]
+    assert forecasts(uses) == [
+        "layers.17 would clamp 2.0 % of z in mxfp8",
+        "layers.17 would flush 12 % of dL/dz in nvfp4, and 1 more place would lose 5.0 % or more of a tensor",
+        "no place would lose 1.0 % of a tensor in bf16",
+    ]
+    assert forecasts([]) == []
+
+
+@pytest.mark.parametrize("size", [0.5, 1.0, 3.0])
+def test_what_a_format_has_flushed_is_estimated_from_what_it_left(size: float) -> None:
+    torch.manual_seed(2)
+    x = torch.randn(256, 256) * size * BY_NAME["fp16"].smallest
+    cast = x.half()
+    found = columns(cast)["fp16"]
+    shares = {kind: found[kind] / found["n"] for kind in ("zero", "subnormal", "smallest")}
+    estimate = FormatUse("act", "grad_z", "fp16", True, x.numel(), flushed=None, clamped=None, **shares).lost
+    assert estimate is not None
+    truth = ((cast == 0) & (x != 0)).double().mean().item()
+    # Never more than it is, and close where numbers are spread evenly about 0.
+    assert truth / 3 < estimate < 1.02 * truth
+    if size >= 1:
+        assert estimate == pytest.approx(truth, rel=0.35)
+
+
+@pytest.mark.parametrize(("scale", "fires"), [(0.03, True), (1.0, False)])
+def test_a_gradient_that_underflows_is_told_with_its_cause(scale: float, fires: bool) -> None:
+    torch.manual_seed(0)
+    monitor = trained(Scaled(scale), 6, torch.float16)
+    alerts = [alert for alert in monitor.alerts if alert.rule == "underflow"]
+    assert bool(alerts) == fires
+    if fires:
+        (alert,) = alerts
+        lost = use(monitor.latest, alert.site, "grad_z", "fp16").lost
+        assert lost is not None
+        assert 0.05 < alert.value <= 1 / 3
+        (cause,) = alert.causes
+        assert cause.name == "numeric_range"
+        assert "the smallest number of fp16" in cause.evidence
+        assert "GradScaler" in cause.advice
+        assert "its gradient underflows" in alert.message
+
+
+def test_a_gradient_that_is_zero_everywhere_in_fp16_may_have_been_flushed() -> None:
+    (alert,) = trained(Scaled(1e-8), 4, torch.float16).alerts
+    assert alert.rule == "vanishing_gradient"
+    assert [cause.name for cause in alert.causes] == ["numeric_range", "activation_choice"]
+    assert "3e-08 or smaller is 0" in alert.causes[0].evidence
+
+
+def test_a_probe_takes_it_and_leaves_no_trace() -> None:
+    model = Scaled()
+    before = copy.deepcopy(model.state_dict())
+    snapshot = torchsat.probe(model, torch.randn(32, 64), extras=("formats",))
+    assert {each.tensor for each in snapshot.formats_at["act"]} == set(OF_SITE)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_block_is_as_long_as_the_longest_of_a_format() -> None:
+    assert max(known.block for known in FORMATS) == BLOCK
+    assert all(BLOCK % known.block == 0 for known in FORMATS)
