@@ -127,14 +127,16 @@ def mx_reference(x: Tensor) -> dict[str, int]:
 
 
 def nvfp4_reference(x: Tensor) -> dict[str, int]:
-    """nvfp4 of rows of blocks: the scales in float32 with torch's own cast to e4m3, the elements in float64 by the list of the values of e2m1."""
+    """nvfp4 of rows of blocks: the scales in float32 with torch's own cast to e4m3, the elements rounded by the list of the values of e2m1."""
     whole = x.abs().max() / (448 * 6)
     blocks = x.reshape(-1, 16)
-    scales = (blocks.abs().amax(1) / 6 / whole).clamp(2.0**-6, 448).to(torch.float8_e4m3fn).double() * whole.double()
+    scales = (blocks.abs().amax(1, keepdim=True) / 6 / whole).clamp(2.0**-6, 448).to(torch.float8_e4m3fn).float()
+    # torchao multiplies by the reciprocal in float32, which decides in the middle of two values.
+    scaled = blocks.abs() * ((1 / whole) / scales)
     counts = dict.fromkeys(KINDS, 0)
-    for block, scale in zip(blocks.double().abs().tolist(), scales.tolist(), strict=True):
-        for size in block:
-            result = nearest(size / scale, [*E2M1, 8.0])
+    for block, of_block in zip(blocks.abs().tolist(), scaled.double().tolist(), strict=True):
+        for size, units in zip(block, of_block, strict=True):
+            result = nearest(units, [*E2M1, 8.0])
             counts["clamped"] += result > 6
             counts["flushed"] += size > 0 and result == 0
             counts["subnormal"] += result == 0.5
@@ -156,8 +158,8 @@ def test_block_scaled_formats_are_told_as_a_reference_in_float64_rounds(spread: 
 
 
 def test_blocks_by_hand() -> None:
-    # The largest element of the tensor is 5.25 = 6 x 448 / 512, so that the scale of the second block of nvfp4, whose largest element is 3, is exactly 1
-    # / 2: in its units 0.25 lies in the middle and becomes 0, 0.75 becomes 1, and 5 becomes 4.
+    # The largest element of the tensor is 5.25 = 6 x 448 / 512, so that the scale of the second block of nvfp4, whose largest element is 3, is
+    # exactly 1 / 2: in its units 0.25 lies in the middle and becomes 0, 0.75 becomes 1, and 5 becomes 4.
     x = torch.tensor([[5.25, *[1.0] * 15, 3.0, 0.125, 0.1250001, 0.375, 0.3749999, 2.5, 0.0, 1e-9, *[1.0] * 8]])
     found = columns(x)
     assert found["nvfp4"] == {"n": 32, "read": 32, "zero": 1, "flushed": 2, "smallest": 2, "subnormal": 2, "clamped": 0}
@@ -266,7 +268,7 @@ def test_each_tensor_of_a_site_and_of_a_layer_is_counted_as_it_is() -> None:
     model, kept = Scaled(0.1), dict[str, Tensor]()
     model.act.register_forward_hook(lambda module, args, a: kept.update(z=args[0].detach().clone(), a=a.detach().clone()))
     model.act.register_full_backward_hook(lambda module, given, grad: kept.update(grad_z=given[0].clone(), grad_a=grad[0].clone()))
-    model.first.weight.register_post_accumulate_grad_hook(lambda p: kept.update(weight=p.detach().clone(), grad=p.grad.clone()))  # type: ignore[union-attr]
+    model.first.weight.register_post_accumulate_grad_hook(lambda p: kept.update(weight=p.detach().clone(), grad=torch.clone(p.grad)))
     latest = trained(model).latest
     assert latest is not None
     for place, tensors in (("act", OF_SITE), ("first", ("weight", "grad"))):
@@ -301,7 +303,7 @@ def test_a_gradient_is_counted_with_the_factor_of_a_grad_scaler() -> None:
         model = Scaled(0.1)
         scaler, optimizer = torch.amp.GradScaler("cpu", factor), torch.optim.SGD(model.parameters(), lr=0.01)
         with torchsat.watch(model, extras="formats", errors="raise") as monitor:
-            scaler.scale(model(torch.randn(32, 64)).square().mean()).backward()  # type: ignore[no-untyped-call]
+            scaler.scale(model(torch.randn(32, 64)).square().mean()).backward()
             scaler.step(optimizer)
         shares.append([use(monitor.latest, place, tensor, "fp16").subnormal for place, tensor in (("act", "grad_a"), ("first", "grad"))])
     assert (shares[0][0] or 0.0) > 0.9
@@ -332,7 +334,7 @@ def test_nothing_is_measured_unless_it_is_asked_for() -> None:
 def test_micro_batches_and_calls_of_one_site_merge() -> None:
     model, parts = nn.Sequential(nn.Linear(64, 64), nn.Tanh()), (torch.randn(8, 64), 1e-4 * torch.randn(24, 64))
     optimizer, expected = torch.optim.SGD(model.parameters(), lr=0.0), dict.fromkeys(KINDS, 0.0)
-    nn.init.zeros_(model[0].bias)
+    model[0].bias.data.zero_()
     with torchsat.watch(model, extras="formats", errors="raise") as monitor:
         for x in parts:
             model(x).sum().backward()
