@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from audit_grid import Case, Compared
@@ -69,7 +70,11 @@ def counted(dtype: torch.dtype, scale: float) -> Iterator[Compared]:
     model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)).to(dtype)
     plain, x, kept = copy.deepcopy(model), torch.randn(40, 32).to(dtype), dict[str, Tensor]()
     plain[1].register_forward_hook(lambda module, args, a: kept.update(z=args[0].detach().clone(), a=a.detach().clone()))
-    plain[1].register_full_backward_hook(lambda module, given, grad: kept.update(grad_z=given[0].clone(), grad_a=grad[0].clone()))
+
+    def keep(module: nn.Module, given: Any, grad: Any) -> None:
+        kept.update(grad_z=given[0].clone(), grad_a=grad[0].clone())
+
+    plain[1].register_full_backward_hook(keep)
     (plain(x) * scale).float().square().mean().backward()
     with torchsat.watch(model, extras=("formats",), errors="raise") as monitor:
         (model(x) * scale).float().square().mean().backward()
