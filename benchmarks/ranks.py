@@ -44,7 +44,7 @@ def layout(sites: int, width: int | None) -> Layout:
     """What ranks agree on that watch `sites` layers with an activation each; without a width, the activations alone, without units."""
     names = [f"layers.{at}.act" for at in range(sites)]
     layers = {name: LayerEntry(LayerFacts(name, feeds=(name,), fan_in=width, data=False), features=width) for name in names} if width else {}
-    return Layout({name: SiteEntry(facts(name, width), width) for name in names}, layers, dict.fromkeys(layers, 0), shared=True)
+    return Layout({name: SiteEntry(facts(name, width), width) for name in names}, layers, owners=dict.fromkeys(layers, 0), shared=True)
 
 
 def facts(name: str, units: int | None) -> SiteFacts:

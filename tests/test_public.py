@@ -18,6 +18,7 @@ ARROWS = {
         "activations",
         "coverage",
         "monitor",
+        "number_formats",
         "plotting",
         "record",
         "remedies",
@@ -371,8 +372,8 @@ def imports(path: Path, known: Iterable[str]) -> set[str]:
 def test_the_public_names_are_these() -> None:
     assert torchsat.__all__ == sorted(torchsat.__all__, key=lambda name: (not name.isupper(), name))
     assert torchsat.__all__ == [
-        *("ACTIVATIONS", "REMEDIES", "RULES", "Activation", "Alert", "Cause", "Coverage", "Head", "Monitor", "Record", "Remedy", "Rule"),
-        *("Snapshot", "Trial", "Trials", "Weight", "plot", "probe", "read", "scalars", "try_remedies", "watch"),
+        *("ACTIVATIONS", "REMEDIES", "RULES", "Activation", "Alert", "Cause", "Coverage", "FormatUse", "Head", "Monitor", "Record", "Remedy"),
+        *("Rule", "Snapshot", "Trial", "Trials", "Weight", "plot", "probe", "read", "scalars", "try_remedies", "watch"),
     ]
     for name in torchsat.__all__:
         assert getattr(torchsat, name) is not None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torchsat.activations import ACTIVATIONS, Activation
     from torchsat.coverage import Coverage
     from torchsat.monitor import Monitor, watch
+    from torchsat.number_formats import FormatUse
     from torchsat.plotting import plot
     from torchsat.record import Alert, Cause, Head, Record, Snapshot, Weight
     from torchsat.remedies import REMEDIES, Remedy
@@ -31,6 +32,7 @@ _HOME = {
     "Alert": "record",
     "Cause": "record",
     "Coverage": "coverage",
+    "FormatUse": "number_formats",
     "Head": "record",
     "Monitor": "monitor",
     "REMEDIES": "remedies",
@@ -58,6 +60,7 @@ __all__ = [
     "Alert",
     "Cause",
     "Coverage",
+    "FormatUse",
     "Head",
     "Monitor",
     "Record",

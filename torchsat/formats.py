@@ -54,7 +54,9 @@ def count(tensor: Tensor, limit: int | None, seed: int) -> Tensor:
     largest = _largest(flat if span == tensor.numel() else tensor)
     numbers: Tensor | None = None
     for first in range(0, wanted, _PIECE // BLOCK):
-        index, inside = _index(shape, strides, whole, wanted, seed, tensor.device, first)
+        # The places of the blocks are kept where there are few of them.
+        find = _index if wanted * BLOCK <= _PIECE else _index.__wrapped__
+        index, inside = find(shape, strides, whole, wanted, seed, tensor.device, first)
         found = _counted(_taken(flat, index), inside, largest)
         numbers = found if numbers is None else numbers + found
     assert numbers is not None
@@ -79,11 +81,12 @@ def _largest(tensor: Tensor) -> Tensor:
 def _index(
     shape: tuple[int, ...], strides: tuple[int, ...], whole: int, wanted: int, seed: int, device: torch.device, first: int
 ) -> tuple[Tensor, Tensor]:
-    """Where the elements of the blocks from number `first` on lie in memory, [blocks, BLOCK], and which of them exist. They are cached: the tensors
-    of one site, and sites of one shape, are read at the same places."""
-    width = shape[-1]
+    """Where the elements of a piece of the blocks, from number `first` on, lie in memory, [blocks, BLOCK], and which of them exist. They are cached:
+    the tensors of one site, and sites of one shape, are read at the same places."""
+    width, end = shape[-1], min(first + _PIECE // BLOCK, wanted)
     per_row = -(-width // BLOCK)
-    block = places(whole, wanted, seed, device)[first : first + _PIECE // BLOCK].to(torch.int64)
+    is_whole = wanted == whole
+    block = torch.arange(first, end, device=device) if is_whole else places(whole, wanted, seed, device)[first:end].to(torch.int64)
     row, column = block.div(per_row, rounding_mode="floor"), block.remainder(per_row) * BLOCK
     at = torch.zeros_like(row)
     for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
