@@ -2,10 +2,10 @@
 
 python benchmarks/audit.py [--small] [--only PATTERN]
 
-Each case of the grid (audit_grid.py, audit_rows.py, audit_trainings.py: types, shapes, layouts, layers, attention, recurrent layers, and ways to
-train) is trained twice, with torchsat and without; what each field must say is computed from the training without it (audit_truth.py). Printed are,
-for each field of Record, Head, Weight and Snapshot, how many figures were compared and how many agree, and each figure that does not. The exit
-status is 1 if one does not agree, or if the grid has not reached a field with any value but None.
+Each case of the grid (audit_grid.py, audit_rows.py, audit_trainings.py, audit_formats.py: types, shapes, layouts, layers, attention, recurrent
+layers, ways to train, number formats) is trained twice, with torchsat and without; what each field must say is computed from the training without it
+(audit_truth.py). Printed are, for each field of Record, Head, Weight, FormatUse and Snapshot, how many figures were compared and how many agree, and
+each figure that does not. The exit status is 1 if one does not agree, or if the grid has not reached a field with any value but None.
 """
 
 import argparse
@@ -16,15 +16,17 @@ import sys
 import time
 from collections import Counter
 
+import audit_formats
 import audit_grid
 import audit_rows
 import audit_trainings
 import audit_truth as truth
 import torch
 
+from torchsat.number_formats import FormatUse
 from torchsat.record import Head, Record, Snapshot, Weight
 
-VALUES = (Record, Head, Weight, Snapshot)
+VALUES = (Record, Head, Weight, FormatUse, Snapshot)
 NOT_NUMBERS = {
     *(
         "Snapshot.alerts",
@@ -35,10 +37,11 @@ NOT_NUMBERS = {
         "Record.alert_level",
         "Weight.alert_level",
         "Weight.layer",
+        "Snapshot.formats",
     ),
 }
-"""The fields that hold no measured number. Each head is compared field by field. Alerts are judged over several observations, and are checked by
-benchmarks/faults.py and by the tests of the rules; how near an alert is, and what a layer is called, by tests/test_verdict.py.
+"""The fields that hold no measured number. Each head and each number format is compared field by field. Alerts are judged over several observations,
+and are checked by benchmarks/faults.py and by the tests of the rules; how near an alert is, and what a layer is called, by tests/test_verdict.py.
 tests/test_ledger.py compares the entries of a ledger with autograd."""
 
 
@@ -87,7 +90,12 @@ def main() -> int:
     # Some cases are meant to raise alerts, which say nothing here.
     logging.getLogger("torchsat").setLevel(logging.ERROR)
     tally, ran, began = Tally(), 0, time.perf_counter()
-    for case in (*audit_grid.cases(given.small), *audit_rows.cases(given.small), *audit_trainings.cases(given.small)):
+    for case in (
+        *audit_grid.cases(given.small),
+        *audit_rows.cases(given.small),
+        *audit_trainings.cases(given.small),
+        *audit_formats.cases(given.small),
+    ):
         if not re.search(given.only, case.name):
             continue
         ran += 1

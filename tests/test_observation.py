@@ -55,16 +55,16 @@ class ToHost(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("compiled_kernels", [False, True])
+@pytest.mark.parametrize(("compiled_kernels", "extras"), [(False, ()), (True, ()), (True, ("formats",))], ids=["torch", "kernels", "formats"])
 @pytest.mark.parametrize("model", [Wrapped, EverySite], ids=lambda kind: kind.__name__)
-def test_no_hook_waits_for_a_device(model: type[nn.Module], compiled_kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hook_waits_for_a_device(model: type[nn.Module], compiled_kernels: bool, extras: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Checked on the CPU by the operators that are dispatched. On a GPU tests/test_gpu.py checks it with set_sync_debug_mode."""
     monkeypatch.setattr(internals, "_disable_current_modes", contextlib.nullcontext)
     if not compiled_kernels:
         monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
     watched = model()
     optimizer = torch.optim.SGD(watched.parameters(), lr=0.01)
-    monitor = torchsat.watch(watched, every=1, errors="raise")
+    monitor = torchsat.watch(watched, every=1, extras=extras, errors="raise")
     for step in range(4):
         # In the first step torchsat compares values to find out what modules of the user compute, which may wait for the device.
         with ToHost() if step else contextlib.nullcontext():

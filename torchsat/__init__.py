@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torchsat.coverage import Coverage
     from torchsat.experts import Experts
     from torchsat.monitor import Monitor, watch
+    from torchsat.number_formats import FormatUse
     from torchsat.plotting import plot
     from torchsat.record import Alert, Head, Record, Snapshot, Weight
     from torchsat.remedies import REMEDIES, Remedy
@@ -34,6 +35,7 @@ _HOME = {
     "Cause": "cause",
     "Coverage": "coverage",
     "Experts": "experts",
+    "FormatUse": "number_formats",
     "Head": "record",
     "Monitor": "monitor",
     "REMEDIES": "remedies",
@@ -62,6 +64,7 @@ __all__ = [
     "Cause",
     "Coverage",
     "Experts",
+    "FormatUse",
     "Head",
     "Monitor",
     "Record",

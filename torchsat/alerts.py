@@ -25,6 +25,7 @@ ADJECTIVE = {
     "frozen_weights": "frozen",
     "shrunk_weights": "shrunk",
     "faded_input": "short of input",
+    "underflow": "underflowing",
     "attention_collapse": "collapsed",
     "expert_collapse": "using few experts",
     "bounded_logits": "bounding its logits",

@@ -196,5 +196,28 @@ ROUTER = Tally(
     ),
 )
 """The router of a mixture of experts."""
-TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER, STREAM, RANK, EXPERTS, ROUTER)}
+
+
+def _formats(name: str, merge: Merge) -> Tally:
+    return Tally(
+        name,
+        (
+            Column("n", "The weights of the finite elements that were read.", merge),
+            Column("read", "How many elements these are.", merge, weighed=False),
+            Column("zero", "Elements that are 0.", merge),
+            Column("flushed", "Elements that are not 0 and become 0 in the format.", merge),
+            Column("smallest", "Elements that become the smallest value above 0.", merge),
+            Column("subnormal", "Elements that become a subnormal value.", merge),
+            Column("clamped", "Elements that are rounded beyond the largest value.", merge),
+        ),
+    )
+
+
+FORMATS = _formats("formats", Merge.SUM)
+"""What number formats do to the tensors of a site (formats.py). Its columns are, for each tensor, the formats of number_formats.FORMATS."""
+FORMATS_OF_SHARDS = _formats("formats_of_shards", Merge.SUM)
+"""The same of a layer's weight and its gradient, of which each rank holds a part."""
+FORMATS_OF_WEIGHTS = _formats("formats_of_weights", Merge.MAX)
+"""The same where every rank holds the whole weight and reads the same elements: the ranks are not added up."""
+TALLIES: dict[str, Tally] = {tally.name: tally for tally in (LEDGER, STREAM, RANK, EXPERTS, ROUTER, FORMATS, FORMATS_OF_SHARDS, FORMATS_OF_WEIGHTS)}
 """Every kind of tally, by name."""

@@ -49,6 +49,11 @@ RULE_DEFINITIONS: tuple[Definition, ...] = (
     Definition("frozen_weights", "A step changes the weights of this layer far less than those of the median layer.", "update_ratio"),
     Definition("shrunk_weights", "The weights have shrunk to a part of what they began with, mostly by weight decay.", "gain"),
     Definition("faded_input", "What the model computes as the input of this layer has shrunk to a part of what it began with.", "input_rms"),
+    Definition(
+        "underflow",
+        "The gradient is so small that the type in which it is kept makes zeros of a part of it. It is judged where number formats are measured.",
+        "grad_z_rms",
+    ),
     Definition("attention_collapse", "The heads of an attention look at a single key each, and the gradient asks for other keys.", "entropy_min"),
     Definition(
         "bounded_logits",
@@ -105,7 +110,11 @@ CAUSE_DEFINITIONS: tuple[CauseDefinition, ...] = (
         "a router that feeds itself",
         "An expert that gets more tokens learns faster and gets more still, where nothing balances the load of the experts.",
     ),
-    CauseDefinition("numeric_range", "numbers beyond the range of the type", "A number is too large for its type and became inf or nan."),
+    CauseDefinition(
+        "numeric_range",
+        "numbers beyond the range of the type",
+        "A number is too large for its type and became inf or nan, or too small for it and became 0.",
+    ),
     CauseDefinition(
         "softmax_logits",
         "logits of the softmax that are too large",

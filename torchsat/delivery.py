@@ -28,7 +28,7 @@ from torchsat.options import Options, Sink
 from torchsat.percent import listed
 from torchsat.process import undisturbed
 from torchsat.record import Alert, Snapshot
-from torchsat.rows import Stuck, experts_of, to_ledger, to_record, to_weight
+from torchsat.rows import Stuck, experts_of, to_formats, to_ledger, to_record, to_weight
 from torchsat.sites import Sites
 from torchsat.spectrum import with_spectra
 from torchsat.tensorboard import SUBRUN
@@ -200,9 +200,10 @@ class Delivery:
                 self.say_nothing_watched()
             return None
         weights = tuple(to_weight(row) for row in numbers.layers)
-        ledger, experts = to_ledger(numbers.tallies, numbers.scale), experts_of(numbers.tallies)
-        told = with_spectra(records, numbers.tallies)
-        snapshot = Snapshot(flight.step, flight.time, told, weights, overhead=overhead, ledger=ledger, experts=experts)
+        tallies, told = numbers.tallies, with_spectra(records, numbers.tallies)
+        ledger, experts, formats = to_ledger(tallies, numbers.scale), experts_of(tallies), to_formats(tallies)
+        made = Snapshot(flight.step, flight.time, told, weights, overhead=overhead, ledger=ledger)
+        snapshot = replace(made, experts=experts, formats=formats)
         events = self._judge.judge(snapshot)
         snapshot = self._judge.marked(snapshot)
         return replace(snapshot, alerts=self._diagnosis.judge(events, self._judge.firing, snapshot, self._judge.pending))

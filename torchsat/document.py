@@ -7,10 +7,11 @@ may be added. JSON knows neither NaN nor infinity: what is not known is null, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torchsat.cause import Cause
+from torchsat.forecast import forecasts
 from torchsat.sheets import verdicts_of
 from torchsat.tensorboard.reader import Run
 from torchsat.verdict import Health, Verdict, summary, worst_first
@@ -43,7 +44,7 @@ def _run(run: Run, verdict: Verdict) -> dict[str, Any]:
     last, series = run.snapshots[-1], from_snapshots(run.name, run.snapshots)
     described = series.describe()
     bare = replace(last, records=tuple(replace(record, histogram=None) for record in last.records), alerts=())
-    kept = {name: value for name, value in asdict(bare).items() if name != "alerts"}
+    kept = {name: value for name, value in bare.as_dict().items() if name != "alerts"}
     found: dict[str, Any] = plain(
         {
             "verdict": verdict.as_dict(),
@@ -54,6 +55,7 @@ def _run(run: Run, verdict: Verdict) -> dict[str, Any]:
             "notes": run.notes,
             "alerts": [{**alert, "causes": [_cause(cause) for cause in alert["causes"]]} for alert in described["alerts"]],
             "last": {**kept, "records": [{name: value for name, value in record.items() if name != "histogram"} for record in kept["records"]]},
+            **({"forecasts": forecasts(last.formats)} if last.formats else {}),
             "steps": [int(step) for step in series.steps.tolist()],
             "over_time": {name: dict(zip(series.names, values.T.tolist(), strict=True)) for name, values in series.values.items()},
         }

@@ -32,6 +32,7 @@ RANK: Mapping[str, int] = {
     "dormant_units": 2,
     "exploding_gradient": 2,
     "vanishing_gradient": 2,
+    "underflow": 2,
     "frozen_weights": 3,
 }
 """What explains what: a rule of a lower rank explains those of a higher one. A rule of the user's has no rank: it neither explains another nor is

@@ -12,6 +12,7 @@ from typing import TextIO
 
 from torchsat.alerts import Episode, episodes_of
 from torchsat.cause import CODE_INDENT
+from torchsat.forecast import forecasts
 from torchsat.percent import listed, percent
 from torchsat.record import Alert
 from torchsat.sheets import comparison, extent, sheets, verdicts_of
@@ -41,7 +42,8 @@ def _details(run: Run, verdict: Verdict, out: TextIO) -> list[str]:
         parts.append(extent(run, found))
     asides = [(word, sentence) for word, sentences in (("damaged", run.damage), ("note", run.notes)) for sentence in sentences]
     parts += [f"**{word}:** {_escaped(sentence)}" for word, sentence in asides]
-    return [*parts, _markdown(_alert_sheet(found, end)), *map(_markdown, sheets(run, found, bars_for(out)))]
+    told = "\n".join(f"- {_escaped(sentence)}" for sentence in forecasts(run.snapshots[-1].formats))
+    return [*parts, _markdown(_alert_sheet(found, end)), *map(_markdown, sheets(run, found, bars_for(out))), *([told] if told else [])]
 
 
 def _markdown(sheet: Sheet) -> str:

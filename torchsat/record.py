@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from torchsat.cause import Cause
 from torchsat.experts import Experts
 from torchsat.ledger import Ledger
+from torchsat.number_formats import FormatUse, WithFormats
 from torchsat.shown import Shown, level_in_words
 
 Severity = Literal["warning", "critical"]
@@ -353,7 +354,7 @@ class Nearest:
 
 
 @dataclass(frozen=True, repr=False)
-class Snapshot(Shown):
+class Snapshot(Shown, WithFormats):
     """All that was measured in one observation."""
 
     step: int
@@ -394,8 +395,9 @@ class Snapshot(Shown):
         return found
 
     def as_dict(self) -> dict[str, Any]:
-        """The snapshot as nested dicts and tuples of plain values."""
-        return {**asdict(self), "ledger": None if self.ledger is None else self.ledger.as_dict()}
+        """The snapshot as nested dicts and tuples of plain values. `formats` is left out where it is empty."""
+        found = {**asdict(self), "ledger": None if self.ledger is None else self.ledger.as_dict()}
+        return {name: value for name, value in found.items() if name != "formats" or value}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Snapshot:
@@ -411,8 +413,9 @@ class Snapshot(Shown):
         nearest = Nearest(**_known(Nearest, values["nearest"])) if values.get("nearest") else None
         ledger = Ledger.from_dict(values["ledger"]) if values.get("ledger") else None
         experts = tuple(Experts(**_known(Experts, each)) for each in values.get("experts", ()))
-        made = {"records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest, "ledger": ledger, "experts": experts}
-        return Snapshot(**{**_known(Snapshot, values), **made})
+        formats = tuple(FormatUse(**_known(FormatUse, use)) for use in values.get("formats", ()))
+        made = {"records": tuple(records), "weights": weights, "alerts": alerts, "nearest": nearest}
+        return Snapshot(**{**_known(Snapshot, values), **made, "ledger": ledger, "experts": experts, "formats": formats})
 
     def __iter__(self) -> Iterator[Record]:
         """The records, in the order of `records`."""

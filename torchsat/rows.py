@@ -11,9 +11,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torchsat.columns import BINS, COLUMN, EXPERTS, HEADS, LAYER, LEDGER, ROUTER, STREAM, UNITS
+from torchsat.columns import (
+    BINS,
+    COLUMN,
+    EXPERTS,
+    FORMATS,
+    FORMATS_OF_SHARDS,
+    FORMATS_OF_WEIGHTS,
+    HEADS,
+    LAYER,
+    LEDGER,
+    ROUTER,
+    STREAM,
+    UNITS,
+)
 from torchsat.experts import Experts
 from torchsat.ledger import Ledger, Stream, decode_top, ledger_of
+from torchsat.number_formats import BY_DTYPE, OF_LAYER, OF_SITE, FormatUse
+from torchsat.number_formats import FORMATS as TABLE
 from torchsat.record import Head, LayerFacts, Record, SiteFacts, Weight
 
 _MOST_IN_DOUBT = 0.05
@@ -180,7 +195,7 @@ def to_ledger(tallies: Mapping[tuple[str, str], TallyRow], scale: float) -> Ledg
     Args:
         scale: the factor that the gradients carry.
     """
-    found = [row for (kind, _), row in tallies.items() if kind == LEDGER.name and row.facts.get("entries")]
+    found = [row for (kind, _), row in tallies.items() if kind == LEDGER.name and row.facts.get("entries") and any(row.numbers["heard"])]
     # Micro-batches may differ in their graphs. The one in which most gradients were heard is shown.
     row = max(found, key=lambda row: sum(row.numbers["heard"]), default=None)
     if row is None:
@@ -202,6 +217,25 @@ def experts_of(tallies: Mapping[tuple[str, str], TallyRow]) -> tuple[Experts, ..
         if kind == EXPERTS.name and router is not None:
             found.append(Experts.of(place, row.facts, row.numbers["choices"], router.numbers))
     return tuple(each for each in found if each is not None)
+
+
+_TENSORS = {FORMATS.name: OF_SITE, FORMATS_OF_SHARDS.name: OF_LAYER, FORMATS_OF_WEIGHTS.name: OF_LAYER}
+"""The tensors in the blocks of the tallies of number formats."""
+
+
+def to_formats(tallies: Mapping[tuple[str, str], TallyRow]) -> tuple[FormatUse, ...]:
+    """What number formats do to each tensor that was counted, in the order in which the places were first measured."""
+    found = list[FormatUse]()
+    for (kind, place), row in tallies.items():
+        tensors = _TENSORS.get(kind, ())
+        for at, (tensor, known) in enumerate((tensor, known) for tensor in tensors for known in TABLE):
+            count = {name: values[at] for name, values in row.numbers.items()}
+            if count["n"] > 0:
+                in_use = BY_DTYPE.get(row.facts.get(tensor, "")) is known
+                share = {name: _finite(value / count["n"]) for name, value in count.items() if name not in ("n", "read")}
+                hidden = {"flushed": None, "clamped": None} if in_use else {}
+                found.append(FormatUse(place, tensor, known.name, in_use, round(count["read"]), **{**share, **hidden}))
+    return tuple(found)
 
 
 class _Columns(dict[str, float]):

@@ -11,6 +11,9 @@ Where the limits come from:
   is seen, the entropy tells: heads that put four fifths of their weight on the first key are common in healthy models, and theirs is near 0.27.
 - Units that fall asleep in training are those of Sokar et al. (2023), who recycle each at a fortieth of the mean size of its layer. How many of them
   are too many is what healthy networks do not reach while most of the gradient is lost (harm.dormant).
+- A gradient underflows where the type has flushed 5 % of it: the speech model of Micikevicius et al. 2018 (Mixed Precision Training, section 3.1)
+  lost that many of its updates to float16 and did not train. Critical is where half of what is left is the smallest number of the type (ours). The
+  share is estimated (number_formats.py::FormatUse.lost), and only measured where the user has asked for "formats".
 - A rectifier is sparse by design: networks with 90 % zeros train well, and healthy ones have half of their units dead. Of functions with one
   plateau only stuck units and a layer that is closed as a whole are reported.
 """
@@ -25,6 +28,7 @@ from typing import Any, Literal
 from torchsat import harm
 from torchsat.experts import Experts
 from torchsat.flow import nothing_arrives, over_depth, shallow, step_size
+from torchsat.number_formats import most_lost
 from torchsat.percent import percent
 from torchsat.record import Record, Severity, Snapshot, Weight
 
@@ -92,6 +96,12 @@ def _relative_update(weight: Weight, snapshot: Snapshot) -> float | None:
         return None
     median = statistics.median(steps)
     return mine / median if median else None
+
+
+def _underflow(record: Record, snapshot: Snapshot) -> float | None:
+    """How much of the gradient the format has flushed in which it lies in memory, by estimate; None where this is not measured."""
+    use = most_lost(snapshot.formats_at.get(record.site, ()))
+    return None if use is None else use.lost
 
 
 def _nonfinite(record: Record, snapshot: Snapshot) -> float:
@@ -385,6 +395,16 @@ RULES: tuple[Rule, ...] = (
         below=True,
         over="weights",
         compares=True,
+    ),
+    Rule(
+        "underflow",
+        _underflow,
+        0.05,
+        0.2,
+        lambda r, value, limit: (
+            f"{r.site} ({r.activation}): its gradient underflows: so many of its elements are the smallest number of their type that about "
+            f"{percent(value)} of those that were not 0 have become 0 (limit {percent(limit)})"
+        ),
     ),
     Rule(
         "attention_collapse",

@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 from torchsat.alerts import Episode
 from torchsat.experts import Experts
+from torchsat.forecast import worst
+from torchsat.number_formats import IN_WORDS
 from torchsat.percent import number_or_dash, percent_or_dash
 from torchsat.record import Record, Snapshot, Weight
 from torchsat.shown import level_in_words
@@ -79,7 +81,7 @@ def sheets(run: Run, found: Sequence[Episode], bars: str = BARS, trend: int = 24
     firing = {place for each in found if each.cleared is None for place in (each.alert.site, *each.alert.also)}
     made = [_site_sheet(run.snapshots, firing, bars, trend), _attention_sheet(run.snapshots, firing, bars, trend)]
     last = run.snapshots[-1]
-    made += [_expert_sheet(last, firing), _weight_sheet(last, firing), _ledger_sheet(run.snapshots)]
+    made += [_expert_sheet(last, firing), _weight_sheet(last, firing), _ledger_sheet(run.snapshots), _format_sheet(last)]
     return [sheet for sheet in made if sheet.rows]
 
 
@@ -263,3 +265,19 @@ def _ledger_sheet(snapshots: Sequence[Snapshot]) -> Sheet:
         )
         rows.append(Row(cells, entry.level == 0 and (not entry.factor or abs(math.log(entry.factor)) > _FAR)))
     return Sheet(f"Where the gradient goes: {ledger.told}", _LEDGER_COLUMNS, rows, "part")
+
+
+def _format_sheet(snapshot: Snapshot) -> Sheet:
+    columns = (
+        *(Column("format", left=True), Column("place", left=True, name=True), Column("tensor", left=True)),
+        *(Column("flushed"), Column("clamped", rank=1), Column("subnormal", rank=2), Column("zero", rank=3)),
+    )
+    rows = []
+    for use, notable in worst(snapshot.formats):
+        shares = (
+            f"~{percent_or_dash(use.lost)}" if use.in_use and use.lost is not None else percent_or_dash(use.flushed),
+            percent_or_dash(use.clamped),
+        )
+        named = f"{use.format} (in use)" if use.in_use else use.format
+        rows.append(Row((named, use.place, IN_WORDS[use.tensor], *shares, percent_or_dash(use.subnormal), percent_or_dash(use.zero)), notable))
+    return Sheet("What number formats would do at the last step, worst first (~ is an estimate)", columns, rows, "tensor")

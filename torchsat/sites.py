@@ -35,6 +35,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ from torchsat.activations import ACTIVATIONS, Activation, Bound, bind, bind_plai
 from torchsat.coverage import Coverage
 from torchsat.curves import Curve
 from torchsat.elementwise import Nature
-from torchsat.parts import Span
+from torchsat.parts import Key, Span
 from torchsat.recognise import is_anonymous
 from torchsat.record import Kind, SiteFacts
 from torchsat.structure import Found, clean, find
@@ -267,6 +268,8 @@ class Sites:
         """How the outputs are spread, for each layer whose weight tensor parallelism spreads over ranks."""
         self.counts_repeated = True
         """Whether this rank counts the elements that tensor parallelism repeats on several ranks. Only one of these ranks counts them."""
+        self.tallied: dict[Key, tuple[Mapping[str, Any], int]] = {}
+        """The places of tallies that have been measured so far: the facts of each, and the width of its block."""
         self.has_modules = False
         """Whether the last walk found a module that is listed in the table of activations."""
         self.has_recurrent = False
@@ -380,6 +383,7 @@ class Sites:
         """Record that the measurement of a place raised an error. The place is no longer watched."""
         self.known.pop(name, None)
         self.ran.pop(name, None)
+        self._untally(name)
         self._others[name] = Place(Status.FAILED, reason)
         self.failed.add(name)
 
@@ -388,6 +392,7 @@ class Sites:
         for name in [name for name in self.known if name.startswith(prefix)]:
             del self.known[name]
             self.ran.pop(name, None)
+            self._untally(name)
         for name in [name for name, place in self._others.items() if name.startswith(prefix) and place.status is Status.UNSEEN]:
             del self._others[name]
 
@@ -395,6 +400,10 @@ class Sites:
         """Forget one site, since it turned out to be a part of another one."""
         self.known.pop(name, None)
         self.ran.pop(name, None)
+
+    def _untally(self, name: str) -> None:
+        for key in [key for key in self.tallied if key[1] == name]:
+            del self.tallied[key]
 
     def retract(self, name: str, reason: str) -> None:
         """Take back the status UNSEEN of a place, if it was given for this reason."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from torchsat.alerts import ADJECTIVE, Episode, episodes_of
+from torchsat.forecast import forecasts
 from torchsat.percent import listed, percent
 from torchsat.record import Alert
 from torchsat.sheets import comparison, extent, sheets, verdicts_of
@@ -83,7 +84,8 @@ def _details(page: Page, run: Run, verdict: Verdict) -> list[str]:
     lines += _other_alerts(page, [each for each in found if each.alert is not verdict.alert])
     for sheet in sheets(run, found, page.bars, 24 if page.width >= 100 else 10):
         lines += ["", *table(page, sheet)]
-    return lines
+    told = forecasts(run.snapshots[-1].formats)
+    return [*lines, *([""] if told else []), *(line for sentence in told for line in wrapped(sentence, page.width, "Forecast: ", "  "))]
 
 
 def _head(page: Page, run: Run, verdict: Verdict, found: Sequence[Episode]) -> list[str]:

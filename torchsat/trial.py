@@ -50,7 +50,7 @@ _PLAIN = Remedy("as it is", lambda model, context: "nothing")
 """The untouched copy, which every other trial is compared with."""
 
 
-def probe(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **keywords: Any) -> Snapshot:
+def probe(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, extras: str | Iterable[str] = (), **keywords: Any) -> Snapshot:
     """Judge a model by one batch before it is trained. `torchsat.report.report(snapshot)` prints the verdict.
 
     Args:
@@ -58,6 +58,7 @@ def probe(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
         inputs, keywords: what the model is called with.
         loss: a function from the model's output to a scalar tensor. None: the attribute `.loss` of the output if it has one, else the sum, over the
             floating-point tensors in the output, of the mean of their squares.
+        extras: as in `torchsat.watch`.
 
     Raises:
         TypeError: the model cannot be copied or watched, or the loss is no scalar tensor.
@@ -67,7 +68,7 @@ def probe(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
     with _random_numbers_kept():
         twin = _copy(model)
         inputs, keywords = _detached(inputs), _detached(keywords)
-        with _quiet(), watch(twin, sample=None, rules=rules, group=None, errors="raise") as monitor:
+        with _quiet(), watch(twin, sample=None, rules=rules, extras=extras, group=None, errors="raise") as monitor:
             with torch.enable_grad():
                 value = (loss or _some_loss)(twin(*inputs, **keywords))
                 if not isinstance(value, Tensor) or value.numel() != 1:

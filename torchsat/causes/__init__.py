@@ -1,11 +1,12 @@
 """Why an alert fires: its causes, ranked, from what was measured; standard library only.
 
 Each kind of damage has a file: `size.py` (z is too large), `closed.py` (units that never leave their plateau), `gradient.py` (it vanishes, explodes,
-or is no number), `outputs.py` (what an output or a softmax is asked for), `routing.py` (experts that get no tokens). Each gives terms, a name with a
+or is no number), `underflow.py` (it is too small for its type), `outputs.py` (what an output or a softmax is asked for), `routing.py` (experts that
+get no tokens). Each gives terms, a name with a
 size and with the figures that speak for it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in
 `advice.py`. `rate.py` finds a learning rate that rose just before.
 
-Every figure in an evidence text is a field of a record or a layer as it stands in a snapshot, so that a reader can look it up.
+Every figure in an evidence text is a field of a record, a layer or a number format as it stands in a snapshot, so that a reader can look it up.
 
 The explanation is given for the first site, in the order of data flow, that is beyond a limit. Sites behind it may suffer from the same.
 
@@ -27,6 +28,7 @@ from torchsat.causes.outputs import of_attention, of_logits, of_size
 from torchsat.causes.rate import rise_before
 from torchsat.causes.routing import of_experts
 from torchsat.causes.scene import Moment, Scene, Term, remember, upstream_of
+from torchsat.causes.underflow import of_underflow
 from torchsat.record import Alert
 
 __all__ = ["Moment", "Scene", "explain", "remember", "upstream_of"]
@@ -97,6 +99,7 @@ _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {
     "faded_input": of_faded,
     "exploding_gradient": of_exploding,
     "nonfinite": of_nonfinite,
+    "underflow": of_underflow,
     "attention_collapse": of_attention,
     "bounded_logits": of_logits,
     "expert_collapse": of_experts,

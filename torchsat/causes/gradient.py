@@ -15,6 +15,7 @@ from torchsat.causes.closed import of_data, of_offset, open_again, why_shut
 from torchsat.causes.growth import GROWN, grown, has_jumped, jumped, shrunk
 from torchsat.causes.scene import Scene, Term
 from torchsat.causes.size import LARGE, drawn_too_large, implied_gain, of_inputs, of_z
+from torchsat.causes.underflow import of_zeros
 from torchsat.expressions import gain_for, spoken
 from torchsat.flow import heard, on_signal_path
 from torchsat.percent import percent
@@ -30,7 +31,7 @@ def of_vanishing(alert: Alert, scene: Scene) -> list[Term]:
     """The gradient gets lost on its way back: at flat activations, at weights that are too small, or at closed rectifiers."""
     arrives = [record.grad_a_rms for record in heard(scene.now)]
     if arrives and not any(arrives):
-        return [_of_nothing(len(arrives))]
+        return [_of_nothing(len(arrives)), *of_zeros(scene)]
     hidden = [record for record in scene.now.records if on_signal_path(record)]
     terms = [*_of_flat(hidden, scene), *_of_small(hidden, scene), *shrunk(scene, [weight for _, weight in scene.layers()])]
     closed = _closed(hidden)

@@ -276,6 +276,7 @@ class Calls:
         for place, finish in begun:
             if finish is not None:
                 guard(place, finish)(result)
+        return result
 
     def _hear_choice(self, frame: Frame, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function that chooses the highest of several values, and count its choices, if it is a router of a mixture of experts."""

@@ -285,6 +285,9 @@ class GraphReceiver:
         observation.heard_graph()
         observation.meter.ran(site, [])
         observation.meter.count(site, sample, taken, made, exact=exact)
+        observation.meter.formats.add(site.name, "z", z)
+        if a is not None:
+            observation.meter.formats.add(site.name, "a", a)
 
     def _add_gradient(self, name: str, grad: Tensor, of_output: bool) -> None:
         sample, calls = self._samples.get(name), self._calls.get(name)
@@ -297,6 +300,7 @@ class GraphReceiver:
         else:
             row = observe_gradient(taken if of_output else None, None if of_output else taken, sample.elements, row)
         always.put(always.rows, name, row)
+        self._observation.meter.formats.add(name, "grad_a" if of_output else "grad_z", grad, always)
 
 
 def attach(observation: Observation, found: Found) -> None:

@@ -11,11 +11,14 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchsat.attributes import stored, stored_or, stored_parameters
+from torchsat.columns import FORMATS_OF_SHARDS, FORMATS_OF_WEIGHTS, Tally
+from torchsat.observe.formats import FormatCounter, of_layer
 from torchsat.observe.graph import ends
 from torchsat.observe.modules import first_tensor
 from torchsat.observe.recurrent import matrices
@@ -49,6 +52,8 @@ class Layers:
         """The parameters with two axes or more that may be used as a weight: the module of each, and the attribute that holds it."""
         self._of_model = set[str]()
         """Those of them that the model itself holds, and no module inside it. One that is called `weight` is no module's weight."""
+        self._formats: dict[str, dict[str, Tensor]] = {}
+        """What number formats would do to the weight and the gradient of each layer, if the user has asked for it (formats.py)."""
         self._rates: dict[int, float | Tensor] = {}
         """The learning rate of each parameter that an optimizer has stepped, by the id of the parameter."""
 
@@ -171,11 +176,30 @@ class Layers:
         for layer, weight in self._weights(optimizer):
             layer.decay = decays.get(id(weight))
             self._observation.guard.attempt(layer.name, _before_step, layer, weight, closure, divisor)
+            self._count_formats(layer, weight, with_gradient=not closure)
 
     def after_step(self, optimizer: Optimizer | None, closure: bool = False) -> None:
         """Called after an optimizer has stepped, or with None after a step that the user ended by hand: measure what the step did to the weights."""
         for layer, weight in self._weights(optimizer):
             self._observation.guard.attempt(layer.name, _after_step, layer, weight, closure or optimizer is None)
+            self._count_formats(layer, weight, with_gradient=closure or optimizer is None)
+
+    def _count_formats(self, layer: Layer, weight: Tensor, with_gradient: bool) -> None:
+        counter = self._observation.meter.formats
+        if counter.counts:
+            self._observation.guard.attempt(layer.name, self._count_formats_of, counter, layer, weight, with_gradient)
+
+    def _count_formats_of(self, counter: FormatCounter, layer: Layer, weight: Tensor, with_gradient: bool) -> None:
+        """Count the weight of a layer, and its gradient, the first time that each can be read: the weight mostly just before the step."""
+        found = self._formats.setdefault(layer.name, {})
+        grad = weight.grad if with_gradient and weight.is_leaf else None
+        for tensor, value in (("weight", weight), ("grad", grad)):
+            if value is None or tensor in found or is_pending(value) or why_unread(local(value)) is not None:
+                continue
+            part = layer.part(local(value)).detach()
+            if part.numel():
+                found[tensor] = counter.counted(layer.name, tensor, part)
+                counter.note((_tally_of(weight).name, layer.name), tensor, part)
 
     def weights(self) -> list[tuple[Layer, Tensor]]:
         """The layers whose weight can be read now, and that weight."""
@@ -217,7 +241,20 @@ class Layers:
         parts = {layer.name: guard.attempt(layer.name, self._part, layer, weight, inputs, feeds[layer.name]) for layer, weight in fed}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def _put_formats(self, layer: Layer, weight: Tensor) -> None:
+        """Put what was counted of a layer into its tally."""
+        self._count_formats(layer, weight, with_gradient=False)
+        found = self._formats.get(layer.name)
+        if found:
+            block, kind, place = of_layer(found), _tally_of(weight), placement(weight)
+            if place is not None and not place.counts:
+                # Another rank has the same part and counts it.
+                block = torch.zeros_like(block)
+            nothing = block.new_empty(0, block.shape[1])
+            self._observation.passes.always.tally((kind.name, layer.name), *((nothing, block) if kind.maxes else (block,)))
+
     def _part(self, layer: Layer, weight: Tensor, inputs: Mapping[str, Tensor], feeds: tuple[str, ...]) -> LayerPart:
+        self._put_formats(layer, weight)
         # A part of the rows of a weight has the input of the whole.
         source = layer if layer.rows is None else self.measured[layer.name.rpartition("/")[0]]
         given = inputs.get(source.name)
@@ -255,6 +292,11 @@ def attach(observation: Observation, found: Found) -> None:
             observation.hook_before(each.module, each.name, _enter, observation)
         if observation.lineage.learns:
             observation.hook_after(each.module, each.name, _after, observation, each.name)
+
+
+def _tally_of(weight: Tensor) -> Tally:
+    """Ranks add up what they have found of a weight, where each holds a part of it; otherwise they have found the same."""
+    return FORMATS_OF_WEIGHTS if placement(weight) is None else FORMATS_OF_SHARDS
 
 
 def _enter(observation: Observation, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from torchsat.gram import gram
 from torchsat.kernels import reads_whole
 from torchsat.kernels.formulas import Formula
 from torchsat.observe.feeders import Cut
+from torchsat.observe.formats import FormatCounter
 from torchsat.observe.graph import MOST_OF_CALL, entrances, maker
 from torchsat.observe.hooks import Guard
 from torchsat.observe.lineage import Lineage
@@ -70,6 +71,8 @@ class Call:
 
 Hear = Callable[[Tensor | None, Tensor | None], None]
 """Called in the backward with dL/da and dL/dz at the elements of a call that are read; None where one is not known."""
+HearWhole = Callable[[str, Tensor], None]
+"""Called in the backward with the name of a gradient (`grad_a`, `grad_z`) and the whole gradient."""
 
 
 class Meter:
@@ -89,6 +92,7 @@ class Meter:
         self._lineage = lineage
         self._guard = guard
         self._note = note
+        self.formats = FormatCounter(options, turn, passes)
         self._calls: dict[str, int] = {}
         """How often each site has been called in this observation."""
         self._recomputed: set[str] = set()
@@ -129,13 +133,15 @@ class Meter:
         part = part_of(z)
         check_plain(part)
         self._passes.has_measured = True
+        if counts:
+            self.formats.add(site.name, "z", part)
         sample = self._site_sample(site, part, in_place)
         taken, exact = take(sample, part.detach(), is_z=True) if counts else (sample.take(part.detach()), None)
         if in_place and taken.untyped_storage().data_ptr() == part.untyped_storage().data_ptr():
             taken = taken.clone()
         place = placement(z)
         if place is not None:
-            axis = self._unit_axis(site, tuple(part.shape))
+            axis = _unit_axis(site, tuple(part.shape))
             site.span = Span(None, 0, place.counts) if axis is None else Span(z.shape[axis], place.first[axis], place.counts)
         if in_place and counts and exact is None:
             exact = exact_z(sample, part)
@@ -151,6 +157,7 @@ class Meter:
         assert isinstance(a, Tensor)
         if call.counts:
             self.ran(site, call.steps, call.z)
+            self.formats.add(site.name, "a", part)
             if part.numel():
                 taken, of_a = take(sample, part.detach(), is_z=False)
                 self.count(site, sample, call.taken, taken, exact=exact(call, part, of_a))
@@ -182,7 +189,7 @@ class Meter:
             if whole is None or not whole.name().endswith("CopySlices") or not covers:
                 return "its gradient is not seen: an in-place activation on a part of a tensor"
             own, a_nr, taking = whole, 0, {whole: [0]}
-        gathered = _Gathered(call.sample, taking or {}, self._passes.ear(), hear)
+        gathered = _Gathered(call.sample, taking or {}, self._passes.ear(), hear, self.formats.adder(name))
         if taking and list(taking) == [own] and internals.forward_class(own) is None:
             # torch's own nodes leave dL/da as it is, so that one hook behind the node sees both, and nothing is copied.
             once = self._guard(name, gathered.at_once)
@@ -305,7 +312,7 @@ class Meter:
 
     def _units_of(self, site: Site, sample: Sample, axis: int | None) -> Units | None:
         """The units of a site; None where it has no unit axis, or where the number of units is not fixed."""
-        axis = self._unit_axis(site, sample.shape) if axis is None else axis
+        axis = _unit_axis(site, sample.shape) if axis is None else axis
         size = None if axis is None or site.units_vary else sample.shape[axis]
         if site.units is not None and size != site.units:
             size, site.units_vary = None, True
@@ -318,16 +325,17 @@ class Meter:
 
     def _tally_features(self, site: Site, a: Tensor, seed: int) -> None:
         """Add the Gram matrix of the features of one call, if that is asked for."""
-        axis = self._unit_axis(site, tuple(a.shape))
+        axis = _unit_axis(site, tuple(a.shape))
         if "rank" in self._options.extras and axis is not None and site.units is not None:
             self._passes.current.tally((RANK.name, site.name), gram(a, axis, seed))
 
-    def _unit_axis(self, site: Site, shape: tuple[int, ...]) -> int | None:
-        """The axis of channels or features: where the graph shows that the outputs of the layers lie that feed the site; otherwise by the number of
-        axes, as torch.nn has them: [N, C], [N, L, C] and [N, C, ...]."""
-        if site.unit_axis is not None and site.unit_axis[0] == len(shape):
-            return site.unit_axis[1]
-        return {0: None, 1: None, 2: 1, 3: 2}.get(len(shape), 1)
+
+def _unit_axis(site: Site, shape: tuple[int, ...]) -> int | None:
+    """The axis of channels or features: where the graph shows that the outputs of the layers lie that feed the site; otherwise by the number of axes,
+    as torch.nn has them: [N, C], [N, L, C] and [N, C, ...]."""
+    if site.unit_axis is not None and site.unit_axis[0] == len(shape):
+        return site.unit_axis[1]
+    return {0: None, 1: None, 2: 1, 3: 2}.get(len(shape), 1)
 
 
 def sides_at(site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Sides | None:
@@ -347,10 +355,19 @@ class _Gathered:
         taking: the nodes that z enters, each with the positions of z among its inputs. The nodes themselves are not kept.
         ear: called with every gradient as it is met; see Passes.ear.
         hear: called with the elements that are read.
+        whole_too: called with each gradient that arrives in one piece; None where only elements are read.
     """
 
-    def __init__(self, sample: Sample | SoftmaxRows, taking: Mapping[Node, Sequence[int]], ear: Callable[..., None], hear: Hear) -> None:
+    def __init__(
+        self,
+        sample: Sample | SoftmaxRows,
+        taking: Mapping[Node, Sequence[int]],
+        ear: Callable[..., None],
+        hear: Hear,
+        whole_too: HearWhole | None = None,
+    ) -> None:
         self._sample = sample
+        self._whole_too = whole_too
         self._places = tuple(taking.values())
         self._ear = ear
         self._hear = hear
@@ -362,12 +379,14 @@ class _Gathered:
     def at_once(self, grad_inputs: Sequence[Tensor | None], grad_a: Tensor | None) -> None:
         """Called after the only node of the activation has run."""
         self._ear(grad_a, *grad_inputs)
+        self._hear_whole("grad_a", grad_a)
         self._grad_z = self._sum(None, 0, grad_inputs)
         self._report(self._take(grad_a))
 
     def begin(self, grad_a: Tensor | None) -> None:
         """Called before the node that made a runs."""
         self._ear(grad_a)
+        self._hear_whole("grad_a", grad_a)
         taken = self._take(grad_a)
         # A copy: autograd and the user's own functions may overwrite a gradient after the hook.
         self._grad_a, self._grad_z, self._left = None if taken is None else taken.clone(), None, len(self._places)
@@ -389,11 +408,17 @@ class _Gathered:
 
     def _sum(self, grad_z: Tensor | None, at: int, grad_inputs: Sequence[Tensor | None]) -> Tensor | None:
         for place in self._places[at]:
+            if len(self._places) == len(self._places[at]) == 1:
+                self._hear_whole("grad_z", grad_inputs[place])
             share = self._take(grad_inputs[place])
             if share is not None:
                 kept = share.clone() if len(self._places) > 1 else share
                 grad_z = kept if grad_z is None else grad_z + kept
         return grad_z
+
+    def _hear_whole(self, name: str, grad: Tensor | None) -> None:
+        if self._whole_too is not None and grad is not None:
+            self._whole_too(name, grad)
 
     def _take(self, grad: Tensor | None) -> Tensor | None:
         """The elements that are read; a view where that is possible."""

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from torchsat import internals
-from torchsat.columns import RANK
 from torchsat.faults import MODEL, Faults
 from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent, stream, way
 from torchsat.observe.calls import Calls
@@ -37,9 +36,10 @@ from torchsat.observe.meter import Meter
 from torchsat.observe.own import Candidate
 from torchsat.observe.passes import OnPass, Pass, Passes, PassEvent
 from torchsat.observe.saving import all_off, leave_out
+from torchsat.observe.tallies import tally_parts
 from torchsat.observe.way import Way
 from torchsat.options import Options
-from torchsat.parts import Key, Parts, SitePart, Span, TallyPart
+from torchsat.parts import Key, Parts, SitePart
 from torchsat.schedule import Clock, Window
 from torchsat.sites import Site, Sites, Structure
 from torchsat.structure import Found
@@ -130,8 +130,6 @@ class Observation:
         self._skipped: Tensor | None = None
         self.candidates: list[Candidate] = []
         """The modules of the user's own that may be activations."""
-        self.tally_facts: dict[Key, Mapping[str, Any]] = {}
-        """The facts of each place of a tally (parts.TallyPart), which whoever measures it keeps here. Its numbers are kept by the passes."""
         self._noted: dict[str, str] = {}
         self._failures: dict[tuple[type[Exception], str], tuple[Exception, list[str]]] = {}
         """For each kind of fault the first one, and the places at which it happened."""
@@ -139,6 +137,8 @@ class Observation:
         self.lineage = Lineage(sites, self.note_if_wanted)
         self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True), self.lineage.hear_loss)
         self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note)
+        self.tally_facts: dict[Key, Mapping[str, Any]] = self.meter.formats.facts
+        """The facts of each place of a tally (parts.TallyPart), which whoever measures it keeps here. Its numbers are kept by the passes."""
         self.layers = Layers(self)
         self.way = Way(self)
         self.calls = Calls(self)
@@ -294,7 +294,8 @@ class Observation:
         sites, of_layers = self._site_parts(whole), self.layers.parts(whole.inputs, weights)
         own.conclude(self)
         self._report_failures()
-        return Parts(sites, of_layers, self._tally_parts(whole), scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
+        tallies = tally_parts(whole, self.sites, self.tally_facts)
+        return Parts(sites, of_layers, tallies, scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
 
     def abandon(self, why: Retry | None) -> None:
         """Take the hooks off and forget what was measured. `why` is the reason to observe a later step in its place; None where there is none."""
@@ -337,16 +338,6 @@ class Observation:
             # An output of a stage that is not the last one is no output of the model.
             facts, leaves = dataclasses.replace(facts, output=False, last=False, losses=()), facts.output
         return SitePart(facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves)
-
-    def _tally_parts(self, whole: Pass) -> dict[Key, TallyPart]:
-        found = {}
-        for key, sums in whole.tally_sums.items():
-            span = self.sites.span(self.sites.ran[key[1]]) if key[1] in self.sites.ran else Span(None)
-            if key[0] == RANK.name and span.count not in (None, self.sites.ran[key[1]].units):
-                # Another rank holds the other features, so that nobody has the products of all of them.
-                continue
-            found[key] = TallyPart(self.tally_facts.get(key, {}), sums.shape[1], sums, whole.tally_maxes.get(key), span.counts)
-        return found
 
     def _report_failures(self) -> None:
         for error, places in self._failures.values():

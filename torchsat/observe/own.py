@@ -174,6 +174,7 @@ def examine(observation: Observation, candidate: Candidate, call: Call, a: Tenso
         else:
             observation.meter.ran(site, call.steps, call.z)
         observation.meter.count(site, call.sample, call.taken, taken, exact=exact(call, a))
+        observation.meter.formats.add(site.name, "a", a)
     if not a.requires_grad or a.grad_fn is None:
         return
     if bound is not None and not is_anonymous(bound):

@@ -51,6 +51,8 @@ def end_softmax(observation: Observation, site: Site, call: Call, negated: bool,
     if call.counts:
         meter.ran(site, call.steps)
         meter.count_softmax(site, logits, rows.extremes(z, plain(a).detach()))
+        meter.formats.add(site.name, "z", z)
+        meter.formats.add(site.name, "a", plain(a))
     if a.grad_fn is None:
         return
     add, taken = meter.gradient_adder(site, rows, call.taken), Probabilities.of(logits.z, logits.visible, logits.elements)

@@ -7,6 +7,7 @@ read them:
     torchsat/records.<hash>     [metrics, sites]     torchsat/histogram.<hash>   [sites, bins]
     torchsat/weights.<hash>     [metrics, layers]    torchsat/heads.<hash>       [metrics, heads of all softmaxes]
     torchsat/ledger.<hash>      [metrics, entries of the ledger of the gradient]
+    torchsat/formats.<hash>     [metrics, tensors x number formats], where these were asked for
     torchsat/whole.<hash>       [metrics, 1]: the numbers of the observation as a whole
     torchsat/events             one string: the alerts of this step as JSON
     torchsat/experts            one string: the mixtures of experts, if there are any, as JSON
@@ -35,6 +36,7 @@ RECORDS, HISTOGRAM, WEIGHTS = "torchsat/records", "torchsat/histogram", "torchsa
 HEADS, WHOLE, EVENTS, JUDGEMENT = "torchsat/heads", "torchsat/whole", "torchsat/events", "torchsat/judgement"
 LEDGER = "torchsat/ledger"
 EXPERTS = "torchsat/experts"
+FORMATS = "torchsat/formats"
 OVERHEAD = "torchsat/overhead"
 """The tag of a scalar, a float32, that `torchsat.read` reads from files of version 4."""
 

@@ -24,7 +24,7 @@ from markdown.treeprocessors import Treeprocessor
 from torchsat.definitions import CAUSE_DEFINITIONS, RULE_DEFINITIONS
 from torchsat.metrics import METRICS
 
-PAGES = ("tensorboard", "metrics", "alerts", "saturation", "how-it-works", "report", "notebook", "integrations", "distributed", "cost")
+PAGES = ("tensorboard", "metrics", "alerts", "saturation", "how-it-works", "formats", "report", "notebook", "integrations", "distributed", "cost")
 """The pages that are served, in the order of their list, by the names of their files without `.md`."""
 PICTURES = ("sure_or_stuck.png",)
 """The pictures in them. Any other picture of a page is left out, with its description in its place."""

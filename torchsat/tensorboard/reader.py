@@ -25,11 +25,13 @@ from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
 from torchsat.experts import Experts
 from torchsat.ledger import Ledger
+from torchsat.number_formats import FormatUse
 from torchsat.record import HISTOGRAM_BINS, Alert, Head, Nearest, Record, Snapshot, Weight, from_float
 from torchsat.tensorboard import (
     EVENTS,
     EXPERTS,
     FORMAT,
+    FORMATS,
     HEADS,
     HISTOGRAM,
     JUDGEMENT,
@@ -43,7 +45,7 @@ from torchsat.tensorboard import (
     WHOLE,
 )
 
-Made = TypeVar("Made", Record, Weight, Head, Nearest, Experts)
+Made = TypeVar("Made", Record, Weight, Head, Nearest, Experts, FormatUse)
 
 
 @dataclass
@@ -206,6 +208,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
     judgement: tuple[bool, Nearest | None] = (True, None)
     ledger: Ledger | None = None
     experts: tuple[Experts, ...] = ()
+    formats: tuple[FormatUse, ...] = ()
     for value in event.summary.value:
         if value.tag == OVERHEAD:
             overhead = value.simple_value
@@ -233,6 +236,8 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
             weights = tuple(_made(Weight, values) for values in _columns(value.tensor, known, known["layers"]))
         elif kind == LEDGER:
             ledger = Ledger.from_dict({"entries": list(_columns(value.tensor, known, known["entries"]))})
+        elif kind == FORMATS:
+            formats = tuple(_made(FormatUse, values) for values in _columns(value.tensor, known, known["uses"]))
         elif kind == WHOLE:
             overhead = next(_columns(value.tensor, {**known, "facts": []}, [[]]))["overhead"]
         elif kind == EVENTS:
@@ -247,7 +252,8 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
         replace(record, histogram=histograms.get(record.site), heads=tuple(heads[record.site]) if record.site in heads else None)
         for record in records
     )
-    return Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead, *judgement, ledger, experts)
+    made = Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead, *judgement, ledger)
+    return replace(made, experts=experts, formats=formats)
 
 
 def judgement_of(written: bytes) -> tuple[bool, Nearest | None]:

@@ -31,8 +31,25 @@ from tensorboard.summary.writer import event_file_writer
 
 from torchsat.alerts import Firing
 from torchsat.ledger import ENTRY_FACTS, ENTRY_METRICS
+from torchsat.number_formats import USE_FACTS, USE_METRICS
 from torchsat.record import HEAD_METRICS, HISTOGRAM_BINS, RECORD_METRICS, SITE_FACTS, WEIGHT_FACTS, WEIGHT_METRICS, Alert, Record, Snapshot, to_float
-from torchsat.tensorboard import EVENTS, EXPERTS, HEADS, HISTOGRAM, JUDGEMENT, LEDGER, PLUGIN, RECORDS, SUBRUN, WEIGHTS, WHOLE, as_json, content, tag
+from torchsat.tensorboard import (
+    EVENTS,
+    EXPERTS,
+    FORMATS,
+    HEADS,
+    HISTOGRAM,
+    JUDGEMENT,
+    LEDGER,
+    PLUGIN,
+    RECORDS,
+    SUBRUN,
+    WEIGHTS,
+    WHOLE,
+    as_json,
+    content,
+    tag,
+)
 from torchsat.tensorboard.heatmap import Heatmap
 from torchsat.tensorboard.stock import NETWORK, SITES, Group, alert_table, layout, levels_of, network
 from torchsat.verdict import what_is_where
@@ -200,6 +217,10 @@ class TensorBoardWriter:
             entries = tuple((each.place, each.kind.value, each.level, each.parent) for each in snapshot.ledger.entries)
             described, name = self._content(LEDGER, entries, facts=ENTRY_FACTS, metrics=ENTRY_METRICS, entries=entries)
             yield self._tensor(name, described, _floats(map(_ENTRY_METRICS, snapshot.ledger.entries)).T)
+        if snapshot.formats:
+            uses = tuple(map(_USE_FACTS, snapshot.formats))
+            described, name = self._content(FORMATS, uses, facts=USE_FACTS, metrics=USE_METRICS, uses=uses)
+            yield self._tensor(name, described, _floats(map(_USE_METRICS, snapshot.formats)).T)
         described, name = self._content(WHOLE, (), metrics=_WHOLE)
         yield self._tensor(name, described, np.array([[to_float(getattr(snapshot, metric))] for metric in _WHOLE]))
         judgement = as_json({"judged": snapshot.judged, "nearest": snapshot.nearest and asdict(snapshot.nearest)})
@@ -285,6 +306,7 @@ _NO_HISTOGRAM = (math.nan,) * HISTOGRAM_BINS
 _SITE_FACTS, _RECORD_METRICS = operator.attrgetter(*SITE_FACTS), operator.attrgetter(*RECORD_METRICS)
 _WEIGHT_FACTS, _WEIGHT_METRICS = operator.attrgetter(*WEIGHT_FACTS), operator.attrgetter(*WEIGHT_METRICS)
 _HEAD_METRICS, _ENTRY_METRICS = operator.attrgetter(*HEAD_METRICS), operator.attrgetter(*ENTRY_METRICS)
+_USE_FACTS, _USE_METRICS = operator.attrgetter(*USE_FACTS), operator.attrgetter(*USE_METRICS)
 
 
 def _floats(rows: Iterable[tuple[float | None, ...]]) -> NDArray[np.float64]:
