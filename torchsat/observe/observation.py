@@ -282,7 +282,7 @@ class Observation:
         sites, of_layers = self._site_parts(whole), self.layers.parts(whole.inputs, weights)
         own.conclude(self)
         self._report_failures()
-        return Parts(sites, of_layers, self._tally_parts(whole), scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
+        return Parts(sites, of_layers, _tally_parts(self, whole), scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
 
     def abandon(self, why: Retry | None) -> None:
         """Take the hooks off and forget what was measured. `why` is the reason to observe a later step in its place; None where there is none."""
@@ -326,17 +326,20 @@ class Observation:
             facts, leaves = dataclasses.replace(facts, output=False, last=False, losses=()), facts.output
         return SitePart(facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves)
 
-    def _tally_parts(self, whole: Pass) -> dict[Key, TallyPart]:
-        found = {}
-        for key, sums in whole.tally_sums.items():
-            span = self.sites.span(self.sites.ran[key[1]]) if key[1] in self.sites.ran else Span(None)
-            if key[0] == RANK.name and span.count not in (None, self.sites.ran[key[1]].units):
-                # Another rank holds the other features, so that nobody has the products of all of them.
-                continue
-            found[key] = TallyPart(self.tally_facts.get(key, {}), sums.shape[1], sums, whole.tally_maxes.get(key), span.counts)
-        return found
-
     def _report_failures(self) -> None:
         for error, places in self._failures.values():
             self._faults.report_places(places, error)
         self._failures.clear()
+
+
+def _tally_parts(observation: Observation, whole: Pass) -> dict[Key, TallyPart]:
+    """What was measured at the places of tallies. A place that is a site is counted where the site is."""
+    found, sites = dict[Key, TallyPart](), observation.sites
+    for key, sums in whole.tally_sums.items():
+        site = sites.ran.get(key[1])
+        span = Span(None) if site is None else sites.span(site)
+        if key[0] == RANK.name and site is not None and span.count not in (None, site.units):
+            # Another rank holds the other features, so that nobody has the products of all of them.
+            continue
+        found[key] = TallyPart(observation.tally_facts.get(key, {}), sums.shape[1], sums, whole.tally_maxes.get(key), span.counts)
+    return found
