@@ -161,7 +161,7 @@ class Meter:
             if part.numel():
                 taken, of_a = take(sample, part.detach(), is_z=False)
                 self.count(site, sample, call.taken, taken, exact=exact(call, part, of_a))
-                self._tally_features(site, part.detach(), sample.seed)
+                _tally_features(self, site, part.detach(), sample.seed)
         else:
             self._lineage.ran(site, call.steps, call.z)
         self.tap_output(site, call, a)
@@ -323,12 +323,6 @@ class Meter:
             return None
         return sample.units(axis)
 
-    def _tally_features(self, site: Site, a: Tensor, seed: int) -> None:
-        """Add the Gram matrix of the features of one call, if that is asked for."""
-        axis = _unit_axis(site, tuple(a.shape))
-        if "rank" in self._options.extras and axis is not None and site.units is not None:
-            self._passes.current.tally((RANK.name, site.name), gram(a, axis, seed))
-
 
 def _unit_axis(site: Site, shape: tuple[int, ...]) -> int | None:
     """The axis of channels or features: where the graph shows that the outputs of the layers lie that feed the site; otherwise by the number of axes,
@@ -336,6 +330,13 @@ def _unit_axis(site: Site, shape: tuple[int, ...]) -> int | None:
     if site.unit_axis is not None and site.unit_axis[0] == len(shape):
         return site.unit_axis[1]
     return {0: None, 1: None, 2: 1, 3: 2}.get(len(shape), 1)
+
+
+def _tally_features(meter: Meter, site: Site, a: Tensor, seed: int) -> None:
+    """Add the Gram matrix of the features of one call, if that is wanted and their number is fixed."""
+    axis = _unit_axis(site, tuple(a.shape)) if "rank" in meter._options.extras else None
+    if axis is not None and site.units is not None:
+        meter._passes.current.tally((RANK.name, site.name), gram(a, axis, seed))
 
 
 def sides_at(site: Site, sample: Sample | SoftmaxRows, z: Tensor) -> Sides | None:
