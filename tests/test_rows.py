@@ -145,11 +145,11 @@ def softmax(**heads: list[float]) -> SiteRow:
 
 
 def test_a_softmax_has_means_over_rows_and_its_lowest_head() -> None:
-    # The first head was read at 2 rows, the second at 6, the third at none.
+    # The first head has 2 rows, the second 6, the third none.
     made = record(
         softmax(
             rows=[2.0, 6.0, 0.0],
-            rows_read=[1.0, 3.0, 0.0],
+            first_key=[0.5, 3.0, 0.0],
             entropy=[1.0, 1.2, 0.0],
             jacobian=[0.5, 1.5, 0.0],
             logit_variance=[8.0, 24.0, 0.0],
@@ -158,7 +158,12 @@ def test_a_softmax_has_means_over_rows_and_its_lowest_head() -> None:
         )
     )
     assert (made.entropy, made.entropy_min, made.jacobian, made.logit_std, made.log_keys) == (2.2 / 8, 1.2 / 6, 0.25, 2.0, 2.0)
-    assert made.heads == (Head(1, 0.5, 0.25, 2.0, 3.0), Head(3, 1.2 / 6, 0.25, 2.0, -1.0), Head(0, None, None, None, None))
+    assert made.heads == (
+        Head(2, 0.5, 0.25, 2.0, 3.0, first_key=0.25),
+        Head(6, 1.2 / 6, 0.25, 2.0, -1.0, first_key=0.5),
+        Head(0, None, None, None, None),
+    )
+    assert made.first_key == 3.5 / 8
     assert {"derivative", "derivative_rms", "relative_derivative", "peak", "histogram"} <= unknown(made)
 
 

@@ -120,6 +120,7 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         logit_std=None if (variance := of_heads.mean("logit_variance")) is None else math.sqrt(variance),
         log_keys=of_heads.mean("log_keys"),
         entropy_min=of_heads.lowest("entropy"),
+        first_key=of_heads.mean("first_key"),
         worst=row.worst,
         worst_rank=row.worst_rank,
         nonfinite_rank=row.nonfinite_rank,
@@ -225,7 +226,7 @@ def _head(at: dict[str, float]) -> Head:
     if not rows:
         return Head(0, None, None, None, None)
     return Head(
-        round(at["rows_read"]),
+        round(rows),
         at["entropy"] / rows,
         at["jacobian"] / rows,
         math.sqrt(at["logit_variance"] / rows),
@@ -233,6 +234,7 @@ def _head(at: dict[str, float]) -> Head:
         _part(at["row_blocked"], at["row_demand"]),
         _part(at["row_trapped"], at["row_demand"]),
         _part(at["rows_leaving"], at["rows_heard"]) if at["row_demand"] else None,
+        at["first_key"] / rows,
     )
 
 

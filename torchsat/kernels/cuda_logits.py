@@ -1,7 +1,10 @@
-"""The Triton kernel that finds the largest logits of an attention, whose logits are never in memory. `kernels/cuda.py` starts it.
+"""The Triton kernel that reads all logits of an attention, which are never in memory. `kernels/cuda.py` starts it.
 
-A program multiplies one block of queries by all blocks of keys that they see, and keeps of each query the largest and the smallest logit alone.
-In plain torch the same takes hundreds of launches and a temporary tensor for each.
+A program multiplies one block of queries by all blocks of keys that they see, and keeps a few numbers of each query: the largest and the smallest
+logit, and the sums that its softmax is made of, with e = exp(z - largest). Where a later block has a larger logit, the sums are made relative to that
+one, as in fused attention (Milakov and Gimelshein 2018). Mean and variance of the logits are merged block by block (Chan et al. 1979), since a sum of
+squares in float32 would lose the variance of logits that lie far from 0. In plain torch the same takes hundreds of launches and a temporary tensor
+for each.
 """
 
 from __future__ import annotations
@@ -10,15 +13,31 @@ import triton
 import triton.language as tl
 from triton.language import constexpr
 
+from torchsat.columns import HEADS
 from torchsat.kernels.cuda_elements import add, largest
+
+# The rows of a block of heads. Of the globals of Python a kernel can read constants of this type only.
+_ROWS = constexpr(HEADS.index("rows"))
+_ENTROPY = constexpr(HEADS.index("entropy"))
+_JACOBIAN = constexpr(HEADS.index("jacobian"))
+_LOGIT_VARIANCE = constexpr(HEADS.index("logit_variance"))
+_LOG_KEYS = constexpr(HEADS.index("log_keys"))
+_FIRST_KEY = constexpr(HEADS.index("first_key"))
+_LOGIT_MAX = constexpr(HEADS.index("logit_max"))
+
+
+@triton.jit
+def _kept(counts, values):
+    """The sum over the queries that count, in float64."""
+    return tl.sum(tl.where(counts, values, 0.0).to(tl.float64), axis=0)
 
 
 @triton.jit(do_not_specialize=["heads", "group", "queries", "keys"])
-def logit_extremes(
+def scan_logits(
     q_ptr,
     k_ptr,
     exact_ptr,
-    tops_ptr,
+    heads_ptr,
     factor,
     heads,
     group,
@@ -38,7 +57,7 @@ def logit_extremes(
     block_keys: constexpr,
     block_features: constexpr,
 ):
-    """Merge softmax.softmax_extremes of the logits factor q k^T into the numbers at exact_ptr and tops_ptr.
+    """Merge softmax.scan_softmax of the logits factor q k^T into the numbers at exact_ptr and heads_ptr.
 
     Under a causal mask query i sees the keys up to i. Each `group` of heads shares its keys. The programs lie on one axis,
     since the others end at 65535; neighbours read the same keys.
@@ -54,6 +73,13 @@ def logit_extremes(
     top = tl.full([block_queries], float("-inf"), tl.float32)
     bottom = tl.full([block_queries], float("inf"), tl.float32)
     bad = tl.zeros([block_queries], tl.int32)
+    total = tl.zeros([block_queries], tl.float32)
+    weighted = tl.zeros([block_queries], tl.float32)
+    square = tl.zeros([block_queries], tl.float32)
+    met = tl.zeros([block_queries], tl.float32)
+    mean = tl.zeros([block_queries], tl.float32)
+    deviation = tl.zeros([block_queries], tl.float32)
+    first = tl.zeros([block_queries], tl.float32)
     end = keys
     if is_causal:
         end = tl.minimum(keys, (block + 1) * block_queries)
@@ -67,8 +93,29 @@ def logit_extremes(
             seen = seen & (column[None, :] <= row[:, None])
         broken = seen & (z * 0 != 0)
         bad += tl.sum(broken.to(tl.int32), axis=1)
-        top = tl.maximum(top, tl.max(tl.where(seen & (broken == 0), z, float("-inf")), axis=1))
-        bottom = tl.minimum(bottom, tl.min(tl.where(seen & (broken == 0), z, float("inf")), axis=1))
+        good = seen & (broken == 0)
+        z = tl.where(good, z, 0.0)
+        higher = tl.maximum(top, tl.max(tl.where(good, z, float("-inf")), axis=1))
+        bottom = tl.minimum(bottom, tl.min(tl.where(good, z, float("inf")), axis=1))
+        # 0 where there is no logit yet: minus infinity less minus infinity is nan.
+        raised = tl.where(top == float("-inf"), 0.0, top - higher)
+        top = higher
+        below = tl.where(good, z - tl.where(top == float("-inf"), 0.0, top)[:, None], 0.0)
+        e = tl.where(good, tl.exp(below), 0.0)
+        smaller = tl.exp(raised)
+        weighted = smaller * (weighted + raised * total) + tl.sum(e * below, axis=1)
+        total = smaller * total + tl.sum(e, axis=1)
+        square = smaller * smaller * square + tl.sum(e * e, axis=1)
+        more = tl.sum(good.to(tl.float32), axis=1)
+        all_met = tl.maximum(met + more, 1.0)
+        mean_of_more = tl.sum(z, axis=1) / tl.maximum(more, 1.0)
+        apart = tl.where(good, z - mean_of_more[:, None], 0.0)
+        between = mean_of_more - mean
+        deviation += tl.sum(apart * apart, axis=1) + between * between * (met * more / all_met)
+        mean += between * (more / all_met)
+        met += more
+        # Every query sees the first key.
+        first += tl.sum(tl.where(column[None, :] == 0, z, 0.0), axis=1)
     sees = tl.zeros([block_queries], tl.int32) + keys
     if is_causal:
         sees = tl.minimum(row + 1, keys)
@@ -77,4 +124,12 @@ def logit_extremes(
     add(exact_ptr, tl.sum(tl.where((row < queries) & (bad > 0), sees, 0).to(tl.float64), axis=0))
     largest(exact_ptr + 1, most)
     largest(exact_ptr + 2, -tl.min(tl.where(counts, bottom, float("inf")), axis=0))
-    largest(tops_ptr + head, most)
+    at = heads_ptr + head
+    some, log_keys = tl.maximum(total, 1.0), tl.log(tl.maximum(sees, 2).to(tl.float32))
+    add(at + _ROWS * heads, _kept(counts, tl.zeros([block_queries], tl.float32) + 1.0))
+    add(at + _ENTROPY * heads, _kept(counts, (tl.log(some) - weighted / some) / log_keys))
+    add(at + _JACOBIAN * heads, _kept(counts, 1.0 - square / (some * some)))
+    add(at + _LOGIT_VARIANCE * heads, _kept(counts, deviation / tl.maximum(met, 1.0)))
+    add(at + _LOG_KEYS * heads, _kept(counts, log_keys))
+    add(at + _FIRST_KEY * heads, _kept(counts, tl.exp(first - tl.where(counts, top, first)) / some))
+    largest(at + _LOGIT_MAX * heads, most)

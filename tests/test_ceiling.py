@@ -1,0 +1,172 @@
+"""The numbers of an attention that are of all rows: the largest logit, the entropy, the share of the first key, against the whole matrix in float64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.truth import known, one_step
+from torchsat.attention import Attention
+from torchsat.columns import HEADS
+from torchsat.kernels import cpu
+from torchsat.softmax import scan_softmax
+
+LENGTH, HEADS_OF_Q, FEATURES = 96, 4, 8
+
+
+def direct(z: Tensor, visible: Tensor) -> list[dict[str, float]]:
+    """The numbers of each head from all logits [batch, heads, queries, keys] at once, in float64."""
+    found = []
+    visible = visible.expand(z.shape)
+    for at in range(z.shape[1]):
+        rows = [(row[see].double(), see) for row, see in zip(z[:, at].flatten(0, 1), visible[:, at].flatten(0, 1), strict=True) if see.sum() > 1]
+        p = [torch.softmax(row, 0) for row, _ in rows]
+        found.append(
+            {
+                "rows": len(rows),
+                "entropy": sum(-torch.special.xlogy(each, each).sum().item() / math.log(len(each)) for each in p),
+                "jacobian": sum(1 - each.square().sum().item() for each in p),
+                "logit_variance": sum(row.var(correction=0).item() for row, _ in rows),
+                "log_keys": sum(math.log(len(each)) for each in p),
+                "first_key": sum(each[0].item() for each in p),
+                "logit_max": max(row.max().item() for row, _ in rows),
+            }
+        )
+    return found
+
+
+def check(block: Tensor, z: Tensor, visible: Tensor, rel: float) -> None:
+    for at, expected in enumerate(direct(z, visible)):
+        for name, value in expected.items():
+            assert block[HEADS.index(name), at].item() == pytest.approx(value, rel=rel, abs=rel), (at, name)
+
+
+def causal(queries: int, keys: int) -> Tensor:
+    return torch.ones(queries, keys, dtype=torch.bool).tril()
+
+
+def outlier(x: Tensor, at: int = 71, by: float = 12.0) -> Tensor:
+    """A copy in which one token of one sample is far larger than the others."""
+    x = x.clone()
+    x[-1, ..., at, :] *= by
+    return x
+
+
+ALIBI = -torch.tensor([0.5, 0.25, 0.125, 0.0625]).view(4, 1, 1) * (torch.arange(LENGTH).unsqueeze(1) - torch.arange(LENGTH)).abs()
+PADDED = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool).index_fill(3, torch.arange(7), False)
+CALLS: dict[str, tuple[Tensor | None, dict[str, Any], Tensor]] = {
+    "plain": (None, {}, torch.ones(1, 1, 1, 1, dtype=torch.bool)),
+    "causal": (None, {"is_causal": True}, causal(LENGTH, LENGTH)),
+    "boolean": (PADDED & causal(LENGTH, LENGTH), {}, PADDED & causal(LENGTH, LENGTH)),
+    "alibi": (ALIBI.masked_fill(~causal(LENGTH, LENGTH), -math.inf), {}, causal(LENGTH, LENGTH)),
+    "grouped": (None, {"is_causal": True, "enable_gqa": True}, causal(LENGTH, LENGTH)),
+}
+
+
+@pytest.mark.parametrize("piece", [2**20, 1000])
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", CALLS)
+def test_the_numbers_of_a_call_are_those_of_the_whole_matrix(
+    kind: str, dtype: torch.dtype, compiled: bool, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if piece == 1000 and dtype == torch.float64:
+        return
+    if not compiled:
+        monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
+    monkeypatch.setattr("torchsat.attention._PIECE", piece)
+    mask, given, visible = CALLS[kind]
+    groups = 2 if kind == "grouped" else HEADS_OF_Q
+    q, k = outlier(torch.randn(2, HEADS_OF_Q, LENGTH, FEATURES).to(dtype)), outlier(torch.randn(2, groups, LENGTH, FEATURES).to(dtype))
+    attention = Attention.of(F.scaled_dot_product_attention, (q, k, k, mask), given)
+    z = (q.double() @ k.double().repeat_interleave(HEADS_OF_Q // groups, 1).transpose(-1, -2)) * FEATURES**-0.5
+    if kind == "alibi":
+        z = z + torch.where(visible, ALIBI, 0.0).double()
+    check(attention.scan(F.scaled_dot_product_attention(q, k, k, mask, **given))[1], z, visible, 1e-10 if dtype == torch.float64 else 1e-6)
+
+
+def test_the_ceiling_is_right_to_the_last_digit() -> None:
+    """Queries and keys of few digits, whose products are numbers of float32: what is found must be equal, at any size of the outlier."""
+    q, k = (torch.randint(-8, 9, (1, 2, 2048, 16)).float() / 8 for _ in range(2))
+    q[0, 0, 1777] *= 4096
+    attention = Attention.of(F.scaled_dot_product_attention, (q, k, k), {"is_causal": True, "scale": 0.25})
+    z = (q.double() @ k.double().transpose(-1, -2) * 0.25).masked_fill(~causal(2048, 2048), -math.inf)
+    z[:, :, 0] = -math.inf
+    exact, block = attention.scan(None)
+    assert block[-1].tolist() == z.amax((0, 2, 3)).tolist()
+    assert block[0].tolist() == [2047, 2047]
+    assert exact[2].item() == -z.masked_fill(z == -math.inf, math.inf).min().item()
+    # One row of 2047: a sample of 65536 logits, which has 16 rows of each head, mostly misses it.
+    assert block[-1, 0] > 100 * block[-1, 1]
+    p = torch.softmax(z[:, :, 1:], -1)
+    entropy = (-torch.special.xlogy(p, p).sum(-1) / torch.arange(2, 2049).log()).sum((0, 2))
+    assert block[HEADS.index("entropy")].tolist() == pytest.approx(entropy.tolist(), rel=1e-6)
+    assert block[HEADS.index("first_key")].tolist() == pytest.approx(p[..., 0].sum((0, 2)).tolist(), rel=1e-6)
+
+
+class Attending(nn.Module):
+    """The same attention as a fused call, as torch's own module, and as a plain softmax."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.attention = kind, nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def logits(self, x: Tensor) -> Tensor:
+        q, k, _ = self.attention.in_proj_weight.chunk(3)
+        made = [F.linear(x, weight).unflatten(-1, (2, 8)).transpose(1, 2) for weight in (q, k)]
+        return made[0] @ made[1].transpose(-1, -2) * 8**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "module":
+            out: Tensor = self.attention(x, x, x, need_weights=False)[0]
+            return out
+        q, k, v = (each.unflatten(-1, (2, 8)).transpose(1, 2) for each in F.linear(x, self.attention.in_proj_weight).chunk(3, -1))
+        if self.kind == "fused":
+            return F.scaled_dot_product_attention(q, k, v)
+        return torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, -1) @ v
+
+
+@pytest.mark.parametrize("kind", ["fused", "module", "softmax"])
+def test_a_record_has_the_exact_numbers_however_little_is_read(kind: str) -> None:
+    model, x = Attending(kind), outlier(torch.randn(3, LENGTH, 16), by=30.0)
+    (record,) = (each for each in one_step(model, lambda _: model(x), sample=500).records if each.kind == "softmax")
+    assert record.n < 3 * 2 * LENGTH * LENGTH / 10
+    expected = direct(model.logits(x).detach(), torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    heads = known(record.heads)
+    for head, each in zip(heads, expected, strict=True):
+        n = each["rows"]
+        assert head.rows == n == 3 * LENGTH
+        for name, value in (("entropy", each["entropy"] / n), ("jacobian", each["jacobian"] / n), ("first_key", each["first_key"] / n)):
+            assert getattr(head, name) == pytest.approx(value, rel=2e-6), name
+        assert head.logit_std == pytest.approx(math.sqrt(each["logit_variance"] / n), rel=2e-6)
+        assert head.logit_max == pytest.approx(each["logit_max"], rel=2e-6)
+    assert record.first_key == pytest.approx(sum(known(head.first_key) for head in heads) / 2)
+    assert record.entropy == pytest.approx(sum(known(head.entropy) for head in heads) / 2)
+
+
+def test_a_sink_has_most_of_the_weight_of_the_first_key() -> None:
+    z = torch.zeros(1, 2, 50, 50)
+    z[:, 0, :, 0] = 9.0
+    _, block = scan_softmax(z, causal(50, 50)[None, None], None)
+    shares = (block[HEADS.index("first_key")] / block[0]).tolist()
+    even = sum(1 / n for n in range(2, 51)) / 49
+    assert shares == pytest.approx([sum(1 / (1 + (n - 1) * math.exp(-9)) for n in range(2, 51)) / 49, even], rel=1e-6)
+    # What the docstring of Head.first_key says of even attention.
+    assert even == pytest.approx((math.log(50) + 0.58 - 1) / 49, rel=0.01)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_logits_far_from_zero_and_far_apart_lose_nothing(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(cpu, "reads", lambda *tensors: False)
+    z = torch.randn(1, 1, 40, 300)
+    _, near = scan_softmax(z, torch.ones(1, 1, 1, 1, dtype=torch.bool), None)
+    moved = (z + 1024).double()
+    _, far = scan_softmax(moved.float(), torch.ones(1, 1, 1, 1, dtype=torch.bool), None)
+    check(far, moved.float(), torch.ones(1, 1, 1, 1, dtype=torch.bool), 2e-6)
+    assert far[:6, 0].tolist() == pytest.approx(near[:6, 0].tolist(), rel=1e-4)
+    z[0, 0, 3, 7] = 2e16
+    check(scan_softmax(z, torch.ones(1, 1, 1, 1, dtype=torch.bool), None)[1], z, torch.ones(1, 1, 1, 1, dtype=torch.bool), 1e-5)
