@@ -1,4 +1,4 @@
-"""The numbers of an attention that are of all rows: the largest logit, the entropy, the share of the first key, against the whole matrix in float64."""
+"""The numbers of an attention that are of all rows (largest logit, entropy, share of the first key), against the whole matrix in float64."""
 
 import math
 from typing import Any
@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import torchsat
 from tests.truth import known, one_step
 from torchsat.attention import Attention
 from torchsat.columns import HEADS
 from torchsat.kernels import cpu
 from torchsat.softmax import scan_softmax
+from torchsat.spectral import largest_singular
 
 LENGTH, HEADS_OF_Q, FEATURES = 96, 4, 8
 
@@ -113,6 +115,8 @@ class Attending(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()
         self.kind, self.attention = kind, nn.MultiheadAttention(16, 2, batch_first=True)
+        self.qkv = nn.Linear(16, 48, bias=False)
+        self.qkv.weight = self.attention.in_proj_weight
 
     def logits(self, x: Tensor) -> Tensor:
         q, k, _ = self.attention.in_proj_weight.chunk(3)
@@ -123,7 +127,7 @@ class Attending(nn.Module):
         if self.kind == "module":
             out: Tensor = self.attention(x, x, x, need_weights=False)[0]
             return out
-        q, k, v = (each.unflatten(-1, (2, 8)).transpose(1, 2) for each in F.linear(x, self.attention.in_proj_weight).chunk(3, -1))
+        q, k, v = (each.unflatten(-1, (2, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1))
         if self.kind == "fused":
             return F.scaled_dot_product_attention(q, k, v)
         return torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, -1) @ v
@@ -170,3 +174,68 @@ def test_logits_far_from_zero_and_far_apart_lose_nothing(compiled: bool, monkeyp
     assert far[:6, 0].tolist() == pytest.approx(near[:6, 0].tolist(), rel=1e-4)
     z[0, 0, 3, 7] = 2e16
     check(scan_softmax(z, torch.ones(1, 1, 1, 1, dtype=torch.bool), None)[1], z, torch.ones(1, 1, 1, 1, dtype=torch.bool), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (96, 33), (5, 40), (1, 8), (12, 1)])
+def test_the_largest_singular_value_is_that_of_a_decomposition(shape: tuple[int, int]) -> None:
+    """A weight that was drawn, whose singular values lie close to each other; one that has moved since; one that a single direction has grown in."""
+    weight = torch.randn(shape)
+    value, vector = largest_singular(weight)
+    assert value.item() == pytest.approx(torch.linalg.matrix_norm(weight.double(), 2).item(), rel=2e-6)
+    again, kept = largest_singular(weight, vector)
+    assert again.item() == pytest.approx(value.item(), rel=2e-6)
+    moved = weight + 0.02 * torch.randn(shape)
+    assert largest_singular(moved, kept)[0].item() == pytest.approx(torch.linalg.matrix_norm(moved.double(), 2).item(), rel=2e-3)
+    spike = weight + 9 * torch.outer(torch.randn(shape[0]), torch.randn(shape[1]))
+    assert largest_singular(spike, kept)[0].item() == pytest.approx(torch.linalg.matrix_norm(spike.double(), 2).item(), rel=2e-3)
+    precise = largest_singular(weight.double())[0].item()
+    assert precise == pytest.approx(torch.linalg.matrix_norm(weight.double(), 2).item(), rel=1e-6)
+
+
+def test_a_weight_that_is_broken_for_a_while_is_measured_again() -> None:
+    weight = torch.randn(8, 8)
+    broken = weight.clone()
+    broken[2, 2] = math.nan
+    value, vector = largest_singular(broken)
+    assert value.isnan()
+    assert largest_singular(weight, vector)[0].item() == pytest.approx(torch.linalg.matrix_norm(weight.double(), 2).item(), rel=1e-2)
+    assert largest_singular(torch.zeros(4, 4))[0].isnan() or largest_singular(torch.zeros(4, 4))[0] == 0
+
+
+@pytest.mark.parametrize("kind", ["fused", "module", "softmax"])
+def test_queries_and_keys_have_the_largest_singular_value_of_their_weight(kind: str) -> None:
+    model, x = Attending(kind), torch.randn(3, 12, 16)
+    snapshot, state = one_step(model, lambda _: model(x)), torch.get_rng_state()
+    parts = {weight.name.rpartition("/")[2]: weight for weight in snapshot.weights if weight.whole}
+    q, k, _ = model.attention.in_proj_weight.detach().double().chunk(3)
+    names = ("q", "k") if kind == "module" else ("0-15", "16-31")
+    for name, matrix in zip(names, (q, k), strict=True):
+        assert known(parts[name].spectral) == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=1e-5), name
+    # What feeds no softmax has none, and neither has the weight of which these are parts.
+    assert all(weight.spectral is None for weight in snapshot.weights if weight.name.rpartition("/")[2] not in names)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_separate_layers_are_measured_through_a_training() -> None:
+    class Separate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(16, 16, bias=False) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (each(x).unflatten(-1, (2, 8)).transpose(1, 2) for each in (self.q, self.k, self.v))
+            out: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+            return out
+
+    model, x = Separate(), torch.randn(4, 12, 16)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    with torchsat.watch(model, every=1, errors="raise") as monitor:
+        for _ in range(12):
+            optimizer.zero_grad()
+            (model(x) - x.flip(1)).square().mean().backward()
+            optimizer.step()
+            weights = {each.name: each for each in known(monitor.latest).weights}
+            for name in ("q", "k"):
+                exact = torch.linalg.matrix_norm(model.get_submodule(name).get_parameter("weight").detach().double(), 2).item()
+                assert known(weights[name].spectral) == pytest.approx(exact, rel=2e-3), name
+    assert {name for name, each in weights.items() if each.spectral is None} == {"out"} & set(weights)

@@ -208,7 +208,7 @@ def test_the_input_has_a_size_and_a_share_that_varies() -> None:
 def test_what_is_unknown_of_a_layer() -> None:
     made = layer(weight_sq=400.0)
     assert unknown(made) == {
-        *("grad_norm", "update_ratio", "input_rms", "input_centred_share", "unevenness", "learned_ratio"),
+        *("grad_norm", "update_ratio", "input_rms", "input_centred_share", "unevenness", "learned_ratio", "spectral"),
         "alert_level",  # which the judge fills in
     }
     assert made.input_n == 0

@@ -124,10 +124,11 @@ saturated; where none is stuck, the samples of the least sampled unit."""
 FEATURES = ("samples", "x", "x_sq", "square_samples", "square_x_sq", "samples_read")
 """The rows of the block [6, features] of a layer's input x: for each feature the sums of w, w x, w x^2, w^2 and w^2 x^2 over its samples, where w is
 the weight of the call, and how many samples were read."""
-WEIGHT = ("weight_sq", "change_sq", "grad_sq", "unevenness", "learned_sq")
+WEIGHT = ("weight_sq", "change_sq", "grad_sq", "unevenness", "learned_sq", "spectral")
 """Numbers of a layer's weight: sums of squares over the elements that were read, of the weight, of its change by the optimizer's step, of its
 gradient, and of what the step did to it beside weight decay (inf where an element is inf or nan, NaN where nothing was measured); and
-weights.unevenness, which merges by the maximum."""
+weights.unevenness, which merges by the maximum. So does the last one, the largest singular value, which is known of a whole weight that feeds a
+softmax alone."""
 INPUT = ("input_n", "input_sq", "input_offset_sq")
 """Numbers of a layer's input, derived from its FEATURES: the samples that were read of all features together, the mean square, and the mean over
 features of the squared mean."""

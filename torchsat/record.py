@@ -237,6 +237,9 @@ class Weight(Shown, LayerFacts):
     learned_ratio: float | None = None
     """Like `update_ratio`, but without what weight decay did. Decoupled decay (AdamW) is subtracted element by element. Where decay is added to the
     gradient (SGD, Adam), this is the part of the step that falls to the gradient, by the norms of the two."""
+    spectral: float | None = None
+    """||W||_2, the largest singular value, after the step. Those of W_q and W_k bound the logits: |z| <= ||W_q|| ||W_k|| |x|^2 / sqrt(d). Known of
+    weights that make logits of a softmax inside the model, where each rank holds the whole weight."""
     alert_level: float | None = None
     """Like `Record.alert_level`, of the layer."""
 

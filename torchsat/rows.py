@@ -156,6 +156,7 @@ def to_weight(row: LayerRow) -> Weight:
         input_n=round(known["input_n"] or 0),
         unevenness=None if known["unevenness"] is None else _finite(known["unevenness"]),
         learned_ratio=_root(_ratio(known["learned_sq"], known["weight_sq"])),
+        spectral=known["spectral"],
     )
 
 

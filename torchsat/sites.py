@@ -247,6 +247,8 @@ class Sites:
         """The parameters that are used as a weight outside of a layer that torchsat knows, by name, and their fan-in; None where it is not known."""
         self.rows: dict[str, Rows] = {}
         """The parts of layers' weights that feed a site, by name."""
+        self.directions: dict[str, Tensor] = {}
+        """For each layer that feeds a softmax, the vector by which its weight was largest in the last observation (spectral.py)."""
         self.spans: dict[str, LayerSpan] = {}
         """How the outputs are spread, for each layer whose weight tensor parallelism spreads over ranks."""
         self.counts_repeated = True

@@ -20,7 +20,7 @@ WORST = ("worst", "nonfinite")
 """Max columns of a site: the highest saturated share and the highest non-finite count of one rank, each with that rank, in one float64."""
 LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "learned_sq", "learned_n", "n", "numel")
 """Sum columns of a layer. change_n, grad_n and learned_n are 0 where no rank knows the number before it."""
-LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated", "unevenness")
+LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated", "unevenness", "spectral")
 """Max columns of a layer. Those of weight_sq are filled where every rank holds the whole weight: they tell whether all hold the same one."""
 ENDS = ("step", "step_negated", "interval", "changed", "earliest", "skipped")
 """Max columns of an observation of several ranks as a whole. The largest negated step is the lowest step of a rank."""
