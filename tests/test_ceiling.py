@@ -1,6 +1,7 @@
 """The numbers of an attention that are of all rows (largest logit, entropy, share of the first key), against the whole matrix in float64."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import torchsat
+from tests.conftest import record
 from tests.truth import known, one_step
 from torchsat.attention import Attention
+from torchsat.causes import Scene, explain
 from torchsat.columns import HEADS
+from torchsat.judge import Judge
 from torchsat.kernels import cpu
+from torchsat.record import Head, Record, Snapshot
+from torchsat.rules import RULES
 from torchsat.softmax import scan_softmax
 from torchsat.spectral import largest_singular
 
@@ -216,17 +222,20 @@ def test_queries_and_keys_have_the_largest_singular_value_of_their_weight(kind: 
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Separate(nn.Module):
+    """An attention with a layer each for queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each(x).unflatten(-1, (2, 8)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        out: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return out
+
+
 def test_separate_layers_are_measured_through_a_training() -> None:
-    class Separate(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k, self.v, self.out = (nn.Linear(16, 16, bias=False) for _ in range(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            q, k, v = (each(x).unflatten(-1, (2, 8)).transpose(1, 2) for each in (self.q, self.k, self.v))
-            out: Tensor = self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-            return out
-
     model, x = Separate(), torch.randn(4, 12, 16)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     with torchsat.watch(model, every=1, errors="raise") as monitor:
@@ -239,3 +248,71 @@ def test_separate_layers_are_measured_through_a_training() -> None:
                 exact = torch.linalg.matrix_norm(model.get_submodule(name).get_parameter("weight").detach().double(), 2).item()
                 assert known(weights[name].spectral) == pytest.approx(exact, rel=2e-3), name
     assert {name for name, each in weights.items() if each.spectral is None} == {"out"} & set(weights)
+
+
+def grown(start: dict[str, float], by: dict[str, float], steps: int = 16) -> tuple[list[torchsat.Alert], list[Snapshot]]:
+    """The alerts of growth and the snapshots of a training in which some weights are multiplied at the start, and others before each step."""
+    model, x, alerts, snapshots = Separate(), torch.randn(4, 24, 16), list[torchsat.Alert](), list[Snapshot]()
+    with torch.no_grad():
+        for name, factor in start.items():
+            model.get_parameter(f"{name}.weight").mul_(factor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    with torchsat.watch(model, every=1, errors="raise", on_alert=alerts.append, sinks=(snapshots.append,)) as monitor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(x) - x).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                for name, factor in by.items():
+                    model.get_parameter(f"{name}.weight").mul_(factor)
+        alerts += [alert for alert in monitor.alerts if alert.firing]
+    return [alert for alert in alerts if alert.rule == "logit_growth" or "logits grow" in alert.message], snapshots
+
+
+@pytest.mark.parametrize(("grows", "stays"), [("q", "k"), ("k", "q")])
+@pytest.mark.parametrize("rule", ["logit_growth", "attention_collapse"])
+def test_growth_of_the_logits_is_told_with_the_weight_that_grew(rule: str, grows: str, stays: str) -> None:
+    alerts, snapshots = grown({}, {grows: 2.0})
+    # The rows have collapsed by then, which is the same fault and the headline.
+    assert "the logits grow" in alerts[-1].message
+    scene = Scene(snapshots[-1], snapshots[0], snapshots[-2])
+    first, last = ([head.logit_max for head in known(each["softmax"].heads)] for each in (snapshots[0], snapshots[-1]))
+    causes = {cause.name: cause for cause in explain(replace(alerts[-1], rule=rule), scene)}
+    assert set(causes) == {"softmax_logits", "weight_growth"}
+    told = f"the largest logit of softmax is {max(last):.3g} in head {last.index(max(last))}, and was {max(first):.3g} at the first observation"
+    assert told in causes["softmax_logits"].evidence
+    assert all(word in causes["softmax_logits"].remedy for word in ("QK-norm", "QK-clip", "lower the learning rate", "model.q", "model.k"))
+    was, now = ({weight.name: known(weight.spectral) for weight in each.weights if weight.spectral} for each in (snapshots[0], snapshots[-1]))
+    evidence = f"||W|| of {grows} has grown from {was[grows]:.3g} to {now[grows]:.3g}; ||W|| of {stays} "
+    assert causes["weight_growth"].evidence.startswith(evidence)
+    assert f"model.{grows}" in causes["weight_growth"].remedy
+    assert f"model.{stays}" not in causes["weight_growth"].remedy
+    if rule == "logit_growth":
+        share = math.log(now[grows] / was[grows])
+        assert causes["weight_growth"].share == pytest.approx(share / (share + 1))
+        assert f"{math.sqrt(100 / max(last)):.2g} each" in causes["softmax_logits"].remedy
+
+
+def test_logits_that_are_large_from_the_start_are_no_growth() -> None:
+    assert grown({"q": 40.0, "k": 40.0}, {})[0] == []
+    # Nor is growth that ends at logits of a usual size.
+    assert grown({}, {"q": 1.2})[0] == []
+
+
+def test_a_router_is_told_of_a_z_loss() -> None:
+    records = [attention(logit_max=each, heads=1) for each in (2.0, 30.0, 300.0, *[3000.0] * 5)]
+    judge = Judge(RULES)
+    alerts = [alert for step, each in enumerate(records) for alert in judge.judge(Snapshot(step, 0.0, (each,)))]
+    assert [(alert.rule, alert.severity, alert.step) for alert in alerts] == [("logit_growth", "critical", 6)]
+    scene = Scene(Snapshot(7, 0.0, (records[-1],)), Snapshot(0, 0.0, (records[0],)), Snapshot(6, 0.0, (records[-2],)))
+    (cause,) = explain(alerts[0], scene)
+    assert "the largest logit of softmax is 3e+03, and was 2 at the first observation" in cause.evidence
+    assert "z-loss" in cause.remedy
+
+
+def attention(logit_max: float, heads: int) -> Record:
+    """The record of a softmax with this largest logit in its last head."""
+    each = [Head(8, 0.5, 0.5, 1.0, 1.0)] * (heads - 1) + [Head(8, 0.5, 0.5, 1.0, logit_max)]
+    return record(
+        "softmax", kind="softmax", activation="softmax", heads=tuple(each), entropy=0.5, log_keys=2.0, logit_std=1.0, blocked=0.0, trapped=0.0
+    )

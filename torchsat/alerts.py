@@ -25,6 +25,7 @@ ADJECTIVE = {
     "shrunk_weights": "shrunk",
     "faded_input": "short of input",
     "attention_collapse": "collapsed",
+    "logit_growth": "growing in their logits",
     "bounded_logits": "bounding its logits",
     "nonfinite": "non-finite",
 }

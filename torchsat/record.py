@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
-from torchsat.heads import Head
+from torchsat.heads import Head as Head  # noqa: PLC0414, since others import it from here
 from torchsat.shown import Shown, level_in_words
 
 Severity = Literal["warning", "critical"]

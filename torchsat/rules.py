@@ -9,6 +9,8 @@ Where the limits come from:
 - The limits of the gradient are the range of float16.
 - Attention has collapsed when each query looks at a single key (Zhai et al. 2023), and not at the one that the gradient asks for. Where no gradient
   is seen, the entropy tells: heads that put four fifths of their weight on the first key are common in healthy models, and theirs is near 0.27.
+- Logits of attention that grow beyond 100 are cut off by QK-clip (Kimi Team 2025), whose authors saw spikes of the loss beyond 1000; beyond 1e4 every
+  run of Wortsman et al. (2023) diverged. Published networks have large logits too, so that only growth during the run counts.
 - A rectifier is sparse by design: networks with 90 % zeros train well, and healthy ones have half of their units dead. Of functions with one
   plateau only stuck units and a layer that is closed as a whole are reported.
 """
@@ -389,6 +391,16 @@ RULES: tuple[Rule, ...] = (
             f"{r.site}: the attention has collapsed: in its worst head {percent(value)} of the rows look at one key alone, and the gradient asks "
             f"for another one (limit {percent(limit)})"
         ),
+    ),
+    Rule(
+        "logit_growth",
+        harm.logit_growth,
+        100.0,
+        1000.0,
+        lambda r, value, limit: f"{r.site}: the logits grow: the largest is {value:.3g} (limit {limit:g})",
+        # A single batch may have an outlier, and attention that collapses at once is told by the rule of that.
+        patience=5,
+        compares=True,
     ),
     Rule(
         "nonfinite",

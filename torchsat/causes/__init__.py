@@ -1,9 +1,9 @@
 """Why an alert fires: its causes, ranked, from what was measured; standard library only.
 
 Each kind of damage has a file: `size.py` (z is too large), `closed.py` (units that never leave their plateau), `gradient.py` (it vanishes, explodes,
-or is no number), `outputs.py` (what an output or a softmax is asked for). Each gives terms, a name with a size and with the figures that speak for
-it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in `advice.py`. `rate.py` finds a learning rate that
-rose just before.
+or is no number), `outputs.py` (what an output or a softmax is asked for), `ceiling.py` (logits that grow). Each gives terms, a name with a size and
+with the figures that speak for it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in `advice.py`.
+`rate.py` finds a learning rate that rose just before.
 
 Every figure in an evidence text is a field of a record or a layer as it stands in a snapshot, so that a reader can look it up.
 
@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from torchsat.causes import advice
+from torchsat.causes.ceiling import of_growth
 from torchsat.causes.closed import of_closed
 from torchsat.causes.gradient import of_exploding, of_faded, of_nonfinite, of_shrunk, of_vanishing
 from torchsat.causes.outputs import of_attention, of_logits, of_size
@@ -90,6 +91,7 @@ _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {
     "exploding_gradient": of_exploding,
     "nonfinite": of_nonfinite,
     "attention_collapse": of_attention,
+    "logit_growth": of_growth,
     "bounded_logits": of_logits,
 }
 """Which function explains the alerts of which rule. A rule of the user's is explained like one of size."""

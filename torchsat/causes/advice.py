@@ -10,6 +10,7 @@ A network that came trained is never drawn anew, nor are its biases or activatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from torchsat.causes.scene import Scene
@@ -239,6 +240,31 @@ def smaller_logits(record: Record, layers: Sequence[tuple[Record, Weight]], scen
     if layers:
         return with_code(f"{sentence}, or begin the training anew with smaller query and key weights", *_drawn(layers))
     return f"{sentence}, or {slower(rate, update)}" if update > GOOD_UPDATE else f"{sentence}, or draw its query and key weights smaller"
+
+
+_CAP = 100.0
+"""What QK-clip cuts the largest logit down to (Kimi Team 2025)."""
+
+
+def cap_logits(record: Record, weights: Sequence[Weight], largest: float) -> str:
+    """Against logits that grow. `weights`: those of queries and keys, as far as they are known. `largest`: the largest logit."""
+    place = attribute(record.site.partition("/")[0])
+    if len(record.heads or ()) < 2:
+        return f"lower the learning rate of what makes the logits of {place}, or add a z-loss to the loss: 1e-3 times the mean of logsumexp(logits)^2"
+    owners = list(dict.fromkeys(owner(weight.name) for weight in weights))
+    whose = " and ".join(owners[:2]) if owners else f"its queries and keys in {place}"
+    factor = math.sqrt(_CAP / largest) if largest > _CAP else 1.0
+    clip = f" (QK-clip: now by {factor:.2g} each, the root of {_CAP:g} / {largest:.3g})" if factor < 1 else " (QK-clip)"
+    return (
+        f"normalise queries and keys of {place} (QK-norm: nn.RMSNorm on each head), or after each step scale the weights of {whose} down where the "
+        f"largest logit is beyond {_CAP:g}{clip}, or lower the learning rate of these weights"
+    )
+
+
+def slower_there(weights: Sequence[Weight]) -> str:
+    """Against weights of queries and keys that grow by steps of a sound size."""
+    owners = list(dict.fromkeys(owner(weight.name) for weight in weights))
+    return f"lower the learning rate of {' and '.join(owners[:2])} in a group of the optimizer of its own, or give it weight decay"
 
 
 def too_large(record: Record, weight: Weight, ratio: float) -> bool:
