@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import torchsat
 from tests.conftest import record
+from tests.facts import layer_facts
 from tests.truth import known, one_step
 from torchsat.attention import Attention
 from torchsat.causes import Scene, explain
@@ -18,6 +19,7 @@ from torchsat.columns import HEADS
 from torchsat.judge import Judge
 from torchsat.kernels import cpu
 from torchsat.record import Head, Record, Snapshot
+from torchsat.rows import LayerRow, to_weight
 from torchsat.rules import RULES
 from torchsat.softmax import scan_softmax
 from torchsat.spectral import largest_singular
@@ -127,7 +129,8 @@ class Attending(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         q, k, _ = self.attention.in_proj_weight.chunk(3)
         made = [F.linear(x, weight).unflatten(-1, (2, 8)).transpose(1, 2) for weight in (q, k)]
-        return made[0] @ made[1].transpose(-1, -2) * 8**-0.5
+        z: Tensor = made[0] @ made[1].transpose(-1, -2) * 8**-0.5
+        return z
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "module":
@@ -136,7 +139,8 @@ class Attending(nn.Module):
         q, k, v = (each.unflatten(-1, (2, 8)).transpose(1, 2) for each in self.qkv(x).chunk(3, -1))
         if self.kind == "fused":
             return F.scaled_dot_product_attention(q, k, v)
-        return torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, -1) @ v
+        weighed: Tensor = torch.softmax(q @ k.transpose(-1, -2) * 8**-0.5, -1) @ v
+        return weighed
 
 
 @pytest.mark.parametrize("kind", ["fused", "module", "softmax"])
@@ -276,7 +280,7 @@ def test_growth_of_the_logits_is_told_with_the_weight_that_grew(rule: str, grows
     # The rows have collapsed by then, which is the same fault and the headline.
     assert "the logits grow" in alerts[-1].message
     scene = Scene(snapshots[-1], snapshots[0], snapshots[-2])
-    first, last = ([head.logit_max for head in known(each["softmax"].heads)] for each in (snapshots[0], snapshots[-1]))
+    first, last = ([known(head.logit_max) for head in known(each["softmax"].heads)] for each in (snapshots[0], snapshots[-1]))
     causes = {cause.name: cause for cause in explain(replace(alerts[-1], rule=rule), scene)}
     assert set(causes) == {"softmax_logits", "weight_growth"}
     told = f"the largest logit of softmax is {max(last):.3g} in head {last.index(max(last))}, and was {max(first):.3g} at the first observation"
@@ -299,15 +303,19 @@ def test_logits_that_are_large_from_the_start_are_no_growth() -> None:
     assert grown({}, {"q": 1.2})[0] == []
 
 
-def test_a_router_is_told_of_a_z_loss() -> None:
-    records = [attention(logit_max=each, heads=1) for each in (2.0, 30.0, 300.0, *[3000.0] * 5)]
-    judge = Judge(RULES)
-    alerts = [alert for step, each in enumerate(records) for alert in judge.judge(Snapshot(step, 0.0, (each,)))]
-    assert [(alert.rule, alert.severity, alert.step) for alert in alerts] == [("logit_growth", "critical", 6)]
-    scene = Scene(Snapshot(7, 0.0, (records[-1],)), Snapshot(0, 0.0, (records[0],)), Snapshot(6, 0.0, (records[-2],)))
-    (cause,) = explain(alerts[0], scene)
-    assert "the largest logit of softmax is 3e+03, and was 2 at the first observation" in cause.evidence
-    assert "z-loss" in cause.remedy
+def test_growth_is_told_after_five_observations_and_of_attentions_alone() -> None:
+    largest = (2.0, 30.0, 300.0, *[3000.0] * 5)
+
+    def told(heads: int, weights: tuple[torchsat.Weight, ...] = ()) -> list[tuple[str, str, int]]:
+        judge = Judge(RULES)
+        snapshots = [Snapshot(step, 0.0, (attention(each, heads),), weights) for step, each in enumerate(largest)]
+        return [(alert.rule, alert.severity, alert.step) for each in snapshots for alert in judge.judge(each)]
+
+    assert told(heads=2) == [("logit_growth", "critical", 6)]
+    # A pointer, whose logits one layer makes, and an attention of one head.
+    made = [to_weight(LayerRow(layer_facts(name, feeds=("softmax",)), [*[1.0] * 6, *[math.nan] * 3], 4, 4)) for name in ("q", "k")]
+    assert told(1) == told(1, (made[0],)) == []
+    assert told(1, tuple(made)) == told(2)
 
 
 def attention(logit_max: float, heads: int) -> Record:

@@ -268,8 +268,9 @@ class Attention:
             # Keys and queries of some samples are computed once, and their logits piece by piece.
             whole = Queries(self.shape, slice(first, min(first + samples, batch)), slice(0, queries))
             query, key = self.query(whole), self.key(whole)
-            for piece in whole.pieces(self.device):
-                # The keys behind the last query of a piece are seen by none of its queries.
+            for piece in reversed(list(whole.pieces(self.device))):
+                # The keys behind the last query of a piece are seen by none of its queries. The piece with most keys comes first, so that the memory
+                # that it has had is enough for the others.
                 at = piece.positions
                 last = at.stop if isinstance(at, slice) and self.is_causal and not self.has_mask else keys
                 logits = self._logits(piece, query[:, :, at], key[:, :, :last])

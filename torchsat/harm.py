@@ -226,8 +226,11 @@ _GREW = 4.0
 
 
 def logit_growth(record: Record, snapshot: Snapshot, start: Start) -> float | None:
-    """The largest logit of a softmax inside the model, if it has grown; 0 where it has not."""
+    """The largest logit of an attention, if it has grown; 0 where it has not. None at another softmax, such as one that points at a member of a set,
+    where large logits are the answer: it has one head, and its logits are made by one layer."""
     if record.kind != "softmax" or record.output or not isinstance(start.item, Record):
+        return None
+    if len(record.heads or ()) < 2 and sum(record.site in weight.feeds and weight.spectral is not None for weight in snapshot.weights) < 2:
         return None
     now, first = (max((head.logit_max for head in each.heads or () if head.logit_max is not None), default=None) for each in (record, start.item))
     if now is None or first is None or not math.isfinite(now):

@@ -249,8 +249,6 @@ _CAP = 100.0
 def cap_logits(record: Record, weights: Sequence[Weight], largest: float) -> str:
     """Against logits that grow. `weights`: those of queries and keys, as far as they are known. `largest`: the largest logit."""
     place = attribute(record.site.partition("/")[0])
-    if len(record.heads or ()) < 2:
-        return f"lower the learning rate of what makes the logits of {place}, or add a z-loss to the loss: 1e-3 times the mean of logsumexp(logits)^2"
     owners = list(dict.fromkeys(owner(weight.name) for weight in weights))
     whose = " and ".join(owners[:2]) if owners else f"its queries and keys in {place}"
     factor = math.sqrt(_CAP / largest) if largest > _CAP else 1.0
