@@ -126,7 +126,7 @@ def measured(run: Callable[[], object], turns: int) -> tuple[float, float]:
 
 def cost(kinds: Iterable[Kind], length: int, turns: int) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
     """The rows of the two tables: what each way costs, and how far it is from the whole matrix in float64."""
-    costs, errors = [], []
+    costs, errors = list[tuple[str, ...]](), list[tuple[str, ...]]()
     for kind in kinds:
         q, k, bias = inputs(kind, length // kind.shorter)
         given = {"is_causal": kind.is_causal, "enable_gqa": kind.groups != kind.heads}

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 import torchsat
 from tests.conftest import record
 from tests.facts import layer_facts
+from tests.test_packing import batch, together
 from tests.truth import known, one_step
 from torchsat.attention import Attention
 from torchsat.causes import Scene, explain
-from torchsat.columns import HEADS
+from torchsat.columns import HEADS, WEIGHT
 from torchsat.judge import Judge
 from torchsat.kernels import cpu
 from torchsat.record import Head, Record, Snapshot
@@ -42,6 +43,8 @@ def direct(z: Tensor, visible: Tensor) -> list[dict[str, float]]:
                 "logit_variance": sum(row.var(correction=0).item() for row, _ in rows),
                 "log_keys": sum(math.log(len(each)) for each in p),
                 "first_key": sum(each[0].item() for each in p),
+                "log_z": sum(row.logsumexp(0).item() for row, _ in rows),
+                "log_z_sq": sum(row.logsumexp(0).square().item() for row, _ in rows),
                 "logit_max": max(row.max().item() for row, _ in rows),
             }
         )
@@ -324,3 +327,16 @@ def attention(logit_max: float, heads: int) -> Record:
     return record(
         "softmax", kind="softmax", activation="softmax", heads=tuple(each), entropy=0.5, log_keys=2.0, logit_std=1.0, blocked=0.0, trapped=0.0
     )
+
+
+def test_the_largest_singular_value_is_that_of_the_rank_that_knows_it() -> None:
+    whole = batch()
+    part, at = whole.layers["layer"], WEIGHT.index("spectral")
+
+    def found(*values: float) -> float:
+        given = [known(part.numbers).index_fill(0, torch.tensor([at]), value) for value in values]
+        return together(*(replace(whole, layers={"layer": replace(part, numbers=each)}) for each in given)).layers[0].numbers[at]
+
+    assert found(4.5, math.nan) == found(math.nan, 4.5) == 4.5
+    assert found(4.5, math.inf) == math.inf
+    assert math.isnan(found(math.nan, math.nan))

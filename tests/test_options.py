@@ -36,6 +36,8 @@ def test_arguments_of_a_wrong_kind_are_answered_with_the_right_one(options: dict
         ({"sample": 0}, 'sample is 0; allowed are whole numbers from 1 up, None for all elements, and "auto"'),
         ({"activations": nn.Tanh}, r"activations must be a tuple of torchsat\.Activation"),
         ({"rules": ("saturated",)}, r"rules must be a tuple of torchsat\.Rule"),
+        ({"extras": "logits"}, "extras is 'logits'; allowed is a tuple of these names: logits"),
+        ({"extras": ("weights",)}, r"extras is \('weights',\)"),
         ({"errors": "ignore"}, 'errors is \'ignore\'; allowed are "warn" and "raise"'),
     ],
 )

@@ -170,8 +170,12 @@ ARROWS = {
         *("observe.feeders", "observe.graph", "observe.meter", "observe.observation", "sampling", "sites", "statistics", "tensors"),
     },
     "observe.calls": {
-        *("activations", "faults", "internals", "observe.conditions", "observe.glu", "observe.graph", "observe.meter"),
+        *("activations", "faults", "internals", "observe.conditions", "observe.glu", "observe.graph", "observe.logits", "observe.meter"),
         *("observe.mode", "observe.nodes", "observe.observation", "observe.outside", "observe.softmaxes", "sites", "structure", "tensors"),
+    },
+    "observe.logits": {
+        *("activations", "internals", "observe.graph", "observe.loss", "observe.marks", "observe.observation", "observe.passes", "sharding", "sites"),
+        *("softmax", "structure", "tensors"),
     },
     "observe.softmaxes": {
         *("attention", "attention_gradient", "internals", "observe.graph", "observe.meter", "observe.nodes", "observe.observation", "replay"),
@@ -201,7 +205,7 @@ ARROWS = {
     },
     "observe.observation": {
         *("faults", "internals", "observe.calls", "observe.hooks", "observe.ingraph", "observe.layers", "observe.lineage"),
-        *("observe.meter", "observe.modules", "observe.own", "observe.passes", "observe.recurrent", "options", "parts"),
+        *("observe.logits", "observe.meter", "observe.modules", "observe.own", "observe.passes", "observe.recurrent", "options", "parts"),
         *("schedule", "sites", "structure"),
         "observe.saving",
     },

@@ -162,12 +162,12 @@ class SoftmaxRows:
         taken = upcast(self.rows(z))
         return Logits(taken, seen_in(taken), self.elements)
 
-    def scan(self, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """What softmax.scan_softmax finds in all rows of the softmax a of z."""
+    def scan(self, z: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What softmax.scan_softmax finds in all rows of the softmax a of z; None: torch never computes a."""
         found = []
-        for logits, weights in self._pieces(z, a):
+        for logits, weights in self._pieces(z, z if a is None else a):
             wide = upcast(logits)
-            found.append(scan_softmax(wide, seen_in(wide), weights))
+            found.append(scan_softmax(wide, seen_in(wide), None if a is None else weights))
         return merge_scans(found)
 
     def _pieces(self, z: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

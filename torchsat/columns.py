@@ -106,12 +106,12 @@ LOSS_SCALED = {column.name: column.loss_scaled for column in ROW if column.loss_
 """The columns that carry a power of a GradScaler's factor, and which."""
 
 HEADS = (
-    *("rows", "entropy", "jacobian", "logit_variance", "log_keys", "first_key"),
+    *("rows", "entropy", "jacobian", "logit_variance", "log_keys", "first_key", "log_z", "log_z_sq"),
     *("rows_heard", "row_demand", "row_blocked", "row_trapped", "rows_leaving", "logit_max"),
 )
-"""The rows of the block [12, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows. The first six and
-the last are of all rows (softmax.scan_softmax), read or not. `rows_heard` are the rows whose gradient was heard in the backward, which the four after
-it are of, each with the weight of its call; softmax.observe_demand says what they are."""
+"""The rows of the block [14, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows. The first eight
+and the last are of all rows (softmax.scan_softmax), read or not. `rows_heard` are the rows whose gradient was heard in the backward, which the four
+after it are of, each with the weight of its call; softmax.observe_demand says what they are."""
 HEADS_LOSS_SCALED = ("row_demand", "row_blocked", "row_trapped")
 """The rows of HEADS that carry a GradScaler's factor."""
 BLOCK = ("samples", "saturated", "samples_read")

@@ -32,3 +32,7 @@ class Head:
     first_key: float | None = None
     """Mean probability of the first key that the row sees: how far the head uses the first token as a sink (Xiao et al. 2023). Under a causal mask,
     even attention over T tokens gives (ln T + 0.58 - 1) / (T - 1)."""
+    log_z: float | None = None
+    """Mean of ln Z, where Z is the sum of exp(logit) over the keys that the row sees."""
+    log_z_rms: float | None = None
+    """sqrt(mean (ln Z)^2): the root of what a z-loss punishes."""

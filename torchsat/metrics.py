@@ -191,6 +191,18 @@ METRICS: tuple[Metric, ...] = (
         ramp="amount",
         group="attention",
     ),
+    Metric(
+        "log_z_rms",
+        "Size of ln Z",
+        "Root mean square of ln Z of a softmax over its rows: what a z-loss keeps small.",
+        "number",
+        "log",
+        0.1,
+        100.0,
+        None,
+        "amount",
+        group="attention",
+    ),
     Metric("nonfinite", "Not finite", "Elements of z and a that are inf or nan; any is too many.", "number", "log", 1.0, 1e6, group="health"),
     Metric("grad_nonfinite", "Gradient not finite", "Elements of dL/dz and dL/da that are inf or nan.", "number", "log", 1.0, 1e6, group="health"),
 )

@@ -58,6 +58,7 @@ def watch(
             all. "auto", the default: 65536, or all where a kernel on the GPU reads all of them as quickly.
         include, exclude: patterns of site names (as in a shell), one or several.
         calls: measure function calls too (`F.relu(x)`, `x.tanh()`, softmax, attention), not only modules and recurrent layers.
+        extras: what is measured beside that, by name. "logits": the logits that a cross-entropy takes, as the site `logits`. None of them by default.
         compiled: how a compiled model is observed: "eager" runs observed steps without the compiler; "in_graph" compiles the measurement of its
             modules into the graph (to be called before the first compiled step; that first step still runs eager).
         activations: the table that says which module or function computes which activation.

@@ -29,6 +29,10 @@ SAMPLE = 65536
 """The most elements that are read of one call of a site, where the user has not said how many."""
 
 
+EXTRAS = ("logits",)
+"""What is measured only where it is asked for."""
+
+
 class MeasureOptions(TypedDict, total=False):
     """The keyword arguments of `torchsat.watch` that say what is measured; `watch` explains them."""
 
@@ -37,6 +41,7 @@ class MeasureOptions(TypedDict, total=False):
     include: Patterns
     exclude: Patterns
     calls: bool
+    extras: Sequence[str]
     activations: Sequence[Activation]
 
 
@@ -78,6 +83,7 @@ class Options:
     include: Patterns = None
     exclude: Patterns = None
     calls: bool = True
+    extras: Sequence[str] = ()
     compiled: Literal["eager", "in_graph"] = "eager"
     activations: Sequence[Activation] = ACTIVATIONS
     rules: Sequence[Rule] = RULES
@@ -166,6 +172,8 @@ def _check_what(given: Options) -> None:
             raise ValueError(f"{name} must be a tuple of torchsat.{kind.__name__}, such as (*torchsat.{name.upper()}, torchsat.{kind.__name__}(...))")
     if not isinstance(given.calls, bool):
         raise TypeError(f"calls is {given.calls!r}; allowed are True (hear function calls too) and False (modules and recurrent layers only)")
+    if isinstance(given.extras, str) or not isinstance(given.extras, Sequence) or not set(given.extras) <= set(EXTRAS):
+        raise ValueError(f"extras is {given.extras!r}; allowed is a tuple of these names: {', '.join(EXTRAS)}")
     if given.compiled not in ("eager", "in_graph"):
         raise ValueError(f'compiled is {given.compiled!r}; allowed are "eager" and "in_graph"')
 

@@ -153,6 +153,10 @@ class Record(Shown, SiteFacts):
     """The lowest entropy of one head. A mean over heads would hide a collapsed one."""
     first_key: float | None = None
     """Mean of `Head.first_key` over the rows of all heads."""
+    log_z: float | None = None
+    """Mean of `Head.log_z` over the rows of all heads."""
+    log_z_rms: float | None = None
+    """sqrt(mean (ln Z)^2) over the rows of all heads."""
     worst: float | None = None
     """Where several ranks observe together: the highest `saturated` of one rank alone."""
     worst_rank: int | None = None

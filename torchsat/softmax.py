@@ -33,7 +33,7 @@ from torchsat.statistics import EXACT, accumulator, empty_row, indices, merge_, 
 
 
 def scan_softmax(z: Tensor, visible: Tensor, a: Tensor | None, broken: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """EXACT of a softmax and its block of heads (columns.HEADS, [12, heads]), without the numbers of the backward. Of both, all rows are read.
+    """EXACT of a softmax and its block of heads (columns.HEADS, [14, heads]), without the numbers of the backward. Of both, all rows are read.
 
     A row that sees fewer than two keys has no entropy and does not count; neither does one with a visible logit that is inf or nan.
 
@@ -99,6 +99,8 @@ def _of_rows(z: Tensor, visible: Tensor | None, keys: Tensor, top: Tensor) -> di
         "logit_variance": apart.square().sum(-1, keepdim=True).to(dtype) / n,
         "log_keys": n.log().expand(top.shape),
         "first_key": of_first / total,
+        "log_z": (log_z := total.log() + top.to(dtype)),
+        "log_z_sq": log_z.square(),
     }
 
 

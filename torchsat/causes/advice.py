@@ -229,6 +229,11 @@ def finite_inputs() -> str:
     )
 
 
+def with_z_loss(remedy: str) -> str:
+    """Against logits of the loss that have drifted, before what else is to be tried: a z-loss (Chowdhery et al. 2022)."""
+    return f"add a z-loss, 1e-4 times the mean of logsumexp(logits)^2, to the loss; {remedy}"
+
+
 def smaller_logits(record: Record, layers: Sequence[tuple[Record, Weight]], scene: Scene, update: float, rate: float | None) -> str:
     """Against logits of attention that vary too much. `layers`: those that make queries and keys too large."""
     place = attribute(record.site.partition("/")[0])

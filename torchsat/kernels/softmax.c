@@ -208,6 +208,8 @@ static void add_to_head(const vector *row, int64_t keys, const uint8_t *visible,
     head[LOGIT_VARIANCE * size] += found.off_square / of->keys - off * off;
     head[LOG_KEYS * size] += log_keys;
     head[FIRST_KEY * size] += exp(first_z - of->top) / found.total;
+    head[LOG_Z * size] += log(found.total) + of->top;
+    head[LOG_Z_SQ * size] += (log(found.total) + of->top) * (log(found.total) + of->top);
     if (of->top > head[LOGIT_MAX * size]) head[LOGIT_MAX * size] = of->top;
 }
 

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrize
 from torchsat import internals
 from torchsat.activations import CLAMP, Activation, Bound, bind_call, calls_of
 from torchsat.faults import MODEL
-from torchsat.observe import glu, softmaxes
+from torchsat.observe import glu, logits, softmaxes
 from torchsat.observe.conditions import Conditions
 from torchsat.observe.graph import Survey, ends, has_weight
 from torchsat.observe.meter import Call, check_plain
@@ -57,6 +57,7 @@ class Role(Enum):
     ATTENTION = "attention"
     GLU = "glu"
     CLAMP = "clamp"
+    LOGITS = "logits"
 
 
 _CLAMPS = calls_of("clamp", "clip", "clamp_min", "clamp_max")
@@ -105,6 +106,8 @@ class Calls:
         self._names: frozenset[str] = frozenset()
         """The sites that are modules. A call that would have such a name gets another one."""
         self._roles: dict[Any, Activation | Role] = dict(ROLES)
+        if logits.NAME in observation.options.extras:
+            self._roles[F.cross_entropy] = Role.LOGITS
         for row in reversed(observation.options.activations):
             self._roles.update(dict.fromkeys(row.calls, row))
 
@@ -269,6 +272,9 @@ class Calls:
         check_plain(plain(z))
         if role is Role.GLU:
             return glu.begin(self._observation, place, module, z, int(rest[0] if rest else kwargs.get("dim", -1)) % z.ndim)
+        if role is Role.LOGITS:
+            is_counted = self._observation.passes.counts(module)
+            return (lambda _: self._observation.logits.heard(place, z, min(1, z.ndim - 1))) if is_counted else None
         site = self._observation.sites.known.setdefault(place, Site(place, _SOFTMAX, "softmax"))
         counts = self._observation.meter.counts_at(place, module)
         if counts is None:
@@ -308,7 +314,7 @@ def _site_name(role: Activation | Role | None, function: Function) -> str:
         return role.name
     if role is None:
         return function.__name__
-    return role.value if role in (Role.GLU, Role.CLAMP) else "softmax"
+    return role.value if role in (Role.GLU, Role.CLAMP, Role.LOGITS) else "softmax"
 
 
 def _bounds(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:

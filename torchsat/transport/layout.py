@@ -36,7 +36,7 @@ class SiteEntry:
     units: int | None = None
     """Columns of its unit block [3, units]; None where it has none."""
     heads: int | None = None
-    """Columns of its block of heads [12, heads]; None where it is no softmax."""
+    """Columns of its block of heads [14, heads]; None where it is no softmax."""
     stage: int | None = None
     """The number of the pipeline stage that it is in; None where there is no pipeline."""
     leaves: bool = False
@@ -71,7 +71,7 @@ class Places:
     blocks: dict[str, slice]
     """[3, units] of each site that has units, in the sums."""
     heads: dict[str, slice]
-    """[6, heads] of each softmax, in the sums."""
+    """[13, heads] of each softmax, in the sums."""
     inputs: dict[str, slice]
     """[6, features] of each layer whose input is measured, in the sums."""
     site_maxes: slice
