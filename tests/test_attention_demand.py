@@ -463,7 +463,7 @@ def test_rows_that_cannot_be_judged_do_not_count() -> None:
     found = dict(zip(HEADS, block[:, 0].tolist(), strict=True))
     first = math.exp(9) / (math.exp(9) + 1)
     # Twice: the softmax has 24 logits, of which 12 were read.
-    assert [found[name] for name in HEADS[6:11]] == pytest.approx([2, 2, 2, 2 * first, 2], rel=1e-12)
+    assert [found[name] for name in HEADS[8:13]] == pytest.approx([2, 2, 2, 2 * first, 2], rel=1e-12)
     assert (found["rows"], found["entropy"], found["logit_max"]) == (0, 0, -math.inf)
 
 

@@ -232,6 +232,25 @@ def test_ranks(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "5 ranks x 4 sites, simulated: 0 of 8 counts differ" in capsys.readouterr().out
 
 
+def test_ceiling(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At a tiny size the exact numbers are right, and those of a sample are not."""
+    script = load("benchmarks", "ceiling")
+    monkeypatch.setattr(script, "SAMPLE", 500)
+    arguments(monkeypatch, "--length", "128", "--turns", "1")
+    script.main(replace(kind, batch=1, heads=2, groups=min(2, kind.groups)) for kind in script.KINDS[1:4])
+    printed = capsys.readouterr().out
+    errors = {
+        (kind, way): [float(each) for each in (logit, entropy, first)]
+        for kind, way, logit, entropy, first in re.findall(
+            r"^\| ([^|]+) \| (sample|exact) \| ([\d.e+-]+) \| ([\d.e+-]+) \| ([\d.e+-]+) \|$", printed, re.MULTILINE
+        )
+    }
+    assert {kind for kind, _ in errors} == {"causal", "causal, 2 groups of keys", "ALiBi"}
+    assert all(max(found) < 2e-6 for (_, way), found in errors.items() if way == "exact")
+    assert all(min(found) > 1e-3 for (_, way), found in errors.items() if way == "sample")
+    assert "| causal | whole matrix | " in printed
+
+
 REMEDIES = (
     *("tanh, inputs shifted by 20", "relu, raw pixels from 0 to 255", "tanh, a feature in thousands", "sigmoid, weights from N(0, 1)"),
     *("relu, biases of -10", "tanh, Adam at a rate of 0.3", "12 sigmoids", "relu, weights of 0.01", "inf and nan in the inputs"),

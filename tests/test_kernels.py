@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.test_activations import row as row_of
 from torchsat import statistics
 from torchsat.activations import Activation, bind
-from torchsat.columns import COLUMN
+from torchsat.columns import COLUMN, HEADS
 from torchsat.kernels import cpu
 from torchsat.kernels.formulas import formula
 from torchsat.sampling import Sample, Units
@@ -98,7 +98,11 @@ def test_softmaxes(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, keys: in
                 plain(patch)
                 other, other_heads = observe_softmax(z, visible, 77)
             assert torch.allclose(row, other, rtol=1e-11, atol=1e-11), [name for name, a, b in zip(COLUMNS, row, other, strict=True) if a != b]
-            assert torch.allclose(heads, other_heads, rtol=1e-11, atol=1e-11)
+            # Of float32 the heads are computed in float32.
+            near = 1e-11 if dtype == torch.float64 else 2e-6
+            assert torch.allclose(heads, other_heads, rtol=near, atol=near), [
+                (name, a, b) for name, a, b in zip(HEADS, heads, other_heads, strict=True)
+            ]
 
 
 @compiled

@@ -35,7 +35,7 @@ def test_arguments_of_a_wrong_kind_are_answered_with_the_right_one(options: dict
         ({"epsilon": 1.0}, "epsilon is 1.0; allowed are numbers between 0 and 1"),
         ({"sample": 0}, 'sample is 0; allowed are whole numbers from 1 up, None for all elements, and "auto"'),
         ({"activations": nn.Tanh}, r"activations must be a tuple of torchsat\.Activation"),
-        ({"extras": "ranks"}, r"extras holds 'ranks'; allowed are \"formats\", \"rank\", one or several: extras=\(\"formats\", \"rank\"\)"),
+        ({"extras": "ranks"}, r"extras holds 'ranks'; allowed are \"formats\", \"logits\", \"rank\", one or several: extras="),
         ({"extras": ["rank", 5]}, r"extras holds 5; allowed are"),
         ({"rules": ("saturated",)}, r"rules must be a tuple of torchsat\.Rule"),
         ({"errors": "ignore"}, 'errors is \'ignore\'; allowed are "warn" and "raise"'),

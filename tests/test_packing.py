@@ -77,7 +77,7 @@ def heads(logits: Tensor) -> Tensor:
     """HEADS of logits [rows, heads], of which only some are filled."""
     count = torch.full((logits.shape[1],), float(len(logits)))
     first, second = logits.sum(0), logits.square().sum(0)
-    return torch.stack([count, first, second, *[count] * 3, *[torch.zeros_like(count)] * 5, logits.amax(0)]).double()
+    return torch.stack([count, first, second, *[count] * 3, *[torch.zeros_like(count)] * 7, logits.amax(0)]).double()
 
 
 WEIGHT = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
@@ -86,7 +86,14 @@ WEIGHT = torch.arange(1.0, 13.0, dtype=torch.float64).reshape(4, 3)
 def layer(x: Tensor, grad: Tensor, **given: Any) -> LayerPart:
     learned = (0.05 * WEIGHT).square().sum()
     numbers = torch.stack(
-        [WEIGHT.square().sum(), (0.1 * WEIGHT).square().sum(), grad.square().sum(), torch.tensor(2.5, dtype=torch.float64), learned]
+        [
+            WEIGHT.square().sum(),
+            (0.1 * WEIGHT).square().sum(),
+            grad.square().sum(),
+            torch.tensor(2.5, dtype=torch.float64),
+            learned,
+            torch.tensor(4.5, dtype=torch.float64),
+        ]
     )
     values = {"numbers": numbers, "n": 12, "numel": 12, "rate": 0.1, "inputs": features(x), "features": 3}
     return LayerPart(**{"facts": layer_facts(), **values, **given})
@@ -149,13 +156,13 @@ def test_one_process_reads_what_it_sent_bit_for_bit() -> None:
     numbers = torch.rand(len(COLUMN), dtype=torch.float64) * 1e6 / 3
     # Of 1000 elements 7 were read: ranks would weigh these numbers, and weighing rounds.
     numbers[COLUMN["n"]], numbers[COLUMN["elements"]] = 7, 1000
-    of_layer = torch.rand(5, dtype=torch.float64) / 3
+    of_layer = torch.rand(6, dtype=torch.float64) / 3
     x, logits = torch.rand(5, 3, dtype=torch.float64) / 3, torch.rand(5, 2, dtype=torch.float64) / 3
     parts = Parts(
         {"act": SitePart(site_facts(), numbers, block(torch.rand(9, 4)), heads(logits), Span(8, 4, counts=False))},
         {
             "layer": layer(x, WEIGHT, numbers=of_layer, n=7, numel=30, first=3, features=6, counts=False, input_counts=False),
-            "new": layer(x, WEIGHT, facts=layer_facts("new"), numbers=torch.tensor([2.0, *[math.nan] * 4]).double(), inputs=None, rate=None),
+            "new": layer(x, WEIGHT, facts=layer_facts("new"), numbers=torch.tensor([2.0, *[math.nan] * 5]).double(), inputs=None, rate=None),
         },
     )
     found = sent(parts)
@@ -168,7 +175,7 @@ def test_one_process_reads_what_it_sent_bit_for_bit() -> None:
     first, second = found.layers
     assert same(first.numbers, [*of_layer.tolist(), *_summary(features(x).numpy())])
     assert (first.n, first.numel, first.learning_rate) == (7, 30, 0.1)
-    assert same(second.numbers, [2.0, *[math.nan] * 7])
+    assert same(second.numbers, [2.0, *[math.nan] * 8])
     assert second.learning_rate is None
     assert (found.scale, found.skipped, found.differing) == (1.0, False, ())
 
@@ -210,7 +217,7 @@ def test_what_is_read_of_an_input_stands_for_all_of_it() -> None:
     x, y = torch.tensor([[1.0, 2.0, 3.0]] * 2), torch.tensor([[-1.0, 0.0, 5.0]] * 2)
     # Of the first input 6 of 60 elements were read, of the second all 6.
     first, second = (Parts(layers={"layer": layer(x, WEIGHT, inputs=features(given, weight))}) for given, weight in ((x, 10.0), (y, 1.0)))
-    n, mean_square, offset = together(first, second).layers[0].numbers[5:]
+    n, mean_square, offset = together(first, second).layers[0].numbers[6:]
     assert n == 12
     assert mean_square == pytest.approx((10 * float(x.square().sum()) + float(y.square().sum())) / 66)
     # The mean over pairs of distinct samples, by the product of their weights.
@@ -333,7 +340,7 @@ def test_each_rank_of_tensor_parallelism_has_its_own_units_and_heads() -> None:
     assert (of_layer.n, of_layer.numel) == (12, 12)
     assert of_layer.numbers[0] == pytest.approx(2 * float(WEIGHT.square().sum()))
     assert of_layer.numbers[3] == 2.5
-    assert of_layer.numbers[5:] == pytest.approx(_summary(features(x).numpy()))
+    assert of_layer.numbers[6:] == pytest.approx(_summary(features(x).numpy()))
 
 
 def test_what_another_rank_counts_is_left_out() -> None:
@@ -364,7 +371,7 @@ def test_one_rank_speaks_for_a_weight_that_all_hold() -> None:
 
 def test_the_part_of_a_weight_that_was_read_stands_for_all_of_it() -> None:
     def part(square: float, n: int, numel: int) -> Parts:
-        numbers = torch.tensor([square, math.nan, 2 * square, square, math.nan]).double()
+        numbers = torch.tensor([square, math.nan, 2 * square, square, math.nan, math.nan]).double()
         return Parts(layers={"layer": LayerPart(layer_facts(), numbers, n, numel, sharded=True)})
 
     (found,) = together(part(8.0, 2, 10), part(3.0, 3, 3)).layers
@@ -466,7 +473,7 @@ def test_the_formula_of_the_docs_is_what_is_sent() -> None:
     (formula,) = re.findall(r"^    8 bytes x \((.*)\)$", text, re.MULTILINE)
     sizes = {"sites": 3, "units": 60, "heads": 4, "layers": 2, "features": 40}
     assert 8 * eval(formula.replace("x", "*"), sizes) == layout.bytes
-    assert (len(SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (76, 5, 2, 9, 4, 6)
+    assert (len(SUMS), len(MAXES), len(WORST), len(LAYER_SUMS), len(LAYER_MAXES), len(ENDS)) == (76, 5, 2, 9, 5, 6)
 
 
 def samples(count: int, saturated: int = 0, units: int = 4) -> Tensor:

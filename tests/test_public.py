@@ -32,7 +32,7 @@ ARROWS = {
     },
     # The host half, which never loads torch.
     "shown": set(),
-    "record": {"cause", "experts", "ledger", "number_formats", "shown"},
+    "record": {"cause", "experts", "heads", "ledger", "number_formats", "shown"},
     "coverage": {"record", "shown"},
     "columns": {"record"},
     "rows": {"columns", "experts", "ledger", "number_formats", "record"},
@@ -49,6 +49,7 @@ ARROWS = {
     "causes": {
         "cause",
         "causes.advice",
+        "causes.ceiling",
         "causes.closed",
         "causes.gradient",
         "causes.outputs",
@@ -78,7 +79,8 @@ ARROWS = {
     },
     "causes.underflow": {"causes.scene", "expressions", "number_formats", "percent", "record"},
     "causes.outputs": {
-        *("causes.advice", "causes.closed", "causes.growth", "causes.scene", "causes.size", "expressions", "loss_functions", "percent", "record"),
+        *("causes.advice", "causes.ceiling", "causes.closed", "causes.growth", "causes.scene", "causes.size", "expressions", "loss_functions"),
+        *("percent", "record"),
     },
     "causes.routing": {"causes.advice", "causes.growth", "causes.scene", "percent", "record"},
     "expressions": {"record"},
@@ -152,10 +154,10 @@ ARROWS = {
     "kernels.cuda_gradients": {"columns", "kernels.cuda_elements"},
     "attention_masks": set(),
     "kernels.cuda_rows": {"columns", "kernels.cuda_elements", "kernels.formulas"},
-    "kernels.cuda_logits": {"kernels.cuda_elements"},
+    "kernels.cuda_logits": {"columns", "kernels.cuda_elements"},
     "kernels.cuda_sums": {"columns", "kernels.cuda_elements"},
     "kernels.cuda": {"columns", "kernels.cuda_gradients", "kernels.cuda_logits", "kernels.cuda_rows", "kernels.cuda_sums", "kernels.formulas"},
-    "trust": {"columns", "kernels", "kernels.formulas", "sampling", "statistics"},
+    "trust": {"columns", "kernels", "kernels.formulas", "sampling", "softmax", "statistics"},
     "statistics": {"activations", "columns", "kernels", "kernels.cpu", "kernels.formulas", "sampling"},
     "gram": {"sampling", "statistics"},
     "replay": {"attributes", "internals", "sampling", "sharding", "tensors"},
@@ -164,7 +166,7 @@ ARROWS = {
     "attention_gradient": {"attention", "internals", "statistics"},
     "sharding": {"internals_distributed", "tensors"},
     "optimizers": {"statistics"},
-    "weights": {"attributes", "columns", "internals", "optimizers", "sampling", "sharding", "statistics", "tensors"},
+    "weights": {"attributes", "columns", "internals", "optimizers", "sampling", "sharding", "spectral", "statistics", "tensors"},
     "structure": {"activations", "internals", "internals_distributed", "weights"},
     "unregistered": set(),
     "parts": {"record"},
@@ -255,6 +257,7 @@ ARROWS = {
         "observe.functions",
         "observe.glu",
         "observe.graph",
+        "observe.logits",
         "observe.meter",
         "observe.mode",
         "observe.nodes",
@@ -265,6 +268,10 @@ ARROWS = {
         "sites",
         "structure",
         "tensors",
+    },
+    "observe.logits": {
+        *("activations", "internals", "observe.graph", "observe.loss", "observe.marks", "observe.observation", "observe.passes", "sharding", "sites"),
+        *("softmax", "structure", "tensors"),
     },
     "observe.softmaxes": {
         *("attention", "attention_gradient", "internals", "observe.graph", "observe.meter", "observe.nodes", "observe.observation", "replay"),
@@ -304,6 +311,7 @@ ARROWS = {
         "observe.ingraph",
         "observe.layers",
         "observe.lineage",
+        "observe.logits",
         "observe.meter",
         "observe.modules",
         "observe.own",
@@ -443,6 +451,9 @@ ARROWS = {
     "forecast": {"number_formats", "percent"},
     "formats": {"columns", "number_formats", "sampling", "statistics"},
     "number_formats": set(),
+    "causes.ceiling": {"causes.advice", "causes.closed", "causes.growth", "causes.scene", "expressions", "record"},
+    "heads": set(),
+    "spectral": {"statistics"},
 }
 HOST = [
     *(

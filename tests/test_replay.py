@@ -463,7 +463,7 @@ def test_a_row_that_sees_nothing_is_counted_where_torch_makes_nan_of_it() -> Non
     z[0, 0, 3, 2] = math.nan
     rows = SoftmaxRows.of(z, 3, None, 0)
     logits = rows.logits(z)
-    row, heads = observe_softmax(logits.z, logits.visible, logits.elements, rows.extremes(z, torch.softmax(z, -1)))
+    row, heads = observe_softmax(logits.z, logits.visible, logits.elements, rows.scan(z, torch.softmax(z, -1)))
     assert row[COLUMN["nonfinite"]] == torch.softmax(z, -1).isnan().sum() == 2 * 3 * 5 + 5
     assert heads[0].tolist() == [5, 6, 6]
     mask = torch.ones(4, 5, dtype=torch.bool).index_fill(0, torch.tensor([1]), False)
@@ -472,11 +472,11 @@ def test_a_row_that_sees_nothing_is_counted_where_torch_makes_nan_of_it() -> Non
     output = F.scaled_dot_product_attention(q, k, k, mask)
     for broken in (False, True):
         output[:, :, 1] = math.nan if broken else 0.0
-        assert attention.extremes(output)[0][0] == (2 * 3 * 5 if broken else 0)
+        assert attention.scan(output)[0][0] == (2 * 3 * 5 if broken else 0)
 
 
 @pytest.mark.parametrize("piece", [2**20, 300, 7])
-def test_the_largest_logit_of_a_head_is_found_among_all_rows(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numbers_of_a_head_are_those_of_all_rows(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchsat.attention._PIECE", piece)
     q, k = torch.randn(3, 4, 40, 8), torch.randn(3, 2, 50, 8)
     q[1, :, 23] *= torch.tensor([30.0, 20.0, 10.0, 5.0]).view(4, 1)
@@ -487,16 +487,16 @@ def test_the_largest_logit_of_a_head_is_found_among_all_rows(piece: int, monkeyp
         assert isinstance(attention.logits(attention.rows(100, 0)).elements, int)
         whole = attention.logits(attention.rows(None, 0))
         row, heads = observe_softmax(*vars(whole).values())
-        found, tops = attention.extremes(F.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True))
-        assert torch.allclose(tops, heads[-1], rtol=1e-6)
+        found, every = attention.scan(F.scaled_dot_product_attention(q, k, k, mask, enable_gqa=True))
+        assert torch.allclose(every, heads, rtol=1e-5, atol=1e-6)
         expected = [row[COLUMN[name]].item() for name in EXACT[:3]]
         assert found[:3].tolist() == pytest.approx(expected, rel=1e-6)
         # The softmax of the same logits, as a call of its own.
         z = whole.z.masked_fill(~whole.visible, -math.inf)
         a = torch.softmax(z, -1)
         rows = SoftmaxRows.of(z, 3, 64, 0)
-        of_softmax, tops = rows.extremes(z, a)
-        assert torch.allclose(tops, heads[-1], rtol=1e-6)
+        of_softmax, every = rows.scan(z, a)
+        assert torch.allclose(every, heads, rtol=1e-5, atol=1e-6)
         assert of_softmax.tolist() == pytest.approx([a.isnan().sum().item(), *(row[COLUMN[name]].item() for name in EXACT[1:])], rel=1e-6)
 
 

@@ -145,11 +145,13 @@ def softmax(**heads: list[float]) -> SiteRow:
 
 
 def test_a_softmax_has_means_over_rows_and_its_lowest_head() -> None:
-    # The first head was read at 2 rows, the second at 6, the third at none.
+    # The first head has 2 rows, the second 6, the third none.
     made = record(
         softmax(
             rows=[2.0, 6.0, 0.0],
-            rows_read=[1.0, 3.0, 0.0],
+            first_key=[0.5, 3.0, 0.0],
+            log_z=[3.0, -6.0, 0.0],
+            log_z_sq=[8.0, 6.0, 0.0],
             entropy=[1.0, 1.2, 0.0],
             jacobian=[0.5, 1.5, 0.0],
             logit_variance=[8.0, 24.0, 0.0],
@@ -158,7 +160,12 @@ def test_a_softmax_has_means_over_rows_and_its_lowest_head() -> None:
         )
     )
     assert (made.entropy, made.entropy_min, made.jacobian, made.logit_std, made.log_keys) == (2.2 / 8, 1.2 / 6, 0.25, 2.0, 2.0)
-    assert made.heads == (Head(1, 0.5, 0.25, 2.0, 3.0), Head(3, 1.2 / 6, 0.25, 2.0, -1.0), Head(0, None, None, None, None))
+    assert made.heads == (
+        Head(2, 0.5, 0.25, 2.0, 3.0, first_key=0.25, log_z=1.5, log_z_rms=2.0),
+        Head(6, 1.2 / 6, 0.25, 2.0, -1.0, first_key=0.5, log_z=-1.0, log_z_rms=1.0),
+        Head(0, None, None, None, None),
+    )
+    assert (made.first_key, made.log_z, made.log_z_rms) == (3.5 / 8, -3 / 8, math.sqrt(14 / 8))
     assert {"derivative", "derivative_rms", "relative_derivative", "peak", "histogram"} <= unknown(made)
 
 
@@ -203,7 +210,7 @@ def test_the_input_has_a_size_and_a_share_that_varies() -> None:
 def test_what_is_unknown_of_a_layer() -> None:
     made = layer(weight_sq=400.0)
     assert unknown(made) == {
-        *("grad_norm", "update_ratio", "input_rms", "input_centred_share", "unevenness", "learned_ratio"),
+        *("grad_norm", "update_ratio", "input_rms", "input_centred_share", "unevenness", "learned_ratio", "spectral"),
         "alert_level",  # which the judge fills in
     }
     assert made.input_n == 0

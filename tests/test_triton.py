@@ -23,10 +23,11 @@ from tests.truth import known
 from torchsat import attention, statistics
 from torchsat import kernels as package
 from torchsat.activations import bind
+from torchsat.columns import HEADS
 from torchsat.kernels.formulas import formula
 from torchsat.observe import meter
 from torchsat.sampling import Sample, Units
-from torchsat.softmax import softmax_extremes
+from torchsat.softmax import scan_softmax
 from torchsat.statistics import extremes, observe, observe_gradient
 from torchsat.trust import disagreement
 
@@ -160,7 +161,7 @@ def test_gradients(kernels: ModuleType, dtype: torch.dtype) -> None:
     ("heads", "groups", "queries", "keys", "features", "is_causal"),
     [(2, 2, 70, 70, 24, True), (4, 2, 5, 130, 16, False), (3, 1, 130, 40, 8, True), (1, 1, 1, 1, 1, False), (2, 2, 3, 3, 4, True)],
 )
-def test_the_largest_logits(
+def test_all_logits_of_an_attention(
     kernels: ModuleType, dtype: torch.dtype, heads: int, groups: int, queries: int, keys: int, features: int, is_causal: bool
 ) -> None:
     torch.manual_seed(0)
@@ -171,10 +172,11 @@ def test_the_largest_logits(
         q[1, 0, 60, 0], k[0, -1, 35, 1] = math.nan, math.inf
     z = 0.25 * (q.double() @ k.double().repeat_interleave(heads // groups, 1).transpose(-1, -2))
     seen = torch.ones(queries, keys, dtype=torch.bool).tril() if is_causal else torch.ones(queries, keys, dtype=torch.bool)
-    expected, expected_tops = softmax_extremes(z, seen[None, None], None)
-    found, tops = kernels.logit_extremes(q.to(DEVICE), k.to(DEVICE), 0.25, is_causal)
+    expected, expected_heads = scan_softmax(z, seen[None, None], None)
+    found, block = kernels.scan_logits(q.to(DEVICE), k.to(DEVICE), 0.25, is_causal)
     assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-6, abs=1e-6)
-    assert tops.tolist() == pytest.approx(expected_tops.tolist(), rel=1e-6, abs=1e-6)
+    for name, one, other in zip(HEADS, block.tolist(), expected_heads.tolist(), strict=True):
+        assert one == pytest.approx(other, rel=2e-6, abs=2e-6), name
 
 
 @pytest.mark.parametrize(("batched", "is_causal"), [(True, True), (True, False), (False, True)])
@@ -201,12 +203,12 @@ def test_an_attention_is_multiplied_by_the_kernel(kernels: ModuleType, monkeypat
     # What has to be projected is done for one sample at a time.
     monkeypatch.setattr(attention, "_PROJECTED", 600)
     for part in parts:
-        expected, tops = part.extremes(None)
+        expected, heads = part.scan(None)
         monkeypatch.setattr(attention, "on_gpu", lambda *tensors: kernels)
         monkeypatch.setattr(kernels, "reads", lambda *tensors: True)
-        found = dataclasses.replace(part, device=torch.device("meta")).extremes(None)
+        found = dataclasses.replace(part, device=torch.device("meta")).scan(None)
         assert found[0].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
-        assert found[1].tolist() == pytest.approx(tops.tolist(), rel=1e-5)
+        assert torch.allclose(found[1].cpu(), heads.cpu(), rtol=1e-5, atol=1e-6)
 
 
 def sum_of(values: Tensor) -> float:
@@ -300,7 +302,7 @@ def compiled(kernel, pointers, floats, **constants):
     else:
         aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
         source = ASTSource(kernel, kinds, {(names.index(name),): value for name, value in constants.items()}, aligned)
-    for architecture in (80, 90)[:: 1 if kernel is cuda_logits.logit_extremes else 2]:
+    for architecture in (80, 90)[:: 1 if kernel is cuda_logits.scan_logits else 2]:
         found = compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": cuda.WARPS, "enable_fp_fusion": True})
         # Spilled registers would be memory of each thread, which the assembler names a local depot.
         assert "__local_depot" not in found.asm["ptx"], kernel
@@ -323,11 +325,11 @@ flags = dict(has_z=True, a_step=1, **narrow)
 compiled(cuda_gradients.gradient, dict(a_ptr="*fp16", side_ptr="*i8", **given), (), has_a=True, has_sides=True, z_step=1, **flags)
 compiled(cuda_gradients.gradient, dict(a_ptr="*fp64", side_ptr="*fp64", **given), (), has_a=False, has_sides=False, **flags)
 compiled(cuda_gradients.sides, dict(z_ptr="*bf16", out_ptr="*i8"), ("low", "high"), block=4 * cuda.THREADS, z_step=1)
-pointers = dict(q_ptr="*bf16", k_ptr="*bf16", exact_ptr="*fp64", tops_ptr="*fp64")
+pointers = dict(q_ptr="*bf16", k_ptr="*bf16", exact_ptr="*fp64", heads_ptr="*fp64")
 blocks = dict(block_queries=cuda.BLOCK_QUERIES, block_keys=cuda.BLOCK_KEYS)
 for dtype, features in (("*bf16", 64), ("*fp32", 32), ("*fp16", 256)):
     pointers |= dict(q_ptr=dtype, k_ptr=dtype)
-    compiled(cuda_logits.logit_extremes, pointers, ("factor",), is_causal=features < 256, block_features=features, q_feature=1, k_feature=1, **blocks)
+    compiled(cuda_logits.scan_logits, pointers, ("factor",), is_causal=features < 256, block_features=features, q_feature=1, k_feature=1, **blocks)
 compiled(cuda_sums.squares, dict(x_ptr="*fp32", y_ptr="*fp32", out_ptr="*fp64"), (), has_y=True, **wide)
 compiled(cuda_sums.features, dict(x_ptr="*bf16", sums_ptr="*fp64"), (), width=4 * cuda.THREADS)
 """

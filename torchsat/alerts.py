@@ -28,6 +28,7 @@ ADJECTIVE = {
     "underflow": "underflowing",
     "attention_collapse": "collapsed",
     "expert_collapse": "using few experts",
+    "logit_growth": "growing in their logits",
     "bounded_logits": "bounding its logits",
     "nonfinite": "non-finite",
 }

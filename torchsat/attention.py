@@ -2,7 +2,8 @@
 
 Most numbers come from some query rows only, so that the T x T matrix of a long context never exists: some samples of the batch, and in each of them
 positions of its own, both drawn as sampling.py draws elements; they are the same for all heads. The largest logits, however, sit in few rows, those
-of an outlier token for instance, and a sample misses them. They are found among all rows (`extremes`), some at a time.
+of an outlier token for instance, and a sample misses them. They are found among all rows (`scan`), some at a time, and with them the sums that the
+entropy is made of. The memory for that does not grow with the number of queries.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from torchsat.attention_masks import seen_in, seen_under
 from torchsat.kernels import on_gpu
 from torchsat.replay import NotRebuiltError
 from torchsat.sampling import places
-from torchsat.softmax import softmax_extremes
+from torchsat.softmax import merge_scans, scan_softmax
 from torchsat.statistics import upcast
 
 _LEAST_ROWS = 8
 """At least this many query rows of each head are read, however many keys they have."""
 _PIECE = 2**20
-"""About so many logits exist at a time on a CPU while the largest are looked for."""
-_PIECE_ELSEWHERE = 2**23
-"""The same on other devices, where each piece costs some 25 launches. Its logits and the tensors made of them take about 100 MB."""
+"""About so many logits exist at a time on a CPU while all rows are read."""
+_PIECE_ELSEWHERE = 2**22
+"""The same on other devices, where each piece costs some 50 launches. Its logits and the tensors made of them take about 100 MB."""
 
 _PROJECTED = 2**24
 """About so many numbers of queries and keys are projected anew at a time: 64 MB of float32."""
@@ -161,13 +162,13 @@ class SoftmaxRows:
         taken = upcast(self.rows(z))
         return Logits(taken, seen_in(taken), self.elements)
 
-    def extremes(self, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """What softmax.softmax_extremes finds among all rows of the softmax a of z."""
+    def scan(self, z: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What softmax.scan_softmax finds in all rows of the softmax a of z; None: torch never computes a."""
         found = []
-        for logits, weights in self._pieces(z, a):
+        for logits, weights in self._pieces(z, z if a is None else a):
             wide = upcast(logits)
-            found.append(softmax_extremes(wide, seen_in(wide), weights))
-        return _joined(found)
+            found.append(scan_softmax(wide, seen_in(wide), None if a is None else weights))
+        return merge_scans(found)
 
     def _pieces(self, z: Tensor, a: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Parts of z and a that are not too large, each as [batch, heads, queries, keys]."""
@@ -245,8 +246,8 @@ class Attention:
         """The logits of these rows."""
         return self._logits(rows, self.query(rows), self.key(rows))
 
-    def extremes(self, output: Any) -> tuple[Tensor, Tensor]:
-        """What softmax.softmax_extremes finds among all rows. Its columns of a are those of no element, since torch never computes a.
+    def scan(self, output: Any) -> tuple[Tensor, Tensor]:
+        """What softmax.scan_softmax finds in all rows. Its columns of a are those of no element, since torch never computes a.
 
         Args:
             output: what the call returned.
@@ -257,7 +258,7 @@ class Attention:
             rows = output[0].detach() if output[0].ndim == 3 else output[0].detach().unsqueeze(1)
             output = rows.transpose(0, 1).unsqueeze(1)
         elif not self.has_mask:
-            at_once = self._extremes_at_once()
+            at_once = self._scan_at_once()
             if at_once is not None:
                 return at_once
         broken = ~torch.isfinite(_four(output.detach())).all(-1, keepdim=True) if self.has_mask else None
@@ -267,12 +268,16 @@ class Attention:
             # Keys and queries of some samples are computed once, and their logits piece by piece.
             whole = Queries(self.shape, slice(first, min(first + samples, batch)), slice(0, queries))
             query, key = self.query(whole), self.key(whole)
-            for piece in whole.pieces(self.device):
-                logits = self._logits(piece, query[:, :, piece.positions], key)
-                found.append(softmax_extremes(logits.z, logits.visible, None, None if broken is None else piece.pick(broken)))
-        return _joined(found)
+            for piece in reversed(list(whole.pieces(self.device))):
+                # The keys behind the last query of a piece are seen by none of its queries. The piece with most keys comes first, so that the memory
+                # that it has had is enough for the others.
+                at = piece.positions
+                last = at.stop if isinstance(at, slice) and self.is_causal and not self.has_mask else keys
+                logits = self._logits(piece, query[:, :, at], key[:, :, :last])
+                found.append(scan_softmax(logits.z, logits.visible, None, None if broken is None else piece.pick(broken)))
+        return merge_scans(found)
 
-    def _extremes_at_once(self) -> tuple[Tensor, Tensor] | None:
+    def _scan_at_once(self) -> tuple[Tensor, Tensor] | None:
         """`extremes` by a kernel that multiplies queries by keys itself; None where there is none."""
         if self.device.type == "cpu":
             return None
@@ -286,24 +291,19 @@ class Attention:
             kernels = on_gpu(q, k)
             if kernels is None or not kernels.multiplies(q, k):
                 return None
-            found.append(kernels.logit_extremes(q, k, factor, self.is_causal))
-        return _joined(found)
+            found.append(kernels.scan_logits(q, k, factor, self.is_causal))
+        return merge_scans(found)
 
     def _logits(self, rows: Queries, query: Tensor, key: Tensor) -> Logits:
         (samples, heads, positions, _), groups = query.shape, key.shape[1]
         # With grouped queries, head h reads the keys of group h // (heads per group).
         z = product(query.reshape(samples, groups, heads // groups, positions, -1), key.unsqueeze(2)).reshape(samples, heads, positions, -1)
-        return _masked(z, self.added(rows), rows.causal(z.device) if self.is_causal else None, math.prod(self.shape))
+        causal = rows.causal(z.device)[..., : key.shape[2]] if self.is_causal else None
+        return _masked(z, self.added(rows), causal, math.prod(self.shape))
 
 
 def _piece(device: torch.device) -> int:
     return _PIECE if device.type == "cpu" else _PIECE_ELSEWHERE
-
-
-def _joined(found: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The results of softmax.softmax_extremes for several parts of one softmax, as one."""
-    exact, tops = (torch.stack(each) for each in zip(*found, strict=True))
-    return torch.cat([exact[:, :1].sum(0), exact[:, 1:].amax(0)]), tops.amax(0)
 
 
 def _scaled_dot_product(

@@ -106,12 +106,12 @@ LOSS_SCALED = {column.name: column.loss_scaled for column in ROW if column.loss_
 """The columns that carry a power of a GradScaler's factor, and which."""
 
 HEADS = (
-    *("rows", "entropy", "jacobian", "logit_variance", "log_keys", "rows_read"),
+    *("rows", "entropy", "jacobian", "logit_variance", "log_keys", "first_key", "log_z", "log_z_sq"),
     *("rows_heard", "row_demand", "row_blocked", "row_trapped", "rows_leaving", "logit_max"),
 )
-"""The rows of the block [12, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows, each with the
-weight of its call but for `rows_read`, which counts them. `rows_heard` are the rows whose gradient was heard in the backward, which the four after it
-are of; softmax.observe_demand says what they are."""
+"""The rows of the block [14, heads] that each softmax has. The last row merges by the maximum; the others are sums over query rows. The first eight
+and the last are of all rows (softmax.scan_softmax), read or not. `rows_heard` are the rows whose gradient was heard in the backward, which the four
+after it are of, each with the weight of its call; softmax.observe_demand says what they are."""
 HEADS_LOSS_SCALED = ("row_demand", "row_blocked", "row_trapped")
 """The rows of HEADS that carry a GradScaler's factor."""
 BLOCK = ("samples", "saturated", "samples_read", "a_abs")
@@ -124,10 +124,11 @@ saturated; where none is stuck, the samples of the least sampled unit."""
 FEATURES = ("samples", "x", "x_sq", "square_samples", "square_x_sq", "samples_read")
 """The rows of the block [6, features] of a layer's input x: for each feature the sums of w, w x, w x^2, w^2 and w^2 x^2 over its samples, where w is
 the weight of the call, and how many samples were read."""
-WEIGHT = ("weight_sq", "change_sq", "grad_sq", "unevenness", "learned_sq")
+WEIGHT = ("weight_sq", "change_sq", "grad_sq", "unevenness", "learned_sq", "spectral")
 """Numbers of a layer's weight: sums of squares over the elements that were read, of the weight, of its change by the optimizer's step, of its
 gradient, and of what the step did to it beside weight decay (inf where an element is inf or nan, NaN where nothing was measured); and
-weights.unevenness, which merges by the maximum."""
+weights.unevenness, which merges by the maximum. So does the last one, the largest singular value, which is known of a whole weight that feeds a
+softmax alone."""
 INPUT = ("input_n", "input_sq", "input_offset_sq")
 """Numbers of a layer's input, derived from its FEATURES: the samples that were read of all features together, the mean square, and the mean over
 features of the squared mean."""

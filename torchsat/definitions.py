@@ -56,6 +56,11 @@ RULE_DEFINITIONS: tuple[Definition, ...] = (
     ),
     Definition("attention_collapse", "The heads of an attention look at a single key each, and the gradient asks for other keys.", "entropy_min"),
     Definition(
+        "logit_growth",
+        "The largest logit of an attention has grown far beyond what it began with. Its weights then move from one key to another in a single step.",
+        "z_max",
+    ),
+    Definition(
         "bounded_logits",
         "An output that its function bounds, such as a softmax, goes into a loss that takes unbounded logits. The loss cannot become small.",
         "alert_level",

@@ -26,6 +26,7 @@ RANK: Mapping[str, int] = {
     "saturated": 1,
     "stuck_units": 1,
     "attention_collapse": 1,
+    "logit_growth": 1,
     "bounded_logits": 1,
     "shrunk_weights": 1,
     "faded_input": 1,

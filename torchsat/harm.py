@@ -222,6 +222,23 @@ def unsatisfied(record: Record, snapshot: Snapshot, start: Start) -> float | Non
     return record.grad_a_rms / first if at_end and snapshot.step >= start.step + LONG else 0.0
 
 
+_GREW = 4.0
+"""Logits have grown when the largest is so many times what it was at the first observation. Those of trained weights may be large from the start."""
+
+
+def logit_growth(record: Record, snapshot: Snapshot, start: Start) -> float | None:
+    """The largest logit of an attention, if it has grown; 0 where it has not. None at another softmax, such as one that points at a member of a set,
+    where large logits are the answer: it has one head, and its logits are made by one layer."""
+    if record.kind != "softmax" or record.output or not isinstance(start.item, Record):
+        return None
+    if len(record.heads or ()) < 2 and sum(record.site in weight.feeds and weight.spectral is not None for weight in snapshot.weights) < 2:
+        return None
+    now, first = (max((head.logit_max for head in each.heads or () if head.logit_max is not None), default=None) for each in (record, start.item))
+    if now is None or first is None or not math.isfinite(now):
+        return None
+    return now if now >= _GREW * first else 0.0
+
+
 def gate_with_gradient(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """`trapped` of a gate whose gradient is seen, where nearly all of its demand is blocked. A gate that is shut rightly is content."""
     if not record.gate or record.kind == "recurrent" or not closes_both_ways(record) or record.blocked is None or record.trapped is None:

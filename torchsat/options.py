@@ -25,9 +25,9 @@ Sink = Callable[[Snapshot], Any]
 Patterns = str | Iterable[str] | None
 Directory = str | os.PathLike[str]
 
-EXTRAS = ("formats", "rank")
+EXTRAS = ("formats", "logits", "rank")
 """What is measured only if the user asks for it, since it costs more than the rest: what lower number formats would do to the numbers of each site,
-and the effective rank of its features."""
+the logits that a cross-entropy takes, and the effective rank of the features of each site."""
 SAMPLE = 65536
 """The most elements that are read of one call of a site, where the user has not said how many."""
 

@@ -37,7 +37,7 @@ class SitePart:
     block: Tensor | None = None
     """The unit block [4, units]: columns.BLOCK of each unit in this observation; None where the number of units is not fixed."""
     heads: Tensor | None = None
-    """[12, heads]: the numbers of columns.HEADS for each head; None where this is no softmax."""
+    """[14, heads]: the numbers of columns.HEADS for each head; None where this is no softmax."""
     span: Span = Span(None)
     """The units that this process holds, or the heads of a softmax."""
     stage: int | None = None

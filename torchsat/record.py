@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from torchsat.cause import Cause
 from torchsat.experts import Experts
+from torchsat.heads import Head as Head  # noqa: PLC0414, since others import it from here
 from torchsat.ledger import Ledger
 from torchsat.number_formats import FormatUse, WithFormats
 from torchsat.shown import Shown, level_in_words
@@ -30,28 +31,6 @@ HISTOGRAM_EDGES: tuple[float, ...] = (0.0, *(2.0**-k * half for k in range(OCTAV
 """The edges of the bins of the histogram. The first bin is [0, 2^-24); behind it each octave is split in two, so that the last bin is [0.75, 1]."""
 
 HISTOGRAM_BINS = len(HISTOGRAM_EDGES) - 1
-
-
-@dataclass(frozen=True)
-class Head:
-    """One head of an attention: means over the query rows that were read and that see two keys or more. Each call weighs by the rows that it has."""
-
-    rows: int
-    """How many query rows these are."""
-    entropy: float | None
-    """Mean of H / ln T, where H is the entropy of the row and T the number of keys that it sees. 1 is even attention, 0 is attention to one key."""
-    jacobian: float | None
-    """Mean trace of the softmax Jacobian diag(p) - p p^T, which is 1 - sum p^2. 0 lets no gradient through."""
-    logit_std: float | None
-    """Standard deviation of the logits within a row."""
-    logit_max: float | None
-    """The largest logit of all query rows, read or not, that see two keys or more."""
-    blocked: float | None = None
-    """`Record.blocked` of this head alone."""
-    trapped: float | None = None
-    """`Record.trapped` of this head alone."""
-    leaving: float | None = None
-    """`Record.leaving` of this head alone."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +154,12 @@ class Record(Shown, SiteFacts):
     """Mean of ln T over the rows of all heads, where T is the number of keys that a row sees."""
     entropy_min: float | None = None
     """The lowest entropy of one head. A mean over heads would hide a collapsed one."""
+    first_key: float | None = None
+    """Mean of `Head.first_key` over the rows of all heads."""
+    log_z: float | None = None
+    """Mean of `Head.log_z` over the rows of all heads."""
+    log_z_rms: float | None = None
+    """sqrt(mean (ln Z)^2) over the rows of all heads."""
     worst: float | None = None
     """Where several ranks observe together: the highest `saturated` of one rank alone."""
     worst_rank: int | None = None
@@ -268,6 +253,9 @@ class Weight(Shown, LayerFacts):
     learned_ratio: float | None = None
     """Like `update_ratio`, but without what weight decay did. Decoupled decay (AdamW) is subtracted element by element. Where decay is added to the
     gradient (SGD, Adam), this is the part of the step that falls to the gradient, by the norms of the two."""
+    spectral: float | None = None
+    """||W||_2, the largest singular value, after the step. Those of W_q and W_k bound the logits: |z| <= ||W_q|| ||W_k|| |x|^2 / sqrt(d). Known of
+    weights that make logits of a softmax inside the model, where each rank holds the whole weight."""
     alert_level: float | None = None
     """Like `Record.alert_level`, of the layer."""
 

@@ -149,7 +149,10 @@ def to_record(row: SiteRow, scale: float, stuck: Stuck | None) -> tuple[Record, 
         jacobian=of_heads.mean("jacobian"),
         logit_std=None if (variance := of_heads.mean("logit_variance")) is None else math.sqrt(variance),
         log_keys=of_heads.mean("log_keys"),
-        entropy_min=of_heads.lowest("entropy"),
+        entropy_min=None if facts.activation == "log_softmax" else of_heads.lowest("entropy"),
+        first_key=of_heads.mean("first_key"),
+        log_z=of_heads.mean("log_z"),
+        log_z_rms=_root(of_heads.mean("log_z_sq")),
         worst=row.worst,
         worst_rank=row.worst_rank,
         nonfinite_rank=row.nonfinite_rank,
@@ -186,6 +189,7 @@ def to_weight(row: LayerRow) -> Weight:
         input_n=round(known["input_n"] or 0),
         unevenness=None if known["unevenness"] is None else _finite(known["unevenness"]),
         learned_ratio=_root(_ratio(known["learned_sq"], known["weight_sq"])),
+        spectral=known["spectral"],
     )
 
 
@@ -305,7 +309,7 @@ def _head(at: dict[str, float]) -> Head:
     if not rows:
         return Head(0, None, None, None, None)
     return Head(
-        round(at["rows_read"]),
+        round(rows),
         at["entropy"] / rows,
         at["jacobian"] / rows,
         math.sqrt(at["logit_variance"] / rows),
@@ -313,6 +317,9 @@ def _head(at: dict[str, float]) -> Head:
         _part(at["row_blocked"], at["row_demand"]),
         _part(at["row_trapped"], at["row_demand"]),
         _part(at["rows_leaving"], at["rows_heard"]) if at["row_demand"] else None,
+        at["first_key"] / rows,
+        at["log_z"] / rows,
+        math.sqrt(at["log_z_sq"] / rows),
     )
 
 

@@ -14,6 +14,8 @@ Where the limits come from:
 - A gradient underflows where the type has flushed 5 % of it: the speech model of Micikevicius et al. 2018 (Mixed Precision Training, section 3.1)
   lost that many of its updates to float16 and did not train. Critical is where half of what is left is the smallest number of the type (ours). The
   share is estimated (number_formats.py::FormatUse.lost), and only measured where the user has asked for "formats".
+- Logits of attention that grow beyond 100 are cut off by QK-clip (Kimi Team 2025), whose authors saw spikes of the loss beyond 1000; beyond 1e4 every
+  run of Wortsman et al. (2023) diverged. Published networks have large logits too, so that only growth during the run counts.
 - A rectifier is sparse by design: networks with 90 % zeros train well, and healthy ones have half of their units dead. Of functions with one
   plateau only stuck units and a layer that is closed as a whole are reported.
 """
@@ -448,6 +450,16 @@ RULES: tuple[Rule, ...] = (
             f"{percent(e.k / e.experts)} is even ({percent(value)} of the way to all; limit {percent(limit)})"
         ),
         over="experts",
+    ),
+    Rule(
+        "logit_growth",
+        harm.logit_growth,
+        100.0,
+        1000.0,
+        lambda r, value, limit: f"{r.site}: the logits grow: the largest is {value:.3g} (limit {limit:g})",
+        # A single batch may have an outlier, and attention that collapses at once is told by the rule of that.
+        patience=5,
+        compares=True,
     ),
     Rule(
         "nonfinite",

@@ -264,6 +264,10 @@ class Sites:
         """The parameters that are used as a weight outside of a layer that torchsat knows, by name, and their fan-in; None where it is not known."""
         self.rows: dict[str, Rows] = {}
         """The parts of layers' weights that feed a site, by name."""
+        self.logits: dict[int, int] = {}
+        """Of the tensors that the model returns, the place of the one that a cross-entropy takes, and the axis of its classes (observe/logits.py)."""
+        self.directions: dict[str, Tensor] = {}
+        """For each layer that feeds a softmax, the vector by which its weight was largest in the last observation (spectral.py)."""
         self.spans: dict[str, LayerSpan] = {}
         """How the outputs are spread, for each layer whose weight tensor parallelism spreads over ranks."""
         self.counts_repeated = True
@@ -323,6 +327,7 @@ class Sites:
         """Forget the structure of the model, so that the next observation learns it."""
         self.structure = Structure.NEW
         self.ways = Ways()
+        self.logits = {}
         for site in self.known.values():
             site.start_over()
 

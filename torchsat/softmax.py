@@ -3,6 +3,9 @@
 The rows are [batch, heads, queries, keys]. Where masks hide keys from a query, its row is the softmax over those that it sees. As in statistics.py,
 most functions exist as a kernel and in plain torch, and nothing waits for the device.
 
+The numbers of the heads are those of all rows (`scan_softmax`). On a CPU the logits have to be multiplied for the largest one in any case, and the
+sums cost a fraction of that. What needs the elements themselves, such as the histogram of z, and the gradient come from a sample of rows.
+
 A softmax has no plateau of single elements, but of rows. Let p be a row of probabilities over the T keys that are visible, and g = dL/dp.
 
 - The row is *one-hot*, which is its plateau, if the trace of its Jacobian, 1 - sum p^2, is at most epsilon of the largest, 1 - 1/T.
@@ -18,6 +21,7 @@ at most epsilon of its demand, whatever it has chosen; the gap tells whether tha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,23 +32,25 @@ from torchsat.kernels import cpu
 from torchsat.statistics import EXACT, accumulator, empty_row, indices, merge_, row_of
 
 
-def softmax_extremes(z: Tensor, visible: Tensor, a: Tensor | None, broken: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """EXACT of a softmax, and the largest logit of each head. As in `observe_softmax`, rows that see fewer than two keys, or a logit that is inf or
-    nan, enter no extreme.
+def scan_softmax(z: Tensor, visible: Tensor, a: Tensor | None, broken: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """EXACT of a softmax and its block of heads (columns.HEADS, [14, heads]), without the numbers of the backward. Of both, all rows are read.
+
+    A row that sees fewer than two keys has no entropy and does not count; neither does one with a visible logit that is inf or nan.
 
     Args:
-        z, visible: as in `observe_softmax`.
+        z: [batch, heads, queries, keys], with what masks add.
+        visible: booleans that broadcast to the same shape: which keys a query sees.
         a: the softmax of z. None: its columns are those of no element.
         broken: [batch, heads, queries, 1], whether what an attention returned for this query is inf or nan: where a query sees no key, torch returns
             0 or nan. None: a says that.
     """
-    # NaN goes through to the extremes of its row.
     masked = not _sees_all(z, visible)
     if cpu.reads(z, a):
-        return cpu.softmax_extremes(z, visible.expand(z.shape) if masked else None, a, None if broken is None else broken.expand(*z.shape[:3], 1))
+        return cpu.scan_softmax(z, visible.expand(z.shape) if masked else None, a, None if broken is None else broken.expand(*z.shape[:3], 1))
     dtype = accumulator(z.device)
     keys = visible.sum(-1, keepdim=True) if masked else torch.full((1, 1, 1, 1), z.shape[-1], device=z.device)
     nothing = torch.full((), -math.inf, dtype=z.dtype, device=z.device)
+    # NaN goes through to the extremes of its row.
     top = (torch.where(visible, z, nothing) if masked else z).amax(-1, keepdim=True)
     bottom = (torch.where(visible, z, -nothing) if masked else z).amin(-1, keepdim=True)
     finite = torch.isfinite(top) & torch.isfinite(bottom)
@@ -61,36 +67,80 @@ def softmax_extremes(z: Tensor, visible: Tensor, a: Tensor | None, broken: Tenso
         bad = torch.isnan(high).sum() * z.shape[-1]
         of_a = [torch.where(counts, each, nothing.to(a.dtype)).amax() for each in (high, -low)]
     exact = [bad, tops.amax(), torch.where(counts, -bottom, nothing).amax(), *of_a]
-    return torch.stack([each.to(dtype) for each in exact]), tops.to(dtype)
+    of_rows = _of_rows(z, visible if masked else None, keys, top)
+    zero = torch.zeros((), dtype=dtype, device=z.device)
+    of_heads = {name: torch.where(counts, each.to(dtype), zero).sum((0, 2, 3)) for name, each in of_rows.items()}
+    of_heads |= {"rows": counts.to(dtype).sum((0, 2, 3)), "logit_max": tops.to(dtype)}
+    return torch.stack([each.to(dtype) for each in exact]), _block(of_heads)
+
+
+def _of_rows(z: Tensor, visible: Tensor | None, keys: Tensor, top: Tensor) -> dict[str, Tensor]:
+    """What the sums in columns.HEADS are of, for each row, [batch, heads, queries, 1], or a size that broadcasts to it; of a row that does not count,
+    anything.
+
+    Args:
+        visible: as in `scan_softmax`; None: all keys.
+        keys: how many keys each row sees.
+        top: the largest logit of each row.
+    """
+    dtype, zero = accumulator(z.device), torch.zeros((), dtype=z.dtype, device=z.device)
+    shifted = z - top if visible is None else torch.where(visible, z - top, zero)
+    weights = shifted.exp() if visible is None else torch.where(visible, shifted.exp(), zero)
+    total = weights.sum(-1, keepdim=True)
+    weighted, square = (weights * shifted).sum(-1, keepdim=True), weights.square().sum(-1, keepdim=True)
+    of_first = weights[..., :1] if visible is None else weights.gather(-1, _first(visible).expand(*weights.shape[:3], 1))
+    n = keys.clamp(min=2).to(z.dtype)
+    apart = shifted - shifted.sum(-1, keepdim=True) / n
+    apart = apart if visible is None else torch.where(visible, apart, zero)
+    total, weighted, square, of_first, n = (each.to(dtype) for each in (total, weighted, square, of_first, n))
+    return {
+        "entropy": (total.log() - weighted / total) / n.log(),
+        "jacobian": 1 - square / total.square(),
+        "logit_variance": apart.square().sum(-1, keepdim=True).to(dtype) / n,
+        "log_keys": n.log().expand(top.shape),
+        "first_key": of_first / total,
+        "log_z": (log_z := total.log() + top.to(dtype)),
+        "log_z_sq": log_z.square(),
+    }
+
+
+def _first(visible: Tensor) -> Tensor:
+    """The index of the first key that each row sees; 0 where it sees none."""
+    return visible.to(torch.uint8).argmax(-1, keepdim=True)
+
+
+def merge_scans(found: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """What `scan_softmax` found in several parts of one softmax, as one."""
+    exact, blocks = (torch.stack(each) for each in zip(*found, strict=True))
+    return (
+        torch.cat([exact[:, :1].sum(0), exact[:, 1:].amax(0)]),
+        torch.cat([blocks[:, :-1].sum(0), blocks[:, -1:].amax(0)]),
+    )
 
 
 def observe_softmax(logits: Tensor, visible: Tensor, elements: int, exact: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The row and the block of heads (columns.HEADS, [12, heads]) of one softmax.
+    """The row and the block of heads of one softmax, of which some rows are read for the row.
 
     Args:
-        logits: [batch, heads, queries, keys], with what masks add.
-        visible: booleans that broadcast to the same shape: which keys a query sees. A query row that sees fewer than two keys has no entropy and does
-            not count; neither does one with a visible logit that is inf or nan.
+        logits, visible: as in `scan_softmax`, of the rows that are read.
         elements: how many logits the whole softmax has, read or not.
-        exact: what `softmax_extremes` found among all rows. None: what is found among those that were read.
+        exact: what `scan_softmax` found among all rows. None: what is found among those that were read.
     """
     visible = visible.expand(logits.shape)
+    found, heads = scan_softmax(logits, visible, None) if exact is None else exact
     if cpu.reads(logits):
-        row, heads = empty_row(logits.device), torch.zeros(len(HEADS), logits.shape[1], dtype=accumulator(logits.device))
-        heads[-1] = -math.inf
-        cpu.observe_softmax(logits, visible, elements, row, heads)
+        row = empty_row(logits.device)
+        cpu.observe_softmax(logits, visible, elements, row)
     else:
-        row, heads = _observe_softmax(logits, visible, elements)
+        row = _observe_softmax(logits, visible, elements)
     if exact is not None:
-        found, tops = exact
         row[COLUMN["nonfinite"] : COLUMN["nonfinite"] + 1] = 0
         merge_(row, empty_row(row.device).index_copy_(0, indices(EXACT, row.device), found))
-        torch.maximum(heads[-1], tops, out=heads[-1])
     return row, heads
 
 
-def _observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Tensor, Tensor]:
-    """`observe_softmax` in plain torch; `visible` has the shape of the logits."""
+def _observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> Tensor:
+    """The row of `observe_softmax` in plain torch; `visible` has the shape of the logits."""
     dtype = accumulator(logits.device)
     z = logits.to(dtype)
     keys = visible.sum(-1)
@@ -99,24 +149,10 @@ def _observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Te
     seen = visible & counts.unsqueeze(-1)
     zero, nothing = torch.zeros((), dtype=dtype, device=z.device), torch.full((), -math.inf, dtype=dtype, device=z.device)
     z = torch.where(seen, z, zero)
-    shifted = torch.where(seen, z - torch.where(seen, z, nothing).amax(-1, keepdim=True), zero)
-    weights = torch.where(seen, shifted.exp(), zero)
-    total = weights.sum(-1, keepdim=True).clamp(min=1)
-    p = weights / total
-    log_keys = torch.where(counts, keys.to(dtype).clamp(min=2).log(), zero)
-    entropy = torch.where(counts, total.squeeze(-1).log() - (p * shifted).sum(-1), zero)
-    mean = z.sum(-1) / keys.clamp(min=1)
     largest = torch.where(seen, z, nothing)
-    of_rows = {
-        "rows": counts,
-        "entropy": torch.where(counts, entropy / log_keys.clamp(min=math.log(2)), zero),
-        "jacobian": torch.where(counts, 1 - p.square().sum(-1), zero),
-        "logit_variance": torch.where(seen, z - mean.unsqueeze(-1), zero).square().sum(-1) / keys.clamp(min=1),
-        "log_keys": log_keys,
-    }
-    weight = elements / max(1, z.numel())
-    of_heads = {name: each.to(dtype).sum((0, 2)) * weight for name, each in of_rows.items()}
-    of_heads |= {"rows_read": counts.to(dtype).sum((0, 2)), "logit_max": largest.amax((0, 2, 3))}
+    shifted = torch.where(seen, z - largest.amax(-1, keepdim=True), zero)
+    weights = torch.where(seen, shifted.exp(), zero)
+    p = weights / weights.sum(-1, keepdim=True).clamp(min=1)
     n = seen.sum()
     values = {
         "n": n,
@@ -133,7 +169,7 @@ def _observe_softmax(logits: Tensor, visible: Tensor, elements: int) -> tuple[Te
         "a_max": torch.where(seen, p, nothing).amax(),
         "a_min_negated": torch.where(seen, -p, nothing).amax(),
     }
-    return row_of(values, weight, z.device), _block(of_heads)
+    return row_of(values, elements / max(1, z.numel()), z.device)
 
 
 def _block(of_heads: dict[str, Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from torchsat.internals import Convolution, TransposedConvolution
 from torchsat.optimizers import Decay, put_learned
 from torchsat.sampling import Sample, places, seed_of
 from torchsat.sharding import is_pending, local
+from torchsat.spectral import largest_singular
 from torchsat.statistics import accumulator, observe_features, put_squares
 from torchsat.tensors import why_unread
 
@@ -242,6 +243,24 @@ class Layer:
             numbers[WEIGHT.index("unevenness")] = unevenness(first)
         if second is not None:
             put_learned(first, second, self.decay, dict(zip(WEIGHT, numbers.split(1), strict=True)))
+
+    def observe_spectral(self, weight: Tensor, start: Tensor | None) -> Tensor | None:
+        """Measure the largest singular value.
+
+        Args:
+            start: what the observation before returned.
+
+        Returns:
+            The vector that the next observation begins with; None where the weight is no matrix, as that of a convolution over several positions.
+        """
+        matrix = _widened(self.part(weight).detach())
+        if self.numbers is None or not matrix.numel() or matrix.ndim < 2 or matrix.numel() != matrix.shape[0] * matrix.shape[1]:
+            return None
+        value, vector = largest_singular(matrix, start)
+        at = WEIGHT.index("spectral")
+        self.numbers[at] = value
+        _inf_for_nan_(self.numbers[at : at + 1])
+        return vector
 
     def part(self, weight: Tensor) -> Tensor:
         """The part of a weight, or of its gradient, that is measured."""

@@ -1,10 +1,9 @@
 """Why an alert fires: its causes, ranked, from what was measured; standard library only.
 
 Each kind of damage has a file: `size.py` (z is too large), `closed.py` (units that never leave their plateau), `gradient.py` (it vanishes, explodes,
-or is no number), `underflow.py` (it is too small for its type), `outputs.py` (what an output or a softmax is asked for), `routing.py` (experts that
-get no tokens). Each gives terms, a name with a
-size and with the figures that speak for it; `growth.py` has the terms of what training has changed. Here they are ranked. What to try is in
-`advice.py`. `rate.py` finds a learning rate that rose just before.
+or is no number), `underflow.py` (it is too small for its type), `outputs.py` (what an output or a softmax is asked for), `ceiling.py` (logits that
+grow), `routing.py` (experts that get no tokens). Each gives terms, a name with a size and with the figures that speak for it; `growth.py` has the
+terms of what training has changed. Here they are ranked. What to try is in `advice.py`. `rate.py` finds a learning rate that rose just before.
 
 Every figure in an evidence text is a field of a record, a layer or a number format as it stands in a snapshot, so that a reader can look it up.
 
@@ -22,6 +21,7 @@ from dataclasses import replace
 
 from torchsat.cause import Cause
 from torchsat.causes import advice
+from torchsat.causes.ceiling import of_growth
 from torchsat.causes.closed import of_closed, of_dormant
 from torchsat.causes.gradient import of_exploding, of_faded, of_nonfinite, of_shrunk, of_vanishing
 from torchsat.causes.outputs import of_attention, of_logits, of_size
@@ -101,6 +101,7 @@ _EXPLAIN: Mapping[str, Callable[[Alert, Scene], list[Term]]] = {
     "nonfinite": of_nonfinite,
     "underflow": of_underflow,
     "attention_collapse": of_attention,
+    "logit_growth": of_growth,
     "bounded_logits": of_logits,
     "expert_collapse": of_experts,
 }

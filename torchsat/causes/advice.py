@@ -10,6 +10,7 @@ A network that came trained is never drawn anew, nor are its biases or activatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from torchsat.cause import CODE_INDENT
@@ -229,6 +230,11 @@ def finite_inputs() -> str:
     )
 
 
+def with_z_loss(remedy: str) -> str:
+    """Against logits of the loss that have drifted, before what else is to be tried: a z-loss (Chowdhery et al. 2022)."""
+    return f"add a z-loss, 1e-4 times the mean of logsumexp(logits)^2, to the loss; {remedy}"
+
+
 def smaller_logits(record: Record, layers: Sequence[tuple[Record, Weight]], scene: Scene, update: float, rate: float | None) -> str:
     """Against logits of attention that vary too much. `layers`: those that make queries and keys too large."""
     place = attribute(record.site.partition("/")[0])
@@ -263,6 +269,29 @@ def balance(is_sure: bool) -> str:
         f"the scores that rises where an expert is idle (Wang et al. 2024){large}; give the router a lower rate, and noise while it learns. Experts "
         "that were idle for long have learned nothing: begin from before that"
     )
+
+
+_CAP = 100.0
+"""What QK-clip cuts the largest logit down to (Kimi Team 2025)."""
+
+
+def cap_logits(record: Record, weights: Sequence[Weight], largest: float) -> str:
+    """Against logits that grow. `weights`: those of queries and keys, as far as they are known. `largest`: the largest logit."""
+    place = attribute(record.site.partition("/")[0])
+    owners = list(dict.fromkeys(owner(weight.name) for weight in weights))
+    whose = " and ".join(owners[:2]) if owners else f"its queries and keys in {place}"
+    factor = math.sqrt(_CAP / largest) if largest > _CAP else 1.0
+    clip = f" (QK-clip: now by {factor:.2g} each, the root of {_CAP:g} / {largest:.3g})" if factor < 1 else " (QK-clip)"
+    return (
+        f"normalise queries and keys of {place} (QK-norm: nn.RMSNorm on each head), or after each step scale the weights of {whose} down where the "
+        f"largest logit is beyond {_CAP:g}{clip}, or lower the learning rate of these weights"
+    )
+
+
+def slower_there(weights: Sequence[Weight]) -> str:
+    """Against weights of queries and keys that grow by steps of a sound size."""
+    owners = list(dict.fromkeys(owner(weight.name) for weight in weights))
+    return f"lower the learning rate of {' and '.join(owners[:2])} in a group of the optimizer of its own, or give it weight decay"
 
 
 def too_large(record: Record, weight: Weight, ratio: float) -> bool:

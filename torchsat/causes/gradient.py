@@ -171,6 +171,10 @@ def _was_small(scene: Scene) -> bool:
     return max(sizes, default=math.inf) < _SMALL_ENOUGH and not has_jumped(before, [weight.name for weight in scene.before.weights])
 
 
+_FAR_LOG_Z = 4.0
+"""ln Z has drifted when it is so many times ln C, which it is where all logits are 0."""
+
+
 def of_nonfinite(alert: Alert, scene: Scene) -> list[Term]:
     """Numbers that overflowed because the signal grew, or that were never finite."""
     broken_from_start = scene.before.step >= scene.now.step
@@ -189,4 +193,11 @@ def of_nonfinite(alert: Alert, scene: Scene) -> list[Term]:
     if terms and not _was_small(scene):
         return terms
     when = ", from the first step on: look at the data" if broken_from_start else ""
-    return [Term("numeric_range", 1.0, f"{spoken(alert.site)} is the first place with inf or nan{when}", advice.finite_inputs())]
+    evidence, remedy = f"{spoken(alert.site)} is the first place with inf or nan{when}", advice.finite_inputs()
+    record = next((each for each in scene.before.records if each.activation == "log_softmax" and each.log_z_rms is not None), None)
+    if record is not None and not broken_from_start and (record.log_z_rms or 0.0) > _FAR_LOG_Z * max(1.0, record.log_keys or 0.0):
+        evidence += (
+            f"; ln Z of {record.site} had drifted to an rms of {record.log_z_rms:.3g}, where ln of the number of classes is {record.log_keys:.3g}"
+        )
+        remedy = advice.with_z_loss(remedy)
+    return [Term("numeric_range", 1.0, evidence, remedy)]

@@ -11,6 +11,7 @@ import math
 from dataclasses import replace
 
 from torchsat.causes import advice
+from torchsat.causes.ceiling import cap, ceiling_told, of_weights
 from torchsat.causes.closed import of_data
 from torchsat.causes.growth import GROWN, grown
 from torchsat.causes.scene import HOT, Scene, Term, is_shifted
@@ -145,9 +146,17 @@ def of_attention(alert: Alert, scene: Scene) -> list[Term]:
         f"the logits of {spoken(record.site)} vary by {record.logit_std:.3g} within a row{then}; beyond sqrt(2 ln T), with ln T = "
         f"{record.log_keys or 0.0:.3g}, one key takes all"
     )
-    terms = [Term("softmax_logits", 1.0, evidence, advice.smaller_logits(record, large, scene, jump.ratio if jump else 0.0, rate))]
+    update, grew = jump.ratio if jump else 0.0, ceiling_told(record, start) if scene.started else None
+    if grew is not None:
+        evidence += f"; {grew}"
+    if grew is None or large or scene.trained or update > advice.GOOD_UPDATE:
+        remedy = advice.smaller_logits(record, large, scene, update, rate)
+    else:
+        remedy = cap(record, scene)
+    terms = [Term("softmax_logits", 1.0, evidence, remedy)]
     # Inputs that are far too large make large logits, whatever the weights are.
     terms += [replace(term, size=2.0) for term in of_data(scene)]
     if was and record.logit_std > GROWN * was:
-        terms += grown(scene, feeders[0] if feeders else None, None, min(0.9, math.log(record.logit_std / was)))
+        most = min(0.9, math.log(record.logit_std / was))
+        terms += of_weights(record.site, scene, most) or grown(scene, feeders[0] if feeders else None, None, most)
     return terms

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -162,8 +163,8 @@ def places(size: int, count: int, seed: int, rows: int, out: Tensor) -> None:
     _loaded().torchsat_places(size, count, seed, rows, out.dtype == torch.int64, out.data_ptr())
 
 
-def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor, heads: Tensor) -> None:
-    """Write a softmax into an empty row and an empty block of heads. `visible` has the shape of the logits."""
+def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor) -> None:
+    """Write a softmax into an empty row. `visible` has the shape of the logits."""
     four = ctypes.c_int64 * 4
     _loaded().torchsat_softmax(
         ctypes.byref(_Vector(logits.data_ptr(), _KINDS[logits.dtype], 1)),
@@ -173,20 +174,20 @@ def observe_softmax(logits: Tensor, visible: Tensor, elements: int, row: Tensor,
         four(*visible.stride()),
         elements,
         row.data_ptr(),
-        heads.data_ptr(),
     )
 
 
-def softmax_extremes(z: Tensor, visible: Tensor | None, a: Tensor | None, broken: Tensor | None) -> tuple[Tensor, Tensor]:
-    """softmax.softmax_extremes of [batch, heads, queries, keys]. All have this shape, but `broken` has one key; visible None: all keys are."""
-    found, tops = torch.empty(5, dtype=torch.float64), torch.empty(z.shape[1], dtype=torch.float64)
+def scan_softmax(z: Tensor, visible: Tensor | None, a: Tensor | None, broken: Tensor | None) -> tuple[Tensor, Tensor]:
+    """softmax.scan_softmax of [batch, heads, queries, keys]. All have this shape, but `broken` has one key; visible None: all keys are."""
+    found, block = torch.empty(5, dtype=torch.float64), torch.zeros(len(HEADS), z.shape[1], dtype=torch.float64)
+    block[-1] = -math.inf
     strides = ctypes.c_int64 * 4
     of_z, of_a = (_Four(_NOTHING if each is None else _Vector(each.data_ptr(), _KINDS[each.dtype], 0), strides(*_strides(each))) for each in (z, a))
     bytes_of = [part for each in (visible, broken) for part in (None if each is None else each.data_ptr(), strides(*_strides(each)))]
-    _loaded().torchsat_softmax_extremes(
-        ctypes.byref(of_z), ctypes.byref(of_a), strides(*z.shape), *bytes_of, _threads(z.numel()), found.data_ptr(), tops.data_ptr()
+    _loaded().torchsat_scan_softmax(
+        ctypes.byref(of_z), ctypes.byref(of_a), strides(*z.shape), *bytes_of, _threads(z.numel()), found.data_ptr(), block.data_ptr()
     )
-    return found, tops
+    return found, block
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...]:
@@ -313,9 +314,9 @@ def _load(path: Path) -> ctypes.CDLL:
         "torchsat_extremes": [pointer, pointer, *[integer] * 5, pointer],
         "torchsat_take": [pointer, pointer, integer, integer, pointer, pointer],
         "torchsat_units": [pointer, pointer],
-        "torchsat_softmax_extremes": [*[pointer] * 7, integer, pointer, pointer],
+        "torchsat_scan_softmax": [*[pointer] * 7, integer, pointer, pointer],
         "torchsat_places": [*[integer] * 5, pointer],
-        "torchsat_softmax": [pointer, pointer, pointer, pointer, pointer, number, pointer, pointer],
+        "torchsat_softmax": [*[pointer] * 5, number, pointer],
         "torchsat_sides": [pointer, integer, number, number, pointer],
         "torchsat_gradient": [pointer, pointer, integer, number, pointer, pointer],
         "torchsat_features": [pointer, integer, pointer, pointer],

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from torchsat.columns import COLUMN
+from torchsat.columns import COLUMN, HEADS
 from torchsat.kernels import cuda_gradients, cuda_logits, cuda_rows, cuda_sums
 from torchsat.kernels.formulas import BETWEEN, GELU, GELU_ERF, GIVEN, LOGISTIC, SILU, Formula
 
@@ -174,29 +174,30 @@ def observe_gradient(
 
 
 def multiplies(q: Tensor, k: Tensor) -> bool:
-    """Whether `logit_extremes` can read these queries and keys."""
+    """Whether `scan_logits` can read these queries and keys."""
     return reads(q, k) and q.dtype == k.dtype and q.shape[-1] <= _MOST_FEATURES and 0 not in q.shape and 0 not in k.shape
 
 
-def logit_extremes(q: Tensor, k: Tensor, factor: float, is_causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax.softmax_extremes of the logits factor q k^T, which have no mask but the causal one.
+def scan_logits(q: Tensor, k: Tensor, factor: float, is_causal: bool) -> tuple[Tensor, Tensor]:
+    """softmax.scan_softmax of the logits factor q k^T, which have no mask but the causal one.
 
     Args:
         q: [batch, heads, queries, features], in any layout.
         k: [batch, groups, keys, features]; each group belongs to as many neighbouring heads.
     """
     batch, heads, queries, features = q.shape
-    exact, tops = _nothing(5, q.device), torch.full((heads,), -math.inf, dtype=torch.float64, device=q.device)
+    exact, block = _nothing(5, q.device), torch.zeros(len(HEADS), heads, dtype=torch.float64, device=q.device)
+    block[-1] = -math.inf
     with torch.cuda.device_of(q):
-        cuda_logits.logit_extremes[(triton.cdiv(queries, BLOCK_QUERIES) * batch * heads,)](
-            *(q, k, exact, tops, factor, heads, heads // k.shape[1], queries, k.shape[2], features, *q.stride(), *k.stride()),
+        cuda_logits.scan_logits[(triton.cdiv(queries, BLOCK_QUERIES) * batch * heads,)](
+            *(q, k, exact, block, factor, heads, heads // k.shape[1], queries, k.shape[2], features, *q.stride(), *k.stride()),
             is_causal=is_causal,
             block_queries=BLOCK_QUERIES,
             block_keys=BLOCK_KEYS,
             block_features=max(16, triton.next_power_of_2(features)),
             num_warps=WARPS,
         )
-    return exact, tops
+    return exact, block
 
 
 def squares(x: Tensor, y: Tensor | None, out: Tensor, at: int) -> None:

@@ -100,6 +100,19 @@ static inline double exp_negative(double x)
     return sum;
 }
 
+/* The same in float32, to its last bit or two; x below -87 gives e^-87. */
+static inline float exp_negative_float(float x)
+{
+    x = x > -87 ? x : -87;
+    float shifted = x * 1.44269504f + 0x1.8p23f, k = shifted - 0x1.8p23f;
+    float r = (x - k * 0x1.62e4p-1f) - k * 0x1.7f7d1cp-20f;
+    float sum = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720 + r * (1.0f / 5040)))))));
+    uint32_t bits, value;
+    memcpy(&bits, &shifted, sizeof bits);
+    memcpy(&value, &sum, sizeof value);
+    return from_bits(value + (bits << 23));
+}
+
 /* The hash of sampling.py. */
 static inline uint32_t mixed(uint32_t x)
 {

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrize
 from torchsat import internals
 from torchsat.activations import CLAMP, Activation, Bound, bind_call, calls_of
 from torchsat.faults import MODEL
-from torchsat.observe import glu, softmaxes
+from torchsat.observe import glu, logits, softmaxes
 from torchsat.observe.conditions import Conditions
 from torchsat.observe.forms import Forms
 from torchsat.observe.functions import Functions, may_be_function
@@ -61,6 +61,7 @@ class Role(Enum):
     ATTENTION = "attention"
     GLU = "glu"
     CLAMP = "clamp"
+    LOGITS = "logits"
 
 
 _CLAMPS = calls_of("clamp", "clip", "clamp_min", "clamp_max")
@@ -113,6 +114,8 @@ class Calls:
         self._functions = Functions(observation)
         self._forms = Forms(observation, self._conditions)
         self._roles: dict[Any, Activation | Role] = dict(ROLES)
+        if logits.NAME in observation.options.extras:
+            self._roles[F.cross_entropy] = Role.LOGITS
         for row in reversed(observation.options.activations):
             self._roles.update(dict.fromkeys(row.calls, row))
 
@@ -311,6 +314,9 @@ class Calls:
         if role is Role.GUMBEL and (rest[1] if len(rest) > 1 else kwargs.get("hard", False)):
             self._observation.note_if_wanted(place, _HARD)
             return None
+        if role is Role.LOGITS:
+            is_counted = self._observation.passes.counts(module)
+            return (lambda _: self._observation.logits.heard(place, z, min(1, z.ndim - 1))) if is_counted else None
         site = self._observation.sites.known.setdefault(place, Site(place, _SOFTMAX, "softmax"))
         counts = self._observation.meter.counts_at(place, module)
         if counts is None:
@@ -353,7 +359,7 @@ def _site_name(role: Activation | Role | None, function: Function) -> str:
         return role.name
     if role is None:
         return function.__name__
-    return role.value if role in (Role.GLU, Role.CLAMP, Role.GUMBEL) else "softmax"
+    return role.value if role in (Role.GLU, Role.CLAMP, Role.GUMBEL, Role.LOGITS) else "softmax"
 
 
 def _bounds(function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -262,6 +262,10 @@ class Layers:
             # No optimizer owns this layer, which is frozen. Its gain and its input are measured all the same.
             layer.after_step(weight)
         sites, place = self._observation.sites, placement(weight)
+        if place is None and self._makes_logits(layer, feeds):
+            direction = layer.observe_spectral(weight, sites.directions.get(layer.name))
+            if direction is not None:
+                sites.directions[layer.name] = direction
         is_parameter = source.parameter != "weight" or source.name in self._of_model
         data, titled = source.name in sites.fed_by_data, "" if is_parameter or layer.rows else layer.described
         return LayerPart(
@@ -279,6 +283,14 @@ class Layers:
             input_counts=sites.counts_repeated if source.input_counts is None else source.input_counts,
             stage=self._observation.stage_of(layer.name),
         )
+
+    def _makes_logits(self, layer: Layer, feeds: tuple[str, ...]) -> bool:
+        """Whether this is a weight that makes logits of a softmax inside the model, such as queries or keys. Neither is an embedding, whose rows do,
+        nor a weight of which a part does."""
+        if isinstance(layer.module(), nn.Embedding) or any(rows.layer == layer.name for rows in self._observation.sites.rows.values()):
+            return False
+        softmaxes = [site for name in feeds if (site := self._observation.sites.ran.get(name)) is not None and site.kind == "softmax"]
+        return any(not site.output for site in softmaxes)
 
 
 def attach(observation: Observation, found: Found) -> None:

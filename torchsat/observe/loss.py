@@ -51,6 +51,27 @@ def takers(objectives: Iterable[Node], made: NodeTable[_Value]) -> Iterator[tupl
                 yield found, _name(node, is_scaled, len(given) > 1)
 
 
+def logits_in(objectives: Iterable[Node], made: NodeTable[_Value]) -> Iterator[tuple[_Value, int | None]]:
+    """Each output that a softmax inside of the loss takes, as in cross_entropy, with the axis of its classes; None where views lie between.
+
+    Args:
+        objectives, made: as in `takers`.
+    """
+    for node in upstream(objectives, lambda node: node in made or has_weight(node), MOST_OF_CALL):
+        if kind_of(node) != "LogSoftmax" or node in made:
+            continue
+        for before in _given(node):
+            source, axis = before, getattr(node, "_saved_dim", None)
+            for _ in range(_FARTHEST):
+                if source in made or kind_of(source) not in _VIEWS or len(_given(source)) != 1:
+                    break
+                source = _given(source)[0]
+            found = made.get(source)
+            if found is not None:
+                # An axis that is counted from the end comes as a number without a sign.
+                yield found, axis if source is before and isinstance(axis, int) and axis < 2**63 else None
+
+
 def _name(node: Node, is_scaled: bool, has_others: bool) -> str:
     """The name of a function, and how it takes an output if not as it is and alone."""
     kind = kind_of(node)

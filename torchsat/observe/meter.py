@@ -267,7 +267,7 @@ class Meter:
             current.put(current.blocks, site.name, block)
 
     def count_softmax(self, site: Site, logits: Logits, exact: tuple[Tensor, Tensor]) -> None:
-        """Merge the row and the block of heads of one softmax. `exact` is what softmax.softmax_extremes found among all its rows."""
+        """Merge the row and the block of heads of one softmax. `exact` is what softmax.scan_softmax found among all its rows."""
         row, heads = observe_softmax(logits.z, logits.visible, logits.elements, exact)
         current = self._passes.current
         current.add(current.rows, site.name, row)

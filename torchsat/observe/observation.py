@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from torchsat import internals
 from torchsat.faults import MODEL, Faults
-from torchsat.observe import calls, ingraph, layers, modules, own, passes, recurrent, stream, way
+from torchsat.observe import calls, ingraph, layers, logits, modules, own, passes, recurrent, stream, way
 from torchsat.observe.calls import Calls
 from torchsat.observe.hooks import Guard, Hook
 from torchsat.observe.ingraph import GraphHooks, GraphReceiver
@@ -51,7 +51,7 @@ after those of the other sources."""
 
 SOURCES: tuple[Source, ...] = (
     *(passes.attach, way.attach, calls.attach, modules.attach, own.attach, recurrent.attach, stream.attach),
-    layers.attach,
+    *(logits.attach, layers.attach),
 )
 """Where activations come from in eager execution. Their hooks run in this order."""
 GRAPH_SOURCES: tuple[Source, ...] = (ingraph.attach,)
@@ -135,13 +135,19 @@ class Observation:
         """For each kind of fault the first one, and the places at which it happened."""
         self.guard = Guard(self.fail, window, clock, sites.failed)
         self.lineage = Lineage(sites, self.note_if_wanted)
-        self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True), self.lineage.hear_loss)
+        self.logits = logits.Logits(self)
+        self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True), self._hear_loss)
         self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note)
         self.tally_facts: dict[Key, Mapping[str, Any]] = self.meter.formats.facts
         """The facts of each place of a tally (parts.TallyPart), which whoever measures it keeps here. Its numbers are kept by the passes."""
         self.layers = Layers(self)
         self.way = Way(self)
         self.calls = Calls(self)
+
+    def _hear_loss(self) -> None:
+        """A backward has begun."""
+        self.lineage.hear_loss()
+        self.logits.hear_loss()
 
     @property
     def state(self) -> State:

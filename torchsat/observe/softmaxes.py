@@ -50,7 +50,7 @@ def end_softmax(observation: Observation, site: Site, call: Call, negated: bool,
     logits = rows.logits(z)
     if call.counts:
         meter.ran(site, call.steps)
-        meter.count_softmax(site, logits, rows.extremes(z, plain(a).detach()))
+        meter.count_softmax(site, logits, rows.scan(z, plain(a).detach()))
         meter.formats.add(site.name, "z", z)
         meter.formats.add(site.name, "a", plain(a))
     if a.grad_fn is None:
@@ -115,7 +115,7 @@ def end_attention(
         if function is F.multi_head_attention_forward:
             observation.layers.feeds_attention(site, *given)
         returned = internals.tree_map(lambda value: plain(value) if isinstance(value, Tensor) else value, output)
-        meter.count_softmax(site, logits, attention.extremes(returned))
+        meter.count_softmax(site, logits, attention.scan(returned))
     answer = output[0] if isinstance(output, tuple) else output
     if answer.grad_fn is not None:
         _tap(observation, site, attention, rows, logits, _node_of_weights(answer, began))

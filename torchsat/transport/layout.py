@@ -20,7 +20,7 @@ WORST = ("worst", "nonfinite")
 """Max columns of a site: the highest saturated share and the highest non-finite count of one rank, each with that rank, in one float64."""
 LAYER_SUMS = ("weight_sq", "change_sq", "change_n", "grad_sq", "grad_n", "learned_sq", "learned_n", "n", "numel")
 """Sum columns of a layer. change_n, grad_n and learned_n are 0 where no rank knows the number before it."""
-LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated", "unevenness")
+LAYER_MAXES = ("learning_rate", "weight_sq", "weight_sq_negated", "unevenness", "spectral")
 """Max columns of a layer. Those of weight_sq are filled where every rank holds the whole weight: they tell whether all hold the same one."""
 ENDS = ("step", "step_negated", "interval", "changed", "earliest", "skipped")
 """Max columns of an observation of several ranks as a whole. The largest negated step is the lowest step of a rank."""
@@ -36,7 +36,7 @@ class SiteEntry:
     units: int | None = None
     """Columns of its unit block [4, units]; None where it has none."""
     heads: int | None = None
-    """Columns of its block of heads [12, heads]; None where it is no softmax."""
+    """Columns of its block of heads [14, heads]; None where it is no softmax."""
     stage: int | None = None
     """The number of the pipeline stage that it is in; None where there is no pipeline."""
     leaves: bool = False
@@ -79,7 +79,7 @@ class Places:
     blocks: dict[str, slice]
     """[4, units] of each site that has units, in the sums."""
     heads: dict[str, slice]
-    """[6, heads] of each softmax, in the sums."""
+    """[13, heads] of each softmax, in the sums."""
     inputs: dict[str, slice]
     """[6, features] of each layer whose input is measured, in the sums."""
     site_maxes: slice

@@ -312,7 +312,7 @@ def _weights(parts: Sequence[LayerPart | None], device: torch.device) -> Tensor:
 def _layer_sums(parts: Sequence[LayerPart | None], n: Tensor, numel: Tensor, device: torch.device) -> Tensor:
     """[layers, LAYER_SUMS]. The sums over a sample are scaled up to this rank's part of the weight."""
     scale = numel / n.clamp(min=1)
-    weight, change, grad, _, learned = _weights(parts, device).unbind(1)
+    weight, change, grad, learned = (_weights(parts, device)[:, WEIGHT.index(f"{name}_sq")] for name in ("weight", "change", "grad", "learned"))
     columns = [weight * scale]
     for each in (change, grad, learned):
         known = ~torch.isnan(each)
@@ -334,10 +334,15 @@ def _layer_maxes(parts: Sequence[LayerPart | None], rates: Tensor, device: torch
     nothing = torch.full((), -math.inf, dtype=rates.dtype, device=device)
     given = [nothing if part is None or part.numbers is None or part.sharded else part.numbers[0].to(device) for part in parts]
     squares = torch.stack(given) if given else torch.empty_like(rates)
-    at = WEIGHT.index("unevenness")
-    uneven = [nothing if part is None or part.numbers is None else part.numbers[at].nan_to_num(-math.inf).to(device) for part in parts]
-    unevens = torch.stack(uneven) if uneven else torch.empty_like(rates)
-    return torch.stack([rates, squares, torch.where(torch.isfinite(squares), -squares, nothing), unevens], 1)
+    largest = [_largest(parts, name, nothing, rates) for name in ("unevenness", "spectral")]
+    return torch.stack([rates, squares, torch.where(torch.isfinite(squares), -squares, nothing), *largest], 1)
+
+
+def _largest(parts: Sequence[LayerPart | None], name: str, nothing: Tensor, like: Tensor) -> Tensor:
+    """[layers]: a number of columns.WEIGHT that merges by the maximum, and `nothing` where it is not known."""
+    at = WEIGHT.index(name)
+    given = [nothing if part is None or part.numbers is None else part.numbers[at].to(nothing) for part in parts]
+    return torch.where(torch.isnan(values := torch.stack(given)), nothing, values) if given else torch.empty_like(like)
 
 
 def _worst(rows: Tensor, rank: int) -> Tensor:
@@ -372,23 +377,24 @@ def _layers_together(sums: Vector, maxes: Vector, layout: Layout) -> tuple[list[
     rows = sums[places.layer_sums].reshape(count, len(LAYER_SUMS)).tolist()
     tops = maxes[places.layer_maxes].reshape(count, len(LAYER_MAXES)).tolist()
     found, differing = [], []
-    for (name, entry), row, (rate, most, least_negated, uneven) in zip(layout.layers.items(), rows, tops, strict=True):
+    for (name, entry), row, (rate, most, least_negated, uneven, spectral) in zip(layout.layers.items(), rows, tops, strict=True):
         if math.isfinite(most) and most + least_negated > 1e-6 * most:
             differing.append(name)
         values = dict(zip(LAYER_SUMS, row, strict=True))
         if values["n"]:
             place = places.inputs.get(name)
-            found.append(_layer_row(entry, values, None if place is None else sums[place].reshape(len(FEATURES), -1), rate, uneven))
+            found.append(_layer_row(entry, values, None if place is None else sums[place].reshape(len(FEATURES), -1), rate, uneven, spectral))
     return found, tuple(differing)
 
 
-def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | None, rate: float, uneven: float) -> LayerRow:
+def _layer_row(entry: LayerEntry, values: dict[str, float], inputs: Vector | None, rate: float, uneven: float, spectral: float) -> LayerRow:
     """The row of a layer. The sums of its weight, which were scaled up to all elements, are scaled back to those that were read."""
     n, numel = values["n"], values["numel"]
     per = n / numel
     change, grad, learned = (values[f"{name}_sq"] * per if values[f"{name}_n"] else math.nan for name in ("change", "grad", "learned"))
     summed = _summary(inputs) if inputs is not None and inputs[-1].any() else _UNKNOWN
-    numbers = [values["weight_sq"] * per, change, grad, uneven if math.isfinite(uneven) else math.nan, learned, *summed]
+    spectral = math.nan if spectral == -math.inf else spectral
+    numbers = [values["weight_sq"] * per, change, grad, uneven if math.isfinite(uneven) else math.nan, learned, spectral, *summed]
     return LayerRow(entry.facts, numbers, round(n), round(numel), rate if math.isfinite(rate) else None)
 
 
