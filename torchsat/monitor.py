@@ -62,8 +62,8 @@ def watch(
             modules into the graph (to be called before the first compiled step; that first step still runs eager).
         activations: the table that says which module or function computes which activation.
         extras: what costs more than the rest and is measured only where its name is given, one or several: "formats" (what of the numbers of a site
-            lower number formats would clamp or flush to zero: `Snapshot.formats`), "logits" (what a cross-entropy takes, as the site `logits`), "rank"
-            (the effective rank of its features). None by default.
+            lower number formats would clamp or flush to zero: `Snapshot.formats`), "logits" (what a cross-entropy takes, as the site `logits`),
+            "rank" (the effective rank of its features). None by default.
         rules: the rules that decide when to alert.
         sinks: functions that are called with each Snapshot, after it was written for TensorBoard. Their `flush` and `close` are called too, where
             they exist.
