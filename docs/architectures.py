@@ -277,6 +277,9 @@ def observe(architecture: Architecture, **options: Any) -> Seen:
         model(*inputs).square().mean().backward()
         optimizer.step()
     places = {*monitor.coverage.seen, *(place for place, _ in monitor.coverage.unseen)}
+    # The choice of a router is measured with the experts beside it.
+    mixtures = monitor.latest.experts if monitor.latest is not None else ()
+    places |= {f"{experts.site.rpartition('.')[0]}/topk".lstrip("/") for experts in mixtures}
     met = sorted(each for each in operators.met if each[1] not in architecture.normalises)
     missing = [each for each in met if not any(_accounts(place, *each, custom) for place in places)]
     return Seen(monitor.latest, monitor.coverage, tuple(met), tuple(missing))

@@ -30,6 +30,7 @@ did not run in 5 observations in a row.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -285,12 +286,13 @@ class Sites:
         """Every place with a status that is not a site in `ran`."""
         self._recurrent: set[str] = set()
         """Names of the recurrent layers that have run."""
-        self._rows: dict[type[nn.Module], Activation | None] = {}
+        self.row_of: dict[type[nn.Module], Activation | None] = {}
+        """The row of the table that modules of a class compute."""
 
     def walk(self, model: nn.Module, selects: Callable[[str], bool]) -> Found:
         """Find the modules of a model that can be hooked. `selects` says whether a site of this name is wanted."""
         self.own.walks += 1
-        found = find(model, self._activation_of, self._may_be_own, selects)
+        found = find(model, functools.partial(_activation_of, self), functools.partial(_may_be_own, self.own), selects)
         if self.unregistered is None or found.signature != self._signature:
             self.unregistered = {name: reason for place, (_, reason) in unregistered(model).items() if selects(name := clean(place))}
         found.unmeasurable.extend(self.unregistered.items())
@@ -388,7 +390,7 @@ class Sites:
         """Record that the measurement of a place raised an error. The place is no longer watched."""
         self.known.pop(name, None)
         self.ran.pop(name, None)
-        self._untally(name)
+        self.tallied = {key: kept for key, kept in self.tallied.items() if key[1] != name}
         self._others[name] = Place(Status.FAILED, reason)
         self.failed.add(name)
 
@@ -397,7 +399,7 @@ class Sites:
         for name in [name for name in self.known if name.startswith(prefix)]:
             del self.known[name]
             self.ran.pop(name, None)
-            self._untally(name)
+            self.tallied = {key: kept for key, kept in self.tallied.items() if key[1] != name}
         for name in [name for name, place in self._others.items() if name.startswith(prefix) and place.status is Status.UNSEEN]:
             del self._others[name]
 
@@ -405,10 +407,6 @@ class Sites:
         """Forget one site, since it turned out to be a part of another one."""
         self.known.pop(name, None)
         self.ran.pop(name, None)
-
-    def _untally(self, name: str) -> None:
-        for key in [key for key in self.tallied if key[1] == name]:
-            del self.tallied[key]
 
     def retract(self, name: str, reason: str) -> None:
         """Take back the status UNSEEN of a place, if it was given for this reason."""
@@ -484,13 +482,15 @@ class Sites:
                 feeds.setdefault(name, []).append(site.name)
         return {name: tuple(sites) for name, sites in feeds.items()}
 
-    def _activation_of(self, module: nn.Module) -> Activation | None:
-        kind = type(module)
-        if kind not in self._rows:
-            self._rows[kind] = next((row for row in self.activations if row.computes(module)), None)
-        return self._rows[kind]
 
-    def _may_be_own(self, module: nn.Module) -> bool:
-        """Whether this is a module without children, of a user's own type, that has not been found to compute something else than an activation."""
-        leaf = next(module.children(), None) is None and not type(module).__module__.startswith("torch.")
-        return leaf and (module not in self.own or self.own[module] is not None or self.own.is_due(module))
+def _activation_of(sites: Sites, module: nn.Module) -> Activation | None:
+    kind = type(module)
+    if kind not in sites.row_of:
+        sites.row_of[kind] = next((row for row in sites.activations if row.computes(module)), None)
+    return sites.row_of[kind]
+
+
+def _may_be_own(own: Decisions, module: nn.Module) -> bool:
+    """Whether this is a module without children, of a user's own type, that has not been found to compute something else than an activation."""
+    leaf = next(module.children(), None) is None and not type(module).__module__.startswith("torch.")
+    return leaf and (module not in own or own[module] is not None or own.is_due(module))

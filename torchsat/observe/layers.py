@@ -26,7 +26,7 @@ from torchsat.optimizers import Decay, decay_of, learning_rate
 from torchsat.parts import LayerPart
 from torchsat.record import LayerFacts
 from torchsat.sharding import is_freed, is_pending, local, part_of, placement
-from torchsat.sites import LayerSpan, Rows, Site
+from torchsat.sites import LayerSpan, Rows, Site, Sites
 from torchsat.structure import RECURRENT, Found, clean
 from torchsat.tensors import plain, why_unread
 from torchsat.weights import COMPUTED, ENTERED, NOT_YET, Layer, feature_axis, rows_axis, why_unmeasured, why_unreadable
@@ -262,7 +262,7 @@ class Layers:
             # No optimizer owns this layer, which is frozen. Its gain and its input are measured all the same.
             layer.after_step(weight)
         sites, place = self._observation.sites, placement(weight)
-        if place is None and self._makes_logits(layer, feeds):
+        if place is None and _makes_logits(sites, layer, feeds):
             direction = layer.observe_spectral(weight, sites.directions.get(layer.name))
             if direction is not None:
                 sites.directions[layer.name] = direction
@@ -284,13 +284,14 @@ class Layers:
             stage=self._observation.stage_of(layer.name),
         )
 
-    def _makes_logits(self, layer: Layer, feeds: tuple[str, ...]) -> bool:
-        """Whether this is a weight that makes logits of a softmax inside the model, such as queries or keys. Neither is an embedding, whose rows do,
-        nor a weight of which a part does."""
-        if isinstance(layer.module(), nn.Embedding) or any(rows.layer == layer.name for rows in self._observation.sites.rows.values()):
-            return False
-        softmaxes = [site for name in feeds if (site := self._observation.sites.ran.get(name)) is not None and site.kind == "softmax"]
-        return any(not site.output for site in softmaxes)
+
+def _makes_logits(sites: Sites, layer: Layer, feeds: tuple[str, ...]) -> bool:
+    """Whether this is a weight that makes logits of a softmax inside the model, such as queries or keys. Neither is an embedding, whose rows do,
+    nor a weight of which a part does."""
+    if isinstance(layer.module(), nn.Embedding) or any(rows.layer == layer.name for rows in sites.rows.values()):
+        return False
+    softmaxes = [site for name in feeds if (site := sites.ran.get(name)) is not None and site.kind == "softmax"]
+    return any(not site.output for site in softmaxes)
 
 
 def attach(observation: Observation, found: Found) -> None:

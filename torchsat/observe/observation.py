@@ -136,18 +136,13 @@ class Observation:
         self.guard = Guard(self.fail, window, clock, sites.failed)
         self.lineage = Lineage(sites, self.note_if_wanted)
         self.logits = logits.Logits(self)
-        self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True), self._hear_loss)
+        self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True), functools.partial(_hear_loss, self))
         self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note)
         self.tally_facts: dict[Key, Mapping[str, Any]] = self.meter.formats.facts
         """The facts of each place of a tally (parts.TallyPart), which whoever measures it keeps here. Its numbers are kept by the passes."""
         self.layers = Layers(self)
         self.way = Way(self)
         self.calls = Calls(self)
-
-    def _hear_loss(self) -> None:
-        """A backward has begun."""
-        self.lineage.hear_loss()
-        self.logits.hear_loss()
 
     @property
     def state(self) -> State:
@@ -327,25 +322,37 @@ class Observation:
         if self._graph_hooks is not None:
             self._graph_hooks.receiver = None
 
+    def ends_model(self, name: str) -> bool:
+        """Whether what a site or layer computes may be an output of the whole model: it is in the last stage of a pipeline, or there is none."""
+        return not self._stages or bool(self._stage_object(name).is_last)
+
     def _stage_object(self, name: str) -> Any:
         return self._stages[name.partition("/")[0].partition(".")[0]]
 
     def _site_parts(self, whole: Pass) -> dict[str, SitePart]:
         """What was measured at every site that has ever run. The row of a site is None if it did not run in this observation."""
-        parts = {name: self.guard.attempt(name, self._site_part, site, whole) for name, site in list(self.sites.ran.items())}
+        parts = {name: self.guard.attempt(name, _site_part, self, site, whole) for name, site in list(self.sites.ran.items())}
         return {name: part for name, part in parts.items() if part is not None}
-
-    def _site_part(self, site: Site, whole: Pass) -> SitePart:
-        name, heads = site.name, whole.heads.get(site.name)
-        if heads is not None:
-            site.head_count = heads.shape[1]
-        facts, leaves = site.facts(), False
-        if self._stages and (facts.output or facts.last) and not self._stage_object(name).is_last:
-            # An output of a stage that is not the last one is no output of the model.
-            facts, leaves = dataclasses.replace(facts, output=False, last=False, losses=()), facts.output
-        return SitePart(facts, whole.rows.get(name), whole.blocks.get(name), heads, self.sites.span(site), self.stage_of(name), leaves)
 
     def _report_failures(self) -> None:
         for error, places in self._failures.values():
             self._faults.report_places(places, error)
         self._failures.clear()
+
+
+def _hear_loss(observation: Observation) -> None:
+    """Note that a backward has begun."""
+    observation.lineage.hear_loss()
+    observation.logits.hear_loss()
+
+
+def _site_part(observation: Observation, site: Site, whole: Pass) -> SitePart:
+    name, heads = site.name, whole.heads.get(site.name)
+    if heads is not None:
+        site.head_count = heads.shape[1]
+    facts, leaves = site.facts(), False
+    if (facts.output or facts.last) and not observation.ends_model(name):
+        # An output of a stage that is not the last one is no output of the model.
+        facts, leaves = dataclasses.replace(facts, output=False, last=False, losses=()), facts.output
+    span, stage = observation.sites.span(site), observation.stage_of(name)
+    return SitePart(facts, whole.rows.get(name), whole.blocks.get(name), heads, span, stage, leaves)
