@@ -166,6 +166,7 @@ def facts(known: Known, index: int, site: str, *, kind: str = "module", units: i
     """The facts of a hidden site."""
     given = {"site": site, "activation": known.name, "kind": kind, "tails": known.tails, "output": False, "last": True, "gate": False, "after": after}
     nothing = {"entropy": None, "jacobian": None, "logit_std": None, "log_keys": None, "entropy_min": None, "heads": None}
+    nothing |= {"first_key": None, "log_z": None, "log_z_rms": None}
     ranks = {"worst": None, "worst_rank": None, "nonfinite_rank": None}
     return {**{name: Figure(value) for name, value in {**given, "units": units, **nothing, **ranks}.items()}, **_normal(index)}
 

@@ -82,6 +82,10 @@ def attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor], added: Tensor 
     seen = torch.ones_like(logits, dtype=torch.bool) if visible is None else visible.expand(logits.shape)
     v = v.repeat_interleave(4 // keys, 1)
     yield from _softmax(run.snapshot["softmax"], logits, seen, lambda p: bare.head((p @ v).transpose(1, 2).flatten(2)))
+    found = {weight.name: weight for weight in run.snapshot.weights}
+    for name in ("q", "k"):
+        largest = float(torch.linalg.matrix_norm(run.after[f"{name}.weight"].double(), 2))
+        yield f"{name} of the attention", found.get(name), {"spectral": Figure(largest, 1e-5 * largest)}
 
 
 def _softmax(record: Record, logits: Tensor, visible: Tensor, rest: Callable[[Tensor], Tensor]) -> Iterator[Compared]:

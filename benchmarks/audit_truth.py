@@ -231,6 +231,16 @@ def _demand(rows: list[tuple[float, float, bool]]) -> dict[str, Figure]:
     return {"blocked": Figure(blocked / whole, 1e-5), "trapped": Figure(trapped / whole, 1e-5), "leaving": Figure(leaving / len(rows), 1e-9)}
 
 
+def _first_and_log_z(first: Sequence[float], log_z: Sequence[float]) -> dict[str, Figure]:
+    """The numbers of the probability of the first key of each row, and of ln Z."""
+    size = math.sqrt(float(np.square(log_z).mean()))
+    return {
+        "first_key": Figure(float(np.mean(first)), 1e-5),
+        "log_z": Figure(float(np.mean(log_z)), 1e-5 * size),
+        "log_z_rms": _close(size, 5 * size),
+    }
+
+
 def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Figure], tuple[dict[str, Figure], ...]]:
     """The numbers of a softmax, and those of each of its heads.
 
@@ -242,7 +252,7 @@ def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Fi
     heads, demands = [], list[tuple[float, float, bool]]()
     rows: list[dict[str, list[float]]] = []
     for head in range(logits.shape[1]):
-        kept: dict[str, list[float]] = {name: [] for name in ("entropy", "jacobian", "variance", "log_keys", "max")}
+        kept: dict[str, list[float]] = {name: [] for name in ("entropy", "jacobian", "variance", "log_keys", "max", "first", "log_z")}
         asked = list[tuple[float, float, bool]]()
         for z, seen, slope in zip(*(each[:, head].flatten(0, 1) for each in (logits, visible, grad)), strict=True):
             values, g = z[seen].numpy(), slope[seen].numpy()
@@ -256,6 +266,8 @@ def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Fi
             kept["variance"].append(float(values.var()))
             kept["log_keys"].append(math.log(len(values)))
             kept["max"].append(float(values.max()))
+            kept["first"].append(float(p[0]))
+            kept["log_z"].append(float(np.logaddexp.reduce(values)))
             is_one_hot = 1 - float((p * p).sum()) <= 0.05 * (1 - 1 / len(p))
             asked.append((float(g.max() - g.min()), float(p.dot(g) - g.min()), is_one_hot))
         rows.append(kept)
@@ -267,6 +279,7 @@ def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Fi
                 "jacobian": Figure(float(np.mean(kept["jacobian"])), 1e-5),
                 "logit_std": Figure(math.sqrt(float(np.mean(kept["variance"]))), 1e-4 * math.sqrt(float(np.mean(kept["variance"])))),
                 "logit_max": Figure(max(kept["max"]), 1e-4 * abs(max(kept["max"]))),
+                **_first_and_log_z(kept["first"], kept["log_z"]),
                 **_demand(asked),
             }
         )
@@ -279,6 +292,7 @@ def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Fi
         "jacobian": Figure(overall("jacobian"), 1e-5),
         "logit_std": Figure(math.sqrt(overall("variance")), 1e-4 * math.sqrt(overall("variance"))),
         "log_keys": Figure(overall("log_keys"), 1e-6),
+        **_first_and_log_z(*([value for kept in rows for value in kept[name]] for name in ("first", "log_z"))),
         "entropy_min": Figure(min(head["entropy"].value for head in heads), 1e-5),
         **_demand(demands),
     }, tuple(heads)

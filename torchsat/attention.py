@@ -3,7 +3,7 @@
 Most numbers come from some query rows only, so that the T x T matrix of a long context never exists: some samples of the batch, and in each of them
 positions of its own, both drawn as sampling.py draws elements; they are the same for all heads. The largest logits, however, sit in few rows, those
 of an outlier token for instance, and a sample misses them. They are found among all rows (`scan`), some at a time, and with them the sums that the
-entropy is made of. The memory for that does not grow with the number of queries.
+entropy is made of, in memory that does not grow with the number of queries.
 """
 
 from __future__ import annotations
@@ -257,28 +257,28 @@ class Attention:
             # F.multi_head_attention_forward returns [queries, batch, features], or [queries, features]: one output for all heads.
             rows = output[0].detach() if output[0].ndim == 3 else output[0].detach().unsqueeze(1)
             output = rows.transpose(0, 1).unsqueeze(1)
-        elif not self.has_mask:
-            at_once = self._scan_at_once()
-            if at_once is not None:
-                return at_once
+        elif not self.has_mask and (at_once := self._scan_at_once()) is not None:
+            return at_once
         broken = ~torch.isfinite(_four(output.detach())).all(-1, keepdim=True) if self.has_mask else None
         batch, heads, queries, keys = self.shape
         samples = max(1, _piece(self.device) // max(1, heads * queries * keys))
         for first in range(0, batch, samples):
             # Keys and queries of some samples are computed once, and their logits piece by piece.
             whole = Queries(self.shape, slice(first, min(first + samples, batch)), slice(0, queries))
-            query, key = self.query(whole), self.key(whole)
-            for piece in reversed(list(whole.pieces(self.device))):
-                # The keys behind the last query of a piece are seen by none of its queries. The piece with most keys comes first, so that the memory
-                # that it has had is enough for the others.
+            query, key = self.query(whole), self.key(whole).contiguous()
+            # Each piece is written over the one before, since an allocator need not give its memory to the next. The first is as large as any.
+            room: Tensor | None = None
+            for piece in whole.pieces(self.device):
+                # The keys behind the last query of a piece are seen by none of its queries.
                 at = piece.positions
                 last = at.stop if isinstance(at, slice) and self.is_causal and not self.has_mask else keys
-                logits = self._logits(piece, query[:, :, at], key[:, :, :last])
+                room = query.new_empty(math.prod(query[:, :, at].shape[:3]) * keys) if room is None else room
+                logits = self._logits(piece, query[:, :, at], key[:, :, :last], room)
                 found.append(scan_softmax(logits.z, logits.visible, None, None if broken is None else piece.pick(broken)))
         return merge_scans(found)
 
     def _scan_at_once(self) -> tuple[Tensor, Tensor] | None:
-        """`extremes` by a kernel that multiplies queries by keys itself; None where there is none."""
+        """`scan` by a kernel that multiplies queries by keys itself; None where there is none."""
         if self.device.type == "cpu":
             return None
         batch, _, queries, keys = self.shape
@@ -294,12 +294,15 @@ class Attention:
             found.append(kernels.scan_logits(q, k, factor, self.is_causal))
         return merge_scans(found)
 
-    def _logits(self, rows: Queries, query: Tensor, key: Tensor) -> Logits:
-        (samples, heads, positions, _), groups = query.shape, key.shape[1]
+    def _logits(self, rows: Queries, query: Tensor, key: Tensor, room: Tensor | None = None) -> Logits:
+        """The logits of these queries and keys, which are written to `room` if it is given."""
+        (samples, heads, positions, _), (groups, keys) = query.shape, key.shape[1:3]
         # With grouped queries, head h reads the keys of group h // (heads per group).
-        z = product(query.reshape(samples, groups, heads // groups, positions, -1), key.unsqueeze(2)).reshape(samples, heads, positions, -1)
-        causal = rows.causal(z.device)[..., : key.shape[2]] if self.is_causal else None
-        return _masked(z, self.added(rows), causal, math.prod(self.shape))
+        query, key = query.reshape(samples * groups, heads // groups * positions, -1), key.flatten(0, 1)
+        out = None if room is None else room[: samples * heads * positions * keys].view(samples * groups, -1, keys)
+        with torch.autocast(query.device.type, enabled=False):
+            z = torch.bmm(query, key.transpose(1, 2), out=out).view(samples, heads, positions, keys)
+        return _masked(z, self.added(rows), rows.causal(z.device)[..., :keys] if self.is_causal else None, math.prod(self.shape))
 
 
 def _piece(device: torch.device) -> int:
