@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import torchsat
 from tests.training import loop_of
 from tests.truth import known, one_step
+from torchsat.observe.meter import unit_axis
 
 
 class Uses(nn.Module):
@@ -175,7 +176,7 @@ def test_the_units_lie_where_the_outputs_of_the_layer_do(case: str) -> None:
     observation = known(loop_of(monitor).observer.observation)
     model(torch.randn(shape))
     site = observation.sites.ran["relu"]
-    assert (observation.meter._unit_axis(site, tuple(z.shape)), site.units) == (axis, z.shape[axis])
+    assert (unit_axis(site, tuple(z.shape)), site.units) == (axis, z.shape[axis])
 
 
 def test_each_part_of_a_fused_projection_has_its_own_gain() -> None:

@@ -141,7 +141,7 @@ class Meter:
             taken = taken.clone()
         place = placement(z)
         if place is not None:
-            axis = _unit_axis(site, tuple(part.shape))
+            axis = unit_axis(site, tuple(part.shape))
             site.span = Span(None, 0, place.counts) if axis is None else Span(z.shape[axis], place.first[axis], place.counts)
         if in_place and counts and exact is None:
             exact = exact_z(sample, part)
@@ -312,7 +312,7 @@ class Meter:
 
     def _units_of(self, site: Site, sample: Sample, axis: int | None) -> Units | None:
         """The units of a site; None where it has no unit axis, or where the number of units is not fixed."""
-        axis = _unit_axis(site, sample.shape) if axis is None else axis
+        axis = unit_axis(site, sample.shape) if axis is None else axis
         size = None if axis is None or site.units_vary else sample.shape[axis]
         if site.units is not None and size != site.units:
             size, site.units_vary = None, True
@@ -324,7 +324,7 @@ class Meter:
         return sample.units(axis)
 
 
-def _unit_axis(site: Site, shape: tuple[int, ...]) -> int | None:
+def unit_axis(site: Site, shape: tuple[int, ...]) -> int | None:
     """The axis of channels or features: where the graph shows that the outputs of the layers lie that feed the site; otherwise by the number of axes,
     as torch.nn has them: [N, C], [N, L, C] and [N, C, ...]."""
     if site.unit_axis is not None and site.unit_axis[0] == len(shape):
@@ -334,7 +334,7 @@ def _unit_axis(site: Site, shape: tuple[int, ...]) -> int | None:
 
 def _tally_features(meter: Meter, site: Site, a: Tensor, seed: int) -> None:
     """Add the Gram matrix of the features of one call, if that is wanted and their number is fixed."""
-    axis = _unit_axis(site, tuple(a.shape)) if "rank" in meter._options.extras else None
+    axis = unit_axis(site, tuple(a.shape)) if "rank" in meter._options.extras else None
     if axis is not None and site.units is not None:
         meter._passes.current.tally((RANK.name, site.name), gram(a, axis, seed))
 

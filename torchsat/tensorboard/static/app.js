@@ -63,7 +63,7 @@ class App {
     this.alerts = element("section", { className: "card alerts" });
     this.unfolded = null; // whether the user has unfolded the list of alerts; null: not touched yet
     this.depth = element("section", { className: "card depth" });
-    this.ledger = element("section", { className: "card ledger" });
+    this.ledger = element("section", { className: "card ledger", hidden: true });
     this.inside = new Map(); // for each run, the joins and gates of its ledger that are unfolded
     this.detail = element("section", { className: "card detail" });
     this.alerts.setAttribute("aria-label", "Alerts");
