@@ -169,6 +169,11 @@ def figures(snapshots: list[Snapshot], text: str) -> list[str]:
             rms, share = each_weight.input_rms, each_weight.input_centred_share
             if rms and share:
                 known |= {f"{rms * math.sqrt(1 - share):.3g}", f"{rms * math.sqrt(share):.3g}", f"{1 / math.sqrt(share):.3g}"}
+        spine = () if each.ledger is None else each.ledger.spine
+        for kind in ("", *{entry.kind for entry in spine}):
+            # What the parts of one kind give together, and all of them.
+            factors = [entry.factor or 0.0 for entry in spine if kind in ("", entry.kind)]
+            known |= {f"{math.prod(factors):.2g}", str(len(factors))}
     found = re.findall(r"-?\d+(?:\.\d+)?(?:e[+-]?\d+)?", text.replace("rms(W) sqrt(fan_in)", "").replace("sqrt(2 ln T)", ""))
     return [number for number in found if number not in known and number.lstrip("-") not in known]
 

@@ -24,7 +24,10 @@ from torchsat.tensors import why_unread
 if TYPE_CHECKING:
     from torchsat.observe.observation import Observation
 
-_OVER_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
+_OVER_CHANNELS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    nn.GroupNorm,
+)
 """The normalisations whose input has its channels along the second axis. That of all others has them along the last one."""
 
 
