@@ -191,7 +191,8 @@ class Naming:
         if node in self._made.weights:
             return self._made.weights[node][0]
         made = self._made.nodes[node]
-        name = "output" if made is None else kinds.spelled(kinds.kind_of(made))
+        told = None if made is None else kinds.unaccounted(made)
+        name = "output" if made is None else kinds.spelled(kinds.kind_of(made)) if told is None else kinds.spelled(told[0])
         return f"{path}/{name}" if path else name
 
     def _kind(self, node: int) -> Kind:
