@@ -2,10 +2,11 @@
 
 python benchmarks/audit.py [--small] [--only PATTERN]
 
-Each case of the grid (audit_grid.py, audit_rows.py, audit_trainings.py, audit_formats.py: types, shapes, layouts, layers, attention, recurrent
-layers, ways to train, number formats) is trained twice, with torchsat and without; what each field must say is computed from the training without it
-(audit_truth.py). Printed are, for each field of Record, Head, Weight, FormatUse and Snapshot, how many figures were compared and how many agree, and
-each figure that does not. The exit status is 1 if one does not agree, or if the grid has not reached a field with any value but None.
+Each case of the grid (audit_grid.py, audit_rows.py, audit_layers.py, audit_trainings.py, audit_formats.py: types, shapes, layouts, layers,
+attention, recurrent layers, mixtures of experts, ways to train, number formats) is trained twice, with torchsat and without; what each field must say
+is computed from the training without it (audit_truth.py). Printed are, for each field of Record, Head, Weight, Experts, FormatUse and Snapshot, how
+many figures were compared and how many agree, and each figure that does not. The exit status is 1 if one does not agree, or if the grid has not
+reached a field with any value but None.
 """
 
 import argparse
@@ -18,15 +19,19 @@ from collections import Counter
 
 import audit_formats
 import audit_grid
+import audit_layers
 import audit_rows
 import audit_trainings
 import audit_truth as truth
 import torch
 
+from torchsat.experts import Experts
 from torchsat.number_formats import FormatUse
 from torchsat.record import Head, Record, Snapshot, Weight
 
-VALUES = (Record, Head, Weight, FormatUse, Snapshot)
+VALUES = (Record, Head, Weight, Experts, FormatUse, Snapshot)
+DERIVED = ("Experts.experts", "Experts.dead", "Experts.busiest", "Experts.concentration")
+"""What values compute from their fields."""
 NOT_NUMBERS = {
     *(
         "Snapshot.alerts",
@@ -37,6 +42,7 @@ NOT_NUMBERS = {
         "Record.alert_level",
         "Weight.alert_level",
         "Weight.layer",
+        "Experts.alert_level",
         "Snapshot.formats",
     ),
 }
@@ -93,6 +99,7 @@ def main() -> int:
     for case in (
         *audit_grid.cases(given.small),
         *audit_rows.cases(given.small),
+        *audit_layers.cases(given.small),
         *audit_trainings.cases(given.small),
         *audit_formats.cases(given.small),
     ):
@@ -109,7 +116,7 @@ def main() -> int:
 
 
 def report(tally: Tally, ran: int, seconds: float, partly: bool) -> int:
-    fields = [f"{kind.__name__}.{each.name}" for kind in VALUES for each in dataclasses.fields(kind)]
+    fields = [f"{kind.__name__}.{each.name}" for kind in VALUES for each in dataclasses.fields(kind)] + list(DERIVED)
     print("| field | checked | agree |\n| --- | ---: | ---: |")
     for name in (*fields, *sorted(set(tally.checked) - set(fields))):
         print(f"| {name} | {tally.checked[name]} | {tally.agreeing[name]} |")

@@ -164,9 +164,19 @@ def twice(
 
 def facts(known: Known, index: int, site: str, *, kind: str = "module", units: int | None = None, after: tuple[str, ...] = ()) -> dict[str, Figure]:
     """The facts of a hidden site."""
-    given = {"site": site, "activation": known.name, "kind": kind, "tails": known.tails, "output": False, "last": True, "gate": False, "after": after}
+    given = {
+        "site": site,
+        "activation": known.name,
+        "kind": kind,
+        "tails": known.tails,
+        "output": False,
+        "last": True,
+        "gate": False,
+        "after": after,
+        "learned": False,
+    }
     nothing = {"entropy": None, "jacobian": None, "logit_std": None, "log_keys": None, "entropy_min": None, "heads": None}
-    nothing |= {"first_key": None, "log_z": None, "log_z_rms": None}
+    nothing |= {"first_key": None, "log_z": None, "log_z_rms": None, "effective_rank": None, "srank": None, "rank_limit": None}
     ranks = {"worst": None, "worst_rank": None, "nonfinite_rank": None}
     return {**{name: Figure(value) for name, value in {**given, "units": units, **nothing, **ranks}.items()}, **_normal(index)}
 
@@ -183,13 +193,18 @@ def element_wise(index: int, dtype: torch.dtype, layout: Layout) -> Iterator[Com
     if layout.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = x.contiguous(memory_format=torch.channels_last)
-    run = twice(model, [x.to(dtype)], ["1"], ["0"])
+    run = twice(model, [x.to(dtype)], ["1"], ["0"], extras=("rank",))
     calls = run.tape.calls["1"]
     samples = calls[0].z.numel() // calls[0].z.shape[axis]
     figures = truth.merged(
         facts(known, index, "1", units=calls[0].z.shape[axis]),
         truth.record(known.function, calls, _shape(index), sigmoid=known.name == "sigmoid"),
+        {"dormant": truth.dormant(calls, axis)},
+        # Of a call with more samples 512 are read.
+        truth.ranks(calls, axis) if samples <= 512 else {"rank_limit": Figure(min(512, calls[0].z.shape[axis]))},
     )
+    if samples > 512:
+        del figures["effective_rank"], figures["srank"]
     if known.tails != "none" and samples >= 1000:
         figures |= {"stuck": Figure(truth.stuck(calls, axis, _shape(index)), 1e-9), "stuck_n": Figure(samples)}
     yield "1", run.snapshot["1"], figures
@@ -228,6 +243,7 @@ def _weights(run: Run, weights: dict[str, Weight], rate: float | None = RATE) ->
             *(run.before[path], run.after[path], run.grads[path], known.fan_in, run.tape.inputs.get(name, []), known.axis), rate=rate
         )
         figures |= {"name": Figure(name), "feeds": Figure(known.feeds), "data": Figure(known.data), "parameter": Figure(name == path)}
+        figures["spectral"] = truth.spectral(run.after[path]) if "softmax" in known.feeds else Figure(None)
         if path not in run.grads or run.grads[path] is None:
             figures |= {"update_ratio": Figure(None), "learned_ratio": Figure(None)}
         yield name, found.get(name), figures
@@ -241,9 +257,10 @@ def _snapshot(run: Run, sites: tuple[str, ...], layers: tuple[str, ...] | None =
     names = tuple(each.site for each in snapshot.records)
     yield (
         "snapshot",
-        _Listed(names, tuple(each.name for each in snapshot.weights)),
+        _Listed(names, tuple(each.name for each in snapshot.weights), tuple(each.site for each in snapshot.experts)),
         {
             "records": Figure(sites),
+            "experts": Figure(()),
             **({} if layers is None else {"weights": Figure(layers)}),
         },
     )
@@ -251,10 +268,11 @@ def _snapshot(run: Run, sites: tuple[str, ...], layers: tuple[str, ...] | None =
 
 @dataclass(frozen=True)
 class _Listed:
-    """The names of the sites and layers of a snapshot, under the names of its fields."""
+    """The names of the sites, layers and routers of a snapshot, under the names of its fields."""
 
     records: tuple[str, ...]
     weights: tuple[str, ...]
+    experts: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -341,6 +359,7 @@ def situation(
     figures = truth.merged(
         facts(known, index, site, units=units),
         truth.record(known.function, run.tape.calls[site], _shape(index), sigmoid=name == "sigmoid", scale=scale),
+        {"dormant": truth.dormant(run.tape.calls[site], 1)},
     )
     yield site, run.snapshot[site], figures
     # A scaler unscales the gradients in place before the step, so that those on the tape carry no factor.

@@ -74,7 +74,7 @@ def attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor], added: Tensor 
     with torch.no_grad():
         model.q.weight.mul_(4)
     bare, x = copy.deepcopy(model).double(), 2 * torch.randn(5, 11 if added is None else added.shape[-1], 8)
-    run = twice(model, [x], [])
+    run = twice(model, [x], [], ["q", "k"])
     q, k, v = bare.heads(x.double())
     logits = (q @ k.repeat_interleave(4 // keys, 1).transpose(-1, -2) / math.sqrt(6)).detach()
     if added is not None:
@@ -82,10 +82,7 @@ def attention(attend: Callable[[Tensor, Tensor, Tensor], Tensor], added: Tensor 
     seen = torch.ones_like(logits, dtype=torch.bool) if visible is None else visible.expand(logits.shape)
     v = v.repeat_interleave(4 // keys, 1)
     yield from _softmax(run.snapshot["softmax"], logits, seen, lambda p: bare.head((p @ v).transpose(1, 2).flatten(2)))
-    found = {weight.name: weight for weight in run.snapshot.weights}
-    for name in ("q", "k"):
-        largest = float(torch.linalg.matrix_norm(run.after[f"{name}.weight"].double(), 2))
-        yield f"{name} of the attention", found.get(name), {"spectral": Figure(largest, 1e-5 * largest)}
+    yield from _weights(run, {name: Weight(name, ("softmax",), 8, 2, data=True) for name in ("q", "k")})
 
 
 def _softmax(record: Record, logits: Tensor, visible: Tensor, rest: Callable[[Tensor], Tensor]) -> Iterator[Compared]:
@@ -112,7 +109,7 @@ def _softmax(record: Record, logits: Tensor, visible: Tensor, rest: Callable[[Te
         "a_min": Figure(float(p.min()), 1e-6),
         "a_max": Figure(float(p.max()), 1e-6),
         **{name: Figure(None) for name in ("saturated", "low", "high", "derivative", "derivative_rms", "peak", "relative_derivative", "histogram")},
-        **{name: Figure(None) for name in ("stuck", "stuck_n", "gate_left", "gate_right")},
+        **{name: Figure(None) for name in ("stuck", "stuck_n", "gate_left", "gate_right", "dormant", "effective_rank", "srank", "rank_limit")},
     }
     yield "softmax", record, figures
     found = record.heads or ()
@@ -152,6 +149,10 @@ def multi_head(causal: bool) -> Iterator[Compared]:
         return out
 
     yield from _softmax(run.snapshot["attn/softmax"], logits, visible.expand(logits.shape), rest)
+    found, path = {each.name: each for each in run.snapshot.weights}, "attn.in_proj_weight"
+    yield path, found.get(path), {"spectral": Figure(None)}
+    for name, part in zip("qk", run.after[path].chunk(3), strict=False):
+        yield f"{path}/{name}", found.get(f"{path}/{name}"), {"spectral": truth.spectral(part)}
 
 
 def _steps(kind: str, x: Tensor, weights: dict[str, Tensor], suffix: str) -> tuple[Tensor, dict[str, list[Tensor]]]:

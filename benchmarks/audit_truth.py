@@ -231,16 +231,6 @@ def _demand(rows: list[tuple[float, float, bool]]) -> dict[str, Figure]:
     return {"blocked": Figure(blocked / whole, 1e-5), "trapped": Figure(trapped / whole, 1e-5), "leaving": Figure(leaving / len(rows), 1e-9)}
 
 
-def _first_and_log_z(first: Sequence[float], log_z: Sequence[float]) -> dict[str, Figure]:
-    """The numbers of the probability of the first key of each row, and of ln Z."""
-    size = math.sqrt(float(np.square(log_z).mean()))
-    return {
-        "first_key": Figure(float(np.mean(first)), 1e-5),
-        "log_z": Figure(float(np.mean(log_z)), 1e-5 * size),
-        "log_z_rms": _close(size, 5 * size),
-    }
-
-
 def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Figure], tuple[dict[str, Figure], ...]]:
     """The numbers of a softmax, and those of each of its heads.
 
@@ -252,7 +242,7 @@ def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Fi
     heads, demands = [], list[tuple[float, float, bool]]()
     rows: list[dict[str, list[float]]] = []
     for head in range(logits.shape[1]):
-        kept: dict[str, list[float]] = {name: [] for name in ("entropy", "jacobian", "variance", "log_keys", "max", "first", "log_z")}
+        kept: dict[str, list[float]] = {name: [] for name in ("entropy", "jacobian", "variance", "log_keys", "max", "first", "log_z", "log_z_sq")}
         asked = list[tuple[float, float, bool]]()
         for z, seen, slope in zip(*(each[:, head].flatten(0, 1) for each in (logits, visible, grad)), strict=True):
             values, g = z[seen].numpy(), slope[seen].numpy()
@@ -266,8 +256,10 @@ def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Fi
             kept["variance"].append(float(values.var()))
             kept["log_keys"].append(math.log(len(values)))
             kept["max"].append(float(values.max()))
-            kept["first"].append(float(p[0]))
-            kept["log_z"].append(float(np.logaddexp.reduce(values)))
+            log_z = math.log(np.exp(values).sum())
+            kept["first"].append(math.exp(float(values[0]) - log_z))
+            kept["log_z"].append(log_z)
+            kept["log_z_sq"].append(log_z * log_z)
             is_one_hot = 1 - float((p * p).sum()) <= 0.05 * (1 - 1 / len(p))
             asked.append((float(g.max() - g.min()), float(p.dot(g) - g.min()), is_one_hot))
         rows.append(kept)
@@ -279,7 +271,7 @@ def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Fi
                 "jacobian": Figure(float(np.mean(kept["jacobian"])), 1e-5),
                 "logit_std": Figure(math.sqrt(float(np.mean(kept["variance"]))), 1e-4 * math.sqrt(float(np.mean(kept["variance"])))),
                 "logit_max": Figure(max(kept["max"]), 1e-4 * abs(max(kept["max"]))),
-                **_first_and_log_z(kept["first"], kept["log_z"]),
+                **_totals(kept["first"], kept["log_z"], kept["log_z_sq"]),
                 **_demand(asked),
             }
         )
@@ -292,10 +284,58 @@ def softmax(logits: Tensor, visible: Tensor, grad: Tensor) -> tuple[dict[str, Fi
         "jacobian": Figure(overall("jacobian"), 1e-5),
         "logit_std": Figure(math.sqrt(overall("variance")), 1e-4 * math.sqrt(overall("variance"))),
         "log_keys": Figure(overall("log_keys"), 1e-6),
-        **_first_and_log_z(*([value for kept in rows for value in kept[name]] for name in ("first", "log_z"))),
         "entropy_min": Figure(min(head["entropy"].value for head in heads), 1e-5),
+        **_totals(*([value for kept in rows for value in kept[name]] for name in ("first", "log_z", "log_z_sq"))),
         **_demand(demands),
     }, tuple(heads)
+
+
+def _totals(first: Sequence[float], log_z: Sequence[float], squares: Sequence[float]) -> dict[str, Figure]:
+    """What is said of the first keys of rows, and of ln Z, whose square is what a z-loss punishes."""
+    root = math.sqrt(float(np.mean(squares)))
+    return {
+        "first_key": Figure(float(np.mean(first)), 1e-5),
+        "log_z": Figure(float(np.mean(log_z)), 1e-5 * root),
+        "log_z_rms": Figure(root, 1e-5 * root),
+    }
+
+
+def dormant(calls: Sequence[Call], axis: int) -> Figure:
+    """The share of units (along an axis of a) whose mean |a| is at most 0.025 of the mean over the units; None of fewer than 200 samples of each."""
+    a = features([call.a for call in calls if call.a is not None], axis)
+    if len(a) < 200:
+        return Figure(None)
+    scores = np.abs(a).mean(0)
+    limit = 0.025 * float(scores.mean())
+    return Figure(float((scores <= limit).mean()), float((np.abs(scores - limit) < 1e-5 * limit).mean()))
+
+
+def ranks(calls: Sequence[Call], axis: int) -> dict[str, Figure]:
+    """The ranks of the features (along an axis of a) of all samples, from their singular values."""
+    a = features([call.a for call in calls if call.a is not None], axis)
+    values, limit = np.asarray(torch.linalg.svdvals(torch.from_numpy(a))), min(a.shape)
+    sums, entropy = np.cumsum(values) / values.sum(), 0.0
+    for share in values / values.sum():
+        entropy -= share * math.log(share) if share > 0 else 0.0
+    # So many values come so near to 99 % that rounding decides which of them is the last.
+    unsure = int((np.abs(sums - 0.99) < 1e-7).sum())
+    return {
+        "effective_rank": Figure(math.exp(entropy) / limit, 1e-5),
+        "srank": Figure((int((sums < 0.99).sum()) + 1) / limit, unsure / limit + 1e-12),
+        "rank_limit": Figure(limit),
+    }
+
+
+def features(tensors: Sequence[Tensor], axis: int) -> Array:
+    """[samples, features] of tensors with the features along this axis, in float64."""
+    found: Array = torch.cat([each.detach().double().movedim(axis, -1).flatten(0, -2) for each in tensors]).numpy()
+    return found
+
+
+def spectral(w: Tensor, within: float = 1e-5) -> Figure:
+    """The largest singular value of a matrix; `within` is relative."""
+    value = float(torch.linalg.matrix_norm(w.double(), 2))
+    return Figure(value, within * value)
 
 
 def weight(

@@ -39,7 +39,8 @@ NEEDS = {
 WITHOUT_ARGUMENTS = ("dashboard", "healthy")
 """The scripts that read no command line."""
 WITHOUT_MAIN = (
-    *("audit_formats", "audit_grid", "audit_rows", "audit_trainings", "audit_truth", "identity_cases", "identity_models", "other_rules", "workloads"),
+    *("audit_formats", "audit_grid", "audit_layers", "audit_rows", "audit_trainings", "audit_truth"),
+    *("identity_cases", "identity_models", "other_rules", "workloads"),
     "remedies_cases",
     *("faults_adversaries", "faults_agents", "faults_outputs", "faults_probabilities", "faults_runs", "faults_scores", "faults_supervised"),
     *("published_direct", "published_matter", "published_networks", "published_sound", "published_text"),

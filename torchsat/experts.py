@@ -36,8 +36,8 @@ class Experts:
     """Mean of H / ln E over the tokens that were read, where H is the entropy of the probabilities of the router over the E experts. 1 is a router
     that does not distinguish between experts, 0 one that is sure."""
     margin: float | None
-    """Mean difference of the lowest score that was chosen and the highest one that was not, in probabilities where the scores are logits. Where it is
-    0 the choice is a matter of chance. None where all others are masked."""
+    """Mean difference of the lowest score that was chosen and the highest one that was not: of the probabilities of the router, unless it chooses by
+    other numbers. Where it is 0 the choice is a matter of chance. None where all others are masked."""
     alert_level: float | None = None
     """How near the mixture is to an alert, as `Record.alert_level`."""
 
