@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import torchsat
 from torchsat.ledger import Entry, Kind, Ledger, decode_top
+from torchsat.observe import way
 from torchsat.observe.stream import observe_stream
 
 CLOSE = 1e-9
@@ -405,3 +406,15 @@ def test_a_ledger_is_read_back_from_the_event_files(tmp_path: Path) -> None:
     assert [each.ledger for each in found] == [each.ledger for each in kept]
     assert found[0].ledger is not None
     assert [each.kind for each in found[0].ledger.spine[:3]] == [Kind.LAYER, Kind.NORM, Kind.JOIN]
+
+
+def test_a_graph_with_too_many_nodes_has_no_ledger_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(way, "_MOST_NODES", 20)
+    model, kept = Transformer(1, before=True), list[torchsat.Snapshot]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torchsat.watch(model, errors="raise", every=1, sinks=[kept.append]) as monitor:
+        for _ in range(2):
+            model(words()).square().mean().backward()
+            optimizer.step()
+    assert [each.ledger for each in kept] == [None, None]
+    assert ("ledger", way.TOO_LARGE) in monitor.coverage.unseen

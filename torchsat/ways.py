@@ -39,6 +39,8 @@ class Ways:
 
     plans: dict[int, Plan | None] = field(default_factory=dict)
     """The plan of each graph, by its signature; None for one that no way leads through."""
+    is_too_large: bool = False
+    """Whether the model has made a graph of more nodes than are walked. No other one is walked then."""
     learning: int = 1
     """In how many of the next observations it is noted which module makes which node."""
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 _MOST_NODES = 8000
 """The most nodes of a graph that are walked; graph.Survey says why there is a limit. A larger graph has no ledger."""
+TOO_LARGE = f"the ledger of the gradient is not made: a graph of the model has more than {_MOST_NODES} nodes"
 _MOST_OF_PARAMETER = 32
 """The most nodes that are looked at to find out that something is computed from parameters alone."""
 _PATIENCE = 8
@@ -101,12 +102,18 @@ class Way:
         Args:
             outputs: the nodes that computed the output of the model.
         """
+        ways = self._observation.sites.ways
+        if ways.is_too_large:
+            return
         ends = sorted((node for node in outputs if internals.node_number(node) >= self._first), key=internals.node_number, reverse=True)
-        walked = self._walk(ends) if ends else None
+        if not ends:
+            return
+        walked = self._walk(ends)
         if walked is None:
+            ways.is_too_large, ways.learning = True, 0
+            self._observation.note_if_wanted(PLACE, TOO_LARGE)
             return
         nodes, last = walked
-        ways = self._observation.sites.ways
         signature = hash(tuple((node.name(), _order(node) - self._first * (not _is_leaf(node))) for node in nodes))
         if signature not in ways.plans:
             if not self.learns or len(ways.plans) >= _MOST_PLANS:
