@@ -107,6 +107,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("ledger")
     write(folder / "run", snapshots())
     write(folder / "other", [replace(each, time=each.time - 100) for each in snapshots()])
+    write(folder / "older", [replace(each, time=each.time - 200, ledger=None) for each in snapshots()])
     with serving(folder) as found:
         yield found
 
@@ -118,7 +119,7 @@ BARS = """return [...document.querySelectorAll('.ledger .waterfall')].map((svg) 
 
 
 def test_a_waterfall_reaches_from_the_norm_before_each_part_to_the_norm_behind_it(driver: Any, address: str) -> None:
-    open_tab(driver, address, "&p.torchsat.site=")
+    open_tab(driver, address, "&p.torchsat.site=&p.torchsat.runs=run%2Ftorchsat&p.torchsat.runs=other%2Ftorchsat")
     wait(driver, "return document.querySelectorAll('.ledger .waterfall').length === 2")
     for bars in driver.execute_script(BARS):
         assert [text.partition(":")[0] for *_, text in bars] == ["head (layer)", "block/add (join)", "act (activation)", "norm (norm)"]
@@ -158,11 +159,8 @@ def test_a_join_shows_its_branches_and_a_site_opens(driver: Any, address: str) -
     settled(driver)
 
 
-def test_a_run_without_a_ledger_has_no_such_section(driver: Any, tmp_path: Path) -> None:
-    if chromium() is None:
-        pytest.skip("no Chromium with its driver: apt-get install chromium chromium-driver")
-    write(tmp_path / "run", [replace(each, ledger=None) for each in snapshots()])
-    with serving(tmp_path) as found:
-        open_tab(driver, found)
-        settled(driver)
-        assert driver.execute_script("return document.querySelector('.ledger').hidden") is True
+def test_a_run_without_a_ledger_has_no_such_section(driver: Any, address: str) -> None:
+    open_tab(driver, address, "&p.torchsat.site=&p.torchsat.runs=older%2Ftorchsat")
+    settled(driver)
+    assert driver.execute_script("return document.querySelector('.ledger').hidden") is True
+    assert driver.execute_script("return document.querySelector('.depth').hidden") is False

@@ -1,5 +1,6 @@
 """Snapshots as values: what they hold is found, iterated over, and comes back from JSON."""
 
+import enum
 import json
 import math
 import random
@@ -55,6 +56,8 @@ def value_of(kind: Any, draw: random.Random) -> Any:
         return tuple(value_of(arguments[0], draw) for _ in range(draw.randrange(4)))
     if is_dataclass(kind) and isinstance(kind, type):
         return any_of(kind, draw)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return draw.choice(list(kind))
     simple: dict[Any, Callable[[], Any]] = {
         type(None): lambda: None,
         bool: lambda: draw.random() < 0.5,

@@ -22,6 +22,8 @@ from tests.test_tensorboard import ALERT, offsets, snapshots, write
 from torchsat import Cause, Snapshot
 from torchsat.command import main
 from torchsat.document import SCHEMA
+from torchsat.experts import Experts
+from torchsat.ledger import Entry, Kind, Ledger
 from torchsat.number_formats import FormatUse
 from torchsat.record import Nearest
 from torchsat.report import FORMATS, report
@@ -289,7 +291,7 @@ KINDS: dict[str, Any] = {
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """The values of a document by their path; of the numbers over time, of the sites and of the layers only the objects themselves."""
-    if isinstance(value, dict) and not re.search(r"records\[\]|weights\[\]|formats\[\]|over_time|nearest", path):
+    if isinstance(value, dict) and not re.search(r"records\[\]|weights\[\]|formats\[\]|experts\[\]|over_time|nearest|ledger", path):
         for key, each in value.items():
             yield from leaves(each, f"{path}.{key}" if path else key)
     elif isinstance(value, list):
@@ -307,8 +309,10 @@ def test_the_json_is_what_the_documentation_says(tmp_path: Path) -> None:
     write(tmp_path / "sick", [replace(each, alerts=(rich,) if each.step == 4 else ()) for each in snapshots()])
     write(tmp_path / "cleared", [replace(each, nearest=Nearest("a.act", "saturated", 0.25)) for each in snapshots()])
     use = FormatUse("a.act", "grad_z", "nvfp4", False, 4096, 0.0, 0.12, 0.0, 0.2, 0.2)
+    experts = Experts("experts", 2, 128, (0.25, 0.75), 0.9, 0.1)
+    ledger = Ledger((Entry("a", Kind.LAYER, 0, None, 1.0, 0.5),))
     write(tmp_path / "later", snapshots(6))
-    write(tmp_path / "later", [replace(snapshot, time=2000.0, formats=(use,)) for snapshot in snapshots(2)])
+    write(tmp_path / "later", [replace(snapshot, time=2000.0, formats=(use,), experts=(experts,), ledger=ledger) for snapshot in snapshots(2)])
     path = next((tmp_path / "cleared" / "torchsat").glob("*"))
     path.write_bytes(path.read_bytes()[:-9])
     out = io.StringIO()

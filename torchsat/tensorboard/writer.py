@@ -200,8 +200,11 @@ class TensorBoardWriter:
                 if value is not None:
                     yield self._scalar(tags.get(record.site) or self._tag(group, record.site), value, group.says, record)
         sites = tuple(map(_SITE_FACTS, snapshot.records))
-        described, name = self._content(RECORDS, sites, facts=SITE_FACTS, metrics=RECORD_METRICS, sites=sites)
-        yield self._tensor(name, described, _floats(map(_RECORD_METRICS, snapshot.records)).T)
+        values = _floats(map(_RECORD_METRICS, snapshot.records)).T
+        had = [at for at, metric in enumerate(RECORD_METRICS) if metric not in _SELDOM or not np.isnan(values[at]).all()]
+        metrics = [RECORD_METRICS[at] for at in had]
+        described, name = self._content(RECORDS, (sites, metrics), facts=SITE_FACTS, metrics=metrics, sites=sites)
+        yield self._tensor(name, described, values[had])
         described, name = self._content(HISTOGRAM, sites, sites=[record.site for record in snapshot.records])
         yield self._tensor(name, described, _floats(record.histogram or _NO_HISTOGRAM for record in snapshot.records))
         attentions = tuple((record.site, len(record.heads)) for record in snapshot.records if record.heads)
@@ -215,8 +218,12 @@ class TensorBoardWriter:
             yield self._tensor(name, described, _floats(map(_WEIGHT_METRICS, snapshot.weights)).T)
         if snapshot.ledger is not None:
             entries = tuple((each.place, each.kind.value, each.level, each.parent) for each in snapshot.ledger.entries)
-            described, name = self._content(LEDGER, entries, facts=ENTRY_FACTS, metrics=ENTRY_METRICS, entries=entries)
-            yield self._tensor(name, described, _floats(map(_ENTRY_METRICS, snapshot.ledger.entries)).T)
+            values = _floats(map(_ENTRY_METRICS, snapshot.ledger.entries)).T
+            # What no entry has, as the branches and norms of a plain network, is left out.
+            known = [at for at, row in enumerate(values) if not np.isnan(row).all()]
+            metrics = [ENTRY_METRICS[at] for at in known]
+            described, name = self._content(LEDGER, (entries, metrics), facts=ENTRY_FACTS, metrics=metrics, entries=entries)
+            yield self._tensor(name, described, values[known])
         if snapshot.formats:
             uses = tuple(map(_USE_FACTS, snapshot.formats))
             described, name = self._content(FORMATS, uses, facts=USE_FACTS, metrics=USE_METRICS, uses=uses)
@@ -305,6 +312,13 @@ _WHOLE = ("overhead",)
 _NO_HISTOGRAM = (math.nan,) * HISTOGRAM_BINS
 _SITE_FACTS, _RECORD_METRICS = operator.attrgetter(*SITE_FACTS), operator.attrgetter(*RECORD_METRICS)
 _WEIGHT_FACTS, _WEIGHT_METRICS = operator.attrgetter(*WEIGHT_FACTS), operator.attrgetter(*WEIGHT_METRICS)
+_SELDOM = frozenset(
+    (
+        *("effective_rank", "srank", "rank_limit", "worst", "worst_rank", "nonfinite_rank"),
+        *("entropy", "jacobian", "logit_std", "log_keys", "entropy_min", "first_key", "log_z", "log_z_rms"),
+    )
+)
+"""Metrics that only some runs have: those with softmaxes, with several ranks, or of which they were asked for. Elsewhere they take no room."""
 _HEAD_METRICS, _ENTRY_METRICS = operator.attrgetter(*HEAD_METRICS), operator.attrgetter(*ENTRY_METRICS)
 _USE_FACTS, _USE_METRICS = operator.attrgetter(*USE_FACTS), operator.attrgetter(*USE_METRICS)
 
