@@ -125,6 +125,7 @@ def test_bandwidth(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().out.count("| forward, tanh | ") == 2
 
 
+@pytest.mark.slow
 def test_budget(load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments(monkeypatch, "--budgets", "0.02", "--steps", "600")
     load("benchmarks", "budget").main()

@@ -174,6 +174,7 @@ def apply(change: str, folder: Path) -> None:
         (folder / name).write_text(text)
 
 
+@pytest.mark.slow
 def test_the_recipes_for_a_column_a_metric_and_a_source_work(tmp_path: Path) -> None:
     """Applied to a copy of the package, in which their tests run."""
     shutil.copytree(PACKAGE, tmp_path / "torchsat", ignore=shutil.ignore_patterns("__pycache__"))
@@ -215,8 +216,12 @@ def test_the_digits_example_alerts_and_its_sane_twin_does_not(tmp_path: Path) ->
     "kind",
     [
         "ddp",
-        pytest.param("fully_shard", marks=pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.6 does not run on a CPU")),
-        pytest.param("pipeline", marks=pytest.mark.skipif(torch.__version__ < "2.8", reason="1F1B of torch 2.6 and 2.7 hangs over gloo")),
+        pytest.param(
+            "fully_shard", marks=[pytest.mark.slow, pytest.mark.skipif(torch.__version__ < "2.7", reason="FSDP2 of torch 2.6 does not run on a CPU")]
+        ),
+        pytest.param(
+            "pipeline", marks=[pytest.mark.slow, pytest.mark.skipif(torch.__version__ < "2.8", reason="1F1B of torch 2.6 and 2.7 hangs over gloo")]
+        ),
     ],
 )
 def test_the_example_of_many_processes_records_what_one_process_does(kind: str) -> None:
@@ -229,6 +234,7 @@ def test_the_example_of_many_processes_records_what_one_process_does(kind: str) 
     assert float(largest) < 1e-10
 
 
+@pytest.mark.slow
 def test_the_table_of_families_is_what_the_code_says() -> None:
     pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
     families = load(ROOT / "docs" / "families.py")
@@ -238,6 +244,7 @@ def test_the_table_of_families_is_what_the_code_says() -> None:
     assert families.filled() == page, "docs/families.md is old: run `python docs/families.py`"
 
 
+@pytest.mark.slow
 def test_the_remedies_example_measures_what_the_mathematics_says(run_example: RunExample) -> None:
     """In a deep stack of sigmoids Xavier and LayerNorm do not help; another activation and BatchNorm do."""
     printed = run_example("try_remedies", "--steps", "150")

@@ -254,6 +254,7 @@ def test_the_check_before_training_passes_right_kernels_and_no_others(kernels: M
     assert not kernels.reads(torch.zeros(1))
 
 
+@pytest.mark.slow
 def test_a_monitor_reads_all_of_a_call_where_kernels_do(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the hooks of a model to its records, as on a GPU, with the kernels for GPUs."""
     monkeypatch.setattr(statistics, "engine", lambda *tensors: kernels)
@@ -335,6 +336,7 @@ compiled(cuda_sums.features, dict(x_ptr="*bf16", sums_ptr="*fp64"), (), width=4 
 """
 
 
+@pytest.mark.slow
 def test_they_compile_for_a_gpu_and_load_four_elements_at_once(tmp_path: Path) -> None:
     script = tmp_path / "compile_them.py"
     script.write_text(COMPILE)
