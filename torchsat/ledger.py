@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
@@ -117,11 +117,10 @@ class Ledger:
         """The entries in the branches of a join or gate."""
         return tuple(entry for entry in self.entries if entry.parent == place)
 
-    def totals(self, entries: Iterable[Entry] | None = None) -> tuple[Total, ...]:
-        """For each kind the product of the factors of these entries (None: those of the spine), the one that takes most first. A kind of which a
-        factor is not known is left out."""
+    def totals(self) -> tuple[Total, ...]:
+        """For each kind the product of its factors on the spine, the one that takes most first. A kind of which a factor is not known is left out."""
         logs: dict[Kind, list[float]] = {}
-        for entry in self.spine if entries is None else entries:
+        for entry in self.spine:
             logs.setdefault(entry.kind, []).append(math.log(entry.factor) if entry.factor else math.nan if entry.factor is None else -math.inf)
         found = [Total(kind, len(each), math.exp(sum(each))) for kind, each in logs.items() if not math.isnan(sum(each))]
         return tuple(sorted(found, key=lambda total: total.factor))
@@ -214,19 +213,9 @@ CHANNELS = 2**20
 
 
 def decode_top(code: float) -> tuple[float | None, int | None]:
-    """The largest |x| and its channel from the code that observe/way.py makes of them; None where there is none."""
+    """The largest |x| and its channel from the code that observe/stream.py makes of them; None where there is none."""
     if not math.isfinite(code) or code < 0:
         return None, None
     bits, channel = divmod(round(code), CHANNELS)
     value: float = struct.unpack("<f", struct.pack("<I", bits))[0]
     return value, channel
-
-
-def expanded(entries: Sequence[Entry]) -> Iterator[tuple[Entry, float]]:
-    """The entries of the spine, each with the product of the factors up to its end; it stops where a factor is not known."""
-    product = 1.0
-    for entry in entries:
-        if entry.factor is None:
-            return
-        product *= entry.factor
-        yield entry, product
