@@ -237,7 +237,7 @@ ARROWS = {
         *("activations", "internals", "observe.conditions", "observe.functions", "observe.graph", "observe.meter", "observe.mode", "observe.nodes"),
         *("observe.observation", "observe.own", "recognise", "sites", "tensors"),
     },
-    "observe.outside": {"internals", "observe.graph", "observe.mode", "structure"},
+    "observe.outside": {"internals", "observe.graph", "observe.mode", "observe.nodes", "structure"},
     "observe.modules": {
         *("activations", "attributes", "internals", "observe.meter", "observe.nodes", "observe.observation", "sharding", "sites", "structure"),
     },

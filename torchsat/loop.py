@@ -185,7 +185,7 @@ class Loop:
             if entry is Entry.NEXT and not self._steps.is_over:
                 self._end_round()
                 if observation is not None and observation is not observer.observation and observer.observation is not None:
-                    observer.observation.take_over(observation)
+                    observer.observation.passes.take_over(observation.passes)
             if observer.observation is not None and not self._is_of_other_round(entry):
                 observer.observation.before_step(optimizer, has_closure(args, kwargs))
 

@@ -8,7 +8,6 @@ leave their kernel, are not counted, and of dL/dz only one that arrives in one p
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import pad
@@ -35,8 +34,6 @@ class FormatCounter:
     def __init__(self, options: Options, turn: int, passes: Passes) -> None:
         self.counts = "formats" in options.extras
         """Whether anything is counted at all."""
-        self.facts: dict[Key, Mapping[str, Any]] = {}
-        """For each place of a tally the types of its tensors."""
         self._limit, self._turn, self._passes = options.limit, turn, passes
         self._calls: dict[tuple[str, str], int] = {}
         """How often each tensor has been counted in this observation."""
@@ -67,7 +64,8 @@ class FormatCounter:
 
     def note(self, key: Key, tensor: str, x: Tensor) -> None:
         """Note the type that a tensor has in memory."""
-        self.facts[key] = {**self.facts.get(key, {}), tensor: str(x.dtype).removeprefix("torch.")}
+        facts = self._passes.tally_facts
+        facts[key] = {**facts.get(key, {}), tensor: str(x.dtype).removeprefix("torch.")}
 
 
 def of_layer(counted: Mapping[str, Tensor]) -> Tensor:

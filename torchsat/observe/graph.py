@@ -289,7 +289,7 @@ class Survey:
             return internals.node_number(node) < began
 
         for node in upstream([own], is_before, _MOST_OF_FUNCTION):
-            if not is_before(node) and not hasattr(node, "variable"):
+            if not is_before(node) and not kinds.is_leaf(node):
                 self._heard[node] = heard
 
     def heard_inside(self, own: Node, z: Node) -> list[Heard]:

@@ -169,9 +169,14 @@ def is_generic(node: Node) -> bool:
     return internals.forward_class(node) is None and not _ACTIVATION.fullmatch(kind_of(node))
 
 
+def is_leaf(node: Node) -> bool:
+    """Whether this node stands for a tensor that nothing has computed. It adds what arrives to the gradient of that tensor."""
+    return hasattr(node, "variable")
+
+
 def comes_from_parameter(node: Node) -> bool:
     """Whether what this node made is a function of one parameter alone, or a parameter."""
-    return hasattr(node, "variable") or is_of_parameter(node)
+    return is_leaf(node) or is_of_parameter(node)
 
 
 def is_of_parameter(node: Node) -> bool:
@@ -181,7 +186,7 @@ def is_of_parameter(node: Node) -> bool:
     for _ in range(8):
         if len(inputs) != 1 or inputs[0][0] is None:
             return False
-        if hasattr(inputs[0][0], "variable"):
+        if is_leaf(inputs[0][0]):
             return True
         inputs = inputs[0][0].next_functions
     return False
@@ -221,7 +226,7 @@ def _size(node: Node | None) -> list[Node] | None:
         if node is None:
             return None
         path.append(node)
-        inputs = [before for before, _ in node.next_functions if before is not None and not hasattr(before, "variable")]
+        inputs = [before for before, _ in node.next_functions if before is not None and not is_leaf(before)]
         if kind_of(node) in _SIZES:
             return path + [each for each in inputs if _is_square(each) or kind_of(each) in ("Abs", "Exp")]
         if not (kind_of(node) in _BETWEEN and len(set(inputs)) == 1):

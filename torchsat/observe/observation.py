@@ -39,7 +39,7 @@ from torchsat.observe.saving import all_off, leave_out
 from torchsat.observe.tallies import tally_parts
 from torchsat.observe.way import Way
 from torchsat.options import Options
-from torchsat.parts import Key, Parts, SitePart
+from torchsat.parts import Parts, SitePart
 from torchsat.schedule import Clock, Window
 from torchsat.sites import Site, Sites, Structure
 from torchsat.structure import Found
@@ -138,8 +138,6 @@ class Observation:
         self.logits = logits.Logits(self)
         self.passes = Passes(self.guard, lambda: on_pass(PassEvent.REPEATED, True), functools.partial(_hear_loss, self))
         self.meter = Meter(options, turn, sites, self.passes, self.lineage, self.guard, self.note)
-        self.tally_facts: dict[Key, Mapping[str, Any]] = self.meter.formats.facts
-        """The facts of each place of a tally (parts.TallyPart), which whoever measures it keeps here. Its numbers are kept by the passes."""
         self.layers = Layers(self)
         self.way = Way(self)
         self.calls = Calls(self)
@@ -265,11 +263,6 @@ class Observation:
         self.passes.gradients.has_stepped()
         self.layers.after_step(optimizer, closure)
 
-    def take_over(self, earlier: Observation) -> None:
-        """Take over the passes of an earlier observation that may still enter a step."""
-        self.passes.take_over(earlier.passes)
-        self.tally_facts.update(earlier.tally_facts)
-
     def stage_of(self, name: str) -> int | None:
         """The number of the pipeline's stage that a site or layer is in; None where there is no pipeline."""
         return None if not self._stages else int(self._stage_object(name).stage_index)
@@ -295,7 +288,7 @@ class Observation:
         sites, of_layers = self._site_parts(whole), self.layers.parts(whole.inputs, weights)
         own.conclude(self)
         self._report_failures()
-        tallies = tally_parts(whole, self.sites, self.tally_facts)
+        tallies = tally_parts(whole, self.sites, self.passes.tally_facts)
         return Parts(sites, of_layers, tallies, scale=self._scale, skipped=self._skipped, generation=self.sites.generation)
 
     def abandon(self, why: Retry | None) -> None:

@@ -39,6 +39,7 @@ from torch.utils.hooks import RemovableHandle
 from torchsat import internals
 from torchsat.observe.graph import ends, upstream
 from torchsat.observe.mode import CallMode, Frame
+from torchsat.observe.nodes import is_leaf
 from torchsat.structure import Found
 
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
@@ -160,7 +161,7 @@ class Outside:
 
     def _depends(self, given: Any) -> bool:
         """Whether one of these tensors was computed from a parameter of the model."""
-        return any(self.owns(leaf) for node in upstream(ends(given), _is_leaf, _NEAR) if (leaf := getattr(node, "variable", None)) is not None)
+        return any(self.owns(leaf) for node in upstream(ends(given), is_leaf, _NEAR) if (leaf := getattr(node, "variable", None)) is not None)
 
     def _holds_model(self, module: nn.Module) -> bool:
         if module not in self._holders:
@@ -207,10 +208,6 @@ def _methods_of(classes: set[type[nn.Module]]) -> dict[CodeType, tuple[type, ...
             if function is not None and inspect.isfunction(function):
                 found[function.__code__] = (*found.get(function.__code__, ()), kind)
     return found
-
-
-def _is_leaf(node: object) -> bool:
-    return hasattr(node, "variable")
 
 
 def _nothing() -> None:

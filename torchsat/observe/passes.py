@@ -21,7 +21,7 @@ import itertools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -225,6 +225,8 @@ class Passes:
         """The thread whose passes are observed."""
         self.hears_backward = True
         """Whether hooks tell which backward a pass has: not in a compiled graph."""
+        self.tally_facts: dict[Key, Mapping[str, Any]] = {}
+        """The facts of each place of a tally (parts.TallyPart), which whoever measures it keeps here."""
         self.waiting = 0
         """Number of passes that have begun since the last backward that added to `.grad` or gave gradients of parameters."""
         self.has_entered = False
@@ -380,6 +382,7 @@ class Passes:
         rest = [each for each in earlier._rest if not each.dropped and each.standing is not Fate.NONE]
         self._passes += rest
         self.gradients.take_over(earlier.gradients)
+        self.tally_facts.update(earlier.tally_facts)
         self.has_measured = self.has_measured or bool(rest)
         self.has_entered = self.has_entered or earlier.has_entered
 

@@ -114,7 +114,7 @@ class Routers:
         choices.index_add_(0, indices.reshape(-1), torch.ones(indices.numel(), dtype=dtype, device=x.device))
         router = _sureness(x, given, k, observation.meter.seed(place))
         for tally, sums in ((EXPERTS, choices.unsqueeze(0)), (ROUTER, router.unsqueeze(1))):
-            observation.tally_facts[tally.name, place] = {"k": k}
+            observation.passes.tally_facts[tally.name, place] = {"k": k}
             current.tally((tally.name, place), sums)
 
 

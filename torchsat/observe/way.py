@@ -114,7 +114,7 @@ class Way:
             self._observation.note_if_wanted(PLACE, TOO_LARGE)
             return
         nodes, last = walked
-        signature = hash(tuple((node.name(), _order(node) - self._first * (not _is_leaf(node))) for node in nodes))
+        signature = hash(tuple((node.name(), _order(node) - self._first * (not kinds.is_leaf(node))) for node in nodes))
         if signature not in ways.plans:
             if not self.learns or len(ways.plans) >= _MOST_PLANS:
                 # The modules are hooked in the next observations, until one of them has such a graph.
@@ -140,7 +140,7 @@ class Way:
             # A pass may count in a later observation, whose graph may be another one. So each graph has a place of its own.
             key: Key = ("ledger", str(kept.plan.number))
             kept.into.tally(key, torch.stack([squares, heard]))
-            self._observation.tally_facts[key] = {"entries": kept.plan.facts}
+            self._observation.passes.tally_facts[key] = {"entries": kept.plan.facts}
         self._kept.clear()
 
     def _walk(self, ends: Sequence[Node]) -> tuple[list[Node], list[Node]] | None:
@@ -225,13 +225,9 @@ def _behind_views(node: Node) -> Node:
     return node
 
 
-def _is_leaf(node: Node) -> bool:
-    return hasattr(node, "variable")
-
-
 def _order(node: Node) -> int:
     """A number that is higher than those of the nodes that a node was computed from. Leaves, which come last, have none of their own."""
-    return -1 if _is_leaf(node) else internals.node_number(node)
+    return -1 if kinds.is_leaf(node) else internals.node_number(node)
 
 
 def _is_signal(node: Node, weights: Mapping[int, str]) -> bool:
@@ -275,7 +271,7 @@ def _listeners(points: Mapping[Point, int], graph: Sequence[Sequence[Edge]], nod
             continue
         if point.node is not None:
             node = nodes[point.node]
-            if node is not None and not hasattr(node, "variable"):
+            if node is not None and not kinds.is_leaf(node):
                 outputs.setdefault(point.node, []).append(number)
                 continue
             # Nothing can be put on a leaf. What arrives there is what the nodes that it enters pass on.
@@ -350,7 +346,7 @@ def flat(grad: Tensor) -> tuple[Tensor, int]:
 
 
 def attach(observation: Observation, found: Found) -> Callable[[], None] | None:
-    """Hook the modules, so that it is known which of them makes which node, and the norms, whose input is measured."""
+    """Hook the modules, so that it is known which of them makes which node."""
     way = observation.way
     if not way.learns:
         return None
