@@ -15,7 +15,7 @@ from torchsat.alert_level import alert_level, way_to_warning
 from torchsat.alerts import ADJECTIVE, Firing, Key
 from torchsat.experts import Experts
 from torchsat.percent import percent
-from torchsat.record import Alert, Nearest, Record, Severity, Snapshot, Weight, with_levels
+from torchsat.record import Alert, Nearest, Record, Severity, Snapshot, Weight, place_of, with_levels
 from torchsat.rules import RULES, Item, Rule
 from torchsat.start import Start, came_trained
 
@@ -148,11 +148,7 @@ class Judge:
         self._step = snapshot.step
         self.levels, self.nearest = {}, None
         self._note_starts(snapshot)
-        kinds: dict[str, dict[str, Item]] = {
-            "records": {record.site: record for record in snapshot.records},
-            "weights": {weight.name: weight for weight in snapshot.weights},
-            "experts": {experts.site: experts for experts in snapshot.experts},
-        }
+        kinds = _kinds(snapshot)
         for name, rules in list(self._groups.items()):
             items = kinds[rules[0].over]
             events += self._clear_missing(name, rules, items, snapshot)
@@ -171,7 +167,7 @@ class Judge:
     def marked(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot that was judged last, with what was found: whether there was any rule, the level of each place, and what came nearest."""
         records, weights = with_levels(snapshot.records, self.levels), with_levels(snapshot.weights, self.levels)
-        experts = tuple(replace(each, alert_level=self.levels.get(each.site)) for each in snapshot.experts)
+        experts = with_levels(snapshot.experts, self.levels)
         return replace(snapshot, records=records, weights=weights, judged=bool(self._groups), nearest=self.nearest, experts=experts)
 
     def _note_starts(self, snapshot: Snapshot) -> None:
@@ -230,10 +226,15 @@ class Judge:
         return None
 
 
+def _kinds(snapshot: Snapshot) -> dict[str, dict[str, Item]]:
+    """What a rule may be over (`Rule.over`): for each kind, its items in a snapshot by the names of their places."""
+    kinds: dict[str, Sequence[Item]] = {"records": snapshot.records, "weights": snapshot.weights, "experts": snapshot.experts}
+    return {kind: {place_of(item): item for item in items} for kind, items in kinds.items()}
+
+
 def _places(snapshot: Snapshot) -> dict[str, Item]:
-    """The records, the weights and the mixtures of experts of a snapshot by the names of their places."""
-    named = {weight.name: weight for weight in snapshot.weights}
-    return {**{record.site: record for record in snapshot.records}, **named, **{experts.site: experts for experts in snapshot.experts}}
+    """The items of all kinds by the names of their places."""
+    return {place: item for items in _kinds(snapshot).values() for place, item in items.items()}
 
 
 def _raise(state: _State, key: Key, worst: _Reading, item: Item, snapshot: Snapshot) -> Alert | None:

@@ -431,12 +431,17 @@ class Snapshot(Shown, WithFormats):
         raise KeyError(f"no site {site!r} at step {self.step}; " + (f"near it: {', '.join(near)}" if near else "the snapshot is empty"))
 
 
-_Judged = TypeVar("_Judged", Record, Weight)
+_Judged = TypeVar("_Judged", Record, Weight, Experts)
 
 
 def with_levels(items: tuple[_Judged, ...], levels: Mapping[str, float]) -> tuple[_Judged, ...]:
-    """Records or weights with the `alert_level` of each place, if it has one."""
-    return tuple(_with(item, alert_level=levels.get(item.site if isinstance(item, Record) else item.name)) for item in items)
+    """Records, weights or mixtures of experts with the `alert_level` of each place, if it has one."""
+    return tuple(_with(item, alert_level=levels.get(place_of(item))) for item in items)
+
+
+def place_of(item: Record | Weight | Experts) -> str:
+    """The name of the place that a record, a weight or a mixture of experts is of."""
+    return item.name if isinstance(item, Weight) else item.site
 
 
 def _with(item: _Judged, **values: Any) -> _Judged:

@@ -15,7 +15,7 @@ from torchsat.experts import Experts
 from torchsat.forecast import worst
 from torchsat.number_formats import IN_WORDS
 from torchsat.percent import number_or_dash, percent_or_dash
-from torchsat.record import Record, Snapshot, Weight
+from torchsat.record import Record, Snapshot, Weight, place_of
 from torchsat.shown import level_in_words
 from torchsat.tables import BARS, Column, Row, Sheet
 from torchsat.tensorboard.reader import Run
@@ -97,8 +97,7 @@ def health_of(item: Record | Weight | Experts, firing: Iterable[str] = ()) -> st
         return word
     if item.alert_level is None:
         return "-"
-    place = item.name if isinstance(item, Weight) else item.site
-    return "recovering" if place in firing else Health.HEALTHY.value
+    return "recovering" if place_of(item) in firing else Health.HEALTHY.value
 
 
 def _notable(item: Record | Weight | Experts, health: str) -> bool:

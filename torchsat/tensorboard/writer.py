@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -200,11 +200,9 @@ class TensorBoardWriter:
                 if value is not None:
                     yield self._scalar(tags.get(record.site) or self._tag(group, record.site), value, group.says, record)
         sites = tuple(map(_SITE_FACTS, snapshot.records))
-        values = _floats(map(_RECORD_METRICS, snapshot.records)).T
-        had = [at for at, metric in enumerate(RECORD_METRICS) if metric not in _SELDOM or not np.isnan(values[at]).all()]
-        metrics = [RECORD_METRICS[at] for at in had]
+        metrics, values = _had(RECORD_METRICS, _floats(map(_RECORD_METRICS, snapshot.records)).T, _SELDOM)
         described, name = self._content(RECORDS, (sites, metrics), facts=SITE_FACTS, metrics=metrics, sites=sites)
-        yield self._tensor(name, described, values[had])
+        yield self._tensor(name, described, values)
         described, name = self._content(HISTOGRAM, sites, sites=[record.site for record in snapshot.records])
         yield self._tensor(name, described, _floats(record.histogram or _NO_HISTOGRAM for record in snapshot.records))
         attentions = tuple((record.site, len(record.heads)) for record in snapshot.records if record.heads)
@@ -218,12 +216,10 @@ class TensorBoardWriter:
             yield self._tensor(name, described, _floats(map(_WEIGHT_METRICS, snapshot.weights)).T)
         if snapshot.ledger is not None:
             entries = tuple((each.place, each.kind.value, each.level, each.parent) for each in snapshot.ledger.entries)
-            values = _floats(map(_ENTRY_METRICS, snapshot.ledger.entries)).T
-            # What no entry has, as the branches and norms of a plain network, is left out.
-            known = [at for at, row in enumerate(values) if not np.isnan(row).all()]
-            metrics = [ENTRY_METRICS[at] for at in known]
+            # A plain network has no branches and no norms.
+            metrics, values = _had(ENTRY_METRICS, _floats(map(_ENTRY_METRICS, snapshot.ledger.entries)).T, ENTRY_METRICS)
             described, name = self._content(LEDGER, (entries, metrics), facts=ENTRY_FACTS, metrics=metrics, entries=entries)
-            yield self._tensor(name, described, values[known])
+            yield self._tensor(name, described, values)
         if snapshot.formats:
             uses = tuple(map(_USE_FACTS, snapshot.formats))
             described, name = self._content(FORMATS, uses, facts=USE_FACTS, metrics=USE_METRICS, uses=uses)
@@ -321,6 +317,12 @@ _SELDOM = frozenset(
 """Metrics that only some runs have: those with softmaxes, with several ranks, or of which they were asked for. Elsewhere they take no room."""
 _HEAD_METRICS, _ENTRY_METRICS = operator.attrgetter(*HEAD_METRICS), operator.attrgetter(*ENTRY_METRICS)
 _USE_FACTS, _USE_METRICS = operator.attrgetter(*USE_FACTS), operator.attrgetter(*USE_METRICS)
+
+
+def _had(metrics: Sequence[str], values: NDArray[np.float64], seldom: Container[str]) -> tuple[list[str], NDArray[np.float64]]:
+    """The metrics of these rows of numbers, and the rows, without those of `seldom` that no place has."""
+    had = [at for at, metric in enumerate(metrics) if metric not in seldom or not np.isnan(values[at]).all()]
+    return [metrics[at] for at in had], values[had]
 
 
 def _floats(rows: Iterable[tuple[float | None, ...]]) -> NDArray[np.float64]:
