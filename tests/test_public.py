@@ -406,8 +406,8 @@ ARROWS = {
         "trust",
         "verdict",
     },
-    "remedies": {"internals", "record", "weights"},
-    "trial": {"internals", "monitor", "notebook", "options", "record", "remedies", "rules", "structure", "trials", "weights"},
+    "remedies": {"internals", "record", "transport.windows", "weights"},
+    "trial": {"internals", "monitor", "notebook", "options", "record", "remedies", "rules", "structure", "transport.windows", "trials", "weights"},
     # The libraries that train.
     "integrations": {"monitor"},
     "integrations.accelerate": {"monitor", "options", "record", "tensorboard.stock"},

@@ -20,10 +20,8 @@ from torch import Tensor, nn
 
 from torchsat.internals import tree_leaves, tree_map
 from torchsat.record import Record
+from torchsat.transport.windows import DORMANT_SCORE
 from torchsat.weights import is_layer
-
-_DORMANT = 0.025
-"""The most that the mean |a| of a dormant unit is of the mean over its layer; transport/windows.py measures by the same threshold."""
 
 
 @dataclass(frozen=True)
@@ -238,8 +236,8 @@ def _standardise_code(context: Context) -> str:
 
 
 def _dormant(sizes: Tensor) -> Tensor:
-    """Which units of a layer with these mean |a| are dormant (Sokar et al. 2023)."""
-    return sizes <= _DORMANT * sizes.mean()
+    """Which units of a layer with these mean |a| are dormant (transport/windows.py)."""
+    return sizes <= DORMANT_SCORE * sizes.mean()
 
 
 def _has_dormant(context: Context) -> bool:
@@ -313,7 +311,7 @@ def _revive_code(context: Context) -> str:
             "    for name, (before, behind) in ways.items():",
             "        model.get_submodule(name)._forward_hooks.popitem()",
             "        mean = sizes[name].movedim(1 if sizes[name].ndim != 3 else 2, 0).flatten(1).mean(1)",
-            f"        dormant = mean <= {_DORMANT} * mean.mean()",
+            f"        dormant = mean <= {DORMANT_SCORE} * mean.mean()",
             "        for layer in map(model.get_submodule, before):",
             "            fresh = torch.empty_like(layer.weight)",
             "            nn.init.kaiming_uniform_(fresh, a=5**0.5)",

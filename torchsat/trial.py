@@ -33,6 +33,7 @@ from torchsat.record import Snapshot
 from torchsat.remedies import REMEDIES, Context, Remedy
 from torchsat.rules import RULES
 from torchsat.structure import clean
+from torchsat.transport.windows import SAMPLES_FROM_START
 from torchsat.trials import Trial, Trials
 from torchsat.weights import is_layer
 
@@ -44,8 +45,6 @@ log = logging.getLogger("torchsat")
 Loss = Callable[[nn.Module, Any], Tensor]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
-_SAMPLES = 200
-"""So many samples of each unit tell which units are dormant."""
 _PLAIN = Remedy("as it is", lambda model, context: "nothing")
 """The untouched copy, which every other trial is compared with."""
 
@@ -318,11 +317,11 @@ def _sizes(plan: _Plan, twin: nn.Module, sites: Mapping[str, nn.Module]) -> dict
     handles = [module.register_forward_hook(partial(add, name)) for name, module in sites.items()]
     for batch in plan.batches:
         plan.loss(twin, batch)
-        if min(counts.values(), default=_SAMPLES) >= _SAMPLES:
+        if min(counts.values(), default=SAMPLES_FROM_START) >= SAMPLES_FROM_START:
             break
     for handle in handles:
         handle.remove()
-    return {name: total / counts[name] for name, total in sums.items() if counts[name] >= _SAMPLES}
+    return {name: total / counts[name] for name, total in sums.items() if counts[name] >= SAMPLES_FROM_START}
 
 
 def _note_shape(module: nn.Module, name: str, shapes: dict[str, tuple[int, ...]]) -> RemovableHandle:
