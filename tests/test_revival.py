@@ -71,6 +71,27 @@ def test_the_code_that_revives_units_does_what_the_trial_did() -> None:
     assert not three[:, :6].any()
 
 
+def test_the_units_of_a_convolution_are_its_channels_however_many_axes_it_has() -> None:
+    """Conv1d gives [samples, channels, positions], where a linear layer on sequences gives [samples, positions, features]."""
+    first, second = nn.Conv1d(4, 16, 3, padding=1), nn.Conv1d(16, 8, 3, padding=1)
+    assert first.bias is not None
+    assert second.bias is not None
+    with torch.no_grad():
+        first.bias[:6] = -1e4
+        second.bias[:] = 1.0
+    model = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(160, 10))
+    batches = [(torch.randn(8, 4, 20), torch.randint(0, 10, (8,))) for _ in range(2)]
+    (remedy,) = [each for each in REMEDIES if each.name == "revived units"]
+    context, _ = _context(_Plan(model, batches, loss, None, 1, 1, 1, {}))
+    assert {site: len(sizes) for site, sizes in context.sizes.items()} == {"1": 16, "3": 8}
+    revived, x = copy.deepcopy(model), batches[0][0]
+    assert remedy.apply(revived, context) == "6 dormant units of 1 layer drawn anew, their outgoing weights 0"
+    exec(remedy.as_code(context), {"torch": torch, "nn": nn, "model": model, "x": x, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1)})
+    for each in (revived, model):
+        assert (each[:2](x) > 0).any(0).any(1).all()
+        assert not next(each[2].parameters())[:, :6].any()
+
+
 def test_a_model_without_dormant_units_is_not_revived() -> None:
     model = stack(nn.Tanh)
     trials = torchsat.try_remedies(model, data(), loss, steps=1, progress=False)

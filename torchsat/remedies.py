@@ -43,7 +43,8 @@ class Context:
     heads: tuple[str, ...] = ()
     """The names of the linear and convolutional layers that feed no site, as those that make the output of the model do."""
     sizes: Mapping[str, Tensor] = field(default_factory=dict)
-    """The mean |a| of each unit over some batches, by the name of the site; for sites that are modules and whose number of units is fixed."""
+    """The mean |a| of each unit over some batches, by the name of the site; for sites that are modules, that a layer feeds, and whose number of units
+    is fixed."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _revive(model: nn.Module, context: Context) -> str:
                 cast(Tensor, layer.weight).data[:, dormant] = 0.0
     if not count:
         raise ValueError("no unit of a hidden activation that a linear or convolutional layer feeds is dormant")
-    return f"{count} dormant units of {layers} layers drawn anew, their outgoing weights 0"
+    return f"{count} dormant units of {layers} layer{'s' if layers > 1 else ''} drawn anew, their outgoing weights 0"
 
 
 _OWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -310,7 +311,8 @@ def _revive_code(context: Context) -> str:
             "    model(x)",
             "    for name, (before, behind) in ways.items():",
             "        model.get_submodule(name)._forward_hooks.popitem()",
-            "        mean = sizes[name].movedim(1 if sizes[name].ndim != 3 else 2, 0).flatten(1).mean(1)",
+            '        kernel = getattr(model.get_submodule(before[0]), "kernel_size", ())  # the features lie in front of its axes',
+            "        mean = sizes[name].movedim(-1 - len(kernel), 0).flatten(1).mean(1)",
             f"        dormant = mean <= {DORMANT_SCORE} * mean.mean()",
             "        for layer in map(model.get_submodule, before):",
             "            fresh = torch.empty_like(layer.weight)",

@@ -35,7 +35,7 @@ from torchsat.rules import RULES
 from torchsat.structure import clean
 from torchsat.transport.windows import SAMPLES_FROM_START
 from torchsat.trials import Trial, Trials
-from torchsat.weights import is_layer
+from torchsat.weights import feature_axis, is_layer
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -300,21 +300,27 @@ def _context(plan: _Plan) -> tuple[Context, tuple[str, ...]]:
     notes = (f"not changed, since they are no modules: {', '.join(others)}",) if others else ()
     feeds = {weight.name: weight.feeds for weight in snapshots[-1].weights}
     heads = tuple(name for name, path in paths.items() if is_layer(twin.get_submodule(path)) and name not in feeds)
-    sizes = _sizes(plan, twin, {record.site: twin.get_submodule(paths[record.site]) for record in sites if record.units})
+    layers = {site: twin.get_submodule(paths[name]) for name, fed in reversed(feeds.items()) if name in paths for site in fed}
+    measured = [record.site for record in sites if record.units and record.site in layers]
+    sizes = _sizes(plan, twin, {name: (twin.get_submodule(paths[name]), layers[name]) for name in measured})
     return Context(sites, feeds, shapes, plan.batches, paths, next(iter(reached), None), heads, sizes), notes
 
 
-def _sizes(plan: _Plan, twin: nn.Module, sites: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The mean |a| of each unit of these sites, over the batches until each unit has enough samples."""
+def _sizes(plan: _Plan, twin: nn.Module, sites: Mapping[str, tuple[nn.Module, nn.Module]]) -> dict[str, Tensor]:
+    """The mean |a| of each unit, over the batches until each unit has enough samples.
+
+    Args:
+        sites: for each site its module, and the layer that feeds it: the units lie where its features do.
+    """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, module: nn.Module, args: Any, a: Tensor) -> None:
-        units = a.detach().double().abs().movedim(2 if a.ndim == 3 else 1, 0).flatten(1)
+    def add(name: str, layer: nn.Module, module: nn.Module, args: Any, a: Tensor) -> None:
+        units = a.detach().double().abs().movedim(feature_axis(layer, a.ndim), 0).flatten(1)
         sums[name] = sums.get(name, torch.zeros_like(units[:, 0])) + units.sum(1)
         counts[name] = counts.get(name, 0) + units.shape[1]
 
-    handles = [module.register_forward_hook(partial(add, name)) for name, module in sites.items()]
+    handles = [module.register_forward_hook(partial(add, name, layer)) for name, (module, layer) in sites.items()]
     for batch in plan.batches:
         plan.loss(twin, batch)
         if min(counts.values(), default=SAMPLES_FROM_START) >= SAMPLES_FROM_START:
