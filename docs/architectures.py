@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from marks import filled, named
 from networks import (
     Inputs,
     JumpReLU,
@@ -314,27 +315,25 @@ def _custom(output: Tensor) -> set[str]:
     return found
 
 
-def table(found: Sequence[Seen]) -> str:
+def row(architecture: Architecture, seen: Seen) -> str:
+    """One line of the table."""
+    records = seen.snapshot.records if seen.snapshot is not None else ()
+    activations = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(record.activation for record in records).items()))
+    return (
+        f"| {architecture.name} | {architecture.known_for} | {seen.coverage.described} | {activations or '-'} | {named(seen.coverage)} | "
+        f"{len(seen.operators)} | {len(seen.unaccounted)} |"
+    )
+
+
+def table() -> str:
     lines = ["| architecture | known for | sites | activations | named | nonlinear operators | unaccounted for |", "|---|---|---|---|---|---|---|"]
-    for each, seen in zip(ARCHITECTURES, found, strict=True):
-        records = seen.snapshot.records if seen.snapshot is not None else ()
-        activations = ", ".join(f"{kind} {count}" for kind, count in sorted(Counter(record.activation for record in records).items()))
-        reasons: dict[str, list[str]] = {}
-        for place, reason in seen.coverage.unseen:
-            reasons.setdefault(reason, []).append(re.sub(r"\d+", "N", place))
-        named = "; ".join(f"{', '.join(f'`{place}`' for place in dict.fromkeys(places))}: {reason}" for reason, places in reasons.items())
-        lines.append(
-            f"| {each.name} | {each.known_for} | {seen.coverage.described} | {activations or '-'} | {named or '-'} | {len(seen.operators)} | "
-            f"{len(seen.unaccounted)} |"
-        )
-    return "\n".join([*lines, "", f"{len(ARCHITECTURES)} architectures, torch {torch.__version__.partition('+')[0]}"])
+    return "\n".join([*lines, *(row(each, observe(each)) for each in ARCHITECTURES), "", versions()])
 
 
-def filled() -> str:
-    head, rest = PAGE.read_text().split("<!-- architectures -->\n")
-    _, tail = rest.split("<!-- /architectures -->")
-    return f"{head}<!-- architectures -->\n{table([observe(each) for each in ARCHITECTURES])}\n<!-- /architectures -->{tail}"
+def versions() -> str:
+    """With what the table was made: another version of torch may compute otherwise."""
+    return f"{len(ARCHITECTURES)} architectures, torch {torch.__version__.partition('+')[0]}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(filled())
+    PAGE.write_text(filled(PAGE, {"architectures": table}))

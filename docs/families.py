@@ -8,7 +8,6 @@ Matrices are therefore multiplied by SPREAD, so that pre-activations have the si
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from marks import filled, named
 from torch import Tensor, nn
 
 import torchsat
@@ -150,12 +150,8 @@ def table() -> str:
         snapshot, coverage = observe(name)
         kinds = Counter(record.activation for record in snapshot.records)
         with_gradient = sum(record.grad_n > 0 for record in snapshot.records)
-        reasons: dict[str, list[str]] = {}
-        for place, reason in coverage.unseen:
-            reasons.setdefault(reason, []).append(re.sub(r"\d+", "N", place))
-        unseen = "; ".join(f"{', '.join(f'`{place}`' for place in dict.fromkeys(places))}: {reason}" for reason, places in reasons.items())
         found = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-        lines.append(f"| {name} | {coverage.described} | {found} | {with_gradient} | {unseen or '-'} |")
+        lines.append(f"| {name} | {coverage.described} | {found} | {with_gradient} | {named(coverage)} |")
     return "\n".join([*lines, "", versions()])
 
 
@@ -166,11 +162,5 @@ def versions() -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
 
 
-def filled() -> str:
-    head, rest = PAGE.read_text().split("<!-- families -->\n")
-    _, tail = rest.split("<!-- /families -->")
-    return f"{head}<!-- families -->\n{table()}\n<!-- /families -->{tail}"
-
-
 if __name__ == "__main__":
-    PAGE.write_text(filled())
+    PAGE.write_text(filled(PAGE, {"families": table}))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from marks import filled
 
 from torchsat import ACTIVATIONS, RULES, Activation
 from torchsat.activations import CLAMP, Constants, bind, bind_plain
@@ -66,20 +67,10 @@ def rules() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"saturation.md": (("activations", activations), ("functions", functions)), "alerts.md": (("rules", rules),)}
-
-
-def filled(name: str) -> str:
-    """The text of one page with its tables as the code has them now."""
-    text = (DOCS / name).read_text()
-    for mark, make in TABLES[name]:
-        head, rest = text.split(f"<!-- {mark} -->\n")
-        _, tail = rest.split(f"<!-- /{mark} -->")
-        text = f"{head}<!-- {mark} -->\n{make()}\n<!-- /{mark} -->{tail}"
-    return text
+TABLES = {"saturation.md": {"activations": activations, "functions": functions}, "alerts.md": {"rules": rules}}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for page in TABLES:
-        (DOCS / page).write_text(filled(page))
+    for page, tables in TABLES.items():
+        (DOCS / page).write_text(filled(DOCS / page, tables))

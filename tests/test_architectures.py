@@ -4,20 +4,12 @@ docs/architectures.py builds them, and compares with what a dispatch mode hears 
 """
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 
-_spec = importlib.util.spec_from_file_location("architectures", Path(__file__).parents[1] / "docs" / "architectures.py")
-assert _spec is not None
-assert _spec.loader is not None
-architectures = sys.modules["architectures"] = importlib.util.module_from_spec(_spec)
-sys.path.insert(0, _spec.origin.rpartition("/")[0] if _spec.origin is not None else "")
-_spec.loader.exec_module(architectures)
-sys.path.pop(0)
+from tests.scripts import load
 
+architectures = load("docs", "architectures")
 ALL = {each.name: each for each in architectures.ARCHITECTURES}
 SITES = {
     "SIREN": {"1": "sin", "3": "sin"},
@@ -42,6 +34,9 @@ def test_every_nonlinear_operator_is_a_site_or_is_named(name: str) -> None:
         assert record.derivative is not None or record.kind == "softmax"
         # The first layer of the KAN begins with functions of data.
         assert record.grad_n > 0 or record.kind in ("softmax", "recurrent") or (name == "KAN" and record.site in ("relu", "silu"))
+    page = architectures.PAGE.read_text().splitlines()
+    if architectures.versions() in page:
+        assert architectures.row(ALL[name], seen) in page, "docs/architectures.md is old: run `python docs/architectures.py`"
     if name in SITES:
         assert {record.site: record.activation for record in seen.snapshot.records} == SITES[name]
 

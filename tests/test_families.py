@@ -4,12 +4,9 @@ What they compute is found by other means than torchsat's: a dispatch mode sees 
 test's own says in which module.
 """
 
-import importlib.util
 import os
 import re
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,17 +15,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchsat
+from tests.scripts import load
 from tests.truth import known
 from torchsat.functions import NAMES
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
 
-_spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[1] / "docs" / "families.py")
-assert _spec is not None
-assert _spec.loader is not None
-families = sys.modules["families"] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
+families = load("docs", "families")
 
 OPERATORS = re.compile(
     r"aten\.(sigmoid|tanh|relu|leaky_relu|prelu\w*|rrelu\w*|elu|celu|gelu|silu|mish|softplus|hardtanh|hardsigmoid|hardswish|log_sigmoid\w*|"
