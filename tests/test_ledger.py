@@ -159,12 +159,17 @@ def directly(model: nn.Module, x: Tensor) -> dict[str, tuple[float, float | None
     return {name: (out, given) for name, (out, given) in found.items() if out is not None}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_factors_of_the_spine_multiply_to_that_of_the_whole_way(name: str) -> None:
+def measured(name: str) -> tuple[Ledger, dict[str, tuple[float, float | None]]]:
+    """The ledger of one of MODELS, and what `directly` finds in the same model."""
     torch.manual_seed(0)
     make, batch = MODELS[name]
     model, x = make().double(), batch()
-    ledger, known = ledger_of(model, x), directly(model, x)
+    return ledger_of(model, x), directly(model, x)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_factors_of_the_spine_multiply_to_that_of_the_whole_way(name: str) -> None:
+    ledger, known = measured(name)
     factors = [each.factor for each in ledger.spine]
     assert None not in factors
     product = math.prod(each or 0.0 for each in factors)
@@ -178,10 +183,7 @@ def test_the_factors_of_the_spine_multiply_to_that_of_the_whole_way(name: str) -
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_factor_is_what_autograd_gives(name: str) -> None:
-    torch.manual_seed(0)
-    make, batch = MODELS[name]
-    model, x = make().double(), batch()
-    ledger, known = ledger_of(model, x), directly(model, x)
+    ledger, known = measured(name)
     checked = 0
     for entry in ledger.entries:
         before, after = known.get(entry.place, (None, None))
