@@ -8,7 +8,7 @@ from marks import filled
 from torchsat import ACTIVATIONS, RULES, Activation
 from torchsat.activations import CLAMP, Constants, bind, bind_plain
 from torchsat.functions import CURVES, FUNCTIONS
-from torchsat.handwritten import JUMP_RELU, QUICK_GELU, SINE, SNAKE, SOFT_CAP, SQUARED_RELU, SWISH
+from torchsat.handwritten import CLIPPED_SQUARED_RELU, JUMP_RELU, QUICK_GELU, SINE, SNAKE, SOFT_CAP, SQUARED_RELU, SWISH
 
 DOCS = Path(__file__).parent
 EPSILON = 0.05
@@ -16,6 +16,7 @@ EPSILON = 0.05
 
 WRITTEN: tuple[tuple[Activation, dict[str, float | None], str], ...] = (
     (SQUARED_RELU, {}, "`relu(z)**2`"),
+    (CLIPPED_SQUARED_RELU, {"cap": 4.0}, "`(relu(z)**2).clamp(max=4)`"),
     (QUICK_GELU, {}, "`z * sigmoid(1.702 * z)`"),
     (SWISH, {"beta": 2.0}, "`z * sigmoid(2 * z)`"),
     (JUMP_RELU, {"theta": 0.5}, "`z * (z > 0.5)`"),

@@ -363,6 +363,7 @@ FITTED: list[tuple[Callable[[torch.Tensor], torch.Tensor], str, dict[str, float 
     (lambda z: z * (z > 0.3), "jump_relu", {"theta": 0.3}, 1.0, (0.3, None)),
     (lambda z: z.clamp(-1.5, 1.5), "clamp", {"min": -1.5, "max": 1.5}, 1.0, (-1.5, 1.5)),
     (lambda z: z.clamp(max=0.4), "clamp", {"min": None, "max": 0.4}, 1.0, (None, 0.4)),
+    (lambda z: F.relu(z).square().clamp(max=1.6), "clipped_squared_relu", {"cap": 1.6}, 2 * math.sqrt(1.6), (0.05 * math.sqrt(1.6), math.sqrt(1.6))),
     (lambda z: F.elu(z, 0.9), "elu", {"alpha": 0.9}, 1.0, (math.log(0.05 / 0.9), None)),
     (lambda z: z * torch.sigmoid(1.3 * z), "swish", {"beta": 1.3}, 1.09983932, (-3.9299 / 1.3, None)),
     (lambda z: torch.sin(30 * z), "sin", {"omega": 30.0}, 30.0, (None, None)),

@@ -30,6 +30,15 @@ SQUARED_RELU = Activation(
     function=lambda z: F.relu(z).square(),
 )
 """Its slope has no bound, but is 0 on the low side whatever the peak."""
+CLIPPED_SQUARED_RELU = Activation(
+    "clipped_squared_relu",
+    parameters=("cap",),
+    derivative=lambda z, cap: 2 * F.relu(z) * (z.square() < cap),
+    peak=lambda cap: 2 * math.sqrt(cap),
+    tails=lambda epsilon, cap: (epsilon * math.sqrt(cap), math.sqrt(cap)),
+    function=lambda z, cap: F.relu(z).square().clamp(max=cap),
+)
+"""`relu(z).square().clamp(max=cap)`, which bounds the spikes of a squared ReLU. Until an element reaches the cap it cannot be told from one."""
 SINE = Activation(
     "sin",
     parameters=("omega",),
@@ -163,6 +172,12 @@ def _guess_clamp(z: Tensor, a: Tensor) -> dict[str, Any] | None:
     return {"min": low if at_low else None, "max": high if at_high else None} if (at_low or at_high) and low < high else None
 
 
+def _guess_clipped_square(z: Tensor, a: Tensor) -> dict[str, Any] | None:
+    """The cap is the largest a, where several elements lie on it."""
+    cap = float(a.max())
+    return {"cap": cap} if cap > 0 and int((a == cap).sum()) > 1 and bool((z.square() > cap).any()) else None
+
+
 def _refined(row: Activation, name: str, value: float, z: Tensor, a: Tensor) -> dict[str, Any] | None:
     """A parameter after some steps of Gauss and Newton on the elements that the first guess fits best; None where they lead nowhere."""
     function = row.function
@@ -187,6 +202,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(_row("leaky_relu"), _guess_leaky),
     Family(JUMP_RELU, _guess_jump),
     Family(CLAMP, _guess_clamp),
+    Family(CLIPPED_SQUARED_RELU, _guess_clipped_square),
     Family(_row("elu"), _guess_elu),
     Family(SWISH, _guess_swish),
     Family(SINE, _guess_sine),
