@@ -1,4 +1,5 @@
 import logging
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ from torch._dynamo import eval_frame
 
 from torchsat import process, schedule
 from torchsat.record import Record
+
+# Workers share the cores, and so do the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 hooks = sys.modules["torch.optim.optimizer"]
 log = logging.getLogger("torchsat")
@@ -67,7 +71,10 @@ def run_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     def given(name: str, *arguments: str) -> str:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        runpy.run_path(str(Path(__file__).parent.parent / "examples" / f"{name}.py"), run_name="__main__")
+        path = Path(__file__).parent.parent / "examples" / f"{name}.py"
+        # As Python does: an example may import its neighbours.
+        monkeypatch.syspath_prepend(path.parent)
+        runpy.run_path(str(path), run_name="__main__")
         return capsys.readouterr().out
 
     return given

@@ -126,6 +126,8 @@ ENDS = {
 def test_where_nobody_takes_the_decision_the_process_dies_of_the_signal(tmp_path: Path) -> None:
     script = """
     import asyncio, json, os, signal, sys, time, torch, torchsat
+    import torchsat.tensorboard.writer  # here, once, and not in each child
+    torchsat.watch
     def run(name, end):
         global monitor, step
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh())
@@ -134,7 +136,7 @@ def test_where_nobody_takes_the_decision_the_process_dies_of_the_signal(tmp_path
         def step():
             model(torch.randn(8, 4)).sum().backward()
             optimizer.step()
-        for _ in range(20):
+        for _ in range(8):
             step()
         exec(end, globals())
         os.kill(os.getpid(), signal.SIGTERM)
@@ -151,7 +153,7 @@ def test_where_nobody_takes_the_decision_the_process_dies_of_the_signal(tmp_path
     assert done.stdout.splitlines() == [f"{name} {-signal.SIGTERM}" for name in ENDS], done.stderr
     for name in ENDS:
         steps = [snapshot.step for snapshot in torchsat.read(tmp_path / name)]
-        assert steps == list(range(21 if name == "asyncio" else 20)), name
+        assert steps == list(range(9 if name == "asyncio" else 8)), name
 
 
 def test_a_signal_that_comes_while_a_snapshot_is_delivered_waits_for_its_end(tmp_path: Path) -> None:
