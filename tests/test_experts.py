@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import torchsat
 from tests.test_packing import together
+from tests.truth import known
 from torchsat.columns import EXPERTS, ROUTER
-from torchsat.experts import Experts
+from torchsat.experts import Experts, is_idle
 from torchsat.parts import Parts, TallyPart
 from torchsat.record import Snapshot
 from torchsat.report import report
@@ -233,10 +234,20 @@ def test_numbers_that_are_known_by_hand() -> None:
     assert Experts("e", 2, 160, (0.5, 0.3, 0.15, 0.005, 0.045), None, None).dead == 1
 
 
+class Masked(Mixture):
+    """Runs all experts on all tokens, and multiplies what was not chosen by zero."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p, _ = self.scores(x)
+        weights, chosen = torch.topk(p, self.k)
+        parts = [expert(x) * (weights * (chosen == at)).sum(-1, keepdim=True) for at, expert in enumerate(self.experts)]
+        return torch.stack(parts).sum(0)
+
+
 class Tower(nn.Module):
-    def __init__(self, depth: int = 2) -> None:
+    def __init__(self, depth: int = 2, mixture: type[Mixture] = Mixture) -> None:
         super().__init__()
-        self.mixtures = [Mixture() for _ in range(depth)]
+        self.mixtures = [mixture() for _ in range(depth)]
         self.blocks, self.head = nn.ModuleList(self.mixtures), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -263,6 +274,39 @@ def trained(model: Tower, steps: int, log_dir: Path | None = None, balance: floa
             loss.backward()
             optimizer.step()
     return monitor
+
+
+@pytest.mark.parametrize(
+    ("place", "idle"),
+    [
+        ("blocks.0.experts.3.up", True),
+        ("blocks.0.experts.2.up", False),
+        ("blocks.0.experts.9.up", False),  # there is no such expert
+        ("blocks.1.experts.3.up", False),  # of another mixture
+        ("blocks.0.layers.3.up", False),  # no expert
+        ("blocks.0.gate", False),
+    ],
+)
+@pytest.mark.parametrize("router", ["blocks.0", "blocks.0.gate"])
+def test_what_lies_in_an_idle_expert_is_known_by_its_name(router: str, place: str, idle: bool) -> None:
+    mixture = Experts(f"{router}/experts", 1, 400, (0.5, 0.25, 0.25, 0.0), 0.5, 0.1)
+    assert is_idle(place, [mixture]) is idle
+    assert is_idle(place, []) is False
+
+
+def test_an_idle_expert_is_told_of_its_router_and_not_of_its_layers() -> None:
+    """Its layers get no gradient, which no initialisation and no activation is to blame for."""
+    torch.manual_seed(0)
+    model = Tower(mixture=Masked)
+    with torch.no_grad():
+        for block in model.mixtures:
+            block.router.bias[:2] += 20
+    monitor = trained(model, 40)
+    assert {each.rule for each in monitor.alerts} == {"expert_collapse"}
+    latest = known(monitor.latest)
+    idle = [each.grad_norm for each in latest.weights if ".experts.5." in each.name]
+    assert idle == [0.0] * len(idle)
+    assert idle
 
 
 def test_routers_that_learn_and_are_balanced_are_healthy() -> None:

@@ -41,7 +41,7 @@ ARROWS = {
     "alert_level": {"rules", "shown"},
     "verdict": {"alerts", "percent", "record", "shown"},
     "start": {"experts", "record"},
-    "flow": {"record", "start"},
+    "flow": {"experts", "record", "start"},
     "loss_functions": {"record"},
     "harm": {"experts", "loss_functions", "record", "start"},
     "rules": {"experts", "flow", "harm", "number_formats", "percent", "record"},

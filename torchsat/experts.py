@@ -10,6 +10,7 @@ highest load that there is, is 1 / k.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,3 +75,21 @@ class Experts:
             return None
         entropy, margin = (sums[name] / sums[f"{name}_tokens"] if sums[f"{name}_tokens"] else None for name in ("entropy", "margin"))
         return Experts(site, int(facts["k"]), round(sums["tokens"]), tuple(each / whole for each in choices), entropy, margin)
+
+
+def is_idle(place: str, mixtures: Sequence[Experts]) -> bool:
+    """Whether a module lies in an expert that gets next to no tokens, and so next to no gradient.
+
+    An expert is told by its name: it is a number behind names that have "expert" in them (`mlp.experts.3.up`), right below the path of the router or
+    below the module that holds the router.
+    """
+    for mixture in mixtures:
+        path = mixture.site.rpartition("/")[0]
+        for holder in dict.fromkeys((path, path.rpartition(".")[0])):
+            if holder and not place.startswith(f"{holder}."):
+                continue
+            parts = place[len(holder) + 1 :].split(".") if holder else place.split(".")
+            behind = list(itertools.dropwhile(lambda part: "expert" in part.lower(), parts))
+            if behind and len(behind) < len(parts) and behind[0].isdecimal() and int(behind[0]) < mixture.experts:
+                return mixture.load[int(behind[0])] * mixture.experts < DEAD
+    return False

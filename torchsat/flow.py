@@ -7,9 +7,11 @@ network pools positions, a mean falls with their number though no gradient is lo
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from torchsat.experts import is_idle
 from torchsat.record import Record, Snapshot, Weight
 from torchsat.start import LONG, Start, per_snapshot
 
@@ -26,6 +28,15 @@ def gradient_over_depth(snapshot: Snapshot) -> float | None:
     """
     ratios = [way.ratio for way in ways(snapshot).values()]
     return max(ratios, key=lambda ratio: abs(math.log(ratio)) if ratio else math.inf, default=None)
+
+
+@per_snapshot
+def idle_in_mixtures(snapshot: Snapshot) -> frozenset[str]:
+    """The sites and layers in experts that get next to no tokens. They have next to no gradient, which is a matter of the router and judged there."""
+    if not snapshot.experts:
+        return frozenset()
+    places = (*(each.site for each in snapshot.records), *(each.name for each in snapshot.weights))
+    return frozenset(place for place in places if is_idle(place, snapshot.experts))
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ def _ways(snapshot: Snapshot) -> Iterator[tuple[str, Way]]:
     norms = {r.site: r.grad_z_rms * math.sqrt(r.elements) for r in snapshot.records if r.grad_z_rms is not None and on_signal_path(r)}
     for idle in [each.site for each in snapshot.records if each.site in norms and _is_idle(each, snapshot, norms)]:
         del norms[idle]
+    for idle in idle_in_mixtures(snapshot):
+        norms.pop(idle, None)
     after = {each.site: each.after for each in snapshot.records}
     before = {site: _nearest(site, after, norms) for site in norms}
     behind: dict[str, set[str]] = {site: set() for site in norms}
@@ -158,6 +171,14 @@ _LITTLE = 0.35
 """A layer that passes on less of the gradient loses it. A sigmoid passes on 0.25 times the gain of its weights, a tanh by torch's default 0.58."""
 _SAME = 0.1
 """A standard deviation that has changed by less than this part has not changed."""
+
+
+@per_snapshot
+def median_step(snapshot: Snapshot) -> float | None:
+    """The median `step_size` of all layers but those of idle experts; None where fewer than three are known, or where half of them do not move."""
+    idle = idle_in_mixtures(snapshot)
+    steps = [step for each in snapshot.weights if each.name not in idle and (step := step_size(each)) is not None]
+    return (statistics.median(steps) or None) if len(steps) >= 3 else None
 
 
 def step_size(weight: Weight) -> float | None:

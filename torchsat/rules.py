@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from torchsat import harm
 from torchsat.experts import Experts
-from torchsat.flow import nothing_arrives, over_depth, shallow, step_size
+from torchsat.flow import idle_in_mixtures, median_step, nothing_arrives, over_depth, shallow, step_size
 from torchsat.number_formats import most_lost
 from torchsat.percent import percent
 from torchsat.record import Record, Severity, Snapshot, Weight
@@ -92,12 +92,8 @@ def _attention_entropy(record: Record, snapshot: Snapshot) -> float | None:
 
 def _relative_update(weight: Weight, snapshot: Snapshot) -> float | None:
     """The step of this layer over the median step of all layers. What a schedule or an optimizer does to all layers alike drops out."""
-    steps = [step for each in snapshot.weights if (step := step_size(each)) is not None]
-    mine = step_size(weight)
-    if len(steps) < 3 or mine is None:
-        return None
-    median = statistics.median(steps)
-    return mine / median if median else None
+    mine, median = step_size(weight), median_step(snapshot)
+    return None if mine is None or median is None or weight.name in idle_in_mixtures(snapshot) else mine / median
 
 
 def _underflow(record: Record, snapshot: Snapshot) -> float | None:

@@ -281,6 +281,47 @@ def ledger_grid(metric: str, snapshots: Sequence[Snapshot]) -> Grid:
     return Grid(steps, times, names, values[:, 0])
 
 
+ROUTING = ("dead", "busiest", "entropy", "margin")
+"""The numbers of a mixture of experts that a page tells."""
+
+
+def mixtures(snapshots: Sequence[Snapshot]) -> list[dict[str, Any]]:
+    """What the mixtures of experts of a run are, in their order; each as it was when it was seen last."""
+    found = {each.site: {"site": each.site, "k": each.k, "experts": each.experts} for snapshot in snapshots for each in snapshot.experts}
+    return list(found.values())
+
+
+def expert_loads(snapshots: Sequence[Snapshot]) -> Grid:
+    """The part of the tokens that each expert gets, over time: one column per expert, mixture after mixture. The parts of a mixture add up to `k`."""
+    known = mixtures(snapshots)
+    tables = [
+        Table.of(
+            [f"{each.site}/{index}" for each in snapshot.experts for index in range(each.experts)],
+            snapshot.step,
+            snapshot.time,
+            [[part * each.k for each in snapshot.experts for part in each.load]],
+        )
+        for snapshot in snapshots
+        if snapshot.experts
+    ]
+    found, steps, times, values = join(tables, 1)
+    column, names = {name: at for at, name in enumerate(found)}, [f"{each['site']}/{index}" for each in known for index in range(each["experts"])]
+    return Grid(steps, times, tuple(names), values[:, 0, [column[name] for name in names]])
+
+
+def routing_grid(metric: str, snapshots: Sequence[Snapshot]) -> Grid:
+    """One number (ROUTING) of each mixture of experts over time."""
+    found = [snapshot for snapshot in snapshots if snapshot.experts]
+    tables = [
+        Table.of(
+            [each.site for each in snapshot.experts], snapshot.step, snapshot.time, [[to_float(getattr(each, metric)) for each in snapshot.experts]]
+        )
+        for snapshot in found
+    ]
+    names, steps, times, values = join(tables, 1)
+    return Grid(steps, times, names, values[:, 0])
+
+
 def _grid(names: Sequence[str], found: Sequence[tuple[Snapshot, Sequence[float]]]) -> Grid:
     """The grid of one list of numbers per snapshot. Lists that are shorter than `names` are filled with NaN."""
     values = np.full((len(found), len(names)), np.nan, np.float32)

@@ -9,6 +9,8 @@ are left out at even distances.
     run?run=                      sites, layers and alerts of a run
     values?run=&metric=           one metric, steps x sites             site?run=&site=    one site, steps x metrics
     histogram?run=&site=          steps x bins of |f'| / peak           heads?run=&site=   steps x entropies of heads
+    experts?run=                  the mixtures of experts: [{site, k, experts}]
+    loads?run=                    steps x part of the tokens of each expert     routing?run=&metric=   one number, steps x mixtures
     ledger?run=                         the entries of the ledger       ledger_values?run=&metric=   one number of each, steps x entries
     scalars?run=                  the user's own scalars beside a run: {tags, loss, rate}, of which two are guessed by their names
     scalar?run=&tag=              one of them, steps x 1
@@ -37,12 +39,27 @@ from torchsat.alerts import episodes
 from torchsat.grids import Grid, Table, join, not_void
 from torchsat.ledger import ENTRY_METRICS
 from torchsat.metrics import rows_of
-from torchsat.record import Alert, Nearest
-from torchsat.tensorboard import EVENTS, HEADS, HISTOGRAM, JUDGEMENT, LEDGER, PLUGIN, READABLE, RECORDS, SCRIPTS, SUBRUN, WEIGHTS, WHOLE, pages
-from torchsat.tensorboard.reader import judgement_of
+from torchsat.record import Alert, Nearest, Snapshot
+from torchsat.tensorboard import (
+    EVENTS,
+    EXPERTS,
+    HEADS,
+    HISTOGRAM,
+    JUDGEMENT,
+    LEDGER,
+    PLUGIN,
+    READABLE,
+    RECORDS,
+    SCRIPTS,
+    SUBRUN,
+    WEIGHTS,
+    WHOLE,
+    pages,
+)
+from torchsat.tensorboard.reader import experts_of, judgement_of
 from torchsat.tensorboard.scalars import UserScalars
 from torchsat.verdict import Verdict, verdict_of
-from torchsat.view import Series, scales, series
+from torchsat.view import ROUTING, Series, expert_loads, mixtures, routing_grid, scales, series
 
 STATIC = Path(__file__).parent / "static"
 PAGES = {**dict.fromkeys(("index.js", *SCRIPTS), "text/javascript"), **dict.fromkeys(("style.css", "docs.css"), "text/css")}
@@ -88,6 +105,9 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             "/heads": lambda query: query.tensor(HEADS, query.site()),
             "/ledger": lambda query: query.ledger(),
             "/ledger_values": lambda query: query.ledger_values(),
+            "/experts": lambda query: mixtures(query.routed()),
+            "/loads": lambda query: expert_loads(query.routed()),
+            "/routing": lambda query: query.routing(),
             "/scalars": lambda query: query.scalars().describe(),
             "/scalar": lambda query: query.scalars().grid(query.tag()),
         }
@@ -279,6 +299,23 @@ class Query:
         names, steps, times, values = join(tables, 1)
         valid = not_void(steps.tolist(), times.tolist(), self.series().grid("saturated"))
         return Grid(steps[valid], times[valid], names, values[valid, 0])
+
+    def routed(self) -> list[Snapshot]:
+        """The mixtures of experts of a run over time, as snapshots that have nothing else."""
+        run = self.run()
+        if EXPERTS not in self.tags(run).get(run, {}):
+            return []
+        data = sorted(self._tensors(run, [EXPERTS], MOST_HISTOGRAMS)[EXPERTS], key=lambda each: each.wall_time)
+        kept = not_void([datum.step for datum in data], [datum.wall_time for datum in data], self.series().grid("saturated"))
+        return [
+            Snapshot(datum.step, datum.wall_time, (), experts=experts_of(datum.numpy.item(0)))
+            for datum, valid in zip(data, kept, strict=True)
+            if valid
+        ]
+
+    def routing(self) -> Grid:
+        """One number of each mixture of experts, over time."""
+        return routing_grid(self._argument("metric", ROUTING, "metrics"), self.routed())
 
     def _data(self, run: str, tags: Mapping[str, Any], kind: str, most: int) -> Iterator[tuple[dict[str, Any], list[Any]]]:
         """For each tag of one kind, the content of its metadata and its data."""

@@ -243,7 +243,7 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
         elif kind == EVENTS:
             alerts = tuple(Alert.from_dict(alert) for alert in json.loads(value.tensor.string_val[0]))
         elif kind == EXPERTS:
-            experts = tuple(_made(Experts, each) for each in json.loads(value.tensor.string_val[0]))
+            experts = experts_of(value.tensor.string_val[0])
         elif kind == JUDGEMENT:
             judgement = judgement_of(value.tensor.string_val[0])
     if records is None:
@@ -254,6 +254,11 @@ def _snapshot(event: Event, contents: dict[str, dict[str, Any]]) -> Snapshot | N
     )
     made = Snapshot(int(event.step), float(event.wall_time), joined, weights, alerts, overhead, *judgement, ledger)
     return replace(made, experts=experts, formats=formats)
+
+
+def experts_of(written: bytes) -> tuple[Experts, ...]:
+    """`Snapshot.experts` of a string EXPERTS."""
+    return tuple(_made(Experts, each) for each in json.loads(written))
 
 
 def judgement_of(written: bytes) -> tuple[bool, Nearest | None]:

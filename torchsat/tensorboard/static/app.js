@@ -11,6 +11,7 @@ import { difference } from "./difference.js";
 import { AXES } from "./frame.js";
 import { Heatmap } from "./heatmap.js";
 import { Help } from "./help.js";
+import { expertsSection, loadMixtures } from "./experts.js";
 import { ledgerSection } from "./ledger.js";
 import { printer, range } from "./numbers.js";
 import { alike, runColour, runDash } from "./palette.js";
@@ -25,7 +26,7 @@ const EMPTY = 3000; // milliseconds until a server without data is asked again
 const FOLLOW = 5000; // milliseconds between two questions for new data
 const SETTLED = 250; // milliseconds after the last change of a zoom until all parts are drawn anew
 const [LEAST_PANEL, GAP] = [440, 14]; // pixels: the least width of a panel, and the gap between two (style.css)
-const MOST_LEDGERS = 3; // of so many runs the ledger of the gradient is shown
+const MOST_CARDS = 3; // of so many runs the ledger of the gradient and the mixtures of experts are shown
 const MOST_HOLE = 120; // pixels by which panels side by side may differ in height
 const NOTHING = "No run here holds torchsat data yet. A training that is watched, as by torchsat.watch(model, \"runs/exp1\"), appears by itself where this folder contains its own.";
 const ALL = { from: null, to: null, top: null, bottom: null };
@@ -64,15 +65,17 @@ class App {
     this.unfolded = null; // whether the user has unfolded the list of alerts; null: not touched yet
     this.depth = element("section", { className: "card depth" });
     this.ledger = element("section", { className: "card ledger", hidden: true });
+    this.experts = element("section", { className: "card experts", hidden: true });
     this.inside = new Map(); // for each run, the joins and gates of its ledger that are unfolded
     this.detail = element("section", { className: "card detail" });
     this.alerts.setAttribute("aria-label", "Alerts");
     this.depth.setAttribute("aria-label", "Depth profile");
     this.ledger.setAttribute("aria-label", "Ledger of the gradient");
+    this.experts.setAttribute("aria-label", "Mixtures of experts");
     this.detail.setAttribute("aria-label", "Site");
     const hint = "▷ alert raised, line: it fires, □ it cleared; behind a row: ● it fires still, ○ the site suffers from it. Click: open a site. Drag: zoom in. Double click: show all. Ctrl and wheel: zoom.";
     this.hint = element("p", { className: "aside", textContent: hint });
-    this.left = element("main", { className: "left" }, this.message, this.maps, this.hint, this.depth, this.ledger);
+    this.left = element("main", { className: "left" }, this.message, this.maps, this.hint, this.depth, this.ledger, this.experts);
     this.frame = element("div", { className: "torchsat" }, this.verdict, this.alerts, this.controls.element, element("div", { className: "columns" }, this.left, this.detail), this.help.element);
     root.append(this.frame);
   }
@@ -169,7 +172,7 @@ class App {
       this.rows = new Map(chosen.map((run) => [run, rowsOf({ about: this.about.get(run), grid: this.grids.get(run), metric: this.metric, view: this.view, step: this.view.step })]));
       this.detail.hidden = this.opened === null;
       this.fill();
-      await Promise.all([this.fillLedger(turn), this.fillDetail(turn)]);
+      await Promise.all([this.fillLedger(turn), this.fillExperts(turn), this.fillDetail(turn)]);
     } catch (error) {
       this.states.clear(); // what was being filled is filled anew by the next call
       if (turn === this.drawing) this.message.textContent = `This view could not be loaded: ${error.message}`;
@@ -392,9 +395,14 @@ class App {
     refill(this.depth, nodes, "depth");
   }
 
-  // The ledgers of the runs shown, that of the opened site first.
+  // The runs of which what belongs to a whole run is shown, that of the opened site first.
+  whole() {
+    return [...this.about.keys()].sort((one, other) => (other === this.opened?.run) - (one === this.opened?.run)).slice(0, MOST_CARDS);
+  }
+
+  // The ledgers of the runs shown.
   async fillLedger(turn) {
-    const runs = [...this.about.keys()].sort((one, other) => (other === this.opened?.run) - (one === this.opened?.run)).slice(0, MOST_LEDGERS);
+    const runs = this.whole();
     const loaded = await Promise.all(runs.map((run) => this.ledgerOf(run)));
     if (turn !== this.drawing) return undefined;
     const width = Math.max(300, this.left.clientWidth - 26);
@@ -417,6 +425,19 @@ class App {
     const sites = new Set(this.about.get(run).sites.map(({ site }) => site));
     const grids = Object.fromEntries(metrics.map((metric, index) => [metric, found[index]]));
     return { line: this.line(run), entries, grids, open, sites, unfold, choose: (site) => this.open({ run, site }) };
+  }
+
+  // The mixtures of experts of the runs shown.
+  async fillExperts(turn) {
+    const runs = this.whole();
+    const loaded = await Promise.all(runs.map((run) => loadMixtures(this.source, run)));
+    if (turn !== this.drawing) return;
+    const { from, to } = this.view;
+    const look = { colours: this.scales.ramps.amount[this.theme.name], ink: this.theme.accent, print: this.print, hover: (step) => this.hover(step) };
+    const shared = { from, to, step: this.step(), latest: this.view.step === null, ...look };
+    const nodes = expertsSection(loaded.map((each, index) => ({ line: this.line(runs[index]), ...each, ...shared })));
+    this.experts.hidden = !nodes.length;
+    refill(this.experts, nodes, `experts\n${runs.join("\n")}`);
   }
 
   async fillDetail(turn) {

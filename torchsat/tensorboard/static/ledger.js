@@ -157,5 +157,5 @@ function asRows({ sites, unfold, choose, open }, parts) {
     return element("tr", {}, cell, ...values.map((text) => element("td", { textContent: text })));
   });
   const head = element("tr", {}, ...["part", "is", "factor", "branch / skip"].map((text) => element("th", { textContent: text, scope: "col" })));
-  return element("details", { className: "ledger-rows" }, element("summary", { textContent: "As a table" }), element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
+  return element("details", { className: "rows-of-card" }, element("summary", { textContent: "As a table" }), element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
 }
