@@ -10,6 +10,7 @@ stays where it is. The text is Python's own documentation, which ships with ever
 
 import argparse
 import logging
+from collections.abc import Callable
 from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
 
 import torch
@@ -25,12 +26,12 @@ LENGTH = 64
 class Block(nn.Module):
     """Attention and a network of two layers, each behind a norm and added to what comes in."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, activation: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), activation(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
@@ -41,10 +42,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4) -> None:
+    def __init__(self, width: int = 64, depth: int = 4, heads: int = 4, activation: Callable[[], nn.Module] = nn.GELU) -> None:
         super().__init__()
         self.token, self.place = nn.Embedding(len(ALPHABET), width), nn.Embedding(LENGTH, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads, activation) for _ in range(depth)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, len(ALPHABET))
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -270,6 +270,42 @@ def test_the_plasticity_example_measures_and_draws(tmp_path: Path, run_example: 
     assert (tmp_path / "plasticity.png").stat().st_size > 10_000
 
 
+def test_the_example_of_lazy_neurons_counts_and_draws(tmp_path: Path, run_example: RunExample) -> None:
+    """Half of the rectifiers are on at the start, whatever the data are."""
+    printed = run_example("lazy_neurons", "--steps", "4", "--picture", "lazy.png")
+    rows = {line[:14].strip(): [float(share) for share in re.findall(r"([\d.]+)%", line)] for line in printed.splitlines() if line.count("%") == 7}
+    assert list(rows) == ["digits", "random labels", "random pixels"]
+    for _, first, last, *blocks in rows.values():
+        assert first == pytest.approx(50, abs=4)
+        assert last == pytest.approx(sum(blocks) / 4, abs=0.11)
+    assert (tmp_path / "lazy.png").stat().st_size > 10_000
+
+
+def test_the_example_of_squared_relu_measures_the_zeros_that_it_asks_for(tmp_path: Path, run_example: RunExample) -> None:
+    printed = run_example("squared_relu", "--steps", "3", "--given", "0.8", "0.95", "--picture", "sparse.png")
+    rows = re.findall(r"^(.+?) +([\d.]+)% +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    zeros = {name: float(share) for name, share, _, _ in rows}
+    assert zeros["GELU"] < 1
+    assert all(30 < zeros[name] < 60 for name in ("ReLU", "ReLU^2", "clipped ReLU^2"))
+    given = {name: share for name, share in zeros.items() if "given" in name}
+    assert len(given) == 2
+    assert all(share == pytest.approx(float(name[6:8]), abs=1) for name, share in given.items())
+    spikes = {name: float(spike) for name, _, _, spike in rows}
+    assert spikes["ReLU^2"] > 1.5 * spikes["ReLU"]
+    assert (tmp_path / "sparse.png").stat().st_size > 10_000
+
+
+def test_the_example_of_entropy_collapse_follows_the_entropy_and_bounds_the_weights(tmp_path: Path, run_example: RunExample) -> None:
+    printed = run_example("entropy_collapse", "--steps", "4", "--depth", "2", "--picture", "entropy.png")
+    rows = [re.findall(r"[\d.]+", line)[-2:] for line in printed.splitlines() if re.match(r"(the rate|twice)", line)]
+    assert len(rows) == 3
+    assert all(0 < float(each) <= 1 for row in rows for each in row)
+    assert (tmp_path / "entropy.png").stat().st_size > 10_000
+    weight = torch.randn(12, 5)
+    bounded = load("examples", "entropy_collapse").SigmaReparametrisation(weight)(weight)
+    assert torch.linalg.matrix_norm(bounded, 2).item() == pytest.approx(1, rel=1e-5)
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_the_gates_example_learns_and_draws(cell: str, tmp_path: Path, run_example: RunExample) -> None:
     printed = run_example("lstm_gates", "--steps", "21", "--cell", cell, "--picture", "gates.png")

@@ -44,7 +44,7 @@ function mixturesOf(given) {
   });
   const worst = [...told].sort((one, other) => concentration(other) - concentration(one) || one.first - other.first).slice(0, MOST_DRAWN);
   const figures = element("div", { className: "charts" }, ...worst.map((mixture) => overTime(given, mixture)));
-  return [element("h3", {}, dot, ` ${line.name}, step ${loads.steps[row]}${given.latest ? " (latest)" : ""}`), figures, asRows(told)];
+  return [element("h3", {}, dot, ` ${line.name}, step ${loads.steps[row]}${given.latest ? " (latest)" : ""}`), figures, mixtureRows(told)];
 }
 
 // The parts of the experts of one mixture over time.
@@ -55,7 +55,7 @@ function overTime({ loads, from, to, step, latest, colours, ink, print, hover },
   const grid = new Grid(Array.from({ length: experts }, (_, expert) => String(expert)), loads.steps, values);
   const [xLow, xHigh] = [from ?? loads.steps[0], to ?? loads.steps[loads.steps.length - 1]];
   const label = (at, expert, value) => `step ${at}, expert ${expert}: ${Number.isNaN(value) ? "not measured" : `${print.percent(value)} of the tokens, ${number((value * experts) / k)} times an even part`}`;
-  const title = `${site}: ${said(mixture)}`;
+  const title = `${site}: ${balanceOf(mixture)}`;
   return bands({ title, grid, colours, label, ends: [`expert ${experts - 1}`, "expert 0"], scale: "log", low: (0.05 * k) / experts, xLow, xHigh, at: latest ? undefined : step, ink, hover });
 }
 
@@ -65,13 +65,13 @@ function concentration({ busiest, experts, k }) {
 }
 
 // What is known of one mixture at the step that is shown.
-function said({ experts, k, dead, busiest }) {
+function balanceOf({ experts, k, dead, busiest }) {
   const asleep = Number.isNaN(dead) ? "too few tokens to tell which are dead" : `${dead} dead`;
   return `${experts} experts, ${k} for each token; ${asleep}; the busiest gets ${number(busiest)} times an even part`;
 }
 
 // The same numbers as a table, of all mixtures.
-function asRows(told) {
+function mixtureRows(told) {
   const shown = (value) => (Number.isNaN(value) ? "not known" : number(value));
   const rows = told.map(({ site, experts, k, ...numbers }) => element("tr", {}, ...[site, experts, k, ...ROUTING.map((name) => shown(numbers[name]))].map((text) => element("td", { textContent: text }))));
   const names = ["mixture", "experts", "for each token", "dead", "busiest / even", "entropy", "margin"];
