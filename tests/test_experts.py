@@ -309,6 +309,68 @@ def test_an_idle_expert_is_told_of_its_router_and_not_of_its_layers() -> None:
     assert idle
 
 
+class Classifier(nn.Module):
+    """As many blocks as classes, and the argmax of the logits beside them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.stem, self.head = kind, nn.Linear(8, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(nn.Linear(16, 16) if kind == "functions" else nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + (F.relu(block(x)) if self.kind == "functions" else block(x))
+        logits = self.head(x)
+        return logits, (logits.detach() if self.kind == "detached" else logits).argmax(-1)
+
+
+@pytest.mark.parametrize("kind", ["modules", "functions", "detached"])
+def test_the_answer_of_a_classifier_is_no_choice_of_experts(kind: str) -> None:
+    model = Classifier(kind)
+    snapshot = torchsat.probe(model, torch.randn(64, 8), loss=lambda out: F.cross_entropy(out[0], torch.zeros(64, dtype=torch.long)))
+    assert snapshot.experts == ()
+
+
+class Careful(Mixture):
+    """Takes the maximum of the logits before the softmax, or of the probabilities for a log."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.router(x)
+        p = torch.softmax(logits - logits.max(-1, keepdim=True)[0] if self.kind == "stable" else logits, -1)
+        if self.kind == "logged before":
+            self.sure = p.max(-1).values.mean()
+        weights, chosen = torch.topk(p, self.k)
+        if self.kind == "logged behind":
+            self.sure = p.max(-1).values.mean()
+        parts = [expert(x) * (weights * (chosen == at)).sum(-1, keepdim=True) for at, expert in enumerate(self.experts)]
+        return torch.stack(parts).sum(0)
+
+
+@pytest.mark.parametrize("kind", ["stable", "logged before", "logged behind"])
+def test_a_maximum_beside_topk_is_no_choice(kind: str) -> None:
+    model = Careful(kind)
+    x = torch.randn(200, 16)
+    counts = torch.bincount(model.router(x).topk(2).indices.flatten(), minlength=8)
+    (found,) = torchsat.probe(model, x, loss=lambda out: out.square().mean()).experts
+    assert found.k == 2
+    assert found.tokens == 200
+    assert list(found.load) == pytest.approx((counts.double() / 400).tolist(), abs=1e-12)
+    assert 0 < known(found.entropy) < 1
+
+
+@pytest.mark.parametrize("offset", [10.0, 30.0])
+def test_a_router_that_has_collapsed_is_not_told_as_attention(offset: float) -> None:
+    torch.manual_seed(0)
+    model = Tower(mixture=Masked)
+    with torch.no_grad():
+        for block in model.mixtures:
+            block.router.bias[5] += offset
+    monitor = trained(model, 60)
+    assert monitor.alerts[0].rule == "expert_collapse"
+    assert not {"attention_collapse", "logit_growth"} & {each.rule for each in monitor.alerts}
+
+
 def test_routers_that_learn_and_are_balanced_are_healthy() -> None:
     torch.manual_seed(0)
     monitor = trained(Tower(), 60, balance=0.01)

@@ -420,3 +420,103 @@ def test_a_graph_with_too_many_nodes_has_no_ledger_and_is_named(monkeypatch: pyt
             optimizer.step()
     assert [each.ledger for each in kept] == [None, None]
     assert ("ledger", way.TOO_LARGE) in monitor.coverage.unseen
+
+
+class Biased(nn.Module):
+    """Attention with a bias for each pair of positions, which is the same for all samples."""
+
+    def __init__(self, kind: str, width: int = 16, length: int = 6) -> None:
+        super().__init__()
+        self.kind, self.norm = kind, nn.LayerNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.table, self.pairs = nn.Embedding(2 * length, 2), nn.Parameter(torch.randn(2, length, length))
+        self.net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+    def bias(self, length: int) -> Tensor:
+        apart = torch.arange(length)[:, None] - torch.arange(length) + length
+        if self.kind == "table":
+            return self.table(apart).permute(2, 0, 1).unsqueeze(0)  # type: ignore[no-any-return]
+        if self.kind == "net":
+            return self.net(apart.to(self.pairs.dtype)[..., None]).permute(2, 0, 1)  # type: ignore[no-any-return]
+        return self.pairs
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (each(self.norm(x)).unflatten(-1, (2, -1)).transpose(1, 2) for each in (self.q, self.k, self.v))
+        bias = self.bias(x.shape[1])
+        if self.kind == "mask":
+            attended = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias.expand(len(x), -1, -1, -1))
+        else:
+            attended = torch.softmax(q @ k.transpose(-1, -2) + bias, -1) @ v
+        out: Tensor = x + self.out(attended.transpose(1, 2).flatten(2))
+        return out
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("kind", ["table", "net", "pairs", "mask"])
+def test_what_is_the_same_for_all_samples_is_no_input(kind: str, blocks: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 16), *(Biased(kind) for _ in range(blocks)), nn.Linear(16, 3)).double()
+    x = torch.randn(4, 6, 5, dtype=torch.float64)
+    ledger = torchsat.probe(model, x, loss=lambda out: out.square().mean()).ledger
+    assert ledger is not None
+    assert [each.place for each in ledger.spine] == [f"{blocks + 1}", *(f"{at}/add" for at in range(blocks, 0, -1))]
+    entered = model[0](x).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(model[1:](entered).square().mean(), entered)
+    last = ledger.spine[-1]
+    assert last.norm is not None
+    assert last.factor is not None
+    assert last.norm * last.factor == pytest.approx(expected.norm().item(), rel=CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["spectral_norm", "orthogonal", "weight_norm"])
+def test_what_makes_a_weight_is_not_on_the_way(kind: str) -> None:
+    wrap: Callable[[nn.Module], nn.Module] = getattr(torch.nn.utils.parametrizations, kind)
+    model = nn.Sequential(wrap(nn.Linear(16, 16)), nn.Tanh(), wrap(nn.Linear(16, 4)))
+    ledger = torchsat.probe(model, torch.randn(32, 16), loss=lambda out: out.square().mean()).ledger
+    assert ledger is not None
+    assert [each.kind for each in ledger.spine][:2] == [Kind.LAYER, Kind.ACTIVATION]
+    assert len(ledger.spine) <= 3
+
+
+def test_a_derivative_inside_the_loss_is_not_taken_for_the_gradient_of_the_loss() -> None:
+    """As in a physics-informed network, whose loss has a derivative of its output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x = torch.linspace(0, 1, 32, dtype=torch.float64)[:, None].requires_grad_()
+    with torchsat.watch(model, every=1, budget=None, errors="raise") as monitor:
+        for _ in range(3):
+            u = model(x)
+            (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+            loss = (u - torch.sin(x)).square().mean() + (slope - torch.cos(x)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert monitor.latest is not None
+    ledger = monitor.latest.ledger
+    assert ledger is not None
+    # The derivative does not depend on u itself, so that only the first term reaches u.
+    expected = 2 * (u - torch.sin(x)).detach().norm().item() / 32
+    assert ledger.spine[0].norm == pytest.approx(expected, rel=CLOSE)
+
+
+def test_a_gradient_of_the_inputs_before_the_step_leaves_the_ledger_of_the_step() -> None:
+    """As in adversarial training: the first graph ends at inputs that want a gradient, and the second one does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    labels = torch.randint(3, (16,))
+    with torchsat.watch(model, every=1, budget=None, errors="raise") as monitor:
+        for _ in range(3):
+            x = torch.randn(16, 8, dtype=torch.float64).requires_grad_()
+            (slope,) = torch.autograd.grad(nn.functional.cross_entropy(model(x), labels), x)
+            out = model((x + 0.1 * slope.sign()).detach())
+            out.retain_grad()
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(out, labels).backward()
+            optimizer.step()
+    assert monitor.latest is not None
+    ledger = monitor.latest.ledger
+    assert ledger is not None
+    assert out.grad is not None
+    assert ledger.spine[0].norm == pytest.approx(out.grad.norm().item(), rel=CLOSE)

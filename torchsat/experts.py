@@ -17,6 +17,8 @@ from typing import Any
 
 DEAD = 0.05
 """The part of an even load below which an expert is dead."""
+COLLAPSED = 0.9
+"""How far one expert is on its way to every token where the mixture has collapsed."""
 LEAST = 64
 """So many choices per expert tell which experts are dead. An expert with an even load gets less than DEAD of them by chance once in 10^23 times."""
 
@@ -77,8 +79,23 @@ class Experts:
         return Experts(site, int(facts["k"]), round(sums["tokens"]), tuple(each / whole for each in choices), entropy, margin)
 
 
+def is_router(site: str, keys: float | None, mixtures: Sequence[Experts]) -> bool:
+    """Whether a softmax makes the probabilities of a router: it stands in the module that chooses, around it or in it, and has a key for each expert.
+
+    Args:
+        keys: over how many keys the softmax runs; None where it is not known.
+    """
+    path = site.rpartition("/")[0]
+    for mixture in mixtures if keys is not None else ():
+        chooses = mixture.site.rpartition("/")[0]
+        if round(keys or 0.0) == mixture.experts and (path == chooses or path == chooses.rpartition(".")[0] or path.rpartition(".")[0] == chooses):
+            return True
+    return False
+
+
 def is_idle(place: str, mixtures: Sequence[Experts]) -> bool:
-    """Whether a module lies in an expert that gets next to no tokens, and so next to no gradient.
+    """Whether a module lies in an expert that gets next to no tokens, and so next to no gradient; or in one that is a second choice with next to no
+    weight, since another expert gets every token.
 
     An expert is told by its name: it is a number behind names that have "expert" in them (`mlp.experts.3.up`), right below the path of the router or
     below the module that holds the router.
@@ -91,5 +108,6 @@ def is_idle(place: str, mixtures: Sequence[Experts]) -> bool:
             parts = place[len(holder) + 1 :].split(".") if holder else place.split(".")
             behind = list(itertools.dropwhile(lambda part: "expert" in part.lower(), parts))
             if behind and len(behind) < len(parts) and behind[0].isdecimal() and int(behind[0]) < mixture.experts:
-                return mixture.load[int(behind[0])] * mixture.experts < DEAD
+                load = mixture.load[int(behind[0])]
+                return load * mixture.experts < DEAD or (mixture.concentration >= COLLAPSED and load < max(mixture.load))
     return False

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torchsat.experts import is_idle
+from torchsat.experts import COLLAPSED, is_idle, is_router
 from torchsat.record import Record, Snapshot, Weight
 from torchsat.start import LONG, Start, per_snapshot
 
@@ -32,11 +32,15 @@ def gradient_over_depth(snapshot: Snapshot) -> float | None:
 
 @per_snapshot
 def idle_in_mixtures(snapshot: Snapshot) -> frozenset[str]:
-    """The sites and layers in experts that get next to no tokens. They have next to no gradient, which is a matter of the router and judged there."""
+    """The sites and layers in experts that get next to no tokens, and the router that has sent all to one. They have next to no gradient, which is a
+    matter of the router and judged there."""
     if not snapshot.experts:
         return frozenset()
+    collapsed = [each for each in snapshot.experts if each.concentration >= COLLAPSED]
+    routers = {each.site for each in snapshot.records if each.log_keys is not None and is_router(each.site, math.exp(each.log_keys), collapsed)}
     places = (*(each.site for each in snapshot.records), *(each.name for each in snapshot.weights))
-    return frozenset(place for place in places if is_idle(place, snapshot.experts))
+    idle = {place for place in places if is_idle(place, snapshot.experts)}
+    return frozenset(idle | {each.name for each in snapshot.weights if each.feeds and routers.issuperset(each.feeds)})
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 
-from torchsat.experts import Experts
+from torchsat.experts import Experts, is_router
 from torchsat.loss_functions import still_asks, takes_logits, takes_probabilities, takes_squares
 from torchsat.record import Record, Snapshot, Weight, normal_saturated
 from torchsat.start import LONG, Start, came_trained
@@ -229,7 +229,7 @@ _GREW = 4.0
 def logit_growth(record: Record, snapshot: Snapshot, start: Start) -> float | None:
     """The largest logit of an attention, if it has grown; 0 where it has not. None at another softmax, such as one that points at a member of a set,
     where large logits are the answer: it has one head, and its logits are made by one layer."""
-    if record.kind != "softmax" or record.output or not isinstance(start.item, Record):
+    if record.kind != "softmax" or record.output or not isinstance(start.item, Record) or routes(record, snapshot):
         return None
     if len(record.heads or ()) < 2 and sum(record.site in weight.feeds and weight.spectral is not None for weight in snapshot.weights) < 2:
         return None
@@ -389,8 +389,15 @@ def one_expert(experts: Experts, snapshot: Snapshot) -> float | None:
     return None if experts.dead is None else experts.concentration
 
 
+def routes(record: Record, snapshot: Snapshot) -> bool:
+    """Whether a softmax is that of the router of a mixture of experts."""
+    return bool(snapshot.experts) and is_router(record.site, None if record.log_keys is None else math.exp(record.log_keys), snapshot.experts)
+
+
 def leaving_rows(record: Record, snapshot: Snapshot) -> float | None:
     """`Head.leaving` of the head of a softmax that has most of it, of those whose demand is blocked for the most part. A head that looks at the right
-    key alone has none, and neither has a router that is rightly sure. None where no gradient is seen."""
+    key alone has none. None where no gradient is seen, and for the router of a mixture of experts, whose load is judged."""
+    if routes(record, snapshot):
+        return None
     known = [(head.blocked, head.leaving) for head in record.heads or () if head.blocked is not None and head.leaving is not None]
     return max((leaving for blocked, leaving in known if blocked >= 0.55), default=0.0) if known else None

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torchsat import harm
-from torchsat.experts import Experts
+from torchsat.experts import COLLAPSED, Experts
 from torchsat.flow import idle_in_mixtures, median_step, nothing_arrives, over_depth, shallow, step_size
 from torchsat.number_formats import most_lost
 from torchsat.percent import percent
@@ -84,7 +84,7 @@ class Rule:
 
 def _attention_entropy(record: Record, snapshot: Snapshot) -> float | None:
     """The entropy of the median head, where no gradient is seen; None if there are no heads, as in the router of a mixture of experts."""
-    if record.blocked is not None:
+    if record.blocked is not None or harm.routes(record, snapshot):
         return None
     entropies = [head.entropy for head in record.heads or () if head.entropy is not None]
     return statistics.median(entropies) if len(entropies) > 1 and not record.output else None
@@ -439,7 +439,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "expert_collapse",
         harm.one_expert,
-        0.9,
+        COLLAPSED,
         None,
         lambda e, value, limit: (
             f"{e.site}: the experts have collapsed: one of {e.experts} gets {percent(max(e.load) * e.k)} of the tokens, where "

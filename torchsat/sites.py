@@ -267,6 +267,8 @@ class Sites:
         """The parts of layers' weights that feed a site, by name."""
         self.logits: dict[int, int] = {}
         """Of the tensors that the model returns, the place of the one that a cross-entropy takes, and the axis of its classes (observe/logits.py)."""
+        self.routers: dict[tuple[str, int], bool] = {}
+        """Whether a choice among so many values in a module is that of a router of experts (observe/routers.py)."""
         self.directions: dict[str, Tensor] = {}
         """For each layer that feeds a softmax, the vector by which its weight was largest in the last observation (spectral.py)."""
         self.spans: dict[str, LayerSpan] = {}
@@ -329,7 +331,7 @@ class Sites:
         """Forget the structure of the model, so that the next observation learns it."""
         self.structure = Structure.NEW
         self.ways = Ways()
-        self.logits = {}
+        self.logits, self.routers = {}, {}
         for site in self.known.values():
             site.start_over()
 

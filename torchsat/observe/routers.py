@@ -2,7 +2,9 @@
 
 A router scores the experts for each token and takes the highest scores, by `topk`, `argmax` or `max` along the last axis, which calls.py hears. Many
 other things are chosen so: beams, points of a cloud, the keys of a sparse attention. So such a call is taken for that of a router only if the modules
-around it hold as many experts as there are scores (`holds_experts`): the module in whose forward it happens, the one around that, and their children.
+around it hold as many experts as there are scores (`experts_in`): the module in whose forward it happens, the one around that, and their children.
+And the experts must not have run before the choice: a classifier may have as many blocks as classes, and take the argmax of its logits. Where a
+module takes the `topk` of scores, their `max` and `argmax` in the same forward are no choices: they stabilise a softmax, or are written to a log.
 
 The choices of all tokens are counted. The entropy and the margin are read at a sample of the tokens. They need probabilities, and which function has
 made the scores is asked of the numbers: where all lie between 0 and 1, they are a softmax or sigmoids, and are divided by their sum; otherwise they
@@ -15,16 +17,19 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from torchsat import internals
 from torchsat.activations import calls_of
 from torchsat.columns import EXPERTS, ROUTER
 from torchsat.observe.mode import Frame
+from torchsat.parts import Key
 from torchsat.sampling import places
 from torchsat.statistics import accumulator, upcast
 from torchsat.structure import Found
@@ -37,6 +42,8 @@ CHOICES = frozenset((torch.topk, Tensor.topk, torch.argmax, Tensor.argmax, torch
 """The functions by which a router chooses."""
 SCORES = frozenset((*calls_of("softmax", "sigmoid"), torch.special.expit))
 """The functions that make probabilities of logits."""
+_MOST_NODES = 500
+"""The most nodes of the autograd graph that are looked at in front of a choice."""
 _MOST = 4096
 """The most tokens of a call whose entropy and margin are read."""
 _NAMED = "expert"
@@ -49,11 +56,14 @@ class Routers:
     def __init__(self, observation: Observation) -> None:
         self._observation = observation
         self._modules: dict[str, weakref.ref[nn.Module]] = {}
-        self._holds: dict[tuple[str, int], bool] = {}
         self._scores: tuple[weakref.ref[Frame], weakref.ref[Tensor]] | None = None
         """The last softmax or sigmoid, and the forward that has called it."""
         self._chosen: tuple[weakref.ref[Frame], weakref.ref[Tensor]] | None = None
         """The last scores from which was chosen: Switch Transformers take the argmax and the maximum of the same ones."""
+        self._by_topk: weakref.ref[Frame] | None = None
+        """The last forward in which the highest scores were taken by `topk`."""
+        self._by_maximum: tuple[weakref.ref[Frame], list[tuple[Key, Tensor]]] | None = None
+        """What was counted of the choices by `max` and `argmax` in the last forward that had any."""
 
     def know(self, found: Found) -> None:
         """Note the modules of the model by name."""
@@ -72,10 +82,17 @@ class Routers:
         k, indices = _chosen(function, result)
         if indices is None or not 1 <= k < x.shape[-1] or not self._is_router(frame, x):
             return False
+        is_topk, had_topk = _name(function) == "topk", self._by_topk is not None and self._by_topk() is frame
+        if _is(self._chosen, frame, x) and (had_topk or not is_topk):
+            return False
+        if is_topk:
+            self._by_topk = weakref.ref(frame)
+        elif had_topk:
+            return False
         place = f"{frame.path}/experts" if frame.path else "experts"
         observation = self._observation
         if observation.options.selects(place) and observation.passes.counts(frame.module) and not observation.sites.has_failed(place):
-            observation.guard.attempt(place, self._count, place, x, indices, k, self._probabilities(frame, x))
+            observation.guard.attempt(place, self._count, place, frame, x, indices, k, is_topk)
         self._chosen = weakref.ref(frame), weakref.ref(x)
         return True
 
@@ -85,10 +102,21 @@ class Routers:
         if x.ndim > 2 and x.shape[-2] == 1 and x.shape[0] > 1:
             # The best experts of each of several groups, of which there is one.
             return False
-        key = frame.path, x.shape[-1]
-        if key not in self._holds:
-            self._holds[key] = holds_experts(self._around(frame), x.shape[-1])
-        return self._holds[key] and not _is(self._chosen, frame, x)
+        known, key = self._observation.sites.routers, (frame.path, x.shape[-1])
+        if key not in known:
+            experts = experts_in(self._around(frame), x.shape[-1])
+            known[key] = experts is not None and not self._have_run(experts, frame, x)
+        return known[key]
+
+    def _have_run(self, experts: Sequence[nn.Module], frame: Frame, x: Tensor) -> bool:
+        """Whether some of these modules have run before the choice: the scores were computed from their weights, or they hold sites that have run."""
+        scores = self._probabilities(frame, x)
+        node = next((each.grad_fn for each in (x, scores) if each is not None and each.grad_fn is not None), None)
+        weights = {id(weight) for each in experts for weight in each.parameters()}
+        if node is not None and any(id(getattr(each, "variable", None)) in weights for each in _nearest(node)):
+            return True
+        paths = tuple(f"{name}." for name, module in self._modules.items() if any(module() is each for each in experts))
+        return any(name.startswith(paths) for name in self._observation.passes.current.rows)
 
     def _around(self, frame: Frame) -> list[nn.Module]:
         """The module that chooses, and the one around it."""
@@ -105,17 +133,27 @@ class Routers:
         found = self._scores[1]()
         return found if found is not None and found is not x and found.shape == x.shape else None
 
-    def _count(self, place: str, x: Tensor, indices: Tensor, k: int, scores: Tensor | None) -> None:
-        observation, current = self._observation, self._observation.passes.current
+    def _count(self, place: str, frame: Frame, x: Tensor, indices: Tensor, k: int, is_topk: bool) -> None:
+        observation, current, scores = self._observation, self._observation.passes.current, self._probabilities(frame, x)
         x, indices = (plain(each).detach().reshape(-1, size) for each, size in ((x, x.shape[-1]), (indices, k)))
         given = None if scores is None else plain(scores).detach().reshape(x.shape)
         width, dtype = x.shape[1], accumulator(x.device)
         choices = torch.zeros(width, dtype=dtype, device=x.device)
         choices.index_add_(0, indices.reshape(-1), torch.ones(indices.numel(), dtype=dtype, device=x.device))
         router = _sureness(x, given, k, observation.meter.seed(place))
-        for tally, sums in ((EXPERTS, choices.unsqueeze(0)), (ROUTER, router.unsqueeze(1))):
-            observation.passes.tally_facts[tally.name, place] = {"k": k}
-            current.tally((tally.name, place), sums)
+        counted: list[tuple[Key, Tensor]] = [((EXPERTS.name, place), choices.unsqueeze(0)), ((ROUTER.name, place), router.unsqueeze(1))]
+        if self._by_maximum is not None and self._by_maximum[0]() is not frame:
+            self._by_maximum = None
+        if is_topk and self._by_maximum is not None:
+            # They were no choices.
+            for key, sums in self._by_maximum[1]:
+                current.tally(key, -sums)
+            self._by_maximum = None
+        for key, sums in counted:
+            observation.passes.tally_facts[key] = {"k": k}
+            current.tally(key, sums)
+        if not is_topk:
+            self._by_maximum = weakref.ref(frame), [*(self._by_maximum[1] if self._by_maximum is not None else ()), *counted]
 
 
 def _sureness(x: Tensor, scores: Tensor | None, k: int, seed: int) -> Tensor:
@@ -166,27 +204,39 @@ def _is(known: tuple[weakref.ref[Frame], weakref.ref[Tensor]] | None, frame: Fra
     return known is not None and known[0]() is frame and known[1]() is tensor
 
 
-def holds_experts(around: Iterable[nn.Module], width: int) -> bool:
-    """Whether one of these modules, or a child of one, holds so many experts.
+def _nearest(node: Node) -> Iterator[Node]:
+    """The nodes from which something was computed, the nearest ones first."""
+    met, waiting = {node}, deque([node])
+    while waiting and len(met) < _MOST_NODES:
+        each = waiting.popleft()
+        yield each
+        for before, _ in each.next_functions:
+            if before is not None and before not in met:
+                met.add(before)
+                waiting.append(before)
+
+
+def experts_in(around: Iterable[nn.Module], width: int) -> tuple[nn.Module, ...] | None:
+    """The modules that are the experts, of so many experts that one of these modules, or a child of one, holds; empty where they are no modules of
+    their own, and None where there are not so many.
 
     Experts are the modules of an nn.ModuleList or nn.ModuleDict, or the slices of a parameter [experts, ., .] of a module that is not one of torch.nn
     (where convolutions have such weights too). Where ranks divide the experts, a module holds only some of them, but says how many there are: in an
     attribute whose name has the word expert, beside a child whose name has it.
     """
     if width < 2:
-        return False
+        return None
     for module in around:
         children = dict(module.named_children())
-        if any(_has_slices(each, width) or _has_members(each, width) for each in (module, *children.values())):
-            return True
+        for each in (module, *children.values()):
+            if isinstance(each, (nn.ModuleList, nn.ModuleDict)) and len(each) == width:
+                return tuple(each.children())
+            if _has_slices(each, width):
+                return ()
         says = any(_NAMED in name and type(value) is int and value == width for name, value in vars(module).items())
         if says and any(_NAMED in name for name in children):
-            return True
-    return False
-
-
-def _has_members(module: nn.Module, width: int) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) == width
+            return ()
+    return None
 
 
 def _has_slices(module: nn.Module, width: int) -> bool:

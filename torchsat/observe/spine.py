@@ -177,10 +177,17 @@ _TRIED = 8
 """The most places at which data enters that are tried as the end of the spine."""
 
 
-def spine_of(graph: Graph, uses: Mapping[str, Sequence[int]]) -> Spine | None:
+Shape = tuple[int, ...] | None
+
+
+def spine_of(graph: Graph, uses: Mapping[str, Sequence[int]], shapes: Sequence[Shape] = ()) -> Spine | None:
     """The way from node 0 to that of the nodes at which data enters to which it has the most stretches. None where nothing leads to any.
 
-    What enters beside it, such as the inputs of the later steps of a sequence or a time that a diffusion model is given, is left out.
+    What enters beside it, such as the inputs of the later steps of a sequence or a time that a diffusion model is given, is left out. So is what is
+    the same for all samples, such as a bias that depends on positions: inside the first block, it would have more stretches than the data.
+
+    Args:
+        shapes: the shape of the first output of each node, where it is known.
     """
     depth = [0] * len(graph)
     for node, edges in enumerate(graph):
@@ -190,9 +197,40 @@ def spine_of(graph: Graph, uses: Mapping[str, Sequence[int]]) -> Spine | None:
     for node, edges in enumerate(graph):
         if node in reached:
             reached.update(edge.target for edge in edges)
-    sinks = sorted((node for node in reached if node and not graph[node]), key=lambda node: -depth[node])[:_TRIED]
+    shared = _shared_by_samples(graph, shapes)
+    entered = [node for node in reached if node and not graph[node]]
+    sinks = sorted([node for node in entered if node not in shared] or entered, key=lambda node: -depth[node])[:_TRIED]
     found = [Spine(graph, sink, _meeting_points(graph, sink, reached), uses) for sink in sinks]
     return max(found, key=_length, default=None)
+
+
+def _shared_by_samples(graph: Graph, shapes: Sequence[Shape]) -> set[int]:
+    """The nodes at which something enters that is the same for all samples: the first node at which it meets anything else stretches it along the
+    first axis."""
+    if not shapes:
+        return set()
+    consumers: dict[int, set[int]] = {}
+    for node, edges in enumerate(graph):
+        for edge in edges:
+            consumers.setdefault(edge.target, set()).add(node)
+    found = set[int]()
+    for sink in [node for node, edges in enumerate(graph) if node and not edges]:
+        node, after = sink, consumers.get(sink, set())
+        while len(after) == 1:
+            (behind,) = after
+            if _is_stretched(shapes[node], shapes[behind]) and len(graph[behind]) > 1:
+                found.add(sink)
+            if len(graph[behind]) > 1:
+                break
+            node, after = behind, consumers.get(behind, set())
+    return found
+
+
+def _is_stretched(shape: Shape, into: Shape) -> bool:
+    """Whether something of a shape must be repeated along the first axis to meet what has the other shape."""
+    if not shape or not into or into[0] == 1:
+        return False
+    return len(shape) < len(into) or (len(shape) == len(into) and shape[0] == 1)
 
 
 def _length(spine: Spine) -> int:

@@ -10,6 +10,7 @@ The norms are of all elements, and not of a sample, so that the factors multiply
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class _Kept:
     plan: Plan
     sums: dict[torch.device, Tensor] = field(default_factory=dict)
     heard: list[int] = field(default_factory=list)
+    is_inner: bool = False
+    """Whether what was heard last came from a backward that makes a graph of its own."""
     waiting: dict[tuple[int, int], tuple[Tensor, int]] = field(default_factory=dict)
     """For each group of inputs that is not complete, their sum and how many have arrived."""
 
@@ -124,7 +127,7 @@ class Way:
             ways.learning = 0
         ways.learning = max(0, ways.learning - 1)
         plan = ways.plans[signature]
-        if plan is not None and (not self._kept or self._kept[0].plan is plan):
+        if plan is not None:
             self._hook(plan, nodes, into)
 
     def conclude(self) -> None:
@@ -167,19 +170,23 @@ class Way:
     def _plan(self, nodes: Sequence[Node], last: Sequence[Node]) -> Plan | None:
         """Where the gradient is to be measured in a graph; None where no way leads through it."""
         lineage = self._observation.lineage
+        made = [(call.first, call.last) for call in self._calls if _PARAMETRISED in f"{call.path}."]
+        makes_weight = functools.partial(_is_made_in, made)
         weights, index = self._weights(), {node: at + 1 for at, node in enumerate(nodes)}
         graph: list[list[Edge]] = [[Edge(at, index[node]) for at, node in enumerate(last)]]
         used: dict[int, list[str]] = {}
         for at, node in enumerate(nodes, 1):
             edges = [(position, before, nr) for position, (before, nr) in enumerate(node.next_functions) if before is not None and before in index]
-            graph.append([Edge(position, index[before], nr) for position, before, nr in edges if _is_signal(before, weights)])
+            graph.append(
+                [Edge(position, index[before], nr) for position, before, nr in edges if _is_signal(before, weights) and not makes_weight(before)]
+            )
             if kinds.is_contraction(node) and (names := weights_used(node, weights)):
                 used[at] = names
         uses: dict[str, list[int]] = {}
         for at, names in used.items():
             for name in names:
                 uses.setdefault(name, []).append(at)
-        spine = spine_of(graph, uses)
+        spine = spine_of(graph, uses, [None, *(internals.output_shape(node, 0) for node in nodes)])
         if spine is None:
             return None
         sites = {at: site for at, node in enumerate(nodes, 1) if (site := lineage.site_of(node)) is not None}
@@ -210,12 +217,12 @@ class Way:
             if listener.outputs and internals.forward_class(node) is not None:
                 # A function of the user's may change what it is given.
                 arrives = guard(PLACE, _hear_outputs, kept, listener)
-                node.register_prehook(lambda grads, arrives=arrives: arrives(grads))
+                node.register_prehook(lambda grads, arrives=arrives: arrives(torch.is_grad_enabled(), grads))
                 leaves = guard(PLACE, _hear_inputs, kept, listener)
-                node.register_hook(lambda grad_inputs, _, leaves=leaves: leaves(grad_inputs))
+                node.register_hook(lambda grad_inputs, _, leaves=leaves: leaves(torch.is_grad_enabled(), grad_inputs))
             else:
                 both = guard(PLACE, _hear, kept, listener)
-                node.register_hook(lambda grad_inputs, grad_outputs, both=both: both(grad_inputs, grad_outputs))
+                node.register_hook(lambda grad_inputs, grad_outputs, both=both: both(torch.is_grad_enabled(), grad_inputs, grad_outputs))
 
 
 def _behind_views(node: Node) -> Node:
@@ -230,6 +237,15 @@ def _order(node: Node) -> int:
     return -1 if kinds.is_leaf(node) else internals.node_number(node)
 
 
+_PARAMETRISED = ".parametrizations."
+"""Below this name torch.nn.utils.parametrize puts the modules that make a weight."""
+
+
+def _is_made_in(calls: Sequence[tuple[int, int]], node: Node) -> bool:
+    """Whether a node was made in one of these calls, each given by the numbers of its first node and of the one after its last."""
+    return not kinds.is_leaf(node) and any(first <= internals.node_number(node) < last for first, last in calls)
+
+
 def _is_signal(node: Node, weights: Mapping[int, str]) -> bool:
     """Whether a node has computed a signal, and not something that depends on parameters alone."""
     if hasattr(node, "variable"):
@@ -240,6 +256,11 @@ def _is_signal(node: Node, weights: Mapping[int, str]) -> bool:
 def _is_of_parameters(node: Node) -> bool:
     """Whether every way from a node ends at a parameter, and what it has computed is not larger than the largest of these parameters: nothing has
     entered that has an axis of samples."""
+    while kinds.is_view(node) and len(before := [other for other, _ in node.next_functions if other is not None]) == 1:
+        # A parameter that is repeated for each sample has the axis of the samples, but nothing of them.
+        node = before[0]
+    if (leaf := getattr(node, "variable", None)) is not None:
+        return isinstance(leaf, nn.Parameter)
     waiting, met, largest = [node], set[Node](), 0
     while waiting:
         each = waiting.pop()
@@ -286,18 +307,34 @@ def _listeners(points: Mapping[Point, int], graph: Sequence[Sequence[Edge]], nod
     return {at: Listener(tuple(outputs.get(at, ())), tuple(inputs.get(at, ()))) for at in outputs.keys() | inputs.keys()}
 
 
-def _hear(kept: _Kept, listener: Listener, grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
-    _hear_outputs(kept, listener, grad_outputs)
-    _hear_inputs(kept, listener, grad_inputs)
+def _begin_hearing(kept: _Kept, is_inner: bool) -> None:
+    """Forget what a gradient inside the loss has passed on, when the gradient of the loss itself comes.
+
+    Args:
+        is_inner: whether this backward makes a graph of its own, as that of a derivative which stands in the loss.
+    """
+    if kept.is_inner and not is_inner:
+        for sums in kept.sums.values():
+            sums.zero_()
+        kept.heard[:] = [0] * len(kept.heard)
+        kept.waiting.clear()
+    kept.is_inner = is_inner
 
 
-def _hear_outputs(kept: _Kept, listener: Listener, grads: Sequence[Tensor | None]) -> None:
+def _hear(kept: _Kept, listener: Listener, is_inner: bool, grad_inputs: Sequence[Tensor | None], grad_outputs: Sequence[Tensor | None]) -> None:
+    _hear_outputs(kept, listener, is_inner, grad_outputs)
+    _hear_inputs(kept, listener, is_inner, grad_inputs)
+
+
+def _hear_outputs(kept: _Kept, listener: Listener, is_inner: bool, grads: Sequence[Tensor | None]) -> None:
+    _begin_hearing(kept, is_inner)
     for point in listener.outputs:
         for grad in grads:
             _add(kept, point, grad)
 
 
-def _hear_inputs(kept: _Kept, listener: Listener, grads: Sequence[Tensor | None]) -> None:
+def _hear_inputs(kept: _Kept, listener: Listener, is_inner: bool, grads: Sequence[Tensor | None]) -> None:
+    _begin_hearing(kept, is_inner)
     for point, position, group, count in listener.inputs:
         grad = grads[position]
         if count == 1 or grad is None:
