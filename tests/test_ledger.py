@@ -520,3 +520,24 @@ def test_a_gradient_of_the_inputs_before_the_step_leaves_the_ledger_of_the_step(
     assert ledger is not None
     assert out.grad is not None
     assert ledger.spine[0].norm == pytest.approx(out.grad.norm().item(), rel=CLOSE)
+
+
+class Rms(nn.Module):
+    """A norm whose name does not say so."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.by_hand, self.weight = by_hand, nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_hand:
+            return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+        return nn.functional.rms_norm(x, (16,), self.weight)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_norm_is_known_by_what_it_does(by_hand: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), Rms(by_hand), nn.Tanh(), nn.Linear(16, 4))
+    ledger = torchsat.probe(model, torch.randn(32, 8), loss=lambda out: out.square().mean()).ledger
+    assert ledger is not None
+    assert [(each.place, each.kind) for each in ledger.spine] == [("3", Kind.LAYER), ("2", Kind.ACTIVATION), ("1", Kind.NORM)]

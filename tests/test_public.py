@@ -442,6 +442,7 @@ ARROWS = {
         "internals",
         "observe.mode",
         "observe.observation",
+        "parts",
         "sampling",
         "statistics",
         "structure",

@@ -69,7 +69,7 @@ class Entry:
     branch: float | None = None
     """Of a join, ||gradient by the branches|| / ||gradient by the skip connection||, where the shortest branch counts as that."""
     input_rms: float | None = None
-    """Of a norm, the root mean square of its input, by which it divides. Where the input is the residual stream, this is the size of the stream."""
+    """Of a norm, the root mean square of its input, by which RMSNorm divides. In a transformer it is the size of the residual stream."""
     input_top: float | None = None
     """Of a norm, the largest |x| of its input."""
     top_channel: int | None = None

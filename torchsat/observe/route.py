@@ -201,7 +201,8 @@ class Naming:
             return Kind.LAYER
         if kinds.is_attention(made):
             return Kind.ATTENTION
-        if kinds.is_normalisation(made):
+        size = kinds.normalised_by(made)
+        if kinds.is_normalisation(made) or (size is not None and not any(kinds.kind_of(each) == "Exp" for each in size)):
             return Kind.NORM
         return Kind.ACTIVATION if node in self._made.sites or kinds.unaccounted(made) is not None else Kind.OTHER
 
