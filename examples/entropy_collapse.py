@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from small_vit import KNOWN, ViT, digits
+from small_vit import KNOWN, ViT, digits, draw_blocks
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -97,9 +97,7 @@ def draw(path: str, runs: dict[str, Outcome]) -> None:
     figure = Figure(figsize=(11, 2.8), layout="constrained")
     axes = figure.subplots(1, len(runs) + 1)
     for axis, (name, outcome) in zip(axes, runs.items(), strict=False):
-        steps, entropies = zip(*outcome.entropies(), strict=True)
-        for block, values in enumerate(zip(*entropies, strict=True)):
-            axis.plot(steps, values, color=str(0.7 * block / len(entropies[0])), label=f"block {block}")
+        draw_blocks(axis, outcome.entropies())
         axis.set_title(f"entropy: {name}", fontsize=10, loc="left")
         axis.set_ylim(-0.02, 1.02)
         width = max(1, len(outcome.losses) // 50)

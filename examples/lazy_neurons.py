@@ -15,7 +15,7 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from small_vit import KNOWN, ViT, digits
+from small_vit import KNOWN, ViT, digits, draw_blocks
 from torch import nn
 
 import torchsat
@@ -68,9 +68,7 @@ def draw(path: str, runs: dict[str, Outcome]) -> None:
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots(1, len(runs), sharey=True)
     for axis, (name, outcome) in zip(axes, runs.items(), strict=True):
-        steps, shares = zip(*outcome.shares, strict=True)
-        for block, values in enumerate(zip(*shares, strict=True)):
-            axis.plot(steps, values, color=str(0.7 * block / len(shares[0])), label=f"block {block}")
+        draw_blocks(axis, outcome.shares)
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_xlabel("step")
         axis.set_ylim(0, 0.6)

@@ -1,5 +1,8 @@
 """A small Vision Transformer for the digits of scikit-learn, which lazy_neurons.py and entropy_collapse.py train."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -30,3 +33,10 @@ def digits() -> tuple[Tensor, Tensor]:
     pixels, labels = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     pixels = pixels.float()
     return (pixels - pixels.mean()) / pixels.std(), labels
+
+
+def draw_blocks(axis: Any, points: Iterable[tuple[int, list[float]]]) -> None:
+    """A line for each block, the first one darkest, into a panel of matplotlib. `points`: steps, each with a number for each block."""
+    steps, values = zip(*points, strict=True)
+    for block, line in enumerate(zip(*values, strict=True)):
+        axis.plot(steps, line, color=str(0.7 * block / len(values[0])), label=f"block {block}")

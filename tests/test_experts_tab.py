@@ -14,7 +14,7 @@ from tests.test_plugin import Server
 from tests.test_tensorboard import write
 from torchsat import Experts, Snapshot
 from torchsat.tensorboard.reader import read_runs
-from torchsat.view import ROUTING, expert_loads, mixtures, routing_grid
+from torchsat.view import ROUTING, mixtures, routing
 
 RUN = str(Path("run", "torchsat"))
 EVEN, WORN = Experts("b/experts", 2, 1000, (0.25, 0.25, 0.25, 0.25), 0.75, 0.5), Experts("b/experts", 2, 1000, (0.5, 0.0, 0.375, 0.125), 0.5, 0.25)
@@ -34,33 +34,22 @@ def test_the_server_and_the_page_have_the_same_answers(tmp_path: Path) -> None:
     served = Server(tmp_path)
     assert served.get("/experts", run=RUN).json == mixtures(given) == json.loads(json.dumps(mixtures(read_runs(tmp_path)[0].snapshots)))
     assert mixtures(given) == [{"site": "b/experts", "k": 2, "experts": 4}, {"site": "c/experts", "k": 1, "experts": 2}]
-    names, steps, values = served.grid("/loads", run=RUN)
-    assert (names, steps) == ([f"b/experts/{expert}" for expert in range(4)] + ["c/experts/0", "c/experts/1"], [0.0, 20.0])
-    # Parts of the tokens: each token goes to two of the four experts, so that 0.5 is even.
-    assert values[0].tolist()[:4] == [0.5] * 4
-    assert all(math.isnan(each) for each in values[0, 4:])
-    assert values[1].tolist() == [1.0, 0.0, 0.75, 0.25, 0.75, 0.25]
-    assert values.tobytes() == expert_loads(given).values.astype("<f4").tobytes()
-    expected = {"dead": (0, 1, None), "busiest": (1.0, 2.0, 1.5), "entropy": (0.75, 0.5, None), "margin": (0.5, 0.25, 0.125)}
-    for metric in ROUTING:
-        names, steps, values = served.grid("/routing", run=RUN, metric=metric)
-        assert (names, steps) == (["b/experts", "c/experts"], [0.0, 20.0])
-        found = [None if math.isnan(each) else each for each in values[:, :].ravel().tolist()]
-        first, last, other = expected[metric]
-        assert found == [first, None, last, other]
-        assert values.tobytes() == routing_grid(metric, given).values.astype("<f4").tobytes()
-    answer = served.get("/routing", run=RUN, metric="load")
-    assert answer.status_code == 400
-    assert "the metrics are 'dead', 'busiest', 'entropy', 'margin'" in answer.text
+    names, steps, values = served.grid("/routing", run=RUN)
+    assert steps == [0.0, 20.0]
+    assert names == [f"{site}/{column}" for site, experts in (("b/experts", 4), ("c/experts", 2)) for column in (*range(experts), *ROUTING)]
+    first, last = ([None if math.isnan(each) else each for each in row] for row in values.tolist())
+    # Parts of the tokens: each token goes to two of the four experts, so that 0.5 is even. Then come dead, busiest, entropy and margin.
+    assert first == [0.5, 0.5, 0.5, 0.5, 0, 1.0, 0.75, 0.5, *[None] * 6]
+    assert last == [1.0, 0.0, 0.75, 0.25, 1, 2.0, 0.5, 0.25, 0.75, 0.25, None, 1.5, None, 0.125]
+    assert values.tobytes() == routing(given).values.astype("<f4").tobytes()
 
 
 def test_a_run_without_mixtures_has_none(tmp_path: Path) -> None:
     write(tmp_path / "run", [replace(each, experts=()) for each in snapshots()])
     served = Server(tmp_path)
     assert served.get("/experts", run=RUN).json == []
-    for path, query in (("/loads", {}), ("/routing", {"metric": "dead"})):
-        names, steps, values = served.grid(path, run=RUN, **query)
-        assert (names, steps, values.size) == ([], [], 0)
+    names, steps, values = served.grid("/routing", run=RUN)
+    assert (names, steps, values.size) == ([], [], 0)
 
 
 pytest.importorskip("selenium", reason="selenium is not installed: pip install selenium")

@@ -11,6 +11,7 @@ highest load that there is, is 1 / k.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,11 @@ class Experts:
     other numbers. Where it is 0 the choice is a matter of chance. None where all others are masked."""
     alert_level: float | None = None
     """How near the mixture is to an alert, as `Record.alert_level`."""
+
+    @property
+    def path(self) -> str:
+        """The path of the module that chooses."""
+        return self.site.rpartition("/")[0]
 
     @property
     def experts(self) -> int:
@@ -79,18 +85,21 @@ class Experts:
         return Experts(site, int(facts["k"]), round(sums["tokens"]), tuple(each / whole for each in choices), entropy, margin)
 
 
-def is_router(site: str, keys: float | None, mixtures: Sequence[Experts]) -> bool:
+def is_router(site: str, log_keys: float | None, mixtures: Sequence[Experts]) -> bool:
     """Whether a softmax makes the probabilities of a router: it stands in the module that chooses, around it or in it, and has a key for each expert.
 
     Args:
-        keys: over how many keys the softmax runs; None where it is not known.
+        log_keys: the logarithm of the number of its keys (`Record.log_keys`).
     """
     path = site.rpartition("/")[0]
-    for mixture in mixtures if keys is not None else ():
-        chooses = mixture.site.rpartition("/")[0]
-        if round(keys or 0.0) == mixture.experts and (path == chooses or path == chooses.rpartition(".")[0] or path.rpartition(".")[0] == chooses):
-            return True
-    return False
+    return log_keys is not None and any(
+        round(math.exp(log_keys)) == each.experts and (path in (each.path, _around(each.path)) or _around(path) == each.path) for each in mixtures
+    )
+
+
+def _around(path: str) -> str:
+    """The path of the module that holds a module."""
+    return path.rpartition(".")[0]
 
 
 def is_idle(place: str, mixtures: Sequence[Experts]) -> bool:
@@ -101,8 +110,7 @@ def is_idle(place: str, mixtures: Sequence[Experts]) -> bool:
     below the module that holds the router.
     """
     for mixture in mixtures:
-        path = mixture.site.rpartition("/")[0]
-        for holder in dict.fromkeys((path, path.rpartition(".")[0])):
+        for holder in dict.fromkeys((mixture.path, _around(mixture.path))):
             if holder and not place.startswith(f"{holder}."):
                 continue
             parts = place[len(holder) + 1 :].split(".") if holder else place.split(".")

@@ -37,7 +37,7 @@ def idle_in_mixtures(snapshot: Snapshot) -> frozenset[str]:
     if not snapshot.experts:
         return frozenset()
     collapsed = [each for each in snapshot.experts if each.concentration >= COLLAPSED]
-    routers = {each.site for each in snapshot.records if each.log_keys is not None and is_router(each.site, math.exp(each.log_keys), collapsed)}
+    routers = {each.site for each in snapshot.records if is_router(each.site, each.log_keys, collapsed)}
     places = (*(each.site for each in snapshot.records), *(each.name for each in snapshot.weights))
     idle = {place for place in places if is_idle(place, snapshot.experts)}
     return frozenset(idle | {each.name for each in snapshot.weights if each.feeds and routers.issuperset(each.feeds)})

@@ -391,7 +391,7 @@ def one_expert(experts: Experts, snapshot: Snapshot) -> float | None:
 
 def routes(record: Record, snapshot: Snapshot) -> bool:
     """Whether a softmax is that of the router of a mixture of experts."""
-    return bool(snapshot.experts) and is_router(record.site, None if record.log_keys is None else math.exp(record.log_keys), snapshot.experts)
+    return is_router(record.site, record.log_keys, snapshot.experts)
 
 
 def leaving_rows(record: Record, snapshot: Snapshot) -> float | None:

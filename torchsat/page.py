@@ -23,7 +23,7 @@ from torchsat.tensorboard import SCRIPTS
 from torchsat.tensorboard.reader import Run
 from torchsat.tensorboard.scalars import scalars_beside
 from torchsat.text import print_text
-from torchsat.view import ROUTING, expert_loads, from_snapshots, heads, histograms, ledger_entries, ledger_grid, mixtures, routing_grid, scales
+from torchsat.view import from_snapshots, heads, histograms, ledger_entries, ledger_grid, mixtures, routing, scales
 
 PAGE_CELLS = 200_000
 """The most numbers of one metric of a run. If there are more, observations are left out at even distances."""
@@ -71,12 +71,8 @@ def _answers(run: Run) -> Iterator[tuple[str, dict[str, str], Any]]:
     yield "ledger", {"run": name}, ledger_entries(run.snapshots)
     for metric in ENTRY_METRICS:
         yield "ledger_values", {"run": name, "metric": metric}, ledger_grid(metric, run.snapshots).thin(PAGE_HISTOGRAMS)
-    routed = mixtures(run.snapshots)
-    yield "experts", {"run": name}, routed
-    if routed:
-        yield "loads", {"run": name}, expert_loads(run.snapshots).thin(PAGE_HISTOGRAMS)
-    for metric in ROUTING if routed else ():
-        yield "routing", {"run": name, "metric": metric}, routing_grid(metric, run.snapshots).thin(PAGE_HISTOGRAMS)
+    yield "experts", {"run": name}, mixtures(run.snapshots)
+    yield "routing", {"run": name}, routing(run.snapshots).thin(PAGE_HISTOGRAMS)
     for metric in series.values:
         yield "values", {"run": name, "metric": metric}, series.grid(metric).thin(most)
     for site in series.sites:

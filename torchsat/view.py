@@ -291,33 +291,17 @@ def mixtures(snapshots: Sequence[Snapshot]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def expert_loads(snapshots: Sequence[Snapshot]) -> Grid:
-    """The part of the tokens that each expert gets, over time: one column per expert, mixture after mixture. The parts of a mixture add up to `k`."""
-    known = mixtures(snapshots)
-    tables = [
-        Table.of(
-            [f"{each.site}/{index}" for each in snapshot.experts for index in range(each.experts)],
-            snapshot.step,
-            snapshot.time,
-            [[part * each.k for each in snapshot.experts for part in each.load]],
-        )
-        for snapshot in snapshots
-        if snapshot.experts
-    ]
-    found, steps, times, values = join(tables, 1)
-    column, names = {name: at for at, name in enumerate(found)}, [f"{each['site']}/{index}" for each in known for index in range(each["experts"])]
-    return Grid(steps, times, tuple(names), values[:, 0, [column[name] for name in names]])
-
-
-def routing_grid(metric: str, snapshots: Sequence[Snapshot]) -> Grid:
-    """One number (ROUTING) of each mixture of experts over time."""
-    found = [snapshot for snapshot in snapshots if snapshot.experts]
-    tables = [
-        Table.of(
-            [each.site for each in snapshot.experts], snapshot.step, snapshot.time, [[to_float(getattr(each, metric)) for each in snapshot.experts]]
-        )
-        for snapshot in found
-    ]
+def routing(snapshots: Sequence[Snapshot]) -> Grid:
+    """What is known of each mixture of experts over time, in columns `site/0`, `site/1`, ... and `site/dead`, `site/busiest`, ...: the part of the
+    tokens that each expert gets, which add up to `k`, and the numbers of ROUTING."""
+    tables = []
+    for snapshot in snapshots:
+        told: dict[str, float] = {}
+        for each in snapshot.experts:
+            told |= {f"{each.site}/{index}": part * each.k for index, part in enumerate(each.load)}
+            told |= {f"{each.site}/{metric}": to_float(getattr(each, metric)) for metric in ROUTING}
+        if told:
+            tables.append(Table.of(list(told), snapshot.step, snapshot.time, [list(told.values())]))
     names, steps, times, values = join(tables, 1)
     return Grid(steps, times, names, values[:, 0])
 

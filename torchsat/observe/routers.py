@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from torchsat import internals
 from torchsat.activations import calls_of
 from torchsat.columns import EXPERTS, ROUTER
+from torchsat.observe.graph import upstream
 from torchsat.observe.mode import Frame
+from torchsat.observe.nodes import is_leaf
 from torchsat.parts import Key
 from torchsat.sampling import places
 from torchsat.statistics import accumulator, upcast
@@ -42,8 +42,6 @@ CHOICES = frozenset((torch.topk, Tensor.topk, torch.argmax, Tensor.argmax, torch
 """The functions by which a router chooses."""
 SCORES = frozenset((*calls_of("softmax", "sigmoid"), torch.special.expit))
 """The functions that make probabilities of logits."""
-_MOST_NODES = 500
-"""The most nodes of the autograd graph that are looked at in front of a choice."""
 _MOST = 4096
 """The most tokens of a call whose entropy and margin are read."""
 _NAMED = "expert"
@@ -110,10 +108,9 @@ class Routers:
 
     def _have_run(self, experts: Sequence[nn.Module], frame: Frame, x: Tensor) -> bool:
         """Whether some of these modules have run before the choice: the scores were computed from their weights, or they hold sites that have run."""
-        scores = self._probabilities(frame, x)
-        node = next((each.grad_fn for each in (x, scores) if each is not None and each.grad_fn is not None), None)
+        made_by = [each.grad_fn for each in (x, self._probabilities(frame, x)) if each is not None]
         weights = {id(weight) for each in experts for weight in each.parameters()}
-        if node is not None and any(id(getattr(each, "variable", None)) in weights for each in _nearest(node)):
+        if any(id(getattr(node, "variable", None)) in weights for node in upstream(made_by, is_leaf)):
             return True
         paths = tuple(f"{name}." for name, module in self._modules.items() if any(module() is each for each in experts))
         return any(name.startswith(paths) for name in self._observation.passes.current.rows)
@@ -202,18 +199,6 @@ def _name(function: Callable[..., Any]) -> str:
 
 def _is(known: tuple[weakref.ref[Frame], weakref.ref[Tensor]] | None, frame: Frame, tensor: Tensor) -> bool:
     return known is not None and known[0]() is frame and known[1]() is tensor
-
-
-def _nearest(node: Node) -> Iterator[Node]:
-    """The nodes from which something was computed, the nearest ones first."""
-    met, waiting = {node}, deque([node])
-    while waiting and len(met) < _MOST_NODES:
-        each = waiting.popleft()
-        yield each
-        for before, _ in each.next_functions:
-            if before is not None and before not in met:
-                met.add(before)
-                waiting.append(before)
 
 
 def experts_in(around: Iterable[nn.Module], width: int) -> tuple[nn.Module, ...] | None:

@@ -218,9 +218,9 @@ def _shared_by_samples(graph: Graph, shapes: Sequence[Shape]) -> set[int]:
         node, after = sink, consumers.get(sink, set())
         while len(after) == 1:
             (behind,) = after
-            if _is_stretched(shapes[node], shapes[behind]) and len(graph[behind]) > 1:
-                found.add(sink)
             if len(graph[behind]) > 1:
+                if _is_stretched(shapes[node], shapes[behind]):
+                    found.add(sink)
                 break
             node, after = behind, consumers.get(behind, set())
     return found

@@ -259,8 +259,6 @@ def _is_of_parameters(node: Node) -> bool:
     while kinds.is_view(node) and len(before := [other for other, _ in node.next_functions if other is not None]) == 1:
         # A parameter that is repeated for each sample has the axis of the samples, but nothing of them.
         node = before[0]
-    if (leaf := getattr(node, "variable", None)) is not None:
-        return isinstance(leaf, nn.Parameter)
     waiting, met, largest = [node], set[Node](), 0
     while waiting:
         each = waiting.pop()

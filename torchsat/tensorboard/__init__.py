@@ -42,20 +42,8 @@ OVERHEAD = "torchsat/overhead"
 
 SCRIPTS = (
     *("source.js", "numbers.js", "palette.js", "charts.js", "frame.js", "export.js", "help.js", "refill.js", "heatmap.js", "strip.js"),
-    *(
-        "verdict.js",
-        "panel.js",
-        "rows.js",
-        "difference.js",
-        "address.js",
-        "controls.js",
-        "alerts.js",
-        "depth.js",
-        "ledger.js",
-        "experts.js",
-        "detail.js",
-        "app.js",
-    ),
+    *("verdict.js", "panel.js", "rows.js", "difference.js", "address.js", "controls.js", "alerts.js", "depth.js"),
+    *("card.js", "ledger.js", "experts.js", "detail.js", "app.js"),
 )
 """The modules of the Saturation tab in the folder `static`, each behind those that it imports. The server sends them as files; the report joins them,
 in this order, to one script."""

@@ -9,8 +9,7 @@ are left out at even distances.
     run?run=                      sites, layers and alerts of a run
     values?run=&metric=           one metric, steps x sites             site?run=&site=    one site, steps x metrics
     histogram?run=&site=          steps x bins of |f'| / peak           heads?run=&site=   steps x entropies of heads
-    experts?run=                  the mixtures of experts: [{site, k, experts}]
-    loads?run=                    steps x part of the tokens of each expert     routing?run=&metric=   one number, steps x mixtures
+    experts?run=                  the mixtures of experts               routing?run=       steps x what is known of each (view.routing)
     ledger?run=                         the entries of the ledger       ledger_values?run=&metric=   one number of each, steps x entries
     scalars?run=                  the user's own scalars beside a run: {tags, loss, rate}, of which two are guessed by their names
     scalar?run=&tag=              one of them, steps x 1
@@ -59,7 +58,7 @@ from torchsat.tensorboard import (
 from torchsat.tensorboard.reader import experts_of, judgement_of
 from torchsat.tensorboard.scalars import UserScalars
 from torchsat.verdict import Verdict, verdict_of
-from torchsat.view import ROUTING, Series, expert_loads, mixtures, routing_grid, scales, series
+from torchsat.view import Series, mixtures, routing, scales, series
 
 STATIC = Path(__file__).parent / "static"
 PAGES = {**dict.fromkeys(("index.js", *SCRIPTS), "text/javascript"), **dict.fromkeys(("style.css", "docs.css"), "text/css")}
@@ -106,8 +105,7 @@ class SaturationPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
             "/ledger": lambda query: query.ledger(),
             "/ledger_values": lambda query: query.ledger_values(),
             "/experts": lambda query: mixtures(query.routed()),
-            "/loads": lambda query: expert_loads(query.routed()),
-            "/routing": lambda query: query.routing(),
+            "/routing": lambda query: routing(query.routed()),
             "/scalars": lambda query: query.scalars().describe(),
             "/scalar": lambda query: query.scalars().grid(query.tag()),
         }
@@ -312,10 +310,6 @@ class Query:
             for datum, valid in zip(data, kept, strict=True)
             if valid
         ]
-
-    def routing(self) -> Grid:
-        """One number of each mixture of experts, over time."""
-        return routing_grid(self._argument("metric", ROUTING, "metrics"), self.routed())
 
     def _data(self, run: str, tags: Mapping[str, Any], kind: str, most: int) -> Iterator[tuple[dict[str, Any], list[Any]]]:
         """For each tag of one kind, the content of its metadata and its data."""

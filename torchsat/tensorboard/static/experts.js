@@ -1,5 +1,6 @@
 // The mixtures of experts: which part of the tokens the router of each sends to which expert, over time.
 
+import { foldedTable, cardOf, runHeading } from "./card.js";
 import { bands, element } from "./charts.js";
 import { number } from "./numbers.js";
 import { Grid } from "./source.js";
@@ -10,50 +11,40 @@ const MOST_DRAWN = 6; // so many mixtures of a run are drawn, the least balanced
 // What the source has of the mixtures of a run, as `mixturesOf` takes it.
 export async function loadMixtures(source, run) {
   const mixtures = await source.json("experts", { run });
-  if (!mixtures.length) return { mixtures };
-  const [loads, ...found] = await Promise.all([source.grid("loads", { run }), ...ROUTING.map((metric) => source.grid("routing", { run, metric }))]);
-  return { mixtures, loads, routing: Object.fromEntries(ROUTING.map((metric, index) => [metric, found[index]])) };
+  return mixtures.length ? { mixtures, routing: await source.grid("routing", { run }) } : { mixtures };
 }
 
 // The section with the mixtures of some runs, each as `mixturesOf` takes it.
 export function expertsSection(runs) {
-  const made = runs.flatMap((given) => mixturesOf(given));
   const says = "A row is one expert, and its colour the part of the tokens that it gets, on a logarithmic scale. An expert that gets less than a twentieth of an even part has nearly the colour of the page.";
-  return made.length ? [element("h2", { textContent: "Mixtures of experts" }), element("p", { className: "aside", textContent: says }), ...made] : [];
+  return cardOf("Mixtures of experts", says, runs.flatMap((given) => mixturesOf(given)));
 }
 
 // The mixtures of one run. given:
 //   line, mixtures     the name and the colour of the run, and [{site, k, experts}] of its mixtures
-//   loads, routing     the part of the tokens of each expert of each mixture, one after another, and the grids of ROUTING by name
+//   routing            what is known of each of them over time (view.routing)
 //   step, latest       the step that is shown, and whether it is the last one
 //   from, to           the steps that are zoomed in on; null: all
 //   colours, ink       the ramp of the shares, and the colour of the mark at the step
 //   print, hover       the printer, and what is called with the step under the pointer
 function mixturesOf(given) {
-  const { line, mixtures, loads, routing, step } = given;
-  if (!mixtures.length || !loads.steps.length) return [];
-  const dot = element("i", { className: "dot" });
-  dot.style.background = line.colour;
-  const row = loads.row(step);
-  let first = 0;
-  const told = mixtures.map((mixture) => {
-    const at = (name) => routing[name].at(routing[name].row(step), routing[name].column.get(mixture.site));
-    const found = { ...mixture, first, ...Object.fromEntries(ROUTING.map((name) => [name, at(name)])) };
-    first += mixture.experts;
-    return found;
-  });
-  const worst = [...told].sort((one, other) => concentration(other) - concentration(one) || one.first - other.first).slice(0, MOST_DRAWN);
+  const { line, mixtures, routing, step } = given;
+  if (!mixtures.length || !routing.steps.length) return [];
+  const row = routing.row(step);
+  const told = mixtures.map((mixture) => ({ ...mixture, ...Object.fromEntries(ROUTING.map((name) => [name, routing.at(row, routing.column.get(`${mixture.site}/${name}`))])) }));
+  const worst = [...told].sort((one, other) => concentration(other) - concentration(one)).slice(0, MOST_DRAWN);
   const figures = element("div", { className: "charts" }, ...worst.map((mixture) => overTime(given, mixture)));
-  return [element("h3", {}, dot, ` ${line.name}, step ${loads.steps[row]}${given.latest ? " (latest)" : ""}`), figures, mixtureRows(told)];
+  return [runHeading(line, routing.steps[row], given.latest), figures, mixtureRows(told)];
 }
 
 // The parts of the experts of one mixture over time.
-function overTime({ loads, from, to, step, latest, colours, ink, print, hover }, mixture) {
-  const { site, k, experts, first } = mixture;
-  const values = new Float32Array(loads.steps.length * experts);
-  for (let row = 0; row < loads.steps.length; row++) for (let expert = 0; expert < experts; expert++) values[row * experts + expert] = loads.at(row, first + expert);
-  const grid = new Grid(Array.from({ length: experts }, (_, expert) => String(expert)), loads.steps, values);
-  const [xLow, xHigh] = [from ?? loads.steps[0], to ?? loads.steps[loads.steps.length - 1]];
+function overTime({ routing, from, to, step, latest, colours, ink, print, hover }, mixture) {
+  const { site, k, experts } = mixture;
+  const names = Array.from({ length: experts }, (_, expert) => String(expert));
+  const columns = names.map((expert) => routing.column.get(`${site}/${expert}`));
+  const values = Float32Array.from(Array.from(routing.steps, (_, row) => columns.map((column) => routing.at(row, column))).flat());
+  const grid = new Grid(names, routing.steps, values);
+  const [xLow, xHigh] = [from ?? routing.steps[0], to ?? routing.steps[routing.steps.length - 1]];
   const label = (at, expert, value) => `step ${at}, expert ${expert}: ${Number.isNaN(value) ? "not measured" : `${print.percent(value)} of the tokens, ${number((value * experts) / k)} times an even part`}`;
   const title = `${site}: ${balanceOf(mixture)}`;
   return bands({ title, grid, colours, label, ends: [`expert ${experts - 1}`, "expert 0"], scale: "log", low: (0.05 * k) / experts, xLow, xHigh, at: latest ? undefined : step, ink, hover });
@@ -74,7 +65,5 @@ function balanceOf({ experts, k, dead, busiest }) {
 function mixtureRows(told) {
   const shown = (value) => (Number.isNaN(value) ? "not known" : number(value));
   const rows = told.map(({ site, experts, k, ...numbers }) => element("tr", {}, ...[site, experts, k, ...ROUTING.map((name) => shown(numbers[name]))].map((text) => element("td", { textContent: text }))));
-  const names = ["mixture", "experts", "for each token", "dead", "busiest / even", "entropy", "margin"];
-  const head = element("tr", {}, ...names.map((text) => element("th", { textContent: text, scope: "col" })));
-  return element("details", { className: "rows-of-card" }, element("summary", { textContent: "As a table" }), element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
+  return foldedTable(["mixture", "experts", "for each token", "dead", "busiest / even", "entropy", "margin"], rows);
 }

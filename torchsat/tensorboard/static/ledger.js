@@ -2,6 +2,7 @@
 // reaches from the norm at the output of a part to the norm at its input. A click on a residual join or a gated product shows its branches below; a
 // click on a part that is a site opens the site.
 
+import { foldedTable, cardOf, runHeading } from "./card.js";
 import { LINES, drawn, element, lines } from "./charts.js";
 import { along, number, range, short, ticks } from "./numbers.js";
 import { readable } from "./palette.js";
@@ -16,7 +17,7 @@ const [EDGE, END, ABOVE_BARS, BELOW_BARS] = [52, 8, 8, 22]; // pixels around the
 export function ledgerSection(runs) {
   const made = runs.flatMap((given) => ledgerOf(given));
   const says = "The norm of the gradient on its way from the output of the model (left) to its input (right). A bar is one part. Click a residual join to see its branches, or a site to open it.";
-  return made.length ? [element("h2", { textContent: "Where the gradient goes" }), element("p", { className: "aside", textContent: says }), ...made] : [];
+  return cardOf("Where the gradient goes", says, made);
 }
 
 // The ledger of one run. given:
@@ -34,9 +35,7 @@ function ledgerOf(given) {
   const parts = entries.map((entry) => ({ ...entry, before: at("norm", entry.place), factor: at("factor", entry.place), branch: at("branch", entry.place) }));
   const known = parts.filter(({ before }) => before > 0);
   const shown = grids.norm.steps[row];
-  const dot = element("i", { className: "dot" });
-  dot.style.background = line.colour;
-  const title = element("h3", {}, dot, ` ${line.name}, step ${shown}${given.latest ? " (latest)" : ""}`);
+  const title = runHeading(line, shown, given.latest);
   if (!known.length) return [title, element("p", { textContent: `No gradient was heard at step ${shown}.` })];
   const spine = known.filter(({ level }) => level === 0);
   const made = [title, waterfall(given, spine, wholeWay(spine), spine[0].before)];
@@ -144,7 +143,7 @@ function sizes({ width, theme, print }, parts, at) {
   return [lines({ title, series, scale: "log", low, high, ...axis, form: "number", print, width, height: 120 })];
 }
 
-// The same numbers as a table, which a keyboard and a screen reader reach too.
+// The same numbers as a table.
 function asRows({ sites, unfold, choose, open }, parts) {
   const rows = parts.map((part) => {
     const acts = isOpenable(part) || sites.has(part.place);
@@ -156,6 +155,5 @@ function asRows({ sites, unfold, choose, open }, parts) {
     const values = [part.kind, Number.isNaN(part.factor) ? "not known" : number(part.factor), part.kind !== "join" || Number.isNaN(part.branch) ? "" : number(part.branch)];
     return element("tr", {}, cell, ...values.map((text) => element("td", { textContent: text })));
   });
-  const head = element("tr", {}, ...["part", "is", "factor", "branch / skip"].map((text) => element("th", { textContent: text, scope: "col" })));
-  return element("details", { className: "rows-of-card" }, element("summary", { textContent: "As a table" }), element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
+  return foldedTable(["part", "is", "factor", "branch / skip"], rows);
 }
